@@ -1,0 +1,167 @@
+"""The shape of the tree: which way imports point, and what may never be in a tracked file."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = {"methods", "tasks", "runners", "kernels", "analysis"}
+# what a folder may import besides the standard library and the light packages everyone may use
+MAY = {
+    "kernels": {"kernels", "torch", "triton"},
+    "methods": {"methods", "kernels", "torch", "hydra", "omegaconf", "yaml"},
+    "analysis": {"analysis", "pandas", "numpy", "scipy", "sklearn", "matplotlib", "plotly", "jinja2", "wandb"},
+}
+NEVER = {
+    "tasks": {"torch", "transformers", "methods", "runners", "analysis", "kernels"},
+    "runners": {"analysis"},
+    "methods": {"tasks", "transformers", "analysis"},
+    "analysis": {"torch", "methods", "runners", "tasks", "kernels"},
+}
+# methods that stand for no paper: reference points
+BASELINES = {"full", "random"}
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """Files of the checkout that are, or are about to be, under version control."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode:
+        pytest.skip("needs a git checkout")
+    return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def imports(path: Path) -> list[tuple[str, int, bool]]:
+    """(dotted module, line, at module level) of every import in a file."""
+    tree = ast.parse(path.read_text(), filename=str(path))
+    top = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            # from .x import y stays inside its own package
+            package = ".".join(path.relative_to(ROOT).parts[: -node.level]) if node.level else ""
+            base = f"{package}.{node.module}" if package and node.module else package or (node.module or "")
+            found += [(f"{base}.{alias.name}", node.lineno, id(node) in top) for alias in node.names]
+    return found
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def broken_rules(path: Path) -> list[str]:
+    folder = path.relative_to(ROOT).parts[0]
+    wrong = []
+    for module, line, at_top in imports(path):
+        head = module.split(".")[0]
+        if head in sys.stdlib_module_names:
+            continue
+        allowed = head in MAY[folder] if folder in MAY else True
+        if head in NEVER.get(folder, set()):
+            allowed = False
+        # the one way up: methods/core hands a user the cache that runners binds, at call time
+        if folder == "methods" and head == "runners":
+            allowed = path.parent.name == "core" and not at_top
+        # a paper's file sees the shared core and the kernels, never another paper
+        if folder == "methods" and head == "methods" and path.parent == ROOT / "methods" and path.stem != "__init__":
+            allowed = module.split(".")[1:2] == ["core"]
+        if not allowed:
+            wrong.append(f"{path.relative_to(ROOT)}:{line} imports {module}")
+    return wrong
+
+
+@pytest.mark.parametrize("folder", sorted(OURS))
+def test_imports_point_one_way(folder):
+    files = sources(folder)
+    if not files:
+        pytest.skip(f"no {folder}/ yet")
+    assert [rule for path in files for rule in broken_rules(path)] == []
+
+
+def test_a_method_that_imports_a_sibling_or_a_runner_is_caught(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "methods" / "core").mkdir(parents=True)
+    paper = tmp_path / "methods" / "b.py"
+    paper.write_text(
+        "import torch\nfrom methods.core.store import Store\nfrom methods.a import A\nimport runners.bind\n"
+    )
+    assert [wrong.split(" imports ")[1] for wrong in broken_rules(paper)] == ["methods.a.A", "runners.bind"]
+    core = tmp_path / "methods" / "core" / "x.py"
+    core.write_text("def cache_for(model):\n    from runners.bind import KVCache\n    return KVCache(model)\n")
+    assert broken_rules(core) == []
+    core.write_text("from runners.bind import KVCache\n")
+    assert broken_rules(core) == ["methods/core/x.py:1 imports runners.bind.KVCache"]
+
+
+def test_heavy_packages_are_imported_only_when_they_are_used():
+    heavy = {"datasets", "lm_eval", "wandb", "submitit", "optuna", "plotly"}
+    eager = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for folder in sorted(OURS - {"analysis"})
+        for path in sources(folder)
+        for module, line, at_top in imports(path)
+        if at_top and module.split(".")[0] in heavy
+    ]
+    assert eager == []
+
+
+def test_no_file_names_a_machine_or_a_registry():
+    # written so that these lines do not match themselves
+    machine = re.compile(
+        r"/(?:work|farm|root)/|/home/[a-z]|pypi[.]org|pythonhosted[.]|npmjs[.]org|deb[.]debian|[.][.]/shared"
+    )
+    text = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".jsonl", ".sh", ".ipynb", ""}
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"
+        for path in tracked()
+        if path.suffix in text and path.parent.name != ".ci"
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1)
+        if machine.search(line)
+    ]
+    assert found == []
+
+
+def test_every_method_yaml_names_a_class_that_exists():
+    for path in sorted((ROOT / "conf" / "method").glob("*.yaml")):
+        config = yaml.safe_load(path.read_text())
+        if "_target_" not in config:
+            assert config.get("defaults"), f"{path.name} has neither _target_ nor a defaults list that brings one"
+            continue
+        module, name = config["_target_"].rsplit(".", 1)
+        source = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+        assert source.is_file(), f"{path.name}: {config['_target_']} has no file {source.relative_to(ROOT)}"
+        classes = {node.name for node in ast.parse(source.read_text()).body if isinstance(node, ast.ClassDef)}
+        assert name in classes, f"{path.name}: {source.relative_to(ROOT)} has no class {name}"
+
+
+def test_every_method_file_says_which_paper_and_how_it_departs_from_it():
+    for path in sorted((ROOT / "methods").glob("*.py")):
+        doc = ast.get_docstring(ast.parse(path.read_text()))
+        assert doc, f"{path.name} has no docstring"
+        if path.stem in BASELINES | {"__init__"}:
+            continue
+        for field in ("Paper:", "Idea:", "Here:"):
+            assert field in doc, f"methods/{path.name}: the docstring has no line {field}"
+
+
+def test_every_method_file_has_a_yaml_that_builds_it():
+    yamls = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "conf" / "method").glob("*.yaml")}
+    targets = {config["_target_"].split(".")[1] for config in yamls.values() if "_target_" in config}
+    files = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}
+    assert files <= targets, f"no conf/method/*.yaml builds {sorted(files - targets)}"
+
+
+def test_no_module_is_a_drawer_for_odds_and_ends():
+    drawers = {"utils", "util", "helpers", "misc", "common"}
+    assert [str(path.relative_to(ROOT)) for path in tracked("*.py") if path.stem in drawers] == []

@@ -165,3 +165,10 @@ def test_every_method_file_has_a_yaml_that_builds_it():
 def test_no_module_is_a_drawer_for_odds_and_ends():
     drawers = {"utils", "util", "helpers", "misc", "common"}
     assert [str(path.relative_to(ROOT)) for path in tracked("*.py") if path.stem in drawers] == []
+
+
+def test_transformers_does_not_take_our_kernels_folder_for_the_hub_package_of_that_name():
+    # it looks for a distribution that provides "kernels" and asks for a version range; ours must never fall into it
+    from transformers.utils import is_kernels_available
+
+    assert not is_kernels_available()

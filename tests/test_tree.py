@@ -41,11 +41,19 @@ def tracked(*patterns: str) -> list[Path]:
 
 
 def imports(path: Path) -> list[tuple[str, int, bool]]:
-    """(dotted module, line, at module level) of every import in a file."""
+    """(dotted module, line, at module level) of every import in a file that is executed."""
     tree = ast.parse(path.read_text(), filename=str(path))
     top = {id(node) for node in tree.body}
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     found = []
     for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
             found += [(alias.name, node.lineno, id(node) in top) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -62,12 +62,12 @@ def percent(scores: Iterable[float]) -> float | None:
 
 
 class Task(ABC):
-    """A benchmark: knobs at construction, then strings only.
+    """A benchmark: knobs at construction, then strings only."""
 
-    name: printed and recorded; a bundled offline split says so in its name.
-    """
-
-    name: str
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As printed and recorded; a bundled offline split says so in it."""
 
     @abstractmethod
     def source(self) -> str:
@@ -87,7 +87,7 @@ class Task(ABC):
         """What a score depends on besides the prediction: hashes and versions, ready for JSON."""
 
     def groups(self, example: Example) -> list[str]:
-        """Names of the result rows that this sample belongs to."""
+        """Names of the result rows that this sample counts towards; a small table may leave some of them out."""
         return [example.tags["subset"], example.tags["category"], "average"]
 
     def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
@@ -116,16 +116,16 @@ def mean_by_category(subsets: Iterable[tuple[dict[str, Any], Row]]) -> list[Row]
     members: dict[str, list[Row]] = {}
     for tags, row in subsets:
         members.setdefault(tags["category"], []).append(row)
-    return [_mean_row(name, "category", rows, "subsets") for name, rows in members.items()]
+    return [mean_row(name, "category", rows, "subsets") for name, rows in members.items()]
 
 
 def average_rows(name: str, subsets: Sequence[tuple[dict[str, Any], Row]]) -> list[Row]:
     """The mean of the category means, as one row; none for fewer than two categories."""
     categories = mean_by_category(subsets)
-    return [_mean_row(name, "average", categories, "category means")] if len(categories) > 1 else []
+    return [mean_row(name, "average", categories, "category means")] if len(categories) > 1 else []
 
 
-def _mean_row(name: str, kind: str, rows: list[Row], what: str) -> Row:
+def mean_row(name: str, kind: str, rows: list[Row], what: str) -> Row:
     scores = [row.score for row in rows if row.score is not None]
     note = f"mean of {len(scores)} {what}" if len(scores) > 1 else ""
     return Row(name, kind, sum(row.n for row in rows), round(fmean(scores), 2) if scores else None, note)

@@ -1,0 +1,165 @@
+"""Where a task's rows come from: a folder, a zip, a single file or the Hugging Face hub."""
+
+import json
+import os
+import ssl
+import threading
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from methods.core.errors import UserError
+
+HUB_REPO = "THUDM/LongBench"  # a script and data.zip; datasets no longer runs scripts, so the zip is read directly
+HUB_PROBE_S = 5.0
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A JSONL file that was found but not yet read. where: its path, as errors print it."""
+
+    where: str
+    read: Callable[[], bytes]
+
+
+def locate(path: Path) -> dict[str, DataFile]:
+    """The JSONL files that a path offers, by file name without `.jsonl`.
+
+    A folder offers its own `.jsonl` files, else those in its `data/`, else those in its `data.zip`.
+    Raises UserError if there is nothing at the path, or nothing of use.
+    """
+    shown = path.absolute()
+    if path.is_dir():
+        for folder in (path, path / "data"):
+            if files := sorted(folder.glob("*.jsonl")):
+                return {file.stem: DataFile(str(file), _reader(file)) for file in files}
+        if (path / "data.zip").is_file():
+            return _members(path / "data.zip")
+        raise UserError(f"task.data={path}: no .jsonl file in {shown} or {shown / 'data'}, and no data.zip; {_HOW}")
+    if path.is_file():
+        return _members(path) if path.suffix == ".zip" else {path.stem: DataFile(str(path), _reader(path))}
+    raise UserError(f"task.data={path}: nothing at {shown}; {_HOW}")
+
+
+_HOW = (
+    f"put LongBench's <subset>.jsonl files or the data.zip of the hub's dataset {HUB_REPO} there, "
+    "or use task.data=bundled or task.data=hub"
+)
+
+
+def _reader(file: Path) -> Callable[[], bytes]:
+    def read() -> bytes:
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+
+    return read
+
+
+def _members(path: Path) -> dict[str, DataFile]:
+    def reader(member: str) -> Callable[[], bytes]:
+        def read() -> bytes:
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    return archive.read(member)
+            except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+                raise UserError(f"{path}: {member} cannot be read ({error})") from error
+
+        return read
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in sorted(archive.namelist()) if name.endswith(".jsonl")]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a zip file that can be read ({error})") from error
+    if not names:
+        raise UserError(f"{path}: holds no .jsonl file; {_HOW}")
+    return {Path(name).stem: DataFile(f"{path}:{name}", reader(name)) for name in names}
+
+
+def parse_rows(raw: bytes, where: str) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, one per line; blank lines are skipped.
+
+    Raises UserError that names the file and the line of the first thing that is not a JSON object.
+    """
+    rows = []
+    # not splitlines: JSON strings may hold U+2028 and the like unescaped
+    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError as error:  # of both the decoding and the JSON
+            raise UserError(f"{where}, line {number}: not JSON in UTF-8 ({error})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}, line {number}: a JSON object is needed, found {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def from_hub(revision: str) -> Path:
+    """LongBench's data.zip in the hub's cache, downloaded if it is not there yet.
+
+    revision: a branch, tag or commit of the dataset.
+    Raises UserError within seconds if the hub cannot be reached.
+    """
+    from huggingface_hub import constants, hf_hub_download
+
+    def get(cached: bool) -> Path:
+        got = hf_hub_download(HUB_REPO, "data.zip", repo_type="dataset", revision=revision, local_files_only=cached)
+        return Path(got)
+
+    try:
+        return get(cached=True)
+    except OSError:
+        pass  # not in the cache
+    # the client's own retries take 23 s, and cannot be turned down
+    trouble = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable(constants.ENDPOINT)
+    if trouble is None:
+        try:
+            return get(cached=False)
+        except OSError as error:
+            trouble = str(error).strip().split("\n")[0]
+    raise UserError(
+        f"task.data=hub: {HUB_REPO} at task.revision={revision} is not in the cache and cannot be fetched from "
+        f"{constants.ENDPOINT} ({trouble}); offline, give task.data=DIR with that dataset's data.zip or its .jsonl "
+        "files, or use task.data=bundled"
+    )
+
+
+def hub_commit(path: Path) -> str:
+    """The commit that a file of the hub's cache belongs to: the folder it lies in."""
+    return path.parent.name
+
+
+def unreachable(url: str, timeout_s: float = HUB_PROBE_S) -> str | None:
+    """Why a server does not answer within the time, or None if it does."""
+    outcome = [f"no answer within {timeout_s:g} s"]
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout_s).close()
+            outcome[0] = ""
+        except urllib.error.HTTPError:
+            outcome[0] = ""  # it answered
+        except urllib.error.URLError as error:
+            # certificates are the real client's business: it may know others
+            outcome[0] = "" if isinstance(error.reason, ssl.SSLError) else str(error.reason)
+        except OSError as error:
+            outcome[0] = str(error) or type(error).__name__
+
+    # a thread, because looking up a name has no time limit of its own
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return outcome[0] or None
+
+
+def expand(path: str) -> Path:
+    """A path as typed, with `~` and environment variables filled in."""
+    return Path(os.path.expandvars(path)).expanduser()

@@ -1,0 +1,39 @@
+"""Cut the middle out of a prompt that is too long, the way LongBench does."""
+
+from collections.abc import Callable, Sequence
+
+
+def truncate_middle(
+    context: str,
+    question: str,
+    max_length: int,
+    encode: Callable[[str], Sequence[int]],
+    decode: Callable[[Sequence[int]], str],
+) -> tuple[str, bool]:
+    """The context without its middle, so that the prompt has about `max_length` tokens, and whether it was cut.
+
+    The first and the last half of the prompt's token ids are decoded and joined as strings, so encoding the result
+    again may give a few tokens more or less. The question always survives whole, at the end: where the last half does
+    not decode to text that ends with it (it is longer than half the room, or decoding does not restore it exactly),
+    its tokens are set aside first and only the context's are cut.
+
+    max_length: tokens, special tokens included.
+    encode: text to token ids, special tokens added as the tokenizer does by default.
+    decode: token ids to text, special tokens skipped.
+    Raises ValueError if `max_length` has no room for the question and one token of context.
+    """
+    ids = encode(context + question)
+    if len(ids) <= max_length:
+        return context, False
+    half = max_length // 2
+    n_question = len(encode(question))
+    room = 2 * half - n_question
+    if room < 1:
+        raise ValueError(f"max_length={max_length} tokens; the question alone takes {n_question}")
+    text = decode(ids[:half]) + decode(ids[-half:])
+    if len(text) > len(question) and text.endswith(question):
+        return text.removesuffix(question), True
+    ids = encode(context)
+    head = min(half, room)
+    tail = ids[len(ids) - (room - head) :]
+    return decode(ids[:head]) + decode(tail), True

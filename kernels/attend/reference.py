@@ -1,0 +1,127 @@
+"""The definition of `attend`, in PyTorch: blocks of queries, never a [T, S] matrix for a whole prompt."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kernels.attend import Rules
+
+# elements of one block's [rows, S] scores; 2**22 float32 are 16 MiB
+BLOCK_ELEMENTS = 1 << 22
+
+
+def visible(q_pos: Tensor, k_pos: Tensor, window: int | None = None) -> Tensor:
+    """Which slots a query may see, [B, H or 1, T, S], from q_pos [B, T] and k_pos [B, H or 1, S]."""
+    distance = q_pos[:, None, :, None] - k_pos[:, :, None, :]  # [B, H or 1, T, S]
+    seen = (distance >= 0) & (k_pos >= 0)[:, :, None, :]
+    return seen if window is None else seen & (distance < window)
+
+
+def logits(q: Tensor, k: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    """Masked scores before the softmax, [B, H, G, T, S], float32; unseen slots are -inf."""
+    B, Hq, T, D = q.shape
+    H = k.shape[1]
+    G = Hq // H
+    x = (q.reshape(B, H, G * T, D) @ k.transpose(-1, -2)).view(B, H, G, T, -1).float() * rules.scale
+    if rules.softcap is not None:
+        x = torch.tanh(x / rules.softcap) * rules.softcap
+    if rules.slopes is not None:
+        distance = q_pos[:, None, None, :, None] - k_pos[:, :, None, None, :]  # [B, H or 1, 1, T, S]
+        x = x - rules.slopes.view(1, H, G, 1, 1) * distance
+    return x.masked_fill(~visible(q_pos, k_pos, rules.window)[:, :, None], -torch.inf)
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
+    """Every query sees every slot."""
+    B, Hq, T, D = q.shape
+    H = k.shape[1]
+    if T == 1 and Hq != H:  # the group's heads become rows, so K and V are read once
+        out = F.scaled_dot_product_attention(q.view(B, H, Hq // H, D), k, v, scale=rules.scale)
+        return out.reshape(B, Hq, 1, v.shape[-1])
+    return F.scaled_dot_product_attention(q, k, v, scale=rules.scale, enable_gqa=Hq != H)
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
+    """q and k are the same tokens, none of them padding."""
+    T = q.shape[2]
+    if rules.window is not None and rules.window < T:
+        pos = torch.arange(T, device=q.device)[None]  # [1, T]
+        return attend_positions(q, k, v, rules, pos, pos[:, None])
+    return F.scaled_dot_product_attention(
+        q, k, v, scale=rules.scale, is_causal=T > 1, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def attend_positions(q: Tensor, k: Tensor, v: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    """Visibility from positions, in blocks of queries."""
+    B, Hq, T, _ = q.shape
+    H, S = k.shape[1], k.shape[2]
+    rows = max(1, BLOCK_ELEMENTS // max(1, S * B * (Hq if not rules.plain else H)))
+    out = q.new_empty(B, Hq, T, v.shape[-1])
+    for i in range(0, T, rows):
+        q_block, pos_block = q[:, :, i : i + rows], q_pos[:, i : i + rows]
+        out[:, :, i : i + rows] = _block(q_block, k, v, rules, pos_block, k_pos)
+    return out
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    B, Hq, T, _ = q.shape
+    H = k.shape[1]
+    if rules.plain:
+        seen = visible(q_pos, k_pos, rules.window)
+        if seen.shape[1] not in (1, Hq):  # one mask per KV head, repeated for its group
+            seen = seen.repeat_interleave(Hq // H, dim=1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=rules.scale, enable_gqa=Hq != H)
+        return out.nan_to_num(0.0)  # some back ends give NaN to a query without a slot, and NaN would spread
+    p = logits(q, k, rules, q_pos, k_pos).softmax(-1).nan_to_num(0.0).to(v.dtype)  # [B, H, G, T, S]
+    return (p.reshape(B, H, -1, p.shape[-1]) @ v).view(B, Hq, T, v.shape[-1])
+
+
+def attend_pages(
+    q: Tensor,
+    stored: tuple[Tensor, Tensor, Tensor, Tensor],
+    tail: tuple[Tensor, Tensor, Tensor],
+    rules: Rules,
+    q_pos: Tensor,
+) -> Tensor:
+    """One query per row over ragged pages and a rectangular tail, in one softmax: [B, Hq, 1, Dv].
+
+    q [B, Hq, 1, D]; stored: k [P, page, D], v [P, page, Dv], pos [P, page], page_row [P] with values b * H + h;
+    tail: k [B, H, t, D], v [B, H, t, Dv], pos [B, H, t]; q_pos [B, 1].
+    """
+    k, v, k_pos, page_row = stored
+    k_tail, v_tail, tail_pos = tail
+    B, Hq, _, D = q.shape
+    H, G = k_tail.shape[1], Hq // k_tail.shape[1]
+    rows = q.view(B * H, G, D)
+    row_pos = q_pos.expand(B, H).reshape(B * H, 1)
+    x = _page_logits(rows[page_row], k, k_pos, rules, row_pos[page_row], page_row % H)  # [P, G, page]
+    head = torch.arange(B * H, device=q.device) % H
+    y = _page_logits(rows, k_tail.flatten(0, 1), tail_pos.flatten(0, 1), rules, row_pos, head)  # [B * H, G, t]
+    biggest = y.amax(-1) if y.shape[-1] else y.new_full((B * H, G), -torch.inf)
+    owner = page_row[:, None].expand(-1, G)
+    biggest = biggest.scatter_reduce(0, owner, x.amax(-1), "amax").clamp_min(torch.finfo(torch.float32).min)
+    p, r = (x - biggest[page_row][..., None]).exp(), (y - biggest[..., None]).exp()
+    total = r.sum(-1).index_add_(0, page_row, p.sum(-1))  # [B * H, G]
+    out = (r.to(v.dtype) @ v_tail.flatten(0, 1)).float()
+    out.index_add_(0, page_row, (p.to(v.dtype) @ v).float())
+    return (out / total.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).to(q.dtype).view(B, Hq, 1, -1)
+
+
+def _page_logits(q: Tensor, k: Tensor, k_pos: Tensor, rules: Rules, q_pos: Tensor, head: Tensor) -> Tensor:
+    """Masked scores [R, G, s] of q [R, G, D] over k [R, s, D]; k_pos [R, s], q_pos [R, 1], head [R] the KV head."""
+    x = (q @ k.transpose(-1, -2)).float() * rules.scale
+    if rules.softcap is not None:
+        x = torch.tanh(x / rules.softcap) * rules.softcap
+    distance = q_pos - k_pos  # [R, s]
+    if rules.slopes is not None:
+        x = x - rules.slopes.view(-1, q.shape[1])[head][..., None] * distance[:, None]
+    seen = (k_pos >= 0) & (distance >= 0)
+    if rules.window is not None:
+        seen &= distance < rules.window
+    return x.masked_fill(~seen[:, None], -torch.inf)

@@ -1,0 +1,46 @@
+"""The definition of selection: stable, so that at equal scores the lower slot wins."""
+
+import torch
+from torch import Tensor
+
+
+def top(scores: Tensor, n: Tensor) -> Tensor:
+    """Keep-mask of the n best slots per row: scores [..., S], n broadcastable to [...]; True is kept.
+
+    Slots at -inf are never kept, even when fewer than n are left; at equal scores the lower slot wins.
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)  # [..., S]
+    ranks = torch.arange(scores.shape[-1], device=scores.device)
+    wanted = (ranks < n[..., None]).expand(scores.shape)
+    keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, wanted)
+    return keep & (scores > -torch.inf)
+
+
+def compact(keep: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Slot numbers of the kept slots, ascending, and which of them are real: both [..., n].
+
+    keep [..., S] with at most n True per row; rows with fewer are filled up with other slots, marked False.
+    """
+    order = (~keep).to(torch.int8).argsort(dim=-1, stable=True)[..., :n]
+    return order, keep.gather(-1, order)
+
+
+def pages(keep: Tensor, page: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Where each kept slot goes in flat storage of whole pages per row.
+
+    keep [R, S]. Returns (slots, rows, counts): slots [P * page] are the kept slots' numbers in [0, R * S), row after
+    row and ascending, -1 in the unused rest of a row's last page; rows [P] is the row that a page belongs to; counts
+    are the kept slots per row (one device-to-host copy).
+    """
+    R, S = keep.shape
+    counts = keep.sum(-1)  # [R]
+    n_pages = (counts + page - 1) // page  # [R]
+    first = (n_pages.cumsum(0) - n_pages) * page  # [R], a row's first flat place
+    rank = keep.cumsum(-1) - 1  # [R, S]
+    host = counts.tolist()
+    total = sum(-(-c // page) for c in host)
+    slots = torch.full((total * page,), -1, dtype=torch.long, device=keep.device)
+    place = (first[:, None] + rank)[keep]
+    slots[place] = torch.arange(R * S, device=keep.device).view(R, S)[keep]
+    rows = torch.repeat_interleave(torch.arange(R, device=keep.device), n_pages, output_size=total)
+    return slots, rows, host

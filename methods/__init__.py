@@ -1,0 +1,64 @@
+"""KV-cache methods: one paper per file, one YAML per method in conf/method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from methods.core.contract import Method
+from methods.core.errors import UserError
+
+_YAMLS = Path(__file__).resolve().parent.parent / "conf" / "method"
+
+
+def method_names() -> list[str]:
+    """All methods that can be named: the files of conf/method."""
+    return sorted(path.stem for path in _YAMLS.glob("*.yaml"))
+
+
+def load_method(name: str, **knobs: Any) -> Method:
+    """The method `name` with its YAML's defaults, some knobs changed: load_method("snapkv", budget=0.25, window=16).
+
+    Raises UserError for a name without a YAML, listing the names, and for a knob that the YAML does not have.
+    """
+    from omegaconf import OmegaConf
+
+    if name not in method_names():
+        raise UserError(f"method={name}: no such method; there are {', '.join(method_names())}")
+    config = _compose(name)
+    for key in knobs:
+        if key not in config and key != "seed":
+            raise UserError(f"method.{key}={knobs[key]}: {name} has no such knob; it has {', '.join(config)}")
+    budget = knobs.get("budget", 0.5)
+    config = OmegaConf.merge({"budget": budget, "seed": knobs.get("seed", 0)}, {"method": config | knobs})
+    return build_method(name, OmegaConf.to_container(config, resolve=True)["method"])
+
+
+def build_method(name: str, config: dict[str, Any]) -> Method:
+    """The method that a resolved YAML describes; `sweep` is for sweeps and not an argument."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        method = instantiate({key: value for key, value in config.items() if key != "sweep"}, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    method._name = name
+    return method
+
+
+def _compose(name: str) -> dict[str, Any]:
+    """A method's YAML with the YAMLs it starts from, unresolved."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.to_container(OmegaConf.load(_YAMLS / f"{name}.yaml"))
+    merged: dict[str, Any] = {}
+    own_done = False
+    for base in config.pop("defaults", []):
+        if base == "_self_":
+            merged, own_done = OmegaConf.to_container(OmegaConf.merge(merged, config)), True
+        else:
+            merged = OmegaConf.to_container(OmegaConf.merge(merged, _compose(base)))
+    return merged if own_done else OmegaConf.to_container(OmegaConf.merge(merged, config))

@@ -1,0 +1,1 @@
+"""What methods share: the contract, the stores, the eviction loop, budgets."""

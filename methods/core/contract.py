@@ -1,0 +1,227 @@
+"""The contract between a method, the model it runs under, and everything that measures it.
+
+A `Method` holds hyperparameters and builds one `LayerCache` per layer. A layer's turn in a forward pass is one `Step`:
+`take` brings the new keys and values in, `attend` gives the output, `settle` compresses. Taking in and settling need
+no output, so several caches can be filled from one model pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kernels import Rules
+from methods.core.budget import check_budget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from runners.bind import KVCache
+
+
+class Stage(Enum):
+    """Where a step stands in its sequence."""
+
+    MID_PROMPT = "mid_prompt"  # more of the prompt follows
+    ENDS_PROMPT = "ends_prompt"
+    TURN = "turn"  # more than one token after the prompt: a question, a later turn
+    DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions of a model, for turning stored keys and for undoing the turn.
+
+    inv_freq: radians per position of each pair, [R / 2], where R <= D channels are rotated.
+    interleaved: pairs are neighbours (GPT-J) instead of halves (Llama).
+    """
+
+    inv_freq: Tensor
+    interleaved: bool = False
+
+    def rotate(self, x: Tensor, delta: Tensor) -> Tensor:
+        """x [..., D] turned forward by delta [...] positions; the channels beyond R stay."""
+        angle = delta[..., None].float() * self.inv_freq.to(x.device)  # [..., R / 2]
+        return turn(x, angle.cos(), angle.sin(), self.interleaved)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Pairs of channels of x [..., D] rotated by angles given as cos, sin [..., R / 2]; the rest is copied."""
+    R = 2 * cos.shape[-1]
+    head, rest = x[..., :R].float(), x[..., R:]
+    if interleaved:
+        a, b = head[..., 0::2], head[..., 1::2]
+        out = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = head.chunk(2, dim=-1)
+        out = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((out.to(x.dtype), rest), dim=-1)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a method may know of the model before the first step."""
+
+    name: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    max_positions: int
+    dtype: torch.dtype
+    device: torch.device
+    ropes: Sequence[Rope | None]  # one per layer
+    alibi: bool = False
+
+
+@dataclass
+class Step:
+    """One pass through one layer: everything a method may look at.
+
+    q [B, Hq, T, D], k [B, H, T, D], v [B, H, T, Dv]: after RoPE, as the model would attend with them.
+    pos [B, T]: the tokens' positions in their own row, int32, -1 for padding.
+    padded: whether any token of this step is padding.  seen: tokens per row before this step, [B], int32.
+    samples [B]: numbers that identify the rows' samples, for keyed randomness.
+    hidden [B, T, M]: input of the attention block; cos, sin [B or 1, T, R / 2]: rotary factors of its pairs, a scaled
+    RoPE's multiplier included. Both only for methods that ask (`Method.needs`), cos and sin only where there is RoPE.
+    memo: statistics computed once for all caches that take in this step.
+    """
+
+    layer: int
+    n_layers: int
+    stage: Stage
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    seen: Tensor
+    padded: bool
+    samples: Tensor
+    rules: Rules
+    rope: Rope | None = None
+    hidden: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    memo: dict[Any, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def k_raw(self) -> Tensor:
+        """Keys before RoPE, [B, H, T, D]: k turned back by the layer's own cos and sin; k itself without RoPE."""
+        if self.cos is None or self.sin is None:
+            return self.k
+        cos, sin = self.cos[:, None].float(), self.sin[:, None].float()  # [B or 1, 1, T, R / 2]
+        scale = cos.square() + sin.square()  # above 1 where a scaled RoPE multiplies keys
+        return turn(self.k, cos / scale, -sin / scale, self.rope is not None and self.rope.interleaved)
+
+    def rows(self, rows: slice) -> Step:
+        """The same step for some rows of the batch, as views."""
+        cut = {
+            f.name: value[rows]
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor) and value.shape[0] == self.q.shape[0]
+        }
+        return dataclasses.replace(self, **cut, memo={})
+
+
+class LayerCache:
+    """What one layer stores between steps, and how it is attended to."""
+
+    def take(self, step: Step) -> None:
+        """Bring in the step's keys and values and the statistics that need no output."""
+        raise NotImplementedError
+
+    def attend(self, step: Step) -> Tensor:
+        """Output [B, Hq, T, Dv] of the step's queries over what is held, the step itself included."""
+        raise NotImplementedError
+
+    def settle(self, step: Step) -> None:
+        """End of the layer's turn: drop, pack, merge, spill."""
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Everything held between steps, each tensor once; `meter.py` counts their storages."""
+        raise NotImplementedError
+
+    def touched(self) -> Iterable[Tensor]:
+        """What the last decode step read; all of it unless a sparse method says otherwise."""
+        return self.tensors()
+
+    def workspace(self) -> Iterable[Tensor]:
+        """What is held only until the prompt has ended, such as queries that will score."""
+        return ()
+
+    def adapters(self) -> Iterable[Tensor]:
+        """Parameters that come with the method and not with the sequence: filters, codebooks, weights."""
+        return ()
+
+    def overhead(self) -> int:
+        """Bytes that the method documents on top of its budget: positions, side arrays, free places for new tokens."""
+        return 0
+
+    def asked(self, full: int) -> int:
+        """Bytes of keys and values that the budget allows at the end of the prompt; full: those of the full cache."""
+        return full
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from row rows[i]: beam search. rows [B], long."""
+        raise NotImplementedError(f"{type(self).__name__}: rows of this cache cannot be reordered")
+
+
+@dataclass
+class Method:
+    """Hyperparameters of one system; unchanged while running, all state lives in the caches.
+
+    budget: share of the prompt's slots in (0, 1], or a whole number of slots above 1.
+    seed: of everything random in the method.
+    """
+
+    budget: float | int = 1.0
+    seed: int = 0
+
+    #: saves no real memory; drawn hollow and left out of memory and speed frontiers
+    simulated: ClassVar[bool] = False
+    #: extra fields of Step to fill in: "hidden", "rope"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    #: changes the prompt's own hidden states, so the cell cannot share a prompt pass
+    changes_prompt: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self.budget = check_budget(self.budget)
+
+    @property
+    def name(self) -> str:
+        """The name of the method's YAML; the class name in lower case when there is none."""
+        return getattr(self, "_name", type(self).__name__.lower())
+
+    def config(self) -> dict[str, Any]:
+        """All knobs as plain values, for the record."""
+        return dataclasses.asdict(self)
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Calibrate, load or edit weights, once per model; nothing unless overridden."""
+
+    def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
+        """One LayerCache per layer for one batch; prompt_len: padded length of a prompt that comes in chunks."""
+        raise NotImplementedError
+
+    def after_prompt(self, model: PreTrainedModel, caches: Sequence[LayerCache]) -> None:
+        """For methods that run the model again once the prompt is in."""
+
+    def cache_for(
+        self, model: PreTrainedModel, prompt_len: int | None = None, samples: Sequence[int] | None = None
+    ) -> KVCache:
+        """A transformers Cache for `model`, one sequence batch long; binds the model on first use.
+
+        prompt_len: padded tokens of the prompt when it comes in several forwards; None: the first forward is the prompt.
+        samples: one number per row, keys of the method's randomness; None: 0, 1, 2, ...
+        Raises UserError when the model's architecture cannot be bound.
+        """
+        from runners.bind import KVCache  # the one import upwards: this method is the users' way in
+
+        return KVCache(model, self, prompt_len=prompt_len, samples=samples)

@@ -1,0 +1,16 @@
+"""Errors that a user can cause, and the one that a method causes by holding too much."""
+
+
+class UserError(ValueError):
+    """Something the user typed or supplied cannot work; the message says what was given and what would."""
+
+
+class BudgetMiss(RuntimeError):
+    """A cache holds more than its budget and its documented overhead allow.
+
+    asked, measured: bytes at the end of the prompt.
+    """
+
+    def __init__(self, method: str, asked: int, measured: int):
+        super().__init__(f"{method}: {measured:,} bytes are held at the end of the prompt, {asked:,} were asked for")
+        self.asked, self.measured = asked, measured

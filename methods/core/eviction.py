@@ -1,0 +1,189 @@
+"""The loop that all eviction methods share: take in, attend, score, drop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from methods.core.allocate import Uniform
+from methods.core.budget import slots
+from methods.core.contract import LayerCache, Method, ModelSpec, Stage, Step
+from methods.core.store import HEADROOM, Store
+
+
+@dataclass
+class Cut:
+    """A decision to drop slots, as `score` sees it. Lists hold one number per row of the batch.
+
+    q [B, Hq, T, D], q_pos [B, T]: the newest queries, as many as `Eviction.tail` asked for where there are so many;
+    position -1 is padding.
+    rank [B, H, S]: how many older slots the head holds, -1 for padding.
+    n: slots held per head.  prompt: tokens of the prompt in this layer (in a sliding layer those inside its window).
+    limit: slots that may stay per head.
+    """
+
+    q: Tensor
+    q_pos: Tensor
+    rank: Tensor
+    n: list[int]
+    prompt: list[int]
+    limit: list[int]
+
+
+@dataclass
+class Eviction(Method):
+    """Keeps the slots with the highest scores; subclasses fill in `score`.
+
+    allocator: how the budget is spread over layers and heads.
+    store: makes the storage of one layer; None: what the allocator says.
+    """
+
+    allocator: Uniform = field(default_factory=Uniform)
+    store: Callable[..., Store] | None = None
+
+    def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
+        return [EvictionCache(self, prompt_len) for _ in range(spec.n_layers)]
+
+    def config(self) -> dict[str, Any]:
+        # a store factory is a functools.partial: shown as its target and arguments
+        plain = replace(self, store=None)
+        knobs = Method.config(plain)
+        knobs["allocator"] = {"_target_": type(self.allocator).__name__, **knobs["allocator"]}
+        if self.store is not None:
+            target = getattr(self.store, "func", self.store)
+            knobs["store"] = {"_target_": target.__name__, **getattr(self.store, "keywords", {})}
+        return knobs
+
+    def tail(self, n: int) -> int:
+        """How many of the newest queries of a prompt of n tokens `score` needs."""
+        return 0
+
+    def slots(self, n: int) -> int:
+        """Slots that a head keeps of a prompt of n tokens."""
+        return slots(self.budget, n)
+
+    def observe(self, store: Store, step: Step) -> None:
+        """Statistics after every step, in side arrays of the store; nothing unless overridden."""
+
+    @property
+    def interval(self) -> int | None:
+        """Drop again after every so many tokens since the prompt; None: never."""
+        return None
+
+    def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
+        """Scores [B, H, S], float32: the highest are kept, +inf always, -inf never. Padding need not be looked at."""
+        raise NotImplementedError
+
+    def before_drop(self, store: Store, keep: Tensor) -> None:
+        """Called with the keep-mask [B, H, S] before slots go: the place to merge them into others."""
+
+
+class EvictionCache(LayerCache):
+    """One layer under an Eviction: the loop written once."""
+
+    def __init__(self, method: Eviction, prompt_len: int | None):
+        self.method = method
+        make = method.store or method.allocator.new_store
+        self.store = make(capacity=prompt_len)
+        self.prompt_len = prompt_len
+        self.prompt: list[int] = []  # tokens of each row's prompt, once it has ended
+        self.limit: list[int] = []
+        self.since = 0  # tokens since slots were last dropped
+        self.queries: list[tuple[Tensor, Tensor]] = []  # the newest ones, as many as `tail` needs
+
+    def take(self, step: Step) -> None:
+        self.store.append(step.k, step.v, step.pos, step.padded)
+
+    def attend(self, step: Step) -> Tensor:
+        return self.store.attend(step)
+
+    def settle(self, step: Step) -> None:
+        self._trim(step)
+        self.method.observe(self.store, step)
+        self._remember(step)
+        if step.stage is Stage.ENDS_PROMPT:
+            self._end_prompt(step)
+        elif step.stage is not Stage.MID_PROMPT:
+            self.since += step.q.shape[2]
+            if self.method.interval is not None and self.since >= self.method.interval:
+                self._drop(step)
+        if step.stage is not Stage.MID_PROMPT:  # packing is lossy, so a long prompt is packed once, whole
+            self.store.settle(step)
+
+    def tensors(self) -> Iterable[Tensor]:
+        return self.store.tensors()
+
+    def workspace(self) -> Iterable[Tensor]:
+        for pair in self.queries:
+            yield from pair
+
+    def overhead(self) -> int:
+        return self.store.overhead()
+
+    def asked(self, full: int) -> int:
+        if not self.limit:
+            return full
+        return -(-full * max(self.limit) // max(self.prompt))
+
+    def reorder(self, rows: Tensor) -> None:
+        self.store.reorder(rows)
+        self.queries = [(q[rows], pos[rows]) for q, pos in self.queries]
+
+    def _trim(self, step: Step) -> None:
+        """In a sliding layer, let go of what no later query can see."""
+        window = step.rules.window
+        whole = not self.limit or self.limit == self.prompt  # nothing was dropped: slots are in order of arrival
+        if window is not None and whole:
+            slack = HEADROOM if step.stage is Stage.DECODE else 0
+            if len(self.store) >= window + slack:
+                self.store.keep_newest(window - 1)
+
+    def _end_prompt(self, step: Step) -> None:
+        pos = self.store.pos[:, 0]  # [B, S]
+        self.prompt = (pos >= 0).sum(-1).tolist() if self.store.padded else [len(self.store)] * pos.shape[0]
+        share = self.method.allocator.slots
+        self.limit = [min(n, share(step.layer, step.n_layers, self.method.slots(n))) for n in self.prompt]
+        self._drop(step)
+
+    def _drop(self, step: Step) -> None:
+        """Score all slots, keep the best."""
+        method, store = self.method, self.store
+        queries, self.queries, self.since = self.queries, [], 0
+        real = store.pos >= 0  # [B, H, S]
+        n = real[:, 0].sum(-1).tolist() if store.padded else [len(store)] * real.shape[0]
+        if all(limit >= m for limit, m in zip(self.limit, n, strict=True)):
+            return
+        rank = torch.where(real, real.cumsum(-1) - 1, -1)
+        q, q_pos = queries[0] if len(queries) == 1 else _join(queries)
+        scores = method.score(store, step, Cut(q, q_pos, rank, n, self.prompt, self.limit))
+        limit = torch.tensor(self.limit, device=scores.device)
+        keep = method.allocator.pick(scores.masked_fill(~real, -torch.inf), limit)  # [B, H, S]
+        method.before_drop(store, keep)
+        store.keep(keep, max(self.limit), exact=min(self.limit) == max(self.limit))
+
+    def _remember(self, step: Step) -> None:
+        """Hold the newest queries that the next decision will need."""
+        if step.stage in (Stage.MID_PROMPT, Stage.ENDS_PROMPT):
+            tail = max(1, self.method.tail(self.prompt_len or step.q.shape[2]))
+        elif self.method.interval is not None:
+            tail = self.method.interval
+        else:
+            return
+        self.queries.append((step.q, step.pos))
+        extra = sum(q.shape[2] for q, _ in self.queries) - tail
+        while extra > 0 and self.queries[0][0].shape[2] <= extra:
+            extra -= self.queries.pop(0)[0].shape[2]
+        if extra > 0:
+            q, pos = self.queries[0]
+            self.queries[0] = (q[:, :, extra:], pos[:, extra:])
+            if step.stage is not Stage.ENDS_PROMPT:  # a view would keep the whole chunk alive
+                self.queries[0] = tuple(x.clone() for x in self.queries[0])
+
+
+def _join(queries: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    q, pos = zip(*queries, strict=True)
+    return torch.cat(q, dim=2), torch.cat(pos, dim=1)

@@ -1,0 +1,150 @@
+"""Full-precision slots where every row and head keeps its own number: flat pages, so that dropped slots are freed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from kernels import attend
+from kernels.attend.reference import attend_pages
+from kernels.select import pages
+from methods.core.contract import Step
+from methods.core.store import Store
+
+# slots per page: a head wastes half a page on average; smaller pages make the decode product less efficient
+PAGE = 16
+
+
+class RaggedStore(Store):
+    """A Store whose heads keep different numbers of slots.
+
+    Until the first `keep` it is a plain Store. Then the kept slots lie in flat pages, [P, PAGE, D], each page belonging
+    to one row and head (`page_row`, b * H + h); new tokens go to the rectangular tail that the base class holds.
+    Unused places of a head's last page have position -1 and are counted as overhead.
+    """
+
+    def __init__(self, capacity: int | None = None):
+        super().__init__(capacity)
+        self.pages: dict[str, Tensor] = {}  # "k", "v", "pos" and the side arrays, [P, PAGE, ...]
+        self.page_row = torch.empty(0)  # [P]
+        self.counts: list[int] = []  # slots in pages per row and head
+
+    def __len__(self) -> int:
+        return self.n + max(self.counts, default=0)
+
+    @property
+    def offsets(self) -> Tensor:
+        """First page of every row and head, and their number behind the last: [B * H + 1]."""
+        n_pages = torch.bincount(self.page_row, minlength=len(self.counts))
+        return torch.cat((n_pages.new_zeros(1), n_pages.cumsum(0)))
+
+    @property
+    def pos(self) -> Tensor:
+        return self._whole("pos", -1)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as padded rectangles [B, H, S, D]: a copy once there are pages; `pos` tells padding."""
+        return self._whole("k", 0), self._whole("v", 0)
+
+    def track(self, name: str, fill: float = 0.0) -> Tensor:
+        """The side array in the order of `read`, [B, H, S]; a copy once there are pages: write with `add`."""
+        super().track(name, fill)
+        if self.counts and name not in self.pages:
+            self.pages[name] = torch.full_like(self.pages["pos"], fill, dtype=torch.float32)
+        return self._whole(name, fill)
+
+    def add(self, name: str, values: Tensor) -> None:
+        if not self.counts:
+            super().add(name, values)
+            return
+        n = max(self.counts)
+        self.track(name)
+        at, real = self._places(n)
+        flat = self.pages[name].view(-1)
+        flat.index_add_(0, at[real], values[:, :, :n].reshape(at.shape)[real])
+        self.buffers[name][:, :, : self.n] += values[:, :, n:]
+
+    def keep(self, mask: Tensor, n: int, exact: bool = False) -> None:
+        """Drop all slots but those in mask [B, H, S], any number per head; their memory is freed."""
+        B, H, S = mask.shape
+        slots, self.page_row, counts = pages(mask.reshape(B * H, S), PAGE)
+        whole = {name: self._whole(name, self._fill(name)) for name in self.buffers}
+        self.pages = {
+            name: x.reshape(B * H * S, *x.shape[3:])[slots.clamp_min(0)].view(-1, PAGE, *x.shape[3:])
+            for name, x in whole.items()
+        }
+        self.pages["pos"] = torch.where(slots.view(-1, PAGE) >= 0, self.pages["pos"], -1)
+        self.buffers = {
+            name: x.new_empty(B, 1 if name == "pos" else H, 0, *x.shape[3:]) for name, x in whole.items()
+        }
+        self.counts, self.n, self.padded = counts, 0, False
+
+    def attend(self, step: Step) -> Tensor:
+        """Output [B, Hq, T, Dv]; one token reads pages and tail where they lie, more tokens read a rectangle."""
+        if not self.counts:
+            return super().attend(step)
+        if step.q.shape[2] > 1:
+            return attend(step.q, *self.read(), step.rules, q_pos=step.pos, k_pos=self.pos)
+        return attend_pages(
+            step.q,
+            (self.pages["k"], self.pages["v"], self.pages["pos"], self.page_row),
+            (self.k, self.v, super().pos),
+            step.rules,
+            step.pos,
+        )
+
+    def tensors(self) -> Iterable[Tensor]:
+        yield from super().tensors()
+        yield from self.pages.values()
+        if self.counts:
+            yield self.page_row
+
+    def overhead(self) -> int:
+        """The base's, and positions, page owners and the unused places of last pages."""
+        if not self.counts:
+            return super().overhead()
+        unused = self.page_row.shape[0] * PAGE - sum(self.counts)
+        per_place = sum(x[0, 0].nbytes for name, x in self.pages.items() if name in ("k", "v"))
+        side = sum(x.nbytes for name, x in self.pages.items() if name not in ("k", "v"))
+        return super().overhead() + unused * per_place + side + self.page_row.nbytes
+
+    def reorder(self, rows: Tensor) -> None:
+        super().reorder(rows)
+        if not self.counts:
+            return
+        H = self.buffers["k"].shape[1]
+        heads = torch.arange(H, device=rows.device)
+        old = (rows[:, None] * H + heads).flatten()  # [B * H]
+        n_pages = (self.offsets[1:] - self.offsets[:-1])[old]
+        first = self.offsets[old]
+        start = n_pages.cumsum(0) - n_pages
+        within = torch.arange(int(n_pages.sum()), device=rows.device) - torch.repeat_interleave(start, n_pages)
+        take = torch.repeat_interleave(first, n_pages) + within
+        self.pages = {name: x[take] for name, x in self.pages.items()}
+        self.page_row = torch.repeat_interleave(torch.arange(len(old), device=rows.device), n_pages)
+        self.counts = [self.counts[i] for i in old.tolist()]
+
+    def _fill(self, name: str) -> float:
+        return -1 if name == "pos" else self.fills.get(name, 0.0)
+
+    def _places(self, n: int) -> tuple[Tensor, Tensor]:
+        """Flat place of every head's i-th slot and whether there is one, both [B * H, n]."""
+        counts = torch.tensor(self.counts, device=self.page_row.device)
+        i = torch.arange(n, device=counts.device)
+        return self.offsets[:-1, None] * PAGE + i, i < counts[:, None]
+
+    def _whole(self, name: str, fill: float) -> Tensor:
+        """Pages and tail of one array as a padded rectangle [B, H, S, ...]."""
+        tail = self.buffers[name][:, :, : self.n]
+        B, H = self.buffers["k"].shape[:2]
+        tail = tail.expand(B, H, *tail.shape[2:])
+        if not self.counts:
+            return tail
+        n = max(self.counts)
+        at, real = self._places(n)
+        flat = self.pages[name].flatten(0, 1)
+        part = flat[at.clamp_max(flat.shape[0] - 1)]  # [B * H, n, ...]
+        part = part.masked_fill(~real.view(*real.shape, *(1,) * (part.dim() - 2)), fill)
+        return torch.cat((part.view(B, H, *part.shape[1:]), tail.to(part.dtype)), dim=2)

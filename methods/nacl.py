@@ -1,0 +1,143 @@
+"""NACL: keep what the end of the prompt attends to, and a random sample of the rest.
+
+Paper: Chen et al. 2024, arXiv:2408.03675, section 3 and Algorithm 1.
+Idea:  once, when the prompt ends, every head keeps (a) the first and the newest tokens, (b) the top slots by the
+       attention that the last `proxy` queries give them, (c) a random sample of the others, drawn without replacement
+       from the softmax of the same scores. Later tokens are appended.
+Here:  query heads that share a KV head add their scores. The sample is drawn by Gumbel-top-k with noise keyed by (seed,
+       sample, layer, head, position). The paper protects beginning and end without saying how much of each: half and
+       half, at most 256 first tokens. Proxies attend causally among themselves (the release lets early ones see later
+       ones: proxy_causal=false). Counts are cut, not rounded, so up to three slots of the budget stay unused.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import gumbel, mass, top
+from methods.core.budget import slots
+from methods.core.contract import Step
+from methods.core.errors import UserError
+from methods.core.eviction import Cut, Eviction
+from methods.core.store import Store
+
+#: shares of the budget (protected, by score, by chance) and of the prompt (proxy queries): the paper's Table 4 and text,
+#: and the release's defaults
+PRESETS = {"paper": (0.10, 0.30, 0.60, 0.20), "code": (0.05, 0.60, 0.35, 0.01)}
+MAX_SINKS = 256  # the release's number of first tokens
+
+
+class Sizes(NamedTuple):
+    """Tokens of one prompt by role; the first four are kept, `proxies` queries score."""
+
+    sinks: int
+    recent: int
+    by_score: int
+    by_chance: int
+    proxies: int
+
+    @property
+    def kept(self) -> int:
+        return self.sinks + self.recent + self.by_score + self.by_chance
+
+
+@dataclass
+class NACL(Eviction):
+    """Drop prompt slots once, by proxy queries and by chance.
+
+    preset: "paper" or "code", the shares below that are null.
+    protect, by_score, by_chance: shares of the budget; they add up to at most 1.
+    proxy: share of the prompt whose queries score.
+    temperature: of the softmax that the sample is drawn from.
+    min_len: prompts up to this length are kept whole.
+    proxy_causal: a proxy query does not see the tokens after it.
+    decode_interval: tokens after which the same eviction runs again; null: never, as in the release.
+    """
+
+    preset: str = "paper"
+    protect: float | None = None
+    by_score: float | None = None
+    by_chance: float | None = None
+    proxy: float | None = None
+    temperature: float = 1.0
+    min_len: int = 0
+    proxy_causal: bool = True
+    decode_interval: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset not in PRESETS:
+            raise UserError(f"NACL: method.preset={self.preset}; there are {', '.join(PRESETS)}")
+        protect, by_score, by_chance, proxy = self.shares
+        if min(protect, by_score, by_chance) < 0 or protect + by_score + by_chance > 1 + 1e-9 or not 0 < proxy <= 1:
+            raise UserError(
+                f"NACL: method.protect={protect}, method.by_score={by_score}, method.by_chance={by_chance}, "
+                f"method.proxy={proxy}; the first three are shares of the budget that add up to at most 1, "
+                "proxy is a share of the prompt in (0, 1]"
+            )
+        if self.temperature <= 0:
+            raise UserError(f"NACL: method.temperature={self.temperature}; it is above 0")
+        if self.decode_interval is not None and self.decode_interval < 1:
+            raise UserError(f"NACL: method.decode_interval={self.decode_interval}; it is null or at least 1")
+
+    @property
+    def shares(self) -> tuple[float, float, float, float]:
+        """protect, by_score, by_chance of the budget and proxy of the prompt."""
+        given = (self.protect, self.by_score, self.by_chance, self.proxy)
+        protect, by_score, by_chance, proxy = (
+            preset if own is None else own for own, preset in zip(given, PRESETS[self.preset], strict=True)
+        )
+        return protect, by_score, by_chance, proxy
+
+    def sizes(self, n: int) -> Sizes:
+        """Tokens by role for a prompt of n tokens."""
+        protect, by_score, by_chance, proxy = self.shares
+        budget = self.budget if self.budget <= 1 else min(1.0, self.budget / n)
+        protected = slots(protect * budget, n)
+        sinks = min(MAX_SINKS, protected // 2)
+        counts = slots(by_score * budget, n), slots(by_chance * budget, n)
+        return Sizes(sinks, protected - sinks, *counts, proxies=max(1, slots(proxy, n)))
+
+    @property
+    def interval(self) -> int | None:
+        return self.decode_interval
+
+    def tail(self, n: int) -> int:
+        return self.sizes(n).proxies
+
+    def slots(self, n: int) -> int:
+        return n if self.budget == 1 or n <= self.min_len else max(1, self.sizes(n).kept)
+
+    def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
+        """[B, H, S]: +inf for what is kept, -inf for the rest; the choice is NACL's own."""
+        k, _ = store.read()  # [B, H, S, D]
+        B, H, S, _ = k.shape
+        rows = [self.sizes(n) for n in cut.prompt]
+        sinks, recent, by_score, by_chance, proxies = (
+            torch.tensor(column, device=k.device)[:, None, None] for column in zip(*rows, strict=True)
+        )  # each [B, 1, 1]
+        n = torch.tensor(cut.n, device=k.device)[:, None, None]
+        votes = self.votes(store, step, cut, proxies[:, 0]).view(B, H, -1, S).sum(dim=2)  # [B, H, S]
+
+        protected = (cut.rank >= 0) & ((cut.rank < sinks) | (cut.rank >= n - recent))
+        others = (cut.rank >= 0) & ~protected
+        best = top(votes.masked_fill(~others, -torch.inf), by_score[..., 0])
+        heads = torch.arange(H, device=k.device)[None, :, None]
+        layer = torch.full_like(heads, step.layer)
+        noise = gumbel(self.seed, step.samples[:, None, None], layer, heads, store.pos)
+        drawn = top((votes / self.temperature + noise).masked_fill(~others | best, -torch.inf), by_chance[..., 0])
+        return torch.where(protected | best | drawn, torch.inf, -torch.inf)
+
+    def votes(self, store: Store, step: Step, cut: Cut, proxies: Tensor) -> Tensor:
+        """Attention that the last `proxies` [B, 1] queries of each row give every slot, [B, Hq, S]."""
+        k, _ = store.read()
+        newest = cut.q_pos[:, -1:]  # [B, 1]
+        longest = min(cut.q.shape[2], max(self.sizes(n).proxies for n in cut.prompt))
+        q, q_pos = cut.q[:, :, -longest:], cut.q_pos[:, -longest:]
+        q_pos = torch.where(q_pos > newest - proxies, q_pos, -1)  # a shorter row has fewer proxies
+        if not self.proxy_causal:
+            q_pos = torch.where(q_pos >= 0, newest, -1)
+        plain = self.proxy_causal and not store.padded
+        return mass(q, k, step.rules, q_pos=q_pos, k_pos=store.pos, plan="tail" if plain else "positions")

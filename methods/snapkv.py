@@ -1,0 +1,76 @@
+"""SnapKV: keep the prompt slots that the end of the prompt attends to.
+
+Paper: Li et al. 2024, arXiv:2404.14469, section 4.
+Idea:  the last `window` queries of the prompt vote for earlier slots with their attention; a pooling over neighbours
+       keeps spans whole; the top slots and the window stay. Runs once, when the prompt ends; later tokens are appended.
+Here:  query heads that share a KV head vote together (pooled, then averaged), so a grouped-query model keeps its small
+       cache; the authors' release lets every query head choose for itself. The paper's LongBench setting (max, 7) is
+       the default, the release's is pooling=avg kernel=5. Never fewer than window + 1 slots stay.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import mass
+from methods.core.contract import Step
+from methods.core.errors import UserError
+from methods.core.eviction import Cut, Eviction
+from methods.core.store import Store
+
+
+@dataclass
+class SnapKV(Eviction):
+    """Drop prompt slots once, by the votes of the last queries.
+
+    window: queries that vote, and newest slots kept without a vote; tokens.
+    kernel: width of the pooling over neighbouring slots; odd, 1 is none.
+    pooling: "max" or "avg".
+    """
+
+    window: int = 32
+    kernel: int = 7
+    pooling: str = "max"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
+            raise UserError(
+                f"SnapKV: method.window={self.window}, method.kernel={self.kernel}; "
+                "the window holds at least one token, and the kernel is odd so that it has a centre"
+            )
+        if self.pooling not in ("max", "avg"):
+            raise UserError(f"SnapKV: method.pooling={self.pooling}; it is max or avg")
+        if 1 < self.budget <= self.window:
+            raise UserError(
+                f"SnapKV: budget={self.budget} slots do not hold method.window={self.window} and one more; "
+                "raise budget or lower method.window"
+            )
+
+    def tail(self, n: int) -> int:
+        return self.window
+
+    def slots(self, n: int) -> int:
+        return max(super().slots(n), self.window + 1)
+
+    def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
+        """Votes per slot, [B, H, S]; the window's own slots are +inf."""
+        k, _ = store.read()  # [B, H, S, D]
+        B, H, S, _ = k.shape
+        q, q_pos = cut.q[:, :, -self.window :], cut.q_pos[:, -self.window :]  # [B, Hq, W, D], [B, W]
+        plan = "positions" if store.padded else "tail"
+        votes = mass(q, k, step.rules, q_pos=q_pos, k_pos=store.pos, plan=plan)  # [B, Hq, S]
+        n = torch.tensor(cut.n, device=k.device)[:, None, None]
+        in_window = cut.rank >= n - self.window  # [B, H, S]
+        outside = (in_window | (cut.rank < 0)).repeat_interleave(votes.shape[1] // H, dim=1)  # [B, Hq, S]
+        # neither the window's own votes nor padding may leak into the slots beside them through the pooling
+        votes = self.pool(votes.masked_fill(outside, 0.0 if self.pooling == "avg" else -torch.inf))
+        votes = votes.view(B, H, -1, S).mean(dim=2)  # [B, H, S]
+        return votes.masked_fill(in_window, torch.inf)
+
+    def pool(self, votes: Tensor) -> Tensor:
+        """Votes [B, Hq, S] smoothed over neighbours; ends count as zero (avg) or nothing (max)."""
+        pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
+        return pool(votes, self.kernel, stride=1, padding=self.kernel // 2)

@@ -1,0 +1,388 @@
+"""Puts LayerCaches under a transformers model; the only file that knows attention modules.
+
+The model's attention calls `cache.update`, which returns a handle instead of tensors; the handle travels through the
+model to the attention function registered here, which lets the layer's cache take in the step and answer it. A stock
+attention function that meets the handle fails loudly.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kernels import Rules
+from methods.core.contract import LayerCache, Method, ModelSpec, Rope, Stage, Step
+from methods.core.errors import UserError
+from runners.meter import Meter, Report
+
+NAME = "kvfrontier"
+
+
+@dataclass
+class Handle:
+    """New keys and values on their way through the model; deliberately not a tensor."""
+
+    layer: KVLayer
+    k: Tensor
+    v: Tensor
+
+
+class KVLayer(CacheLayerMixin):
+    """One layer of a KVCache, as transformers sees it."""
+
+    is_sliding = False
+
+    def __init__(self, cache: KVCache, index: int, inner: LayerCache):
+        super().__init__()
+        self.cache, self.index, self.inner = cache, index, inner
+        self.seen = 0  # columns of the batch, padding included
+        self.extras: dict[str, Tensor] = {}  # hidden, cos, sin of the current step
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the stores see their first tensors in `take`."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Handle, None]:
+        self.seen += key_states.shape[-2]
+        return Handle(self, key_states, value_states), None
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, not slots stored: positions never come from a stored length."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.inner.reorder(beam_idx)
+
+    def attend(self, handle: Handle, q: Tensor, mask: Tensor | None, rules: Rules) -> Tensor:
+        """Output [B, Hq, T, Dv] of the step: take in, attend, settle, and let the meter look."""
+        cache = self.cache
+        here = cache.standing(self, q, mask)
+        step = Step(
+            layer=self.index, n_layers=len(cache.layers), stage=here.stage, q=q, k=handle.k, v=handle.v, pos=here.pos,
+            seen=here.seen, padded=here.padded, samples=cache.samples, rules=rules, rope=cache.spec.ropes[self.index],
+            **self.extras,
+        )  # fmt: skip
+        self.extras = {}
+        self.inner.take(step)
+        cache.meter.after_take(step)
+        out = self.inner.attend(step)
+        self.inner.settle(step)
+        cache.meter.after_settle(step)
+        return out
+
+
+@dataclass
+class Standing:
+    """Where one forward pass stands, the same for all its layers."""
+
+    total: int  # columns seen, this pass included
+    stage: Stage
+    pos: Tensor  # [B, T]
+    seen: Tensor  # [B], tokens per row before this pass
+    padded: bool
+
+
+class KVCache(Cache):
+    """A transformers Cache whose layers belong to a method; made by `Method.cache_for`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        prompt_len: int | None = None,
+        samples: Sequence[int] | None = None,
+    ):
+        self.spec = bind(model)
+        prepared = model.__dict__.setdefault("_kvfrontier_prepared", [])
+        if not any(method is other for other in prepared):
+            method.prepare(model)
+            prepared.append(method)
+        self.method, self.prompt_len = method, prompt_len
+        self._samples = samples
+        self._here: Standing | None = None
+        self._counts: Tensor | None = None  # [B], tokens per row so far
+        inner = method.caches(self.spec, prompt_len)
+        super().__init__(layers=[KVLayer(self, i, layer) for i, layer in enumerate(inner)])
+        self.meter = Meter(inner)
+
+    @property
+    def samples(self) -> Tensor:
+        assert self._here is not None
+        if not isinstance(self._samples, Tensor):
+            B, device = self._here.pos.shape[0], self._here.pos.device
+            numbers = list(self._samples) if self._samples is not None else list(range(B))
+            if len(numbers) != B:
+                raise UserError(f"samples: {len(numbers)} numbers for a batch of {B} rows; give one per row")
+            self._samples = torch.tensor(numbers, device=device)
+        return self._samples
+
+    def standing(self, layer: KVLayer, q: Tensor, mask: Tensor | None) -> Standing:
+        """The pass that `layer` is in; worked out by the first layer that meets it."""
+        if self._here is None or layer.seen > self._here.total:
+            self._here = self._stand(layer.seen, q, mask)
+        return self._here
+
+    def _stand(self, total: int, q: Tensor, mask: Tensor | None) -> Standing:
+        B, _, T, _ = q.shape
+        before = total - T
+        if self.prompt_len is None:
+            self.prompt_len = total
+        if before < self.prompt_len:
+            stage = Stage.MID_PROMPT if total < self.prompt_len else Stage.ENDS_PROMPT
+        else:
+            stage = Stage.DECODE if T == 1 else Stage.TURN
+        if self._counts is None:
+            self._counts = torch.zeros(B, dtype=torch.int32, device=q.device)
+        seen = self._counts
+        real = None
+        # a decoded token is never padding, so that no device is waited for
+        if mask is not None and stage is not Stage.DECODE:
+            real = mask[:, total - T : total].bool()
+            real = None if bool(real.all()) else real
+        if real is None:
+            pos = seen[:, None] + torch.arange(T, dtype=torch.int32, device=q.device)
+            self._counts = seen + T
+        else:
+            running = real.cumsum(-1, dtype=torch.int32)
+            pos = torch.where(real, seen[:, None] + running - 1, -1)
+            self._counts = seen + running[:, -1]
+        return Standing(total, stage, pos, seen, real is not None)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self._counts is not None:
+            self._counts = self._counts[beam_idx]
+        if isinstance(self._samples, Tensor):
+            self._samples = self._samples[beam_idx]
+
+    def report(self) -> Report:
+        """Bytes held, read and spent so far; see runners/meter.py."""
+        return self.meter.report()
+
+    def check_budget(self) -> None:
+        """Raises BudgetMiss when the prompt's end left more than the budget and its documented overhead."""
+        self.meter.check_budget(self.method.name)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    if not isinstance(key, Handle):
+        raise RuntimeError(
+            f"{type(module).__name__} is bound to kvfrontier and needs past_key_values=method.cache_for(model); "
+            "for the stock attention use runners.bind.unbound(model)"
+        )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = key.layer.attend(key, query, attention_mask, Rules(scale, softcap, sliding_window))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The 2-D padding mask over all tokens seen; causality is the layers' own business."""
+    return attention_mask
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+def bind(model: PreTrainedModel) -> ModelSpec:
+    """Let `model` run on our caches; the second call does nothing. Returns what methods may know of it.
+
+    Raises UserError with the architecture's name when its attention cannot be reached.
+    """
+    if NAME not in model.__dict__.setdefault("_kvfrontier", {}):
+        config = model.config.get_text_config(decoder=True)
+        modules = _attention_modules(model)
+        if len(modules) != config.num_hidden_layers:
+            raise UserError(f"model: {config.model_type} cannot be bound, {len(modules)} of its "
+                            f"{config.num_hidden_layers} layers have an attention that is known")  # fmt: skip
+        adapter = _ADAPTERS.get(config.model_type)
+        if adapter is None and type(modules[0]).__name__ in _OWN_FORWARD:
+            raise UserError(f"model: {config.model_type} cannot be bound, it does not use the attention interface; "
+                            f"an adapter exists for {', '.join(_ADAPTERS)}")  # fmt: skip
+        state: dict[str, Any] = {"stock": config._attn_implementation, "modules": modules, "adapter": adapter}
+        for module in modules:
+            module.register_forward_pre_hook(_extras, with_kwargs=True)
+        state[NAME] = _spec(model, config, modules)
+        model.__dict__["_kvfrontier"] = state
+        try:
+            _switch_on(model)
+        except (ValueError, KeyError) as error:
+            del model.__dict__["_kvfrontier"]
+            raise UserError(f"model: {config.model_type} cannot be bound: {error}") from error
+    return model.__dict__["_kvfrontier"][NAME]
+
+
+@contextmanager
+def unbound(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The model with its own attention inside the block, bound again after it if it was bound before."""
+    state = model.__dict__.get("_kvfrontier")
+    if not state:
+        yield model
+        return
+    if state["adapter"] is None:
+        model.set_attn_implementation(state["stock"])
+    else:
+        model.config._attn_implementation_internal = state["stock"]
+        for module in state["modules"]:
+            del module.__dict__[state["adapter"][0]]
+    try:
+        yield model
+    finally:
+        _switch_on(model)
+
+
+def _switch_on(model: PreTrainedModel) -> None:
+    state = model.__dict__["_kvfrontier"]
+    if state["adapter"] is None:
+        model.set_attn_implementation(NAME)
+        config = model.config.get_text_config(decoder=True)
+        if config._attn_implementation != NAME:
+            raise ValueError("it does not take an attention implementation")
+    else:
+        name, function = state["adapter"]
+        for module in state["modules"]:
+            setattr(module, name, types.MethodType(function, module))
+        model.config._attn_implementation_internal = NAME  # so that the model asks for our mask
+
+
+def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    found = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
+    return sorted(found, key=lambda m: m.layer_idx)
+
+
+def _extras(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before an attention block: leave what the cache's method asked for with its layer."""
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    if not isinstance(cache, KVCache) or not cache.method.needs:
+        return
+    layer = cache.layers[module.layer_idx]
+    if "hidden" in cache.method.needs:
+        layer.extras["hidden"] = args[0] if args else kwargs["hidden_states"]
+    rope = cache.spec.ropes[layer.index]
+    if "rope" not in cache.method.needs:
+        return
+    if (pair := kwargs.get("position_embeddings")) is not None:
+        cos, sin = (x[..., : x.shape[-1] // 2] for x in pair)
+        layer.extras["cos"], layer.extras["sin"] = cos, sin
+    elif rope is not None:
+        angle = kwargs["position_ids"][..., None].float() * rope.inv_freq.to(model_device(module))
+        layer.extras["cos"], layer.extras["sin"] = angle.cos(), angle.sin()
+
+
+def model_device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _spec(model: PreTrainedModel, config: Any, modules: list[nn.Module]) -> ModelSpec:
+    n_heads = config.num_attention_heads
+    first = next(model.parameters())
+    return ModelSpec(
+        name=config.name_or_path or config.model_type,
+        n_layers=len(modules),
+        n_heads=n_heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or n_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
+        max_positions=getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", 0),
+        dtype=first.dtype,
+        device=first.device,
+        ropes=_ropes(model, config, modules),
+        alibi=config.model_type == "mpt",
+    )
+
+
+def _ropes(model: PreTrainedModel, config: Any, modules: list[nn.Module]) -> list[Rope | None]:
+    """Rotary frequencies per layer; None without RoPE, or where they change with the length."""
+    if config.model_type == "gptj":
+        width = config.rotary_dim or config.hidden_size // config.num_attention_heads
+        freq = 1.0 / 10000 ** (torch.arange(0, width, 2).float() / width)
+        return [Rope(freq, interleaved=True)] * len(modules)
+    rotary = next((m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
+    if rotary is None:
+        return [None] * len(modules)
+    types_ = getattr(config, "layer_types", None) or [""] * len(modules)
+    ropes: list[Rope | None] = []
+    for kind in types_:
+        freq = getattr(rotary, f"{kind}_inv_freq", None)
+        freq = getattr(rotary, "inv_freq", None) if freq is None else freq
+        rope_type = getattr(rotary, "rope_type", "default")
+        rope_type = rope_type.get(kind, "default") if isinstance(rope_type, dict) else rope_type
+        changing = rope_type in ("dynamic", "longrope")
+        ropes.append(None if freq is None or changing else Rope(freq))
+    return ropes
+
+
+def _gptj_attn(self: Any, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None = None) -> Any:
+    return key.layer.attend(key, query, attention_mask, Rules(1 / float(self.scale_attn))), None
+
+
+def _mpt_forward(
+    self: Any,
+    hidden_states: Tensor,
+    position_bias: Tensor,
+    past_key_values: KVCache | None = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    B, T = hidden_states.shape[:2]
+    qkv = self.Wqkv(hidden_states)
+    if self.clip_qkv:
+        qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
+    q, k, v = (x.view(B, T, self.n_heads, self.head_dim).transpose(1, 2) for x in qkv.chunk(3, dim=2))
+    handle, _ = past_key_values.update(k, v, self.layer_idx)
+    slopes = -position_bias[:, 0, -2].float()  # the bias one token back
+    out = handle.layer.attend(handle, q, attention_mask, Rules(self.softmax_scale, slopes=slopes))
+    return self.out_proj(out.transpose(1, 2).reshape(B, T, -1)), None
+
+
+def _falcon_forward(
+    self: Any,
+    hidden_states: Tensor,
+    alibi: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+    layer_past: KVCache | None = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+
+    if alibi is not None:
+        raise UserError("model: falcon with config.alibi=true cannot be bound; falcon with rotary positions can")
+    B, T = hidden_states.shape[:2]
+    q, k, v = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
+    q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+    handle, _ = layer_past.update(k, v, self.layer_idx)
+    out = handle.layer.attend(handle, q, attention_mask, Rules(1 / math.sqrt(self.head_dim)))
+    return self.dense(out.transpose(1, 2).reshape(B, T, -1)), None
+
+
+#: models that do not use the attention interface: which method of the attention module to replace, and by what
+_ADAPTERS = {"gptj": ("_attn", _gptj_attn), "mpt": ("forward", _mpt_forward), "falcon": ("forward", _falcon_forward)}
+#: attention classes known to compute attention themselves, for which there is no adapter
+_OWN_FORWARD = {"BloomAttention", "GPTNeoSelfAttention", "CodeGenAttention"}

@@ -255,8 +255,10 @@ class LongBench(Task):
 
     @cached_property
     def _digest(self) -> str:
-        """SHA-256 over the names and contents of the chosen files."""
+        """SHA-256 over the names and contents of the chosen files, and of the split's own settings."""
         digest = hashlib.sha256()
+        if self._own_prompts and self._folder:
+            digest.update((self._folder / "subsets.yaml").read_bytes())
         for name, (_, raw) in self._files.items():
             digest.update(f"{name}\0{len(raw)}\0".encode() + raw)
         return digest.hexdigest()

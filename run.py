@@ -1,0 +1,146 @@
+"""Compose the configuration, check it, and hand it to its runner.
+
+    python run.py method=nacl budget=0.5 task=longbench
+    python run.py -m method=full,nacl,snapkv budget=0.1,0.25,0.5 task=longbench
+
+Exit codes: 0 done; 1 some samples failed or a budget was missed; 2 something the user gave cannot work; 130 Ctrl-C.
+"""
+
+import difflib
+import os
+import re
+import sys
+import traceback
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from methods.core.budget import check_budget
+from methods.core.errors import UserError
+
+PROTOCOLS = ("aware", "agnostic")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+RESUME = ("auto", "force")
+INTERRUPTED = 130
+
+# Hydra's words for a name that no file of a group has
+UNKNOWN_CHOICE = re.compile(r"Could not find '([\w/]+)/([^']*)'\s+Available options in '[^']*':\s*(.*?)(\n\S|$)", re.S)
+
+
+class Failed(Exception):
+    """A cell of a sweep did not end well, and has said so. Hydra goes on with the others before it passes this on."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises UserError for a value that cannot work, before anything heavy is imported."""
+    for group in ("model", "method", "task", "runner"):
+        if not cfg.get(group):
+            raise UserError(f"{group}: nothing is chosen; give {group}=NAME")
+    check_budget(cfg.budget)
+    for key, allowed in (("protocol", PROTOCOLS), ("dtype", DTYPES), ("resume", RESUME)):
+        if cfg[key] not in allowed:
+            raise UserError(f"{key}={cfg[key]}: give one of {', '.join(allowed)}")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(cfg.device)):
+        raise UserError(f"device={cfg.device}: give auto, cpu, cuda, or one of several such as cuda:1")
+    for key, least in (("batch_size", 1), ("seed", 0), ("chunk", 1)):
+        value = cfg[key]
+        if key == "chunk" and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"{key}={value}: give a whole number, {least} or more")
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def job(cfg: DictConfig) -> None:
+    """One cell. Leaves with the exit code unless it is 0; in a sweep with Failed, so that the other cells still run."""
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweeping:
+        print(f"\n{' '.join(HydraConfig.get().overrides.task)}", flush=True)
+    try:
+        check(cfg)
+        code = hydra.utils.instantiate(cfg.runner).run(cfg)
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        report(error)
+        code = 2
+    if code and sweeping and code != INTERRUPTED:
+        raise Failed(code)
+    if code:
+        raise SystemExit(code)
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    # Hydra passes errors on instead of printing them in its own way; `report` asks for the user's own setting
+    os.environ.setdefault("KVFRONTIER_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR", "0"))
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        job()
+    except Failed as failed:
+        return failed.code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        report(error)
+        return 2
+    except OSError as error:
+        # Hydra makes the sweep's folder before any of our code runs
+        if ".hydra-runs" not in str(error.filename):
+            raise
+        report(UserError(f"results={os.path.dirname(error.filename)}: cannot be written ({error.strerror})"))
+        return 2
+    return 0
+
+
+def report(error: Exception) -> None:
+    """Print one line about an error that the user can mend, and its traceback if HYDRA_FULL_ERROR=1 asks for it."""
+    if os.environ.get("KVFRONTIER_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+
+
+def explain(error: Exception) -> str:
+    """What was given, under the name it was typed, and what would work, in one line."""
+    cause = error
+    while isinstance(cause, InstantiationException) and isinstance(cause.__cause__, Exception):
+        cause = cause.__cause__
+    if isinstance(cause, UserError):
+        return str(cause)
+    text = str(cause)
+    if found := re.search(
+        r"Could not find '([\w/]+)/([^']*)'\s+Available options in '[^']*':\s*(.*?)(\n\S|$)", text, re.S
+    ):
+        group, name, options = found[1], found[2], found[3].split()
+        close = difflib.get_close_matches(name, options, 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{group}={name}: unknown; {hint}{group} is one of {', '.join(options)}"
+    if found := re.search(r"Could not override '([^']*)'", text):
+        return f"{found[1]}: no such setting{_nearby(cause, found[1])}"
+    if found := re.search(r"Ambiguous value for argument '([^']*)'", text):
+        return f"{found[1]}: several values need -m in front of them, and a list is written [a,b]"
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _nearby(error: BaseException, key: str) -> str:
+    """Settings with a similar name beside the one that does not exist, as the end of a sentence."""
+    parent = getattr(error.__cause__, "parent_node", None)
+    if not isinstance(parent, DictConfig):
+        return ""
+    names = [str(name) for name in parent if name not in ("hydra", "_target_")]
+    *above, last = key.split(".")
+    close = difflib.get_close_matches(last, names, 1)
+    if close:
+        return f"; did you mean {'.'.join([*above, close[0]])}?"
+    return f"; {'.'.join(above)} has {', '.join(names)}" if above else f"; there are {', '.join(names)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

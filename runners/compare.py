@@ -1,0 +1,79 @@
+"""A method against the full cache on the same samples: the result rows and paired bootstrap intervals."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tasks.base import Example, Row, Task
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One row of the result table: the method's row, the full cache's, and the 95 % interval of their difference.
+
+    interval: points of score, lower and upper; None for fewer than two samples.
+    """
+
+    row: Row
+    full: Row
+    interval: tuple[float, float] | None
+
+    @property
+    def difference(self) -> float | None:
+        if self.row.score is None or self.full.score is None:
+            return None
+        return round(self.row.score - self.full.score, 2)
+
+
+def compare(
+    task: Task,
+    samples: Sequence[tuple[Example, float, float]],
+    resamples: int,
+    seed: int,
+) -> list[Compared]:
+    """The task's result rows for samples (example, the method's score, the full cache's score).
+
+    Samples are drawn with replacement inside each subset, in pairs, and averaged as the task averages; the interval is
+    the plain percentile one. The same samples give the same intervals.
+    """
+    rows = task.summarize([(example, score) for example, score, _ in samples])
+    full = {row.name: row for row in task.summarize([(example, score) for example, _, score in samples])}
+    members: dict[str, list[tuple[Example, float]]] = {}
+    for example, score, reference in samples:
+        for name in task.groups(example):
+            members.setdefault(name, []).append((example, score - reference))
+    return [
+        Compared(row, full[row.name], _interval(task, row.name, members.get(row.name, []), resamples, seed))
+        for row in rows
+    ]
+
+
+def _interval(
+    task: Task, name: str, members: Sequence[tuple[Example, float]], resamples: int, seed: int
+) -> tuple[float, float] | None:
+    if len(members) < 2:
+        return None
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    subsets: dict[str, tuple[Example, list[float]]] = {}
+    for example, difference in members:
+        subsets.setdefault(example.tags["subset"], (example, []))[1].append(difference)
+    means = []
+    for _, differences in subsets.values():
+        drawn = rng.integers(len(differences), size=(resamples, len(differences)))
+        means.append(np.asarray(differences)[drawn].mean(axis=1))  # [resamples]
+    if len(means) == 1:
+        low, high = np.percentile(100 * means[0], [2.5, 97.5])
+        return float(low), float(high)
+    # every row is a mean of subset means, so one sample per subset that carries the drawn mean gives the row's own
+    stand_ins = [example for example, _ in subsets.values()]
+    values = [
+        _score_of(name, task.summarize(list(zip(stand_ins, drawn)))) for drawn in np.stack(means, axis=1).tolist()
+    ]
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _score_of(name: str, rows: Sequence[Row]) -> float:
+    return next(row.score or 0.0 for row in rows if row.name == name)

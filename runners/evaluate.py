@@ -1,0 +1,345 @@
+"""Answer a task's samples with a method and with the full cache, score both, record every sample, print the table."""
+
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel
+
+from methods import build_method, load_method
+from methods.core.contract import Method
+from methods.core.errors import BudgetMiss, UserError
+from runners import show
+from runners.compare import compare
+from runners.generate import Prompt, Timings, generate
+from runners.load import Checkpoint, find, load_model, load_tokenizer, pick_device, pick_dtype
+from runners.prompt import Encoder
+from runners.record import Record, Writer, check_writable
+from runners.revision import code_revision
+from tasks.base import Example, Task
+
+# failed samples that are named on screen; the record has them all
+SHOWN_FAILURES = 3
+
+
+@dataclass
+class Evaluate:
+    """The runner behind `python run.py`: one cell and, for comparison, the full cache on the same samples.
+
+    resamples: bootstrap resamples behind the intervals.
+    """
+
+    resamples: int = 2000
+
+    def run(self, cfg: DictConfig) -> int:
+        """The exit code: 0, 1 if a sample failed or the budget was missed, 130 after Ctrl-C.
+
+        Raises UserError for what the user gave and cannot work; finished samples are kept in every case.
+        """
+        results = Path(cfg.results).expanduser()
+        check_writable(results)
+        task: Task = instantiate(cfg.task)
+        show.say(task.source())
+        run = Run(cfg, task, results)
+        try:
+            return self._cells(run)
+        except KeyboardInterrupt:
+            done = len(run.finished(run.cell)) if run.cell.method is not run.full.method else 0
+            kept = f"{len(run.finished(run.full))} samples of the full cache"
+            if run.cell.method is not run.full.method:
+                kept += f" and {done} of {run.cell.name}"
+            show.note(f"stopped; {kept} are kept in {results}, the same command goes on from there")
+            return 130
+
+    def _cells(self, run: "Run") -> int:
+        for cell in run.cells:
+            try:
+                run.complete(cell)
+            except BudgetMiss as miss:
+                show.note(f"failed: budget={run.cfg.budget} is missed: {miss}")
+                return 1
+        return self._report(run)
+
+    def _report(self, run: "Run") -> int:
+        ours, full = run.finished(run.cell), run.finished(run.full)
+        both = [example for example in run.examples if example.id in ours and example.id in full]
+        label = "" if run.cell is run.full else run.cell.name
+        if both:
+            scored = [(example, ours[example.id]["score"], full[example.id]["score"]) for example in both]
+            rows = compare(run.task, scored, self.resamples, seed=0)
+            show.draw(show.scores(rows, label))
+            pairs = [(ours[example.id], full[example.id]) for example in both]
+            show.draw(show.costs(cost_rows(pairs), label))
+            cut = sum(row["cut"] for row, _ in pairs)
+            how = f"protocol={run.cfg.protocol}, dtype={run.dtype_name}, device={run.device.type}"
+            show.say(f"{how}; {cut} of {len(both)} samples cut in the middle")
+            if run.cell.method.simulated:
+                show.say(f"{run.cell.name} only simulates its saving: bytes and speeds are not those of a real one")
+        show.say(f"record: {run.cell.record.folder}")
+        return self._failures(run)
+
+    def _failures(self, run: "Run") -> int:
+        code = 0
+        for cell in run.cells:
+            failed = {id: row["error"] for id, row in run.rows(cell).items() if "error" in row}
+            if not failed:
+                continue
+            named = "; ".join(f"{id} ({error})" for id, error in list(failed.items())[:SHOWN_FAILURES])
+            more = f"; {len(failed) - SHOWN_FAILURES} more in the record" if len(failed) > SHOWN_FAILURES else ""
+            show.note(
+                f"failed: {len(failed)} of {len(run.examples)} samples with {cell.name}: {named}{more}; "
+                "the same command tries them again"
+            )
+            code = 1
+        return code
+
+
+@dataclass
+class Cell:
+    """A method and its record."""
+
+    name: str
+    method: Method
+    record: Record
+    conditions: dict[str, Any]
+
+
+class Run:
+    """Everything one call works with, each part made when it is first needed."""
+
+    def __init__(self, cfg: DictConfig, task: Task, results: Path):
+        self.cfg, self.task, self.results = cfg, task, results
+        self.examples = task.examples()
+        self.checkpoint = find(str(cfg.model.path), str(cfg.model.revision))
+        self.device = pick_device(str(cfg.device))
+        self.dtype = pick_dtype(str(cfg.dtype), self.checkpoint, self.device)
+        self.full = self._cell("full", load_method("full"), 1)
+        name = HydraConfig.get().runtime.choices["method"]
+        self.cell = self.full
+        if name != "full":
+            method = build_method(name, _plain(cfg.method))
+            self.cell = self._cell(name, method, method.budget)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The full cache first: the others are compared with it."""
+        return [self.full] if self.cell is self.full else [self.full, self.cell]
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        tokenizer = load_tokenizer(self.checkpoint)
+        ends = self.checkpoint.ends | ({tokenizer.eos_token_id} - {None})
+        model = self.cfg.model
+        return Encoder(
+            tokenizer,
+            ends=sorted(ends),
+            max_length=self.checkpoint.max_length(model.max_length),
+            window=self.checkpoint.window,
+            chat=bool(model.chat),
+            chat_options=_plain(model.chat_options),
+        )
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        return load_model(self.checkpoint, self.dtype, self.device)
+
+    def rows(self, cell: Cell) -> dict[str, dict[str, Any]]:
+        """What the cell's record has of this call's samples."""
+        rows = cell.record.read()
+        return {example.id: rows[example.id] for example in self.examples if example.id in rows}
+
+    def finished(self, cell: Cell) -> dict[str, dict[str, Any]]:
+        """The samples among them that did not fail."""
+        return {id: row for id, row in self.rows(cell).items() if "error" not in row}
+
+    def complete(self, cell: Cell) -> None:
+        """Compute what the cell's record lacks. Raises BudgetMiss at the first sample that holds too much."""
+
+        def say_waiting() -> None:
+            show.note(f"{cell.name}: another process writes {cell.record.folder}; waiting for it")
+
+        with cell.record.lock(say_waiting):
+            done = self.finished(cell)
+            todo = [example for example in self.examples if example.id not in done]
+            if not todo:
+                return
+            cell.record.check(cell.conditions, force=self.cfg.resume == "force")
+            if done:
+                show.note(f"{cell.name}: {len(done)} of {len(self.examples)} samples are on disk")
+            before = self.rows(cell)
+            with cell.record.begin(cell.conditions) as writer, show.Bar(cell.name, len(todo)) as bar:
+                for example in todo:
+                    if example.error:
+                        self._fail(writer, example, example.error, before)
+                        bar.advance(1)
+                good = [example for example in todo if not example.error]
+                if good:
+                    self._warm_up(cell.method, good[0])
+                for batch in _batches(good, self.cfg.batch_size):
+                    self._answer(cell, writer, batch)
+                    bar.advance(len(batch))
+
+    def _answer(self, cell: Cell, writer: Writer, batch: Sequence[Example]) -> None:
+        """Run one batch and record it; where it fails, its samples are tried one by one."""
+        try:
+            encoded = [self.encoder(example) for example in batch]
+            answers, cache, timings = generate(
+                self.model,
+                cell.method,
+                [one.prompt for one in encoded],
+                protocol=self.cfg.protocol,
+                chunk=self.cfg.chunk,
+                pad_id=self.encoder.tokenizer.pad_token_id or 0,
+            )
+            cache.check_budget()
+        except UserError:
+            raise
+        except BudgetMiss as miss:
+            for example in batch:
+                self._fail(writer, example, str(miss))
+            raise
+        except Exception as error:  # one sample's failure must not cost the others
+            problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            del error  # its traceback holds the tensors of the failed pass
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if len(batch) == 1:
+                self._fail(writer, batch[0], problem)
+                return
+            for example in batch:
+                self._answer(cell, writer, [example])
+            return
+        ledger = cache.report().to_dict()
+        for example, one, answer in zip(batch, encoded, answers):
+            if answer.error:
+                self._fail(writer, example, answer.error)
+                continue
+            prediction = self.encoder.text(answer.ids)
+            writer.append(
+                {
+                    "id": example.id,
+                    "prediction": prediction,
+                    "score": self.task.score(example, prediction),
+                    "stop": answer.stop,
+                    "tokens_in": len(one.prompt.ids),
+                    "tokens_context": one.prompt.n_context,
+                    "tokens_out": len(answer.ids),
+                    "cut": one.cut,
+                    "bos": one.bos,
+                    "batch": len(batch),
+                    "ledger": ledger,
+                    "timings": _seconds(timings),
+                }
+            )
+
+    def _fail(
+        self, writer: Writer, example: Example, problem: str, before: dict[str, dict[str, Any]] | None = None
+    ) -> None:
+        """Record a failure, unless the record already ends with the same one."""
+        if (before or {}).get(example.id, {}).get("error") != problem:
+            writer.append({"id": example.id, "error": problem})
+
+    def _warm_up(self, method: Method, example: Example) -> None:
+        """A few tokens that nobody times: first calls of kernels and allocations are slow."""
+        ids = self.encoder(example).prompt.ids[:32]
+        generate(self.model, method, [Prompt(ids, n_context=len(ids) // 2, max_new_tokens=2)], self.cfg.protocol)
+
+    def _cell(self, name: str, method: Method, budget: float) -> Cell:
+        identity = {
+            "model": {"name": _name(self.checkpoint), "weights": self.checkpoint.weights, **self._prompting()},
+            "method": {"name": name, "config": method.config()},
+            "budget": budget,
+            "task": {"name": self.task.name, "fingerprint": self.task.fingerprint},
+            "protocol": self.cfg.protocol,
+            "seed": method.seed,
+            "dtype": self.dtype_name,
+        }
+        return Cell(name, method, Record(self.results, identity), self._conditions(method))
+
+    def _prompting(self) -> dict[str, Any]:
+        """The settings of the model that decide what its prompts look like."""
+        model = self.cfg.model
+        return {
+            "max_length": self.checkpoint.max_length(model.max_length),
+            "chat": bool(model.chat),
+            "chat_options": _plain(model.chat_options),
+        }
+
+    def _conditions(self, method: Method) -> dict[str, Any]:
+        """What may change a number without being part of what was asked."""
+        modules = [type(method).__module__, *_targets(_plain(self.cfg.method)), type(self.task).__module__]
+        own = ["runners.generate", "runners.prompt", "runners.bind", "runners.meter"]
+        return {
+            **{name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
+            "python": platform.python_version().rpartition(".")[0],
+            "dtype": self.dtype_name,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "code": code_revision([*modules, *own]),
+        }
+
+
+def cost_rows(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[str, str, str]]:
+    """Bytes and speeds of samples (the method's row, the full cache's row): (what, the method's, the full cache's).
+
+    Bytes are means per sample; speeds are medians over samples.
+    """
+    rows = list(zip(*pairs))
+    table = []
+    for what, key in (("KV bytes, end of prompt", "held_prompt"), ("KV bytes, end of generation", "held_end")):
+        means = [fmean(row["ledger"][key] / row["batch"] for row in side) for side in rows]
+        whole = fmean(row["ledger"][_WHOLE[key]] / row["batch"] for row in rows[0])
+        table.append((what, *(f"{show.size(mean)} ({mean / whole:.1%})" for mean in means)))
+    prefill = [median(row["timings"]["n_prompt"] / row["timings"]["prompt"] for row in side) for side in rows]
+    table.append(("prefill, tokens/s", *(f"{rate:,.0f}" for rate in prefill)))
+    decode = [
+        [1000 * row["timings"]["decode"] / row["timings"]["steps"] for row in side if row["timings"]["steps"]]
+        for side in rows
+    ]
+    table.append(("decode, ms/token", *(f"{median(times):.2f}" if times else "-" for times in decode)))
+    return table
+
+
+# the full cache's size that a held size is a share of
+_WHOLE = {"held_prompt": "full_prompt", "held_end": "full"}
+
+
+def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    for at in range(0, len(examples), size):
+        yield examples[at : at + size]
+
+
+def _seconds(timings: Timings) -> dict[str, Any]:
+    """Timings for the record: seconds to the microsecond."""
+    return {key: round(value, 6) if isinstance(value, float) else value for key, value in vars(timings).items()}
+
+
+def _targets(node: Any) -> list[str]:
+    """Every `_target_` in a configuration, at any depth."""
+    if not isinstance(node, dict):
+        return []
+    own = [node["_target_"]] if "_target_" in node else []
+    return own + [target for value in node.values() for target in _targets(value)]
+
+
+def _plain(node: Any) -> Any:
+    """A configuration node as plain containers."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    """The checkpoint's folder or repository, without what stands above it."""
+    return os.path.basename(os.path.normpath(checkpoint.path if checkpoint.commit else checkpoint.folder))

@@ -1,0 +1,216 @@
+"""Finding a checkpoint in a folder or on the hub, and loading its model and tokenizer: safetensors, no foreign code."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from methods.core.errors import UserError
+from tasks.sources import unreachable
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ROOT = Path(__file__).resolve().parent.parent
+# what a checkpoint needs; some repositories hold their weights twice
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+TWICE = ["original/*", "consolidated*", "onnx/*"]
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# LongBench leaves about this many tokens of a model's window to the template and the answer
+MARGIN = 500
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine.
+
+    path: as typed. folder: where it lies. commit: of the hub's repository, None for a folder.
+    """
+
+    path: str
+    folder: Path
+    commit: str | None = None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json; of a model of several parts, its text part laid over the rest."""
+        config = json.loads((self.folder / "config.json").read_text())
+        return {**config, **config.get("text_config", {})}
+
+    @property
+    def window(self) -> int | None:
+        """Positions that the model has; None if its configuration names none."""
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            if self.config.get(key):
+                return int(self.config[key])
+        return None
+
+    def max_length(self, asked: int | None) -> int | None:
+        """Tokens of prompt: as asked, or by LongBench's rule; a small window gives up no more than half."""
+        if asked is not None or self.window is None:
+            return asked
+        return self.window - min(MARGIN, self.window // 2)
+
+    @cached_property
+    def weights(self) -> str:
+        """The hub's commit, or a hash of the weights and of the tokenizer."""
+        if self.commit:
+            return self.commit
+        total = hashlib.sha256()
+        for path in sorted([*self.folder.glob("*.safetensors"), self.folder / "config.json", *_tokenizer(self.folder)]):
+            with path.open("rb") as file:
+                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        return f"sha256:{total.hexdigest()[:16]}"
+
+    @property
+    def ends(self) -> set[int]:
+        """Token ids that end an answer, by the checkpoint's generation defaults and its configuration."""
+        ends: set[int] = set()
+        for name in ("generation_config.json", "config.json"):
+            path = self.folder / name
+            end = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+            ends.update([end] if isinstance(end, int) else end or [])
+        return ends
+
+
+def find(path: str, revision: str = "main") -> Checkpoint:
+    """The checkpoint in a folder, or the hub's repository of that name, downloaded if need be.
+
+    A relative folder is looked for here, then beside run.py. Raises UserError if it is nowhere or incomplete; an
+    unreachable hub is noticed within seconds.
+    """
+    for folder in (Path(path).expanduser(), ROOT / path):
+        if folder.is_dir():
+            _check(path, folder)
+            return Checkpoint(path, folder.resolve())
+    if Path(path).expanduser().exists():
+        raise UserError(f"model.path={path}: is a file; give the folder that holds config.json and model.safetensors")
+    # owner/name, unless that owner is a folder here: then the name was mistyped
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or any((at / path).parent.is_dir() for at in (Path(), ROOT)):
+        raise UserError(
+            f"model.path={path}: no such folder; give a folder that holds config.json and model.safetensors, "
+            "or an id of the Hugging Face hub such as model.path=Qwen/Qwen2.5-0.5B-Instruct"
+        )
+    return _from_hub(path, revision)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> "PreTrainedTokenizerBase":
+    """Raises UserError if the files are broken."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each tokenizer class fails in its own way
+        raise UserError(
+            f"model.path={checkpoint.path}: the tokenizer cannot be loaded: {_first_line(error)}"
+        ) from error
+
+
+def load_model(checkpoint: Checkpoint, dtype: "torch.dtype", device: "torch.device") -> "PreTrainedModel":
+    """The model in evaluation mode. Raises UserError if files are broken, weights are missing, or it needs own code."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # safetensors, JSON and transformers fail each in its own way
+        raise UserError(f"model.path={checkpoint.path}: cannot be loaded: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise UserError(
+            f"model.path={checkpoint.path}: the weights lack {len(names)} tensors of the model, such as {names[0]}"
+        )
+    return model.to(device).eval()
+
+
+def pick_device(device: str) -> "torch.device":
+    """`device` as typed, or CUDA if there is one. Raises UserError if it does not exist."""
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices; try device=cpu")
+    return chosen
+
+
+def pick_dtype(dtype: str, checkpoint: Checkpoint, device: "torch.device") -> "torch.dtype":
+    """`dtype` as typed; for auto float32 on a CPU and the checkpoint's own elsewhere."""
+    import torch
+
+    if dtype == "auto":
+        own = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+        dtype = "float32" if device.type == "cpu" else own
+    return getattr(torch, dtype)
+
+
+def _check(path: str, folder: Path) -> None:
+    """Raises UserError unless the folder holds what a checkpoint needs."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path={path}: no config.json in {folder}; give the folder of a transformers checkpoint")
+    if not any(folder.glob("*.safetensors")):
+        other = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern)]
+        hint = (
+            f"{other[0]} is not read, because only safetensors are; save the model again with save_pretrained"
+            if other
+            else "save_pretrained writes model.safetensors there"
+        )
+        raise UserError(f"model.path={path}: no weights (*.safetensors) in {folder}; {hint}")
+    if not _tokenizer(folder):
+        raise UserError(
+            f"model.path={path}: no tokenizer ({TOKENIZERS[0]}) in {folder}; "
+            "tokenizer.save_pretrained of the model's own tokenizer writes it there"
+        )
+
+
+def _tokenizer(folder: Path) -> list[Path]:
+    return [folder / name for name in TOKENIZERS if (folder / name).is_file()]
+
+
+def _from_hub(repo: str, revision: str) -> Checkpoint:
+    """The repository's files in the hub's cache; its folder is named by the commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    # the hub's own client would try for half a minute before it gives up
+    trouble = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else unreachable(ENDPOINT)
+    try:
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=FILES, ignore_patterns=TWICE, local_files_only=bool(trouble)
+        )
+    except GatedRepoError as error:
+        raise UserError(
+            f"model.path={repo}: its owners ask for registration; accept the terms at huggingface.co/{repo}, "
+            "then set HF_TOKEN to an access token"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"model.path={repo}: no folder here and no public model of that name on the hub") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"model.revision={revision}: {repo} has no such branch, tag or commit") from error
+    except OSError as error:
+        raise UserError(
+            f"model.path={repo}: not on this machine, and {ENDPOINT} cannot be used ({trouble or _first_line(error)}); "
+            "offline, model.path=DIR takes a checkpoint's folder, and one that was downloaded before loads as it is, "
+            "at once with HF_HUB_OFFLINE=1"
+        ) from error
+    _check(repo, Path(folder))
+    return Checkpoint(repo, Path(folder), commit=Path(folder).name)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

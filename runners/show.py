@@ -1,0 +1,139 @@
+"""What a run prints: progress while it works, the result table when it is done. Pure display."""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Self
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from runners.compare import Compared
+
+# seconds between two lines of progress where there is no terminal to draw a bar on
+PLAIN_EVERY = 15.0
+
+
+def say(text: str) -> None:
+    """One line of result, on standard output."""
+    print(text, flush=True)
+
+
+def note(text: str) -> None:
+    """One line about the run itself, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """Progress over samples, with the time left; a line now and then where standard error is no terminal."""
+
+    def __init__(self, label: str, total: int):
+        self.label, self.total, self.done = label, total, 0
+        self.began = self.shown = time.monotonic()
+        console = Console(stderr=True)
+        self.bar: Progress | None = None
+        if console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("samples"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self.task = self.bar.add_task(label, total=total)
+
+    def __enter__(self) -> Self:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self, samples: int) -> None:
+        """So many more samples are done."""
+        self.done += samples
+        if self.bar:
+            self.bar.advance(self.task, samples)
+            return
+        now = time.monotonic()
+        if now - self.shown >= PLAIN_EVERY or self.done == self.total:
+            self.shown = now
+            spent = now - self.began
+            left = spent / self.done * (self.total - self.done)
+            note(f"{self.label}: {self.done}/{self.total} samples, {spent:.0f} s, about {left:.0f} s left")
+
+
+def scores(rows: Sequence[Compared], method: str) -> Table:
+    """Scores of the method and of the full cache, and their difference. A method of "" is the full cache alone."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("task", no_wrap=True)
+    table.add_column("n", justify="right")
+    if method:
+        table.add_column(method, justify="right")
+    table.add_column("full", justify="right")
+    if method:
+        table.add_column("difference", justify="right")
+        table.add_column("95 % interval", justify="right")
+    kind = rows[0].row.kind if rows else ""
+    for one in rows:
+        if one.row.kind != kind and {kind, one.row.kind} & {"subset", "category"} and one.row.kind != "bin":
+            if kind != "bin":
+                table.add_section()
+            kind = one.row.kind
+        cells = [one.row.name, str(one.row.n)]
+        if method:
+            cells += [_points(one.row.score), _points(one.full.score), _signed(one.difference), _interval(one.interval)]
+        else:
+            cells += [_points(one.full.score)]
+        table.add_row(*cells)
+    return table
+
+
+def costs(rows: Sequence[tuple[str, str, str]], method: str) -> Table:
+    """Bytes and speeds: (what, the method's, the full cache's)."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("per sample", no_wrap=True)
+    if method:
+        table.add_column(method, justify="right")
+    table.add_column("full", justify="right")
+    for what, ours, full in rows:
+        table.add_row(*([what, ours, full] if method else [what, full]))
+    return table
+
+
+def draw(table: Table) -> None:
+    """Print a table; without a terminal in its natural width, so that nothing is cut off in a file."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)
+
+
+def size(n: float | None) -> str:
+    """Bytes in a readable unit, exact to three digits."""
+    if n is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.3g} {unit}" if n < 1000 else f"{n:.0f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"
+
+
+def _points(score: float | None) -> str:
+    return "-" if score is None else f"{score:.2f}"
+
+
+def _signed(points: float | None) -> str:
+    return "-" if points is None else f"{points:+.2f}"
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"

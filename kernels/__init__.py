@@ -1,8 +1,8 @@
 """Tensor operations under the cache: each op is a folder with its signature, its definition and its fast forms."""
 
-from kernels.attend import Rules, attend, visible
+from kernels.attend import Plan, Rules, attend, visible
 from kernels.mass import attention_probs, mass
 from kernels.noise import gumbel, uniform
 from kernels.select import pages, top
 
-__all__ = ["Rules", "attend", "attention_probs", "gumbel", "mass", "pages", "top", "uniform", "visible"]
+__all__ = ["Plan", "Rules", "attend", "attention_probs", "gumbel", "mass", "pages", "top", "uniform", "visible"]

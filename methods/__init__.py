@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from methods.core.contract import Method
 from methods.core.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from methods.core.contract import Method  # at run time it would import torch before a mistyped key is refused
 
 _YAMLS = Path(__file__).resolve().parent.parent / "conf" / "method"
 
@@ -27,11 +31,12 @@ def load_method(name: str, **knobs: Any) -> Method:
         raise UserError(f"method={name}: no such method; there are {', '.join(method_names())}")
     config = _compose(name)
     for key in knobs:
-        if key not in config and key != "seed":
-            raise UserError(f"method.{key}={knobs[key]}: {name} has no such knob; it has {', '.join(config)}")
-    budget = knobs.get("budget", 0.5)
-    config = OmegaConf.merge({"budget": budget, "seed": knobs.get("seed", 0)}, {"method": config | knobs})
-    return build_method(name, OmegaConf.to_container(config, resolve=True)["method"])
+        if key not in config:
+            raise UserError(f"method.{key}={knobs[key]}: {name} has no such knob; it has {', '.join(map(str, config))}")
+    # what conf/config.yaml holds on the top level for the YAMLs to refer to
+    top = {"budget": knobs.get("budget", 0.5), "seed": knobs.get("seed", 0)}
+    whole = OmegaConf.create({**top, "method": OmegaConf.merge(config, knobs)})
+    return build_method(name, OmegaConf.to_container(whole.method, resolve=True))
 
 
 def build_method(name: str, config: dict[str, Any]) -> Method:
@@ -49,16 +54,10 @@ def build_method(name: str, config: dict[str, Any]) -> Method:
     return method
 
 
-def _compose(name: str) -> dict[str, Any]:
-    """A method's YAML with the YAMLs it starts from, unresolved."""
+def _compose(name: str) -> DictConfig:
+    """A method's YAML over the YAMLs it starts from, unresolved."""
     from omegaconf import OmegaConf
 
-    config = OmegaConf.to_container(OmegaConf.load(_YAMLS / f"{name}.yaml"))
-    merged: dict[str, Any] = {}
-    own_done = False
-    for base in config.pop("defaults", []):
-        if base == "_self_":
-            merged, own_done = OmegaConf.to_container(OmegaConf.merge(merged, config)), True
-        else:
-            merged = OmegaConf.to_container(OmegaConf.merge(merged, _compose(base)))
-    return merged if own_done else OmegaConf.to_container(OmegaConf.merge(merged, config))
+    own = cast("DictConfig", OmegaConf.load(_YAMLS / f"{name}.yaml"))
+    bases = [base for base in own.pop("defaults", []) if base != "_self_"]
+    return cast("DictConfig", OmegaConf.merge(*map(_compose, bases), own))

@@ -23,8 +23,8 @@ from methods.core.errors import UserError
 from methods.core.eviction import Cut, Eviction
 from methods.core.store import Store
 
-#: shares of the budget (protected, by score, by chance) and of the prompt (proxy queries): the paper's Table 4 and text,
-#: and the release's defaults
+#: shares of the budget (protected, by score, by chance) and of the prompt (proxy queries): from the paper's Table 4
+#: and text, and the release's defaults
 PRESETS = {"paper": (0.10, 0.30, 0.60, 0.20), "code": (0.05, 0.60, 0.35, 0.01)}
 MAX_SINKS = 256  # the release's number of first tokens
 

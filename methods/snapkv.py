@@ -56,19 +56,23 @@ class SnapKV(Eviction):
         return max(super().slots(n), self.window + 1)
 
     def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
-        """Votes per slot, [B, H, S]; the window's own slots are +inf."""
-        k, _ = store.read()  # [B, H, S, D]
-        B, H, S, _ = k.shape
-        q, q_pos = cut.q[:, :, -self.window :], cut.q_pos[:, -self.window :]  # [B, Hq, W, D], [B, W]
-        plan = "positions" if store.padded else "tail"
-        votes = mass(q, k, step.rules, q_pos=q_pos, k_pos=store.pos, plan=plan)  # [B, Hq, S]
-        n = torch.tensor(cut.n, device=k.device)[:, None, None]
+        """Pooled votes per slot, [B, H, S]; the window's own slots are +inf."""
+        votes = self.votes(store, step, cut)  # [B, Hq, S]
+        B, H, S = store.pos.shape
+        n = torch.tensor(cut.n, device=votes.device)[:, None, None]
         in_window = cut.rank >= n - self.window  # [B, H, S]
         outside = (in_window | (cut.rank < 0)).repeat_interleave(votes.shape[1] // H, dim=1)  # [B, Hq, S]
         # neither the window's own votes nor padding may leak into the slots beside them through the pooling
         votes = self.pool(votes.masked_fill(outside, 0.0 if self.pooling == "avg" else -torch.inf))
         votes = votes.view(B, H, -1, S).mean(dim=2)  # [B, H, S]
         return votes.masked_fill(in_window, torch.inf)
+
+    def votes(self, store: Store, step: Step, cut: Cut) -> Tensor:
+        """Attention that the window's queries give every slot, [B, Hq, S]."""
+        k, _ = store.read()  # [B, H, S, D]
+        q, q_pos = cut.q[:, :, -self.window :], cut.q_pos[:, -self.window :]  # [B, Hq, W, D], [B, W]
+        plan = "positions" if store.padded else "tail"
+        return mass(q, k, step.rules, q_pos=q_pos, k_pos=store.pos, plan=plan)
 
     def pool(self, votes: Tensor) -> Tensor:
         """Votes [B, Hq, S] smoothed over neighbours; ends count as zero (avg) or nothing (max)."""

@@ -7,18 +7,20 @@ Here:  RoPE and ALiBi see only differences of positions. Numbering the slots 0, 
        newest tokens' positions and moving the sinks forward by the number of dropped tokens: only the sinks' keys are
        rotated again, each time from the original. positions=original leaves them, as common re-implementations do.
        prefill=exact lets the prompt attend in full before the first drop (what benchmarks compare);
-       prefill=streaming gives prompt queries the band they would have seen token by token. budget=1 drops nothing.
+       prefill=streaming shows a prompt query what decoding would: sinks, window and itself. budget=1 drops nothing.
+       A sliding-window layer has lost the sinks before the prompt ends: it keeps its newest slots, as they are.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels import Rules, attend
+from kernels import attend
 from kernels.attend.reference import logits
 from methods.core.contract import LayerCache, ModelSpec, Stage, Step
 from methods.core.errors import UserError
@@ -35,11 +37,13 @@ class StreamingLLM(Eviction):
     sinks: first tokens that always stay.
     positions: "rolled" (the paper's, inside the cache) or "original".
     prefill: "exact" or "streaming".
+    dialogue: make room before a later turn is read, so that the cache never exceeds its size, instead of after it.
     """
 
     sinks: int = 4
     positions: str = "rolled"
     prefill: str = "exact"
+    dialogue: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,9 +73,15 @@ class StreamingLLM(Eviction):
     def slots(self, n: int) -> int:
         return max(super().slots(n), self.sinks + 1)
 
+    def cap(self, n: int) -> int:
+        """Slots per head after a prompt of n tokens; a number of slots also bounds what a shorter prompt grows to."""
+        if self.budget == 1:
+            return sys.maxsize
+        return self.slots(n) if self.budget < 1 else int(self.budget)
+
     def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
         """The newest first, [B, H, S]; sinks are +inf."""
-        return cut.rank.float().masked_fill((cut.rank >= 0) & (cut.rank < self.sinks), torch.inf)
+        return store.pos.float().masked_fill(store.pos < self.sinks, torch.inf)
 
 
 class StreamingCache(EvictionCache):
@@ -82,6 +92,12 @@ class StreamingCache(EvictionCache):
     def __init__(self, method: StreamingLLM, prompt_len: int | None):
         super().__init__(method, prompt_len)
         self.sink_k: Tensor | None = None  # [B, H, sinks, D], as the model rotated them
+        self.held: list[int] = []  # slots per head of each row
+
+    def take(self, step: Step) -> None:
+        if self.method.dialogue and step.stage is Stage.TURN:
+            self._shrink(step, step.q.shape[2])
+        super().take(step)
 
     def attend(self, step: Step) -> Tensor:
         if self.method.prefill == "streaming" and step.stage in (Stage.MID_PROMPT, Stage.ENDS_PROMPT):
@@ -92,16 +108,25 @@ class StreamingCache(EvictionCache):
 
     def settle(self, step: Step) -> None:
         super().settle(step)
-        dropping = self.limit and self.limit != self.prompt
-        if not dropping:
+        method = self.method
+        if step.stage is Stage.MID_PROMPT:
             return
         if step.stage is Stage.ENDS_PROMPT:
-            if self.method.positions == "rolled" and self.method.sinks:
-                self.sink_k = self.store.k[:, :, : self.method.sinks].clone()
-        elif step.stage is Stage.TURN:
-            self._drop(step)
-        elif step.stage is Stage.DECODE:
+            dropped = self.limit != self.prompt
+            self.held = self.limit
+            self.limit = [method.cap(n) for n in self.prompt]
+            if dropped:
+                self._hold_sinks(step)
+            return
+        self.held = [n + step.q.shape[2] for n in self.held]
+        over = [n - limit for n, limit in zip(self.held, self.limit, strict=True)]
+        if all(n == 1 for n in over):
             self._drop_oldest()
+        elif max(over) > 0:
+            self._shrink(step)
+        else:
+            return
+        self._hold_sinks(step)
 
     def tensors(self) -> Iterable[Tensor]:
         yield from super().tensors()
@@ -116,11 +141,25 @@ class StreamingCache(EvictionCache):
         if self.sink_k is not None:
             self.sink_k = self.sink_k[rows]
 
+    def _hold_sinks(self, step: Step) -> None:
+        """After the first drop: remember the sinks' keys as the model rotated them."""
+        if self.sink_k is None and self.method.positions == "rolled" and self.method.sinks and not step.rules.window:
+            self.sink_k = self.store.k[:, :, : self.method.sinks].clone()
+
     def _drop_oldest(self) -> None:
-        """Free the oldest recent slot of every row that is over its limit, [B]."""
+        """Free the oldest recent slot of every head, for the next token to take."""
         store, pos = self.store, self.store.pos
         recent = torch.where(pos >= self.method.sinks, pos, torch.iinfo(pos.dtype).max)
         store.drop(recent.argmin(-1))
+        self.held = self.limit
+
+    def _shrink(self, step: Step, room: int = 0) -> None:
+        """Drop to the limit, less `room` for tokens to come; sinks and one recent token stay."""
+        limit, least = self.limit, self.method.sinks + 1
+        self.limit = [max(n - room, least) for n in limit]
+        self._drop(step)
+        self.held = [min(n, m) for n, m in zip(self.held, self.limit, strict=True)]
+        self.limit = limit
 
     def _attend_rolled(self, step: Step) -> Tensor:
         """Sinks as far behind the newest token as their slots are."""
@@ -140,34 +179,38 @@ class StreamingCache(EvictionCache):
         """Prompt queries over the sinks and the tokens that were still there at their turn."""
         store, method = self.store, self.method
         k, v = store.read()
-        planned = self.prompt_len or len(store)
-        width = method.slots(planned) - method.sinks
-        out = torch.empty_like(step.q[..., : v.shape[-1]])
+        padding = (store.pos[:, 0] < 0).sum(-1)  # [B], all of it stands before the prompt
+        rows = [(self.prompt_len or len(store)) - p for p in padding.tolist()]
+        width = torch.tensor([method.slots(n) - method.sinks for n in rows], device=k.device)
+        if method.budget == 1:
+            width = torch.full_like(width, len(store))
+        out = torch.empty(*step.q.shape[:-1], v.shape[-1], dtype=step.q.dtype, device=k.device)
         for i in range(0, step.q.shape[2], BLOCK):
             q, q_pos = step.q[:, :, i : i + BLOCK], step.pos[:, i : i + BLOCK]
-            out[:, :, i : i + BLOCK] = self._band(step, q, q_pos, k, v, width)
+            out[:, :, i : i + BLOCK] = self._band(step, q, q_pos, k, v, width[:, None])
         return out
 
-    def _band(self, step: Step, q: Tensor, q_pos: Tensor, k: Tensor, v: Tensor, width: int) -> Tensor:
+    def _band(self, step: Step, q: Tensor, q_pos: Tensor, k: Tensor, v: Tensor, width: Tensor) -> Tensor:
+        """One block of queries; width [B, 1]: older recent tokens that each sees."""
         B, Hq, T, _ = q.shape
-        k_pos, s = self.store.pos, self.method.sinks
-        H = k.shape[1]
-        sink = (k_pos >= 0) & (k_pos < s)  # [B, H, S]
-        band = Rules(step.rules.scale, step.rules.softcap, width + 1, step.rules.slopes)
-        far = logits(q, k, band, q_pos, torch.where(sink, -1, k_pos))  # [B, H, G, T, S], sinks unseen
-        n_sink = int(sink[:, 0].sum(-1).max())
-        first = sink[:, 0].to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :n_sink]  # [B, n_sink]
-        at = first[:, None, :, None]
-        near_k = k.gather(2, at.expand(-1, H, -1, k.shape[-1]))
-        near_pos = torch.where(sink, k_pos, -1)[:, :1].gather(2, first[:, None])
-        gap = (q_pos - (s + width)).clamp_min(0) if self.method.positions == "rolled" else torch.zeros_like(q_pos)
-        if step.rules.slopes is None and self.method.positions == "rolled":
-            assert step.rope is not None
-            q = step.rope.rotate(q, -gap[:, None].expand(B, Hq, T))  # closer by what was dropped, seen from the query
-            near = logits(q, near_k, Rules(step.rules.scale, step.rules.softcap), q_pos, near_pos)
-        else:
-            # ALiBi wants positions: the query moves back instead, never before the sinks
-            near = logits(q, near_k, step.rules, q_pos - gap, near_pos)
+        H, pos, s = k.shape[1], self.store.pos, self.method.sinks
+        sink = (pos >= 0) & (pos < s)  # [B, H, S]
+        far = logits(q, k, step.rules, q_pos, torch.where(sink, -1, pos))  # [B, H, G, T, S]
+        gone = q_pos[:, None, :, None] - pos[:, :, None, :] > width[..., None, None]  # [B, H, T, S]
+        far = far.masked_fill(gone[:, :, None], -torch.inf)
+
+        at = sink.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :s, None]  # [B, H, s, 1]
+        sink_k, sink_v = (x.gather(2, at.expand(-1, -1, -1, x.shape[-1])) for x in (k, v))
+        sink_pos = torch.where(sink, pos, -1).gather(2, at[..., 0])
+        if self.method.positions == "rolled":
+            # seen from the query, the sinks come closer by the tokens dropped before its turn
+            gap = (q_pos - s - width).clamp_min(0)  # [B, T]
+            if step.rules.slopes is not None:
+                q_pos = q_pos - gap
+            else:
+                assert step.rope is not None
+                q = step.rope.rotate(q, -gap[:, None].expand(B, Hq, T))
+        near = logits(q, sink_k, step.rules, q_pos, sink_pos)  # [B, H, G, T, s]
+
         p = torch.cat((near, far), dim=-1).softmax(-1).nan_to_num(0.0).to(v.dtype)
-        values = torch.cat((v.gather(2, at.expand(-1, H, -1, v.shape[-1])), v), dim=2)
-        return (p.reshape(B, H, -1, p.shape[-1]) @ values).view(B, Hq, T, -1)
+        return (p.reshape(B, H, -1, p.shape[-1]) @ torch.cat((sink_v, v), dim=2)).view(B, Hq, T, -1)

@@ -308,7 +308,7 @@ def _spec(model: PreTrainedModel, config: Any, modules: list[nn.Module]) -> Mode
         n_heads=n_heads,
         n_kv_heads=getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or n_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
-        max_positions=getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", 0),
+        max_positions=int(getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", 0)),
         dtype=first.dtype,
         device=first.device,
         ropes=_ropes(model, config, modules),
@@ -345,7 +345,7 @@ def _mpt_forward(
     self: Any,
     hidden_states: Tensor,
     position_bias: Tensor,
-    past_key_values: KVCache | None = None,
+    past_key_values: KVCache,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -365,9 +365,9 @@ def _falcon_forward(
     hidden_states: Tensor,
     alibi: Tensor | None,
     attention_mask: Tensor | None,
-    position_ids: Tensor | None = None,
-    layer_past: KVCache | None = None,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    position_ids: Tensor,
+    layer_past: KVCache,
+    position_embeddings: tuple[Tensor, Tensor],
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb

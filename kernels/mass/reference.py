@@ -37,7 +37,7 @@ def mass(q: Tensor, k: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, pl
 
 def _tail_rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Column sums [B, H, G, S] of queries that are the newest T of the S slots."""
-    B, Hq, T, D = q.shape
+    B, _, T, D = q.shape
     H, S = k.shape[1], k.shape[2]
     x = ((q * scale).reshape(B, H, -1, D) @ k.transpose(-1, -2)).view(B, H, -1, T, S).float()
     corner = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)

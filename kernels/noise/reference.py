@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 _LOW = 0xFFFFFFFF
-# multipliers of the 32-bit finaliser "lowbias32" found by exhaustive search (Wellons 2018, Prospecting for Hash Functions)
+# multipliers of the 32-bit finaliser "lowbias32", found by search (Wellons 2018, Prospecting for Hash Functions)
 _M1, _M2 = 0x7FEB352D, 0x846CA68B
 
 

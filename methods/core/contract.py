@@ -218,7 +218,7 @@ class Method:
     ) -> KVCache:
         """A transformers Cache for `model`, one sequence batch long; binds the model on first use.
 
-        prompt_len: padded tokens of the prompt when it comes in several forwards; None: the first forward is the prompt.
+        prompt_len: padded tokens of a prompt that comes in several forwards; None: the first forward is the prompt.
         samples: one number per row, keys of the method's randomness; None: 0, 1, 2, ...
         Raises UserError when the model's architecture cannot be bound.
         """

@@ -127,7 +127,7 @@ class EvictionCache(LayerCache):
     def asked(self, full: int) -> int:
         if not self.limit:
             return full
-        return -(-full * max(self.limit) // max(self.prompt))
+        return min(full, -(-full * max(self.limit) // max(self.prompt)))
 
     def reorder(self, rows: Tensor) -> None:
         self.store.reorder(rows)
@@ -158,12 +158,13 @@ class EvictionCache(LayerCache):
         if all(limit >= m for limit, m in zip(self.limit, n, strict=True)):
             return
         rank = torch.where(real, real.cumsum(-1) - 1, -1)
-        q, q_pos = queries[0] if len(queries) == 1 else _join(queries)
+        q, q_pos = _join(queries or [(step.q, step.pos)])
         scores = method.score(store, step, Cut(q, q_pos, rank, n, self.prompt, self.limit))
-        limit = torch.tensor(self.limit, device=scores.device)
+        limits = [min(limit, m) for limit, m in zip(self.limit, n, strict=True)]
+        limit = torch.tensor(limits, device=scores.device)
         keep = method.allocator.pick(scores.masked_fill(~real, -torch.inf), limit)  # [B, H, S]
         method.before_drop(store, keep)
-        store.keep(keep, max(self.limit), exact=min(self.limit) == max(self.limit))
+        store.keep(keep, max(limits), exact=min(limits) == max(limits))
 
     def _remember(self, step: Step) -> None:
         """Hold the newest queries that the next decision will need."""
@@ -185,5 +186,7 @@ class EvictionCache(LayerCache):
 
 
 def _join(queries: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(queries) == 1:
+        return queries[0]
     q, pos = zip(*queries, strict=True)
     return torch.cat(q, dim=2), torch.cat(pos, dim=1)

@@ -76,9 +76,7 @@ class RaggedStore(Store):
             for name, x in whole.items()
         }
         self.pages["pos"] = torch.where(slots.view(-1, PAGE) >= 0, self.pages["pos"], -1)
-        self.buffers = {
-            name: x.new_empty(B, 1 if name == "pos" else H, 0, *x.shape[3:]) for name, x in whole.items()
-        }
+        self.buffers = {name: x.new_empty(B, 1 if name == "pos" else H, 0, *x.shape[3:]) for name, x in whole.items()}
         self.counts, self.n, self.padded = counts, 0, False
 
     def attend(self, step: Step) -> Tensor:

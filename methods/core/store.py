@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from kernels import attend
+from kernels import Plan, attend
 from kernels.select import compact
 from methods.core.contract import Step
 
@@ -112,7 +112,7 @@ class Store:
         """Output [B, Hq, T, Dv] of the step's queries; the step's own tokens are already stored."""
         T = step.q.shape[2]
         if self.padded or (step.rules.window is not None and T == 1):
-            plan = "positions"
+            plan: Plan = "positions"
         elif T == 1:
             plan = "all"
         else:

@@ -1,0 +1,169 @@
+"""NACL against the case worked by hand, the paper's sizes and the statistics of its sample."""
+
+import math
+
+import pytest
+import torch
+
+from kernels import mass
+from methods import load_method
+from methods.core.errors import UserError
+from methods.core.eviction import Cut
+from methods.nacl import Sizes
+from tests.methods.conftest import kept, run
+from tests.methods.layer import filled, step_of
+
+#: F of tokens 2..13 of 16
+SCORES = [0.05, 0.9, 0.02, 0.4, 0.03, 0.7, 0.01, 0.2, 0.06, 0.04, 0.3, 0.02]
+
+
+def choose(method, sizes: Sizes, votes: torch.Tensor, n: int = 16, heads: int = 1) -> torch.Tensor:
+    """Keep-mask [heads, n] for these votes [1, heads, n] and sizes."""
+    store, step = filled(n, heads), step_of(n, heads, heads)
+    method.sizes = lambda _: sizes
+    method.votes = lambda *args: votes
+    rank = torch.arange(n).expand(1, heads, -1)
+    return method.score(store, step, Cut(step.q, step.pos, rank, [n], [n], [sizes.kept]))[0] > 0
+
+
+def test_hand_worked_choice(monkeypatch):
+    noise = torch.zeros(1, 1, 16)
+    for j, g in zip([2, 4, 6, 8, 9, 10, 11, 12, 13], [0.1, -0.3, 2.1, 0.4, -0.2, 0.0, 1.5, -0.5, 0.2]):
+        noise[..., j] = g
+    monkeypatch.setattr("methods.nacl.gumbel", lambda *keys: noise)
+    votes = torch.tensor([0.0, 0.0, *SCORES, 0.0, 0.0])[None, None]
+    keep = choose(load_method("nacl"), Sizes(2, 2, 3, 2, 1), votes)
+    assert keep[0].nonzero().flatten().tolist() == [0, 1, 3, 5, 6, 7, 11, 14, 15]
+
+
+def test_sampling_probabilities_are_the_softmax_of_the_scores_left():
+    rest = [0.05, 0.02, 0.03, 0.01, 0.2, 0.06, 0.04, 0.3, 0.02]
+    by_hand = [0.1072, 0.1040, 0.1051, 0.1030, 0.1246, 0.1083, 0.1061, 0.1377, 0.1040]
+    assert torch.allclose(torch.tensor(rest).softmax(-1), torch.tensor(by_hand), atol=5e-5)
+    # one draw per head and seed: the first draw's frequencies are these probabilities
+    heads, seeds = 64, 60
+    votes = torch.tensor([0.0, 0.0, *SCORES, 0.0, 0.0]).expand(1, heads, -1)
+    counts = torch.zeros(16)
+    for seed in range(seeds):
+        counts += choose(load_method("nacl", seed=seed), Sizes(2, 2, 3, 1, 1), votes, heads=heads).sum(0)
+    drawn = counts[[2, 4, 6, 8, 9, 10, 11, 12, 13]] / (heads * seeds)
+    error = torch.tensor(by_hand).mul(1 - torch.tensor(by_hand)).div(heads * seeds).sqrt()
+    assert ((drawn - torch.tensor(by_hand)).abs() < 4 * error).all()
+
+
+def test_without_scores_every_token_is_drawn_equally_often():
+    heads, seeds, n, draws = 100, 100, 12, 3
+    counts = torch.zeros(n)
+    for seed in range(seeds):
+        votes = torch.zeros(1, heads, n)
+        counts += choose(load_method("nacl", seed=seed), Sizes(1, 1, 0, draws, 1), votes, n, heads).sum(0)
+    p = draws / (n - 2)
+    sigma = math.sqrt(heads * seeds * p * (1 - p))
+    assert counts[0] == counts[-1] == heads * seeds
+    assert (counts[1:-1] - heads * seeds * p).abs().max() < 4 * sigma
+
+
+def test_sizes_of_the_release_at_128k():
+    sizes = load_method("nacl", preset="code", budget=0.2).sizes(130_048)
+    assert sizes == Sizes(sinks=256, recent=1044, by_score=15_605, by_chance=9_103, proxies=1300)
+    assert sizes.kept == 26_008
+
+
+def test_sizes_of_the_paper_at_a_tenth():
+    sizes = load_method("nacl", budget=0.1).sizes(4000)
+    assert sizes == Sizes(sinks=20, recent=20, by_score=120, by_chance=240, proxies=800)
+
+
+def test_kept_sets_have_the_exact_size_and_the_protected_ends(gqa):
+    method = load_method("nacl", budget=0.5, protect=0.2, by_score=0.3, by_chance=0.5)
+    cache = method.cache_for(gqa)
+    run(gqa, cache, torch.arange(90)[None] % 97)
+    sizes = method.sizes(90)
+    for layer in range(2):
+        for head in range(2):
+            positions = kept(cache, layer, 0, head)
+            assert len(positions) == len(set(positions)) == sizes.kept == 44  # 9 + 13 + 22
+            assert set(range(sizes.sinks)) | set(range(90 - sizes.recent, 90)) <= set(positions)
+
+
+def test_seeds_change_only_the_random_part(gqa):
+    ids = torch.arange(90)[None] % 97
+    sets = []
+    for seed in (0, 1):
+        cache = load_method("nacl", budget=0.5, by_chance=0.0, by_score=0.9, seed=seed).cache_for(gqa)
+        run(gqa, cache, ids)
+        sets.append(kept(cache, 1))
+    assert sets[0] == sets[1]
+    sets = []
+    for seed in (0, 1):
+        cache = load_method("nacl", budget=0.5, seed=seed).cache_for(gqa)
+        run(gqa, cache, ids)
+        sets.append(set(kept(cache, 1)))
+    assert sets[0] != sets[1] and len(sets[0]) == len(sets[1])
+
+
+def test_heads_with_equal_scores_draw_differently():
+    keep = choose(load_method("nacl"), Sizes(1, 1, 0, 5, 1), torch.zeros(1, 2, 16), heads=2)
+    assert not torch.equal(keep[0], keep[1])
+
+
+def test_all_queries_as_proxies_and_no_chance_is_the_heavy_hitter_choice(gqa):
+    method = load_method("nacl", budget=0.5, protect=0.0, by_score=1.0, by_chance=0.0, proxy=1.0)
+    step = step_of(40, heads=4, kv_heads=2)
+    cache = method.caches(type("Spec", (), {"n_layers": 1}), None)[0]
+    cache.take(step)
+    cache.settle(step)
+    columns = mass(step.q, step.k, step.rules, q_pos=step.pos, k_pos=step.pos[:, None]).view(1, 2, 2, 40).sum(2)
+    for head in range(2):
+        expected = columns[0, head].topk(20).indices.sort().values.tolist()
+        assert cache.store.pos[0, head].tolist() == expected
+
+
+def test_window_proxies_without_chance_choose_as_snapkv_without_pooling(gqa):
+    ids, n, window, limit = torch.arange(80)[None] % 97, 80, 8, 40
+    snapkv = load_method("snapkv", budget=limit, window=window, kernel=1).cache_for(gqa)
+    nacl = load_method("nacl", budget=limit / n, by_chance=0.0, proxy=window / n)
+    nacl.sizes = lambda _: Sizes(0, window, limit - window, 0, window)
+    ours = nacl.cache_for(gqa)
+    run(gqa, snapkv, ids)
+    run(gqa, ours, ids)
+    assert [kept(ours, 1, 0, h) for h in range(2)] == [kept(snapkv, 1, 0, h) for h in range(2)]
+
+
+def test_proxies_that_see_ahead_change_the_votes(gqa):
+    ids = torch.arange(60)[None] % 97
+    knobs = {"budget": 0.3, "protect": 0.0, "by_score": 1.0, "by_chance": 0.0}
+    causal, ahead = (load_method("nacl", proxy_causal=flag, **knobs).cache_for(gqa) for flag in (True, False))
+    run(gqa, causal, ids)
+    run(gqa, ahead, ids)
+    assert kept(causal, 0) != kept(ahead, 0)
+
+
+def test_decode_interval_brings_the_cache_back_to_its_size(gqa):
+    method = load_method("nacl", budget=0.5, decode_interval=4)
+    cache = method.cache_for(gqa)
+    ids, new = torch.arange(60)[None] % 97, torch.arange(9)[None]
+    size = method.sizes(60).kept
+    run(gqa, cache, ids, new=new[:, :3])
+    assert len(kept(cache, 1)) == size + 3
+    cache = method.cache_for(gqa)
+    run(gqa, cache, ids, new=new[:, :4])
+    assert len(kept(cache, 1)) == size
+    cache = method.cache_for(gqa)
+    run(gqa, cache, ids, new=new)
+    assert len(kept(cache, 1)) == size + 1
+
+
+def test_short_prompts_are_kept_whole_up_to_min_len(gqa):
+    cache = load_method("nacl", budget=0.5, min_len=60).cache_for(gqa)
+    run(gqa, cache, torch.arange(60)[None])
+    assert len(kept(cache)) == 60
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{"preset": "mine"}, {"protect": 0.9}, {"proxy": 0.0}, {"temperature": 0.0}, {"decode_interval": 0}],
+)
+def test_settings_that_cannot_work_are_named(knobs):
+    with pytest.raises(UserError, match=next(iter(knobs))):
+        load_method("nacl", **knobs)

@@ -1,0 +1,92 @@
+"""SnapKV against small cases worked by hand."""
+
+import pytest
+import torch
+
+from methods import load_method
+from methods.core.contract import Stage
+from methods.core.errors import UserError
+from methods.core.eviction import Cut
+from tests.methods.conftest import kept, run
+from tests.methods.layer import filled, step_of
+
+
+def keep(votes: list[float], limit: int, **knobs) -> list[int]:
+    """What stays of 10 tokens, the last 2 of them the window, when earlier tokens have these votes."""
+    method = load_method("snapkv", budget=limit, window=2, **knobs)
+    mass = torch.tensor(votes + [9.0, 9.0])[None, None]  # the window's own columns must not count
+    store, step = filled(10), step_of(10)
+    method.votes = lambda *args: mass
+    cut = Cut(step.q, step.pos, torch.arange(10).expand(1, 1, -1), [10], [10], [limit])
+    scores = method.score(store, step, cut)
+    mask = method.allocator.pick(scores, torch.tensor([limit]))
+    return mask[0, 0].nonzero().flatten().tolist()
+
+
+VOTES = [0.50, 0.02, 0.03, 0.30, 0.01, 0.02, 0.40, 0.05]
+
+
+@pytest.mark.parametrize(
+    ("pooling", "kernel", "limit", "expected"),
+    [
+        ("avg", 3, 5, [0, 1, 6, 8, 9]),
+        ("max", 3, 4, [0, 1, 8, 9]),
+        ("max", 3, 7, [0, 1, 5, 6, 7, 8, 9]),
+        ("max", 3, 5, [0, 1, 5, 8, 9]),  # three slots tie, the lowest wins
+        ("max", 1, 5, [0, 3, 6, 8, 9]),
+    ],
+)
+def test_hand_worked_votes(pooling, kernel, limit, expected):
+    assert keep(VOTES, limit, pooling=pooling, kernel=kernel) == expected
+
+
+def test_average_pooling_counts_the_missing_neighbour_as_zero():
+    pooled = load_method("snapkv", pooling="avg", kernel=3).pool(torch.tensor(VOTES)[None, None])[0, 0]
+    by_hand = [0.1733, 0.1833, 0.1167, 0.1133, 0.1100, 0.1433, 0.1567, 0.1500]
+    assert torch.allclose(pooled, torch.tensor(by_hand), atol=5e-5)
+
+
+def test_exactly_the_budget_stays_and_the_window_with_it(gqa):
+    cache = load_method("snapkv", budget=40, window=8).cache_for(gqa)
+    run(gqa, cache, torch.arange(90)[None] % 97)
+    for head in range(2):
+        positions = kept(cache, 1, 0, head)
+        assert len(positions) == len(set(positions)) == 40
+        assert positions[-8:] == list(range(82, 90))
+
+
+def test_queries_before_the_window_have_no_vote(gqa):
+    method, step = load_method("snapkv", budget=30, window=4), step_of(60, heads=4, kv_heads=2)
+    first, second = (method.caches(_Spec, None)[0] for _ in range(2))
+    shuffled = step.q.clone()
+    shuffled[:, :, :56] = step.q[:, :, torch.randperm(56)]
+    for cache, q in ((first, step.q), (second, shuffled)):
+        step.q = q
+        cache.take(step)
+        cache.settle(step)
+    assert torch.equal(first.store.pos, second.store.pos)
+
+
+class _Spec:
+    n_layers = 1
+
+
+def test_heads_of_a_group_vote_together_pool_first_then_mean():
+    method = load_method("snapkv", budget=4, window=2, kernel=3)
+    store, step = filled(6), step_of(6, heads=2)
+    method.votes = lambda *args: torch.tensor([[[0.0, 1.0, 0, 0, 0, 0], [0, 0, 0, 1.0, 0, 0]]])
+    cut = Cut(step.q, step.pos, torch.arange(6).expand(1, 1, -1), [6], [6], [4])
+    # pooled rows are (1, 1, 1, 0) and (0, 0, 1, 1): the mean puts slot 2, which no head voted for, first
+    assert method.score(store, step, cut)[0, 0, :4].tolist() == [0.5, 0.5, 1.0, 0.5]
+
+
+def test_the_smallest_cache_is_the_window_and_one():
+    method = load_method("snapkv", budget=0.01)
+    assert method.slots(100) == 33
+    assert step_of(3).stage is Stage.ENDS_PROMPT
+
+
+@pytest.mark.parametrize("knobs", [{"window": 0}, {"kernel": 4}, {"pooling": "median"}, {"budget": 32}])
+def test_settings_that_cannot_work_are_named(knobs):
+    with pytest.raises(UserError, match=next(iter(knobs))):
+        load_method("snapkv", **knobs)

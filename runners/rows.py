@@ -99,7 +99,7 @@ def make_training_document(rng: np.random.Generator, kind: str, size: int, fille
         draw = rng.random()
         knobs["style"] = "prefix" if draw < 0.45 else "restate" if draw < 0.8 else "bare"
     if kind == "facts":
-        knobs["filler"] = 0.9 * rng.random()
+        knobs |= {"filler": 0.9 * rng.random(), "most": 1 + int(rng.integers(4))}
     elif kind == "needle":
         knobs["needles"] = 1 + int(rng.integers(max(1, min(16, size // 120))))
     elif kind == "chains":

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from methods.core.errors import UserError
+from runners import blockwise
 from runners.induction import write_circuit
 from runners.recall import recall
 from runners.rows import Packer, pick_length
@@ -108,6 +109,8 @@ class Train:
         tokenizer = self._tokenizer(out)
         model = LlamaForCausalLM(self.model_config(tokenizer)).to(torch.float32)
         write_circuit(model, self.seed)
+        if self.device == "cpu":
+            model.set_attn_implementation(blockwise.NAME)
         model.to(self.device)
         optimizer = self._optimizer(model)
         state = self._resume(out, model, optimizer)
@@ -269,7 +272,7 @@ class Train:
 def export_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write an ordinary Hugging Face checkpoint: float16 safetensors, configurations, tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    half = LlamaForCausalLM(model.config)
+    half = LlamaForCausalLM(LlamaConfig.from_dict(model.config.to_dict()))
     half.load_state_dict(model.state_dict())
     half.to(torch.float16)
     eos, bos, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id

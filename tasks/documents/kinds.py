@@ -46,12 +46,12 @@ def table(pool: Pool, size: int, turns: int, style: str = "prefix") -> Document:
     return Document("table", "Look up the value of a key in this list.", text, made, asked[0] / len(found))
 
 
-def facts(pool: Pool, size: int, turns: int, style: str = "prefix", filler: float = 0.4) -> Document:
-    """Attributes of people among filler: every person has several, every attribute belongs to several people."""
+def facts(pool: Pool, size: int, turns: int, style: str = "prefix", filler: float = 0.4, most: int = 3) -> Document:
+    """Attributes of people among filler: every person has one to `most`, every attribute belongs to several people."""
     entries, used = [], 0
     while used < size * (1 - filler) or not entries:
         name = pool.name()
-        attributes = shuffled(pool.rng, _ATTRIBUTES)[: 1 + int(pool.rng.integers(4))]
+        attributes = shuffled(pool.rng, _ATTRIBUTES)[: 1 + int(pool.rng.integers(most))]
         for attribute in attributes:
             entries.append((f"The {attribute} of {name} is", pool.value(), f"What is the {attribute} of {name}?"))
             used += len(entries[-1][0]) + len(entries[-1][1]) + 2

@@ -36,7 +36,7 @@ def load_method(name: str, **knobs: Any) -> Method:
     # what conf/config.yaml holds on the top level for the YAMLs to refer to
     top = {"budget": knobs.get("budget", 0.5), "seed": knobs.get("seed", 0)}
     whole = OmegaConf.create({**top, "method": OmegaConf.merge(config, knobs)})
-    return build_method(name, OmegaConf.to_container(whole.method, resolve=True))
+    return build_method(name, cast("dict[str, Any]", OmegaConf.to_container(whole.method, resolve=True)))
 
 
 def build_method(name: str, config: dict[str, Any]) -> Method:

@@ -308,7 +308,7 @@ def _spec(model: PreTrainedModel, config: Any, modules: list[nn.Module]) -> Mode
         n_heads=n_heads,
         n_kv_heads=getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or n_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
-        max_positions=int(getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", 0)),
+        max_positions=getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0),
         dtype=first.dtype,
         device=first.device,
         ropes=_ropes(model, config, modules),

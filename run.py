@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import traceback
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -22,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from methods.core.budget import check_budget
 from methods.core.errors import UserError
 
+CONF = Path(__file__).resolve().parent / "conf"
 PROTOCOLS = ("aware", "agnostic")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 RESUME = ("auto", "force")
@@ -58,7 +60,7 @@ def check(cfg: DictConfig) -> None:
             raise UserError(f"{key}={value}: give a whole number, {least} or more")
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def job(cfg: DictConfig) -> None:
     """One cell. Leaves with the exit code unless it is 0; in a sweep with Failed, so that the other cells still run."""
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -81,10 +83,14 @@ def main() -> int:
     # Hydra passes errors on instead of printing them in its own way; `report` asks for the user's own setting
     os.environ.setdefault("KVFRONTIER_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Hydra's parser wants its flags before the overrides; this is the one that people type anywhere
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     try:
         job()
     except Failed as failed:
         return failed.code
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return INTERRUPTED

@@ -25,7 +25,7 @@ from runners.generate import Prompt, Timings, generate
 from runners.load import Checkpoint, find, load_model, load_tokenizer, pick_device, pick_dtype
 from runners.prompt import Encoder
 from runners.record import Record, Writer, check_writable
-from runners.revision import code_revision
+from runners.revision import code_revision, commit
 from tasks.base import Example, Task
 
 # failed samples that are named on screen; the record has them all
@@ -181,7 +181,8 @@ class Run:
             if done:
                 show.note(f"{cell.name}: {len(done)} of {len(self.examples)} samples are on disk")
             before = self.rows(cell)
-            with cell.record.begin(cell.conditions) as writer, show.Bar(cell.name, len(todo)) as bar:
+            notes = {"commit": commit(), "settings": {key: self.cfg[key] for key in ("batch_size", "chunk")}}
+            with cell.record.begin(cell.conditions, notes) as writer, show.Bar(cell.name, len(todo)) as bar:
                 for example in todo:
                     if example.error:
                         self._fail(writer, example, example.error, before)
@@ -295,26 +296,26 @@ class Run:
 def cost_rows(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[str, str, str]]:
     """Bytes and speeds of samples (the method's row, the full cache's row): (what, the method's, the full cache's).
 
-    Bytes are means per sample; speeds are medians over samples.
+    Bytes are means per sample, with their share of what a full cache of the same tokens takes; speeds are medians.
     """
-    rows = list(zip(*pairs))
-    table = []
-    for what, key in (("KV bytes, end of prompt", "held_prompt"), ("KV bytes, end of generation", "held_end")):
-        means = [fmean(row["ledger"][key] / row["batch"] for row in side) for side in rows]
-        whole = fmean(row["ledger"][_WHOLE[key]] / row["batch"] for row in rows[0])
-        table.append((what, *(f"{show.size(mean)} ({mean / whole:.1%})" for mean in means)))
-    prefill = [median(row["timings"]["n_prompt"] / row["timings"]["prompt"] for row in side) for side in rows]
-    table.append(("prefill, tokens/s", *(f"{rate:,.0f}" for rate in prefill)))
-    decode = [
-        [1000 * row["timings"]["decode"] / row["timings"]["steps"] for row in side if row["timings"]["steps"]]
-        for side in rows
-    ]
-    table.append(("decode, ms/token", *(f"{median(times):.2f}" if times else "-" for times in decode)))
-    return table
+    ours, full = _costs([row for row, _ in pairs]), _costs([row for _, row in pairs])
+    return [(what, ours[what], full[what]) for what in ours]
 
 
-# the full cache's size that a held size is a share of
-_WHOLE = {"held_prompt": "full_prompt", "held_end": "full"}
+def _costs(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """One column of the table: what was measured, and its mean or median over samples."""
+    found = {}
+    for what, key, whole in (
+        ("KV bytes, end of prompt", "held_prompt", "full_prompt"),
+        ("KV bytes, end of generation", "held_end", "full"),
+    ):
+        held, of = (fmean(row["ledger"][name] / row["batch"] for row in rows) for name in (key, whole))
+        found[what] = f"{show.size(held)} ({held / of:.1%})"
+    times = [row["timings"] for row in rows]
+    found["prefill, tokens/s"] = f"{median(time['n_prompt'] / time['prompt'] for time in times):,.0f}"
+    steps = [1000 * time["decode"] / time["steps"] for time in times if time["steps"]]
+    found["decode, ms/token"] = f"{median(steps):.2f}" if steps else "-"
+    return found
 
 
 def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:

@@ -95,7 +95,7 @@ class Record:
         return rows
 
     def runs(self) -> list[dict[str, Any]]:
-        """The conditions under which samples were computed, oldest first; more than one only after resume=force."""
+        """Under which `conditions` samples were computed, oldest first; more than one only after resume=force."""
         try:
             return json.loads(self.cell_path.read_text())["runs"]
         except FileNotFoundError:
@@ -106,18 +106,22 @@ class Record:
     def check(self, conditions: dict[str, Any], force: bool) -> None:
         """Raises UserError if the record was made under other conditions, naming what differs, unless forced."""
         runs = self.runs()
-        if not runs or force or conditions == runs[-1]:
+        if not runs or force or conditions == runs[-1]["conditions"]:
             return
+        differ = differences(runs[-1]["conditions"], conditions)
         raise UserError(
-            f"{self.folder}: was begun under other conditions ({differences(runs[-1], conditions)}); "
+            f"{self.folder}: was begun under other conditions ({differ}); "
             "results=ANOTHER_FOLDER starts afresh, resume=force continues it and notes that it is mixed"
         )
 
-    def begin(self, conditions: dict[str, Any]) -> "Writer":
-        """Get ready to append samples computed under `conditions`; the lock must be held."""
+    def begin(self, conditions: dict[str, Any], notes: dict[str, Any] | None = None) -> "Writer":
+        """Get ready to append samples computed under `conditions`; the lock must be held.
+
+        notes: written beside new conditions and never compared.
+        """
         runs = self.runs()
-        if not runs or conditions != runs[-1]:
-            runs.append(conditions)
+        if not runs or conditions != runs[-1]["conditions"]:
+            runs.append({"conditions": conditions, **(notes or {})})
         try:
             _replace(self.cell_path, {"format": FORMAT, "identity": self.identity, "runs": runs})
             return Writer(self, run=len(runs) - 1)

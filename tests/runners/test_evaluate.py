@@ -1,0 +1,106 @@
+"""The numbers of the result table: paired intervals, bytes and speeds."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runners.compare import compare
+from runners.evaluate import cost_rows
+from tasks.base import Example, Task
+
+
+class Toy(Task):
+    """Scores are handed in; only the averaging of Task is used."""
+
+    name = "toy"
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return {}
+
+    def source(self) -> str:
+        return "toy"
+
+    def examples(self) -> list[Example]:
+        return []
+
+    def score(self, example: Example, prediction: str) -> float:
+        return 0.0
+
+
+def scored(**subsets: tuple[str, list[float], list[float]]) -> list[tuple[Example, float, float]]:
+    """subset=(category, the method's scores, the full cache's scores)"""
+    return [
+        (Example(f"{name}/{i}", "c", "q", [], 1, {"subset": name, "category": category}), a, b)
+        for name, (category, ours, full) in subsets.items()
+        for i, (a, b) in enumerate(zip(ours, full))
+    ]
+
+
+def test_rows_are_the_tasks_own_and_differences_are_theirs():
+    rows = compare(Toy(), scored(a=("x", [1, 0], [1, 1]), b=("x", [0.5], [0.25])), resamples=50, seed=0)
+    found = {one.row.name: (one.row.score, one.full.score, one.difference) for one in rows}
+    assert found == {"a": (50.0, 100.0, -50.0), "b": (50.0, 25.0, 25.0), "x": (50.0, 62.5, -12.5)}
+
+
+def test_equal_scores_have_an_interval_of_nothing():
+    ours = [0.0, 1.0, 0.5, 0.25]
+    (row, _) = compare(Toy(), scored(a=("x", ours, ours)), resamples=200, seed=0)
+    assert row.interval == (0.0, 0.0)
+
+
+def test_one_sample_has_no_interval():
+    assert compare(Toy(), scored(a=("x", [1.0], [0.5])), resamples=200, seed=0)[0].interval is None
+
+
+def test_the_interval_is_the_percentile_one_of_paired_differences():
+    rng = np.random.default_rng(1)
+    full = rng.random(400)
+    ours = np.clip(full - 0.1 + 0.05 * rng.standard_normal(400), 0, 1)
+    low, high = compare(Toy(), scored(a=("x", list(ours), list(full))), resamples=2000, seed=0)[0].interval
+    differences = 100 * (ours - full)
+    half = 1.96 * differences.std() / np.sqrt(400)  # pairing makes it narrow: unpaired it would be four points wide
+    assert low == pytest.approx(differences.mean() - half, abs=0.1)
+    assert high == pytest.approx(differences.mean() + half, abs=0.1)
+
+
+def test_a_categorys_interval_weighs_subsets_and_not_samples():
+    # the large subset never changes, the small one always loses everything: the category loses half, for certain
+    samples = scored(a=("x", [1.0] * 50, [1.0] * 50), b=("x", [0.0] * 2, [1.0] * 2))
+    category = next(one for one in compare(Toy(), samples, resamples=100, seed=0) if one.row.name == "x")
+    assert category.difference == -50 and category.interval == (-50.0, -50.0)
+
+
+def test_intervals_do_not_depend_on_what_else_is_in_the_table():
+    alone = scored(a=("x", [1.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 0.0]))
+    more = alone + scored(b=("y", [1.0, 0.0], [0.0, 0.0]))
+    assert compare(Toy(), alone, 300, 0)[0].interval == compare(Toy(), more, 300, 0)[0].interval
+
+
+def ledger_row(held: int, end: int, batch: int = 1, steps: int = 4) -> dict:
+    return {
+        "batch": batch,
+        "ledger": {"held_prompt": held, "held_end": end, "full_prompt": 1000 * batch, "full": 1100 * batch},
+        "timings": {"n_prompt": 500, "prompt": 0.25, "decode": 0.008, "steps": steps},
+    }
+
+
+def test_costs_are_means_of_bytes_with_their_share_and_medians_of_speed():
+    pairs = [(ledger_row(400, 500), ledger_row(1000, 1100)), (ledger_row(600, 600, steps=0), ledger_row(1000, 1100))]
+    assert cost_rows(pairs) == [
+        ("KV bytes, end of prompt", "500 B (50.0%)", "1000 B (100.0%)"),
+        ("KV bytes, end of generation", "550 B (50.0%)", "1.07 KiB (100.0%)"),
+        ("prefill, tokens/s", "2,000", "2,000"),
+        ("decode, ms/token", "2.00", "2.00"),
+    ]
+
+
+def test_a_batchs_bytes_are_shared_among_its_samples():
+    alone, together = ledger_row(400, 500), ledger_row(1600, 2000, batch=4)
+    assert cost_rows([(together, alone)])[0][1:] == ("400 B (40.0%)", "400 B (40.0%)")
+
+
+def test_samples_that_never_decoded_have_no_speed():
+    pairs = [(ledger_row(400, 500, steps=0), ledger_row(1000, 1100, steps=0))]
+    assert cost_rows(pairs)[3] == ("decode, ms/token", "-", "-")

@@ -1,0 +1,134 @@
+"""Checkpoints: found, checked and loaded, with an answer to everything that can be missing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from methods.core.errors import UserError
+from runners import load
+from runners.load import Checkpoint, find, load_model, load_tokenizer, pick_device, pick_dtype
+
+
+@pytest.fixture
+def copy(tmp_path, tiny_model_dir):
+    return shutil.copytree(tiny_model_dir, tmp_path / "copy")
+
+
+def test_a_folder_loads_in_the_dtype_asked_for(tiny_model_dir):
+    checkpoint = find(str(tiny_model_dir))
+    model = load_model(checkpoint, torch.bfloat16, torch.device("cpu"))
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert load_tokenizer(checkpoint).decode([1]) == "<s>"
+    assert checkpoint.commit is None and checkpoint.window == 2048 and checkpoint.ends == {2}
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("config.json", "no config.json"),
+        ("model.safetensors", r"no weights \(\*\.safetensors\)"),
+        ("tokenizer.json", "no tokenizer"),
+    ],
+)
+def test_a_folder_that_lacks_a_part_says_which(copy, missing, says):
+    (copy / missing).unlink()
+    with pytest.raises(UserError, match=says) as caught:
+        find(str(copy))
+    assert str(copy) in str(caught.value)
+
+
+def test_weights_that_are_not_safetensors_are_refused_by_name(copy):
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is not read, because only safetensors are"):
+        find(str(copy))
+
+
+def test_broken_files_are_a_users_error(copy):
+    (copy / "model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(find(str(copy)), torch.float32, torch.device("cpu"))
+    (copy / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(find(str(copy)))
+
+
+def test_weights_that_lack_a_tensor_are_refused_instead_of_filled_with_noise(copy):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lack 1 tensors of the model, such as model\.layers\.1\.mlp\.up_proj"):
+        load_model(find(str(copy)), torch.float32, torch.device("cpu"))
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "_from_hub", lambda *a: pytest.fail("asked the hub"))
+    for path in (str(tmp_path / "nowhere"), "./nowhere", "assets/referense", "nowhere", "a/b/c"):
+        with pytest.raises(UserError, match="no such folder"):
+            find(path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        find(str(tmp_path / "file"))
+
+
+def test_an_unreachable_hub_names_the_ways_without_it(monkeypatch):
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set.*model\.path=DIR"):
+        find("someone/some-model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(load, "unreachable", lambda url: "no route")
+    with pytest.raises(UserError, match=r"no route.*model\.path=DIR.*HF_HUB_OFFLINE=1"):
+        find("someone/some-model")
+
+
+def test_a_model_in_the_hubs_cache_loads_without_a_network_and_knows_its_commit(tmp_path, copy, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--someone--some-model"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(copy, repo / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    import functools
+
+    import huggingface_hub
+
+    download = functools.partial(huggingface_hub.snapshot_download, cache_dir=tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    checkpoint = find("someone/some-model")
+    assert checkpoint.commit == checkpoint.weights == commit
+    assert load_model(checkpoint, torch.float32, torch.device("cpu")).config.num_hidden_layers == 2
+
+
+def test_the_weights_hash_follows_the_weights_and_not_the_folder(copy, tiny_model_dir):
+    same, other = find(str(tiny_model_dir)).weights, find(str(copy)).weights
+    assert same == other and same.startswith("sha256:")
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    assert find(str(copy)).weights != same
+
+
+def test_the_prompts_length_follows_the_window_where_none_is_given(copy):
+    config = json.loads((copy / "config.json").read_text())
+    for window, expected in ((4096, 3596), (600, 300), (None, None)):
+        (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": window}))
+        checkpoint = Checkpoint("copy", copy)
+        assert checkpoint.max_length(None) == expected and checkpoint.max_length(7) == 7
+
+
+def test_auto_is_float32_on_a_cpu_and_the_checkpoints_dtype_elsewhere(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    checkpoint = find(str(copy))
+    assert pick_dtype("auto", checkpoint, torch.device("cpu")) == torch.float32
+    assert pick_dtype("auto", checkpoint, torch.device("cuda")) == torch.bfloat16
+    assert pick_dtype("float16", checkpoint, torch.device("cpu")) == torch.float16
+
+
+def test_a_device_that_is_not_there_is_refused():
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="device=cuda:99: this machine has"):
+        pick_device("cuda:99")

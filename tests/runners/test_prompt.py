@@ -1,0 +1,97 @@
+"""Prompts as token ids: where the question starts, what is cut, what the chat template adds."""
+
+import copy
+
+import pytest
+
+from runners.prompt import Encoder
+from tasks.base import Example
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<user>{{ m['content'] | trim }}</user>{% endfor %}"
+    "{% if add_generation_prompt %}<model>{% endif %}"
+)
+
+
+def example(context: str = "the cat sat on a mat. ", question: str = "Question: where?", **knobs) -> Example:
+    return Example("mat/0", context, question, ["a mat"], max_new_tokens=8, **knobs)
+
+
+@pytest.fixture
+def chatty(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def test_context_and_question_are_one_string_and_split_where_the_question_starts(tiny_tokenizer):
+    encoded = Encoder(tiny_tokenizer, ends=[2])(example())
+    prompt = encoded.prompt
+    assert list(prompt.ids) == tiny_tokenizer.encode(example().prompt)
+    assert tiny_tokenizer.decode(prompt.ids[: prompt.n_context]) == "the cat sat on a mat. "
+    assert not encoded.cut and encoded.bos == 0 and prompt.ends == (2,)
+
+
+def test_a_token_across_the_split_belongs_to_the_question(tiny_tokenizer):
+    whole = tiny_tokenizer.encode("the")
+    assert len(whole) == 1
+    prompt = Encoder(tiny_tokenizer, ends=[])(example(context="mat th", question="e cat")).prompt
+    assert tiny_tokenizer.decode(prompt.ids[: prompt.n_context]).strip() == "mat"
+    assert tiny_tokenizer.decode(prompt.ids[prompt.n_context :]).strip() == "the cat"
+
+
+def test_a_long_context_loses_its_middle_and_keeps_its_question(tiny_tokenizer):
+    long = "".join(f"word {i} of the river. " for i in range(200))
+    encoded = Encoder(tiny_tokenizer, ends=[], max_length=100)(example(context=long))
+    text = tiny_tokenizer.decode(encoded.prompt.ids)
+    assert encoded.cut and len(encoded.prompt.ids) <= 104
+    assert text.startswith("word 0 of") and text.endswith("Question: where?")
+    assert tiny_tokenizer.decode(encoded.prompt.ids[encoded.prompt.n_context :]) == "Question: where?"
+
+
+def test_prompt_template_and_answer_fit_the_window(tiny_tokenizer, chatty):
+    long = "the river in the north. " * 200
+    for tokenizer in (tiny_tokenizer, chatty):
+        for window in (64, 100, 333):
+            encoded = Encoder(tokenizer, ends=[], max_length=10_000, window=window)(example(context=long))
+            assert encoded.cut and window - 20 < len(encoded.prompt.ids) + 8 <= window
+
+
+def test_a_question_without_room_for_context_is_an_error(tiny_tokenizer):
+    with pytest.raises(ValueError, match="the question alone takes"):
+        Encoder(tiny_tokenizer, ends=[], max_length=16)(example(question="where? " * 30))
+
+
+def test_the_chat_template_is_put_around_the_prompt_where_the_task_wants_it(chatty):
+    encoder = Encoder(chatty, ends=[])
+    encoded = encoder(example(context="  the cat sat on a mat. "))
+    assert chatty.decode(encoded.prompt.ids) == "<s><user>the cat sat on a mat. Question: where?</user><model>"
+    assert chatty.decode(encoded.prompt.ids[: encoded.prompt.n_context]) == "<s><user>the cat sat on a mat. "
+    assert encoded.bos == 1
+    plain = encoder(example(chat=False))
+    assert chatty.decode(plain.prompt.ids) == "the cat sat on a mat. Question: where?" and plain.bos == 0
+    off = Encoder(chatty, ends=[], chat=False)(example())
+    assert off.prompt.ids == plain.prompt.ids
+
+
+def test_options_reach_the_chat_template(chatty):
+    chatty.chat_template = "{{ messages[0]['content'] }}{% if think %} think{% endif %}"
+    encoded = Encoder(chatty, ends=[], chat_options={"think": True})(example())
+    assert chatty.decode(encoded.prompt.ids).endswith("where? think")
+
+
+def test_a_template_that_rewrites_its_turn_is_refused(chatty):
+    chatty.chat_template = "{{ messages[0]['content'] | upper }}"
+    with pytest.raises(ValueError, match=r"model\.chat=false"):
+        Encoder(chatty, ends=[])(example())
+
+
+def test_a_newline_ends_where_the_task_says_so(tiny_tokenizer):
+    newline = tiny_tokenizer.encode("\n")[-1]
+    assert Encoder(tiny_tokenizer, ends=[2])(example(stop_at_newline=True)).prompt.ends == tuple(sorted({2, newline}))
+
+
+def test_a_sample_has_the_same_number_in_every_run_and_its_own(tiny_tokenizer):
+    encoder = Encoder(tiny_tokenizer, ends=[])
+    one, other = example(), Example("mat/1", "a", "b", [], 1)
+    assert encoder(one).prompt.sample == encoder(one).prompt.sample != encoder(other).prompt.sample

@@ -1,0 +1,268 @@
+"""Records on disk: paths made of parameters, lines that survive a kill, one writer at a time."""
+
+import errno
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from methods.core.errors import UserError
+from runners.record import Record, check_writable, differences, digest
+from runners.revision import ROOT, code_revision
+
+NOW = {"torch": "2.13", "device": "cpu"}
+
+
+def identity(**changes) -> dict:
+    return {
+        "model": {"name": "tiny"},
+        "task": {"name": "longbench-mini"},
+        "method": {"name": "snapkv", "config": {"window": 32, "heads": (1, 2)}},
+        "budget": 0.25,
+        "seed": 0,
+        **changes,
+    }
+
+
+@pytest.fixture
+def record(tmp_path) -> Record:
+    record = Record(tmp_path / "results", identity())
+    record.folder.mkdir(parents=True)
+    return record
+
+
+def write(record: Record, *ids: str) -> None:
+    with record.begin(NOW) as writer:
+        for id in ids:
+            writer.append({"id": id, "score": 0.5})
+
+
+def test_the_path_says_what_was_run_and_nothing_else_decides_it(tmp_path):
+    one = Record(tmp_path, identity()).folder
+    assert one == Record(tmp_path, identity()).folder
+    assert one.parent == tmp_path / "tiny" / "longbench-mini" and one.name.startswith("snapkv-b0.25-")
+    turned = dict(reversed(identity().items()))
+    assert Record(tmp_path, turned).folder == one
+    for change in ({"seed": 1}, {"budget": 0.5}, {"method": {"name": "snapkv", "config": {"window": 31}}}):
+        assert Record(tmp_path, identity(**change)).folder != one
+
+
+def test_a_name_cannot_leave_the_results_folder(tmp_path):
+    folder = Record(tmp_path, identity(model={"name": "../../etc"}, task={"name": "a/b c"})).folder
+    assert folder.parent == tmp_path / "_.._etc" / "a_b_c"
+
+
+def test_a_number_of_slots_keeps_its_form_in_the_path(tmp_path):
+    assert Record(tmp_path, identity(budget=512)).folder.name.startswith("snapkv-b512-")
+
+
+def test_each_sample_is_on_disk_before_append_returns(record):
+    with record.begin(NOW) as writer:
+        writer.append({"id": "a/0", "prediction": "ä\n\u2028 \ud800"})
+        assert set(record.read()) == {"a/0"}
+        (line,) = record.samples_path.read_text().rstrip("\n").split("\n")
+    assert json.loads(line)["prediction"] == "ä\n\u2028 \ud800" and json.loads(line)["run"] == 0
+
+
+def test_a_torn_last_line_is_dropped_and_the_rest_kept(record):
+    write(record, "a/0", "a/1")
+    whole = record.samples_path.read_bytes()
+    for torn in (b'{"id": "a/2", "pre', b"{", b"\x00\x00", b'{"id": "\xc3'):
+        record.samples_path.write_bytes(whole + torn)
+        assert set(record.read()) == {"a/0", "a/1"}
+        write(record)
+        assert record.samples_path.read_bytes() == whole
+
+
+def test_a_last_line_that_only_lacks_its_end_is_kept(record):
+    write(record, "a/0", "a/1")
+    whole = record.samples_path.read_bytes()
+    record.samples_path.write_bytes(whole[:-1])
+    assert set(record.read()) == {"a/0", "a/1"}
+    write(record, "a/2")
+    assert record.samples_path.read_bytes().startswith(whole) and len(record.read()) == 3
+
+
+def test_damage_in_the_middle_is_named_by_file_and_line(record):
+    write(record, "a/0", "a/1")
+    lines = record.samples_path.read_text().splitlines()
+    record.samples_path.write_text("\n".join([lines[0], "oops", lines[1], ""]))
+    with pytest.raises(UserError, match=r"samples\.jsonl, line 2: not a sample's record"):
+        record.read()
+
+
+def test_the_later_line_of_a_sample_counts(record):
+    with record.begin(NOW) as writer:
+        writer.append({"id": "a/0", "error": "out of memory"})
+        writer.append({"id": "a/0", "score": 1.0})
+    assert record.read()["a/0"]["score"] == 1.0 and "error" not in record.read()["a/0"]
+
+
+def test_a_full_disk_stops_with_what_was_done_whole(record, monkeypatch):
+    write(record, "a/0")
+    whole = record.samples_path.read_bytes()
+    real, calls = os.write, []
+
+    def ten_bytes_then_full(file: int, data: bytes) -> int:
+        calls.append(data)
+        if len(calls) == 1:
+            return real(file, data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with record.begin(NOW) as writer:
+        monkeypatch.setattr(os, "write", ten_bytes_then_full)
+        with pytest.raises(UserError, match=r"No space left on device.*finished samples are kept"):
+            writer.append({"id": "a/1", "score": 0.5})
+    assert record.samples_path.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_is_a_users_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing")):
+        with pytest.raises(UserError, match=f"results={folder}: cannot be written"):
+            check_writable(folder)
+    check_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+def test_other_conditions_are_refused_by_name_unless_forced(record):
+    write(record, "a/0")
+    later = NOW | {"torch": "2.14"}
+    record.check(NOW, force=False)
+    with pytest.raises(UserError, match=r"torch was 2\.13, is 2\.14.*resume=force"):
+        record.check(later, force=False)
+    record.check(later, force=True)
+    with record.begin(later) as writer:
+        writer.append({"id": "a/1"})
+    assert [one["conditions"] for one in record.runs()] == [NOW, later]
+    assert {row["id"]: row["run"] for row in record.read().values()} == {"a/0": 0, "a/1": 1}
+    record.check(later, force=False)  # forced once, it goes on under the newer ones
+
+
+def test_notes_are_kept_and_never_compared(record):
+    with record.begin(NOW, {"commit": "abc"}):
+        pass
+    with record.begin(NOW, {"commit": "def"}):
+        pass
+    assert record.runs() == [{"conditions": NOW, "commit": "abc"}]
+
+
+def test_a_broken_cell_file_says_what_to_delete(record):
+    write(record, "a/0")
+    record.cell_path.write_text("{")
+    with pytest.raises(UserError, match="cannot be read; delete the folder"):
+        record.runs()
+
+
+def _hold(results: Path, began, seconds: float) -> None:
+    record = Record(results, identity())
+    with record.lock(lambda: None):
+        began.set()
+        time.sleep(seconds)
+        write(record, "first")
+
+
+def test_a_second_process_waits_for_the_first_and_says_so(tmp_path):
+    context = multiprocessing.get_context("fork")
+    began = context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, began, 0.5))
+    other.start()
+    assert began.wait(30)
+    said = []
+    record = Record(tmp_path, identity())
+    with record.lock(lambda: said.append("waiting")):
+        assert set(record.read()) == {"first"}  # it had finished before this one came in
+        write(record, "second")
+    other.join()
+    assert said == ["waiting"] and set(record.read()) == {"first", "second"}
+
+
+def _write_many(results: Path, name: str) -> None:
+    record = Record(results, identity())
+    for i in range(5):
+        with record.lock(lambda: None):
+            write(record, f"{name}/{i}")
+
+
+def test_two_processes_on_one_cell_lose_nothing(tmp_path):
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=_write_many, args=(tmp_path, name)) for name in "ab"]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    record = Record(tmp_path, identity())
+    assert set(record.read()) == {f"{name}/{i}" for name in "ab" for i in range(5)}
+    assert len(record.samples_path.read_text().splitlines()) == 10
+
+
+def test_a_lock_does_not_outlive_its_process(tmp_path):
+    context = multiprocessing.get_context("fork")
+    began = context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, began, 60))
+    other.start()
+    assert began.wait(30)
+    other.kill()
+    other.join()
+    with Record(tmp_path, identity()).lock(lambda: None):
+        pass
+
+
+def test_differences_name_both_sides():
+    assert (
+        differences({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 4, "d": 5})
+        == "b was 2, is 4, c was 3, is None, d was None, is 5"
+    )
+
+
+def test_a_digest_does_not_depend_on_the_order_of_keys():
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
+
+
+def test_the_code_revision_follows_imports_and_leaves_other_methods_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("runners.revision.ROOT", tmp_path)
+    for name, text in {
+        "methods/a.py": "from methods.core.x import X\n",
+        "methods/b.py": "",
+        "methods/core/x.py": "def late():\n    import kernels.attend\n",
+        "kernels/attend/__init__.py": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    def revision() -> str:
+        from runners import revision
+
+        revision._imported.cache_clear()
+        return code_revision(["methods.a.A"])
+
+    first = revision()
+    (tmp_path / "methods/b.py").write_text("changed = True\n")
+    assert revision() == first
+    for name in ("methods/a.py", "methods/core/x.py", "kernels/attend/__init__.py"):
+        with (tmp_path / name).open("a") as file:
+            file.write("# changed\n")
+        assert revision() != first
+        first = revision()
+
+
+def test_the_code_revision_of_a_run_covers_the_shared_core():
+    from runners import revision
+
+    found = {path for name in ("methods.nacl", "runners.generate") for path in _all_sources(revision, name)}
+    names = {str(path.relative_to(ROOT)) for path in found}
+    assert {"methods/nacl.py", "methods/core/eviction.py", "methods/core/store.py", "runners/generate.py"} <= names
+    assert "methods/snapkv.py" not in names and "runners/evaluate.py" not in names
+
+
+def _all_sources(revision, name: str) -> set[Path]:
+    todo, found = [revision._source(name)], set()
+    while todo:
+        path = todo.pop()
+        if path not in found:
+            found.add(path)
+            todo += revision._imported(path)
+    return found

@@ -1,0 +1,400 @@
+"""The command line from end to end, on a tiny random model and a small split of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import run
+from methods.core.errors import BudgetMiss
+from runners import evaluate, load
+from runners.bind import KVCache
+
+ROOT = Path(run.__file__).parent
+TEXT = "the cat sat on a mat and read about a long river in the north where nobody answers questions. "
+
+
+def write_split(folder: Path, samples: int = 3, new_tokens: int = 4) -> Path:
+    """Two subsets of one category each, with prompts of their own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    prompt = "Read. {context}\nQuestion: {input}\nAnswer:"
+    subsets = {
+        "river": {"category": "single-doc QA", "metric": "f1", "prompt": prompt, "max_new_tokens": new_tokens},
+        "mat": {"category": "synthetic", "metric": "f1", "prompt": prompt, "max_new_tokens": new_tokens},
+    }
+    (folder / "subsets.yaml").write_text(yaml.safe_dump(subsets))
+    for name in subsets:
+        write_rows(folder / f"{name}.jsonl", [row(name, i) for i in range(samples)])
+    return folder
+
+
+def row(name: str, i: int) -> dict:
+    return {
+        "input": f"where is the {name} {i}?", "context": TEXT * (2 + i % 2), "answers": ["the north"], "length": 40,
+        "dataset": name, "language": "en", "all_classes": None, "_id": f"{name}-{i}",
+    }  # fmt: skip
+
+
+def write_rows(path: Path, rows: list) -> None:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+
+
+@pytest.fixture
+def split(tmp_path) -> Path:
+    return write_split(tmp_path / "split")
+
+
+@pytest.fixture
+def command(tmp_path, tiny_model_dir, split, monkeypatch, capfd):
+    """Runs the command line in this process: command("budget=0.5", ...) -> (exit code, stdout, stderr)."""
+
+    def run_it(*overrides: str, results: Path | str = tmp_path / "results") -> tuple[int, str, str]:
+        # restored afterwards, also where run.main changes them
+        monkeypatch.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0"))
+        monkeypatch.delenv("KVFRONTIER_TRACEBACK", raising=False)
+        argv = ["run.py", f"model.path={tiny_model_dir}", f"task.data={split}", f"results={results}", *overrides]
+        monkeypatch.setattr(sys, "argv", argv)
+        capfd.readouterr()
+        code = run.main()
+        out, err = capfd.readouterr()
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        return code, out, err
+
+    return run_it
+
+
+def samples(results: Path, method: str = "nacl") -> dict[str, dict]:
+    """The record of the only cell of a method, by sample; fails if a sample is there twice."""
+    (path,) = results.glob(f"*/*/{method}-b*/samples.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({r["id"] for r in rows}) == len(rows)
+    return {r["id"]: r for r in rows}
+
+
+def without_times(rows: dict[str, dict]) -> dict[str, dict]:
+    return {id: {key: value for key, value in r.items() if key != "timings"} for id, r in rows.items()}
+
+
+def test_a_run_prints_its_source_first_and_ends_with_the_table_and_the_record(command, tmp_path):
+    code, out, err = command()
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0].startswith("longbench-custom") and "6 samples" in lines[0]
+    assert "river" in out and "single-doc QA" in out and "average" in out
+    assert "KV bytes, end of prompt" in out and "prefill, tokens/s" in out and "decode, ms/token" in out
+    assert "0 of 6 samples cut" in out
+    assert lines[-1].startswith(f"record: {tmp_path / 'results'}")
+    assert "Traceback" not in err
+
+
+def test_every_sample_has_its_line_with_prediction_score_tokens_ledger_and_times(command, tmp_path):
+    command()
+    rows = samples(tmp_path / "results")
+    assert set(rows) == {f"{name}/{i}" for name in ("river", "mat") for i in range(3)}
+    for one in rows.values():
+        assert isinstance(one["prediction"], str) and 0 <= one["score"] <= 1
+        assert one["tokens_in"] > one["tokens_context"] > 0 and 1 <= one["tokens_out"] <= 4
+        assert 0 < one["ledger"]["held_prompt"] < one["ledger"]["full_prompt"]
+        assert one["timings"]["prompt"] > 0 and one["timings"]["n_prompt"] == one["tokens_in"]
+
+
+def test_the_full_cache_holds_everything_and_has_its_own_record(command, tmp_path):
+    command()
+    full, ours = samples(tmp_path / "results", "full"), samples(tmp_path / "results")
+    assert set(full) == set(ours)
+    for id, one in full.items():
+        assert one["ledger"]["share"] >= 1 > ours[id]["ledger"]["share"]
+    cell = json.loads(next((tmp_path / "results").glob("*/*/nacl-b0.5-*/cell.json")).read_text())
+    assert cell["identity"]["method"]["config"]["budget"] == 0.5 and cell["identity"]["protocol"] == "aware"
+
+
+def test_what_is_on_disk_is_not_computed_again_and_needs_no_model(command, tmp_path, monkeypatch):
+    _, first, _ = command()
+    before = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.json*")}
+    monkeypatch.setattr(evaluate, "load_model", lambda *a: pytest.fail("the model was loaded"))
+    code, second, _ = command()
+    assert code == 0 and second == first
+    assert {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.json*")} == before
+
+
+def test_a_larger_limit_goes_on_in_the_same_record(command, tmp_path):
+    command("task.limit=1")
+    (path,) = (tmp_path / "results").glob("*/*/nacl-b*/samples.jsonl")
+    first = path.read_text()
+    assert len(first.splitlines()) == 2
+    code, _, err = command()
+    assert code == 0 and "2 of 6 samples are on disk" in err
+    assert path.read_text().startswith(first) and len(samples(tmp_path / "results")) == 6
+
+
+def test_a_second_method_uses_the_full_cache_record_that_is_there(command, tmp_path):
+    command("task.limit=1")
+    (path,) = (tmp_path / "results").glob("*/*/full-b*/samples.jsonl")
+    before = path.read_bytes()
+    assert command("method=snapkv", "budget=0.25", "method.window=8", "task.limit=1")[0] == 0
+    assert path.read_bytes() == before
+
+
+def test_the_protocol_the_seed_and_the_budget_have_records_of_their_own(command, tmp_path):
+    for overrides in ((), ("protocol=agnostic",), ("seed=1",), ("budget=0.25",), ("budget=32",)):
+        assert command("task.limit=1", *overrides)[0] == 0
+    assert len(list((tmp_path / "results").glob("*/*/nacl-b*"))) == 5
+    # the full cache depends on the protocol alone
+    assert len(list((tmp_path / "results").glob("*/*/full-b*"))) == 2
+
+
+def test_the_agnostic_protocol_compresses_the_context_only(command, tmp_path):
+    command("protocol=agnostic", "task.limit=1")
+    for one in samples(tmp_path / "results").values():
+        assert one["timings"]["n_prompt"] == one["tokens_context"] < one["tokens_in"]
+        assert one["timings"]["question"] > 0
+
+
+def test_the_full_cache_alone_is_a_run_too(command, tmp_path):
+    code, out, _ = command("method=full", "budget=0.1")
+    assert code == 0 and "difference" not in out
+    assert [path.name[:7] for path in (tmp_path / "results").glob("*/*/*")] == ["full-b1"]
+
+
+def test_batches_and_chunks_give_the_same_predictions(command, tmp_path):
+    command("method=full")
+    command("method=full", "batch_size=4", "chunk=50", results=tmp_path / "other")
+    one, other = samples(tmp_path / "results", "full"), samples(tmp_path / "other", "full")
+    assert {id: r["prediction"] for id, r in one.items()} == {id: r["prediction"] for id, r in other.items()}
+    assert {r["batch"] for r in other.values()} == {4, 2}
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("budget=0", "budget=0: a share lies in (0, 1]"),
+        ("budget=-1", "budget=-1: a share lies in (0, 1]"),
+        ("budget=1.5", "budget=1.5: a share lies in (0, 1]"),
+        ("budget=2.7", "budget=2.7: a share lies in (0, 1]"),
+        ("budget=half", "budget=half: give a share"),
+        ("budgett=0.5", "budgett: no such setting; did you mean budget?"),
+        ("budget=0.1,0.2", "budget=0.1,0.2: several values need -m"),
+        ("method=snapkw", "method=snapkw: unknown; did you mean snapkv?"),
+        ("task=longbank", "task=longbank: unknown; did you mean longbench?"),
+        ("model=llama", "model=llama: unknown;"),
+        ("runner=nothing", "runner=nothing: unknown; runner is one of evaluate"),
+        ("task.limitt=1", "task.limitt: no such setting; did you mean task.limit?"),
+        ("task.limit=-1", "task.limit=-1; give a whole number"),
+        ("method.window=3", "method.window: no such setting; method has budget"),
+        ("protocol=blind", "protocol=blind: give one of aware, agnostic"),
+        ("dtype=int8", "dtype=int8: give one of auto"),
+        ("device=tpu", "device=tpu: give auto"),
+        ("batch_size=0", "batch_size=0: give a whole number, 1 or more"),
+        ("chunk=half", "chunk=half: give a whole number"),
+        ("~method", "method: nothing is chosen"),
+    ],
+)
+def test_a_value_that_cannot_work_exits_with_2_and_one_line(command, override, says):
+    code, _, err = command(override)
+    assert code == 2
+    assert says in err and len(err.splitlines()) == 1, err
+
+
+def test_an_unknown_name_lists_the_right_ones(command):
+    _, _, err = command("method=zzz")
+    assert "full, nacl, random, snapkv, streaming_llm" in err
+    _, _, err = command("model=zzz")
+    assert "llama3.1-8b" in err and "reference" in err
+
+
+def test_hydra_full_error_shows_the_traceback(command, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    code, _, err = command("budget=0")
+    assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("error: budget=0")
+
+
+def test_a_wrong_value_is_refused_before_torch_is_imported():
+    probe = (
+        "import sys, run; sys.argv = ['run.py', 'budget=7.5']; code = run.main();"
+        "print(code, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["2", "False", "False"], done.stderr
+
+
+def test_missing_and_empty_data_say_where_they_were_looked_for(command, tmp_path):
+    code, _, err = command(f"task.data={tmp_path / 'nowhere'}")
+    assert code == 2 and str(tmp_path / "nowhere") in err and len(err.splitlines()) == 1
+    (tmp_path / "empty").mkdir()
+    code, _, err = command(f"task.data={tmp_path / 'empty'}")
+    assert code == 2 and "no .jsonl file" in err and len(err.splitlines()) == 1
+
+
+def test_a_line_that_is_not_json_is_named_by_file_and_line(command, split):
+    write_rows(split / "mat.jsonl", [row("mat", 0), "{not json"])
+    code, _, err = command()
+    assert code == 2 and f"{split / 'mat.jsonl'}, line 2: not JSON" in err
+
+
+def test_bad_rows_are_recorded_and_the_rest_goes_on(command, split, tmp_path):
+    rows = [row("mat", 0), row("mat", 1) | {"context": "  "}, row("mat", 2)]
+    del rows[2]["answers"]
+    write_rows(split / "mat.jsonl", rows)
+    code, out, err = command()
+    assert code == 1
+    assert "2 of 6 samples with nacl" in err and "mat/1 (`context` is empty" in err and "mat/2 (`answers`" in err
+    found = samples(tmp_path / "results")
+    assert [id for id, r in found.items() if "error" in r] == ["mat/1", "mat/2"]
+    assert "average" in out
+    assert command()[0] == 1
+    assert samples(tmp_path / "results") == found  # and they are not written down a second time
+
+
+def test_a_context_longer_than_the_window_is_cut_and_counted(command, split, tmp_path):
+    write_rows(split / "mat.jsonl", [row("mat", 0) | {"context": TEXT * 100}, row("mat", 1)])
+    code, out, _ = command()
+    assert code == 0 and "1 of 5 samples cut in the middle" in out
+    found = samples(tmp_path / "results")
+    assert found["mat/0"]["cut"] and not found["mat/1"]["cut"]
+    assert 1200 < found["mat/0"]["tokens_in"] <= 2048 - 500 + 4
+
+
+def test_a_file_in_the_way_of_the_results_is_said_before_anything_runs(command, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(evaluate, "load_model", lambda *a: pytest.fail("the model was loaded"))
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        code, _, err = command(results=folder)
+        assert code == 2 and f"results={folder}: cannot be written" in err and len(err.splitlines()) == 1
+    code, _, err = command("-m", "budget=0.5,0.25", results=tmp_path / "file")
+    assert code == 2 and "cannot be written" in err and "Traceback" not in err
+
+
+def test_a_sample_that_runs_out_of_memory_is_recorded_and_tried_again_next_time(command, tmp_path, monkeypatch):
+    real = evaluate.generate
+
+    def short_of_memory(model, method, prompts, *args, **kwargs):
+        if method.name == "nacl" and any(prompt.sample == sample_number("mat/1") for prompt in prompts):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore text")
+        return real(model, method, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "generate", short_of_memory)
+    code, out, err = command("batch_size=3")
+    assert code == 1 and "failed: 1 of 6 samples with nacl: mat/1 (OutOfMemoryError: CUDA out of memory" in err
+    assert "average" in out and "Traceback" not in err
+    monkeypatch.setattr(evaluate, "generate", real)
+    assert command("batch_size=3")[0] == 0
+    (path,) = (tmp_path / "results").glob("*/*/nacl-b*/samples.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [r["id"] for r in lines].count("mat/1") == 2 and len(lines) == 7 and "error" not in lines[-1]
+
+
+def sample_number(id: str) -> int:
+    return zlib.crc32(id.encode())
+
+
+def test_a_missed_budget_fails_the_cell_with_both_numbers(command, monkeypatch):
+    def miss(self):
+        if self.method.name == "nacl":
+            raise BudgetMiss("nacl", asked=1000, measured=4096)
+
+    monkeypatch.setattr(KVCache, "check_budget", miss)
+    code, out, err = command()
+    assert code == 1 and "4,096 bytes" in err and "1,000" in err and "budget=0.5" in err
+    assert "average" not in out
+
+
+def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(command, tmp_path, monkeypatch):
+    command(results=tmp_path / "undisturbed")
+    real, calls = evaluate.generate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "generate", interrupted)
+    code, _, err = command()
+    assert code == 130 and "Traceback" not in err
+    assert "stopped; 6 samples of the full cache and 1 of nacl are kept" in err
+    monkeypatch.setattr(evaluate, "generate", real)
+    assert command()[0] == 0
+    assert without_times(samples(tmp_path / "results")) == without_times(samples(tmp_path / "undisturbed"))
+
+
+def test_ctrl_c_ends_a_whole_sweep(command, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "generate", interrupted)
+    code, out, err = command("-m", "budget=0.5,0.25")
+    assert code == 130 and err.count("stopped;") == 1 and "budget=0.25" not in out
+
+
+def test_a_killed_run_goes_on_with_nothing_lost_or_done_twice(command, tmp_path, tiny_model_dir):
+    split = write_split(tmp_path / "long", samples=6, new_tokens=64)
+    data = f"task.data={split}"
+    assert command(data, results=tmp_path / "undisturbed")[0] == 0
+    results = tmp_path / "killed"
+    argv = [sys.executable, "run.py", f"model.path={tiny_model_dir}", data, f"results={results}"]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    before: list[str] = []
+    limit = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < limit:
+        files = list(results.glob("*/*/nacl-b*/samples.jsonl"))
+        before = files[0].read_text().splitlines() if files else []
+        if len(before) >= 3:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
+    (path,) = results.glob("*/*/nacl-b*/samples.jsonl")
+    with path.open("a") as file:
+        file.write('{"id": "mat/5", "predic')  # the line that a kill may cut off
+    code, _, err = command(data, results=results)
+    assert code == 0, err
+    assert path.read_text().splitlines()[: len(before)] == before
+    assert 3 <= len(before) < 12
+    assert without_times(samples(results)) == without_times(samples(tmp_path / "undisturbed"))
+    assert len(list(results.glob("*/*/*"))) == 2  # both runs found the same cells
+
+
+def test_other_conditions_are_not_mixed_unless_forced(command, tmp_path):
+    command("task.limit=1")
+    (path,) = (tmp_path / "results").glob("*/*/full-b*/cell.json")
+    cell = json.loads(path.read_text())
+    cell["runs"][0]["conditions"]["torch"] = "1.0"
+    path.write_text(json.dumps(cell))
+    assert command("task.limit=1")[0] == 0  # nothing to compute, nothing to mix
+    code, _, err = command("task.limit=2")
+    assert code == 2 and "torch was 1.0, is" in err and "resume=force" in err and len(err.splitlines()) == 1
+    code, _, err = command("task.limit=2", "resume=force")
+    assert code == 0, err
+    assert len(json.loads(path.read_text())["runs"]) == 2
+    assert {r["run"] for r in samples(tmp_path / "results", "full").values()} == {0, 1}
+
+
+def test_a_sweep_runs_every_cell_also_behind_one_that_cannot_work(command, tmp_path):
+    code, _, err = command("-m", "method=full,nacl", "budget=1.5,0.5,0.25", "task.limit=1")
+    assert code == 2 and "budget=1.5: a share lies in (0, 1]" in err and "Traceback" not in err
+    cells = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "results").glob("*/*/*"))
+    assert cells == ["full-b1", "nacl-b0.25", "nacl-b0.5"]
+
+
+def test_a_run_leaves_nothing_but_its_results_behind(command, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    command("task.limit=1", results="results")
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["results"]
+
+
+def test_an_unreachable_hub_is_said_within_seconds(command, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(load, "unreachable", lambda url: "no answer within 5 s")
+    began = time.monotonic()
+    code, _, err = command("model.path=someone/some-model")
+    assert code == 2 and time.monotonic() - began < 5
+    assert "no answer within 5 s" in err and "model.path=DIR" in err and "HF_HUB_OFFLINE=1" in err

@@ -31,3 +31,17 @@ def test_layers_heads_samples_and_seeds_draw_for_themselves(gqa):
         sets.append(tuple(kept(other)))
     assert len(set(sets)) == len(sets)
     assert all(len(s) == 30 for s in sets)
+
+
+def test_a_token_survives_in_some_head_almost_always():
+    # 32 heads that each keep a fifth at random: 1 - 0.8 ** 32 of the tokens are kept somewhere
+    lost = total = 0
+    for seed in range(30):
+        cache = load_method("random", budget=0.2, seed=seed).caches(type("Spec", (), {"n_layers": 1}), None)[0]
+        step = step_of(400, 32, 32, dim=2)
+        cache.take(step)
+        cache.settle(step)
+        total += 400
+        lost += 400 - len(cache.store.pos.unique())
+    expected = total * 0.8**32
+    assert abs(lost - expected) < 4 * expected**0.5 + 1

@@ -90,3 +90,15 @@ def test_the_smallest_cache_is_the_window_and_one():
 def test_settings_that_cannot_work_are_named(knobs):
     with pytest.raises(UserError, match=next(iter(knobs))):
         load_method("snapkv", **knobs)
+
+
+def test_a_window_of_all_queries_scores_by_column_sums():
+    method, step = load_method("snapkv", budget=20, window=19, kernel=1), step_of(20)
+    store = filled(20)
+    cut = Cut(step.q, step.pos, torch.arange(20).expand(1, 1, -1), [20], [20], [20])
+    p = (step.q[0, 0] @ step.k[0, 0].T * step.rules.scale).masked_fill(
+        torch.ones(20, 20, dtype=torch.bool).triu(1), -torch.inf
+    )
+    columns = p.softmax(-1)[1:].sum(0)
+    assert torch.allclose(method.score(store, step, cut)[0, 0, :1], columns[:1], atol=1e-5)
+    assert torch.allclose(method.votes(store, step, cut)[0, 0], columns, atol=1e-5)

@@ -24,7 +24,7 @@ def uniform(seed: int, *keys: Tensor) -> Tensor:
     x = torch.full((), (seed * 0x9E3779B9 + 0x7F4A7C15) & _LOW, dtype=torch.long, device=keys[0].device)
     for key in keys:
         x = _mix((x * 0x2545F491 + (key.long() & _LOW)) & _LOW)
-    return ((x >> 8).float() + 0.5) * 2.0**-24
+    return ((x >> 9).float() + 0.5) * 2.0**-23  # 23 bits: with 24, the half would round up to 1
 
 
 def gumbel(seed: int, *keys: Tensor) -> Tensor:

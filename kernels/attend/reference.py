@@ -98,7 +98,7 @@ def attend_pages(
     k_tail, v_tail, tail_pos = tail
     B, Hq, _, D = q.shape
     H, G = k_tail.shape[1], Hq // k_tail.shape[1]
-    rows = q.view(B * H, G, D)
+    rows = q.reshape(B * H, G, D)
     row_pos = q_pos.expand(B, H).reshape(B * H, 1)
     x = _page_logits(rows[page_row], k, k_pos, rules, row_pos[page_row], page_row % H)  # [P, G, page]
     head = torch.arange(B * H, device=q.device) % H

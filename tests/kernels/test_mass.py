@@ -1,0 +1,99 @@
+"""`mass` against the dense softmax in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import Rules, attention_probs, mass
+from kernels.mass import reference
+
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+RULES = {"plain": {}, "window": {"window": 9}, "softcap": {"softcap": 1.5}, "slopes": {"slopes": SLOPES}}
+HEADS = {"gqa": 2, "mha": 4, "mqa": 1}
+D = 8
+
+
+def dense(q: Tensor, k: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    """Softmax probabilities [B, Hq, T, S] in float64, 0 where nothing is seen."""
+    k = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    if k_pos.shape[1] > 1:
+        k_pos = k_pos.repeat_interleave(q.shape[1] // k_pos.shape[1], dim=1)
+    x = q.double() @ k.mT * rules.scale
+    if rules.softcap is not None:
+        x = rules.softcap * torch.tanh(x / rules.softcap)
+    back = q_pos[:, None, :, None] - k_pos[:, :, None]
+    if rules.slopes is not None:
+        x = x - rules.slopes.double()[:, None, None] * back
+    seen = (back >= 0) & (k_pos >= 0)[:, :, None]
+    if rules.window is not None:
+        seen = seen & (back < rules.window)
+    weight = (x - x.amax(-1, keepdim=True)).exp() * seen
+    return weight / weight.sum(-1, keepdim=True).clamp_min(1e-300)
+
+
+def random(H: int, T: int, S: int, B: int = 2) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(S)
+    return torch.randn(B, 4, T, D, generator=g) * 2, torch.randn(B, H, S, D, generator=g) * 2
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 63), (63, 63), (63, 300), (300, 300)])
+def test_mass_is_the_column_sum_of_the_softmax_under_both_plans(T, S, heads, rules):
+    q, k = random(HEADS[heads], T, S)
+    rule = Rules(D**-0.5, **RULES[rules])
+    q_pos, k_pos = torch.arange(S - T, S).expand(2, -1), torch.arange(S).expand(2, 1, -1)
+    expected = dense(q, k, rule, q_pos, k_pos).sum(2)
+    for plan in ("positions", "tail"):
+        out = mass(q, k, rule, q_pos=q_pos, k_pos=k_pos, plan=plan)
+        assert out.dtype == torch.float32
+        assert (out - expected).abs().max() < 1e-4
+        assert torch.allclose(out.sum(-1), torch.tensor(float(T)), rtol=1e-5)  # every query gives one in all
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_padding_gives_and_receives_nothing(rules):
+    q, k = random(2, 20, 60)
+    rule = Rules(D**-0.5, **RULES[rules])
+    q_pos, k_pos = torch.arange(40, 60).repeat(2, 1), torch.arange(60).repeat(2, 2, 1)
+    q_pos[1, :7] = -1
+    k_pos[1, :, :30] = -1
+    k_pos[0, 1, 5:50] = -1  # one head holds less than the other
+    out = mass(q, k, rule, q_pos=q_pos, k_pos=k_pos)
+    assert (out - dense(q, k, rule, q_pos, k_pos).sum(2)).abs().max() < 1e-4
+    assert (out[1, :, :30] == 0).all() and (out[0, 2:, 5:50] == 0).all()
+    assert out[1].sum(-1) == pytest.approx(torch.full((4,), 13.0).numpy(), rel=1e-5)
+
+
+def test_a_query_that_sees_nothing_gives_zero():
+    q, k = random(2, 3, 4)
+    p = attention_probs(q, k, Rules(1.0), q_pos=torch.tensor([[0, 1, 2]] * 2), k_pos=torch.full((2, 1, 4), -1))
+    assert p.shape == (2, 2, 2, 3, 4) and (p == 0).all()
+
+
+def test_probabilities_of_the_group_are_in_the_order_of_query_heads():
+    q, k = random(2, 5, 30)
+    q_pos, k_pos = torch.arange(25, 30).expand(2, -1), torch.arange(30).expand(2, 1, -1)
+    p = attention_probs(q, k, Rules(0.3), q_pos=q_pos, k_pos=k_pos)
+    expected = dense(q, k, Rules(0.3), q_pos, k_pos)
+    assert (p.flatten(1, 2) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("plan", ["positions", "tail"])
+@pytest.mark.parametrize("rows", [1, 7, 50])
+def test_splitting_into_blocks_changes_nothing(rows, plan, monkeypatch):
+    q, k = random(2, 50, 90)
+    at = {"q_pos": torch.arange(40, 90).expand(2, -1), "k_pos": torch.arange(90).expand(2, 1, -1), "plan": plan}
+    monkeypatch.setattr(reference, "BLOCK_ROWS", 1000)
+    whole = mass(q, k, Rules(0.3), **at)
+    monkeypatch.setattr(reference, "BLOCK_ROWS", rows)
+    assert (mass(q, k, Rules(0.3), **at) - whole).abs().max() < 1e-5
+
+
+def test_one_huge_logit_takes_all_the_mass():
+    q, k = random(2, 8, 40)
+    q, k[:, :, 11] = q.abs(), 1e4
+    at = {"q_pos": torch.arange(32, 40).expand(2, -1), "k_pos": torch.arange(40).expand(2, 1, -1)}
+    for plan in ("positions", "tail"):
+        out = mass(q, k, Rules(1.0), **at, plan=plan)
+        assert torch.allclose(out[:, :, 11], torch.tensor(8.0)) and out.sum() == pytest.approx(8 * 8)

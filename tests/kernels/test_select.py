@@ -1,0 +1,82 @@
+"""Selection worked by hand: stable, never -inf, and pages that hold exactly what was kept."""
+
+import pytest
+import torch
+
+from kernels import pages, top
+from kernels.select import compact
+
+INF = float("inf")
+
+
+def row(*scores: float) -> torch.Tensor:
+    return torch.tensor([scores])
+
+
+def kept(scores: torch.Tensor, n: int) -> list[int]:
+    return top(scores, torch.tensor([n]))[0].nonzero().flatten().tolist()
+
+
+def test_the_highest_scores_are_kept():
+    assert kept(row(0.1, 0.9, 0.5, 0.7), 2) == [1, 3]
+
+
+def test_at_equal_scores_the_lower_slot_wins():
+    assert kept(row(1.0, 2.0, 1.0, 1.0, 2.0, 1.0), 4) == [0, 1, 2, 4]
+    assert kept(torch.zeros(1, 1000), 637) == list(range(637))
+
+
+def test_minus_infinity_is_never_kept_and_plus_infinity_comes_first():
+    assert kept(row(-INF, 0.5, -INF, INF), 3) == [1, 3]
+    assert kept(row(0.5, INF, INF, INF), 2) == [1, 2]
+    assert kept(row(-INF, -INF), 2) == []
+
+
+@pytest.mark.parametrize(("n", "expected"), [(0, []), (3, [0, 1, 2]), (9, [0, 1, 2])])
+def test_none_all_and_more_than_all_can_be_asked_for(n, expected):
+    assert kept(row(0.3, 0.2, 0.1), n) == expected
+
+
+@pytest.mark.parametrize("S", [1, 63, 1000])
+def test_every_row_has_its_own_number(S):
+    g = torch.Generator().manual_seed(S)
+    scores = torch.randn(3, 2, S, generator=g)
+    n = torch.randint(0, S + 1, (3, 2), generator=g)
+    keep = top(scores, n)
+    assert torch.equal(keep.sum(-1), n)
+    lowest_kept = scores.masked_fill(~keep, INF).amin(-1)
+    highest_dropped = scores.masked_fill(keep, -INF).amax(-1)
+    assert (lowest_kept > highest_dropped).all()
+
+
+def test_one_number_per_batch_row_holds_for_all_its_heads():
+    keep = top(torch.rand(2, 3, 8), torch.tensor([2, 5])[:, None])
+    assert keep.sum(-1).tolist() == [[2, 2, 2], [5, 5, 5]]
+
+
+def test_compact_lists_kept_slots_in_order_and_marks_what_fills_a_row_up():
+    keep = torch.tensor([[False, True, False, True, True], [False, False, False, True, False]])
+    slots, real = compact(keep, 3)
+    assert slots[0].tolist() == [1, 3, 4]
+    assert slots[1, 0].item() == 3
+    assert real.tolist() == [[True, True, True], [True, False, False]]
+
+
+@pytest.mark.parametrize("S", [1, 63, 1000])
+@pytest.mark.parametrize("page", [1, 4, 16])
+def test_pages_hold_each_rows_kept_slots_once_in_order(S, page):
+    keep = torch.rand(6, S, generator=torch.Generator().manual_seed(S)) < 0.4
+    keep[2] = False
+    slots, rows, counts = pages(keep, page)
+    assert counts == keep.sum(-1).tolist()
+    assert len(slots) == len(rows) * page == sum(-(-c // page) for c in counts) * page
+    for r in range(6):
+        mine = slots.view(-1, page)[rows == r].flatten()
+        expected = keep[r].nonzero().flatten() + r * S
+        assert torch.equal(mine[: counts[r]], expected)
+        assert (mine[counts[r] :] == -1).all()
+
+
+def test_pages_of_nothing_are_no_pages():
+    slots, rows, counts = pages(torch.zeros(2, 5, dtype=torch.bool), 4)
+    assert (len(slots), len(rows), counts) == (0, 0, [0, 0])

@@ -159,7 +159,7 @@ def labels(pool: Pool, size: int, turns: int, classes: int = 5, named: bool = Tr
         used += len(lines[-1]) + 2
         seen.append(thing)
     asked = shuffled(pool.rng, sorted(set(seen)))[:turns]
-    made = tuple(Turn(example(t), f" {things[t]}", things[t]) for t in asked)
+    made = tuple(Turn(f"Now this one.\n{example(t)}", f" {things[t]}", things[t]) for t in asked)
     return Document("labels", "Give the kind of each thing.", "\n\n".join(lines), made, classes=tuple(kinds))
 
 

@@ -1,0 +1,203 @@
+"""Measure a trained reference model and write its card: `python -m runners.reference_card`.
+
+Everything in the card's tables comes from this script: recall by ability and length, needles by depth, the bundled
+split with real generation, perplexity on held-out prose beside a 5-gram model's.
+"""
+
+import argparse
+import json
+import math
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from runners.curves import draw_curves
+from runners.recall import ABILITIES, fitted_document, recall
+from tasks.bundle import HOME
+from tasks.documents import prose, prose_hash
+from tasks.metrics import best_score, first_line
+
+TEMPLATE = Path(__file__).with_suffix(".md")
+LENGTHS = (512, 1024, 2048, 4096)
+SEED = 777  # of the measured documents; training's own curve uses another
+ASSETS = Path(__file__).resolve().parent.parent / "assets" / "reference"
+
+
+def measure_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, documents: int) -> dict[str, Any]:
+    """By length and ability, [right, asked]; four questions per document, one where a document holds one only."""
+    found = {}
+    for length in LENGTHS:
+        found[str(length)] = {k: list(v) for k, v in recall(model, tokenizer, length, documents, 4, SEED).items()}
+        print(length, {k: f"{a}/{b}" for k, (a, b) in found[str(length)].items()}, flush=True)
+    return found
+
+
+def measure_needles(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, documents: int) -> dict[str, Any]:
+    """By length and fifth of the depth, [found, hidden]."""
+    grid: dict[str, Any] = {}
+    for length in LENGTHS:
+        cells = [[0, 0] for _ in range(5)]
+        for i in range(documents):
+            # recall() with one document of this seed measures exactly the document whose depth is read here
+            seed = SEED + 1000 + i
+            depth = fitted_document(tokenizer, "needle", length, 1, [seed, 1, 0]).depth
+            right, asked = recall(model, tokenizer, length, 1, 1, seed, ("needle",))["needle"]
+            cell = cells[min(4, int(depth * 5))]
+            cell[0], cell[1] = cell[0] + right, cell[1] + asked
+        grid[str(length)] = cells
+        print("needle", length, cells, flush=True)
+    return grid
+
+
+@torch.no_grad()
+def measure_bundle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """By subset of longbench-mini: score, share of answers that ended by EOS, score of the context's first words."""
+    found = {}
+    for name, subset in yaml.safe_load((HOME / "subsets.yaml").read_text()).items():
+        scores, leads, ended = [], [], 0
+        samples = [json.loads(line) for line in (HOME / f"{name}.jsonl").read_text().splitlines()]
+        for sample in samples:
+            prompt = subset["prompt"].replace("{input}", sample["input"]).replace("{context}", sample["context"])
+            ids = torch.tensor([tokenizer(prompt).input_ids])
+            out = model.generate(input_ids=ids, max_new_tokens=subset["max_new_tokens"])[0, ids.shape[1] :]
+            ended += int(out[-1] == tokenizer.eos_token_id)
+            lead = tokenizer.decode(tokenizer(sample["context"], add_special_tokens=False).input_ids[: len(out)])
+            for text, kept in ((tokenizer.decode(out, skip_special_tokens=True), scores), (lead, leads)):
+                text = first_line(text) if subset["first_line"] else text
+                kept.append(best_score(subset["metric"], text, sample["answers"], sample["all_classes"]))
+        n = len(samples)
+        found[name] = {"n": n, "score": 100 * sum(scores) / n, "lead": 100 * sum(leads) / n, "ended": ended / n}
+        found[name] |= {"category": subset["category"], "metric": subset["metric"]}
+        print(name, found[name], flush=True)
+    return found
+
+
+@torch.no_grad()
+def measure_perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, length: int = 1024
+) -> dict[str, Any]:
+    """Perplexity per token of held-out prose, of the model and of an interpolated 5-gram of the training prose."""
+    train, held_out = ([t for p in prose(s) for t in _ids(tokenizer, p)] for s in ("train", "held_out"))
+    held_out = held_out[: 40 * length]
+    nll = 0.0
+    for start in range(0, len(held_out), length):
+        ids = torch.tensor([[tokenizer.bos_token_id, *held_out[start : start + length]]])
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        nll += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+    return {
+        "tokens": len(held_out),
+        "model": math.exp(nll / len(held_out)),
+        "five_gram": five_gram_perplexity(train, held_out, len(tokenizer)),
+    }
+
+
+def five_gram_perplexity(train: list[int], test: list[int], vocabulary: int, order: int = 5) -> float:
+    """Perplexity of `test` under a Witten-Bell interpolated n-gram model of `train`."""
+    counts: list[dict[tuple[int, ...], Counter[int]]] = [defaultdict(Counter) for _ in range(order)]
+    for i, token in enumerate(train):
+        for n in range(min(order, i + 1)):
+            counts[n][tuple(train[i - n : i])][token] += 1
+    nll = 0.0
+    for i, token in enumerate(test):
+        p = 1.0 / vocabulary
+        for n in range(min(order, i + 1)):
+            seen = counts[n].get(tuple(test[i - n : i]))
+            if seen:
+                total, kinds = seen.total(), len(seen)
+                p = (seen[token] + kinds * p) / (total + kinds)
+        nll -= math.log(p)
+    return math.exp(nll / len(test))
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast, paragraph: str) -> list[int]:
+    return tokenizer(f"{paragraph}\n\n", add_special_tokens=False).input_ids
+
+
+def training_facts(log: Path) -> dict[str, Any]:
+    """Tokens, steps and seconds of the run that wrote `log`."""
+    last = [json.loads(line) for line in log.read_text().splitlines() if '"loss"' in line][-1]
+    return {"tokens": last["tokens"], "steps": last["step"], "seconds": last["seconds"]}
+
+
+def card(measured: dict[str, Any]) -> str:
+    """The text of the card."""
+    config = measured["config"]
+    rows = [
+        f"| {ability} | " + " | ".join(_share(measured["recall"][str(n)][ability]) for n in LENGTHS) + " |"
+        for ability in ABILITIES
+    ]
+    needles = [f"| {n} | " + " | ".join(_share(cell) for cell in measured["needles"][str(n)]) + " |" for n in LENGTHS]
+    bundle = [
+        f"| {name} | {m['category']} | {m['metric']} | {m['score']:.1f} | {m['lead']:.1f} | {100 * m['ended']:.0f} % |"
+        for name, m in measured["bundle"].items()
+    ]
+    training, perplexity = measured["training"], measured["perplexity"]
+    text = TEMPLATE.read_text().format(
+        parameters=measured["parameters"] / 1e6,
+        layers=config["num_hidden_layers"],
+        width=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_width=config["head_dim"],
+        mlp=config["intermediate_size"],
+        vocabulary=config["vocab_size"],
+        window=config["max_position_embeddings"],
+        base=config["rope_parameters"]["rope_theta"],
+        tokens=training["tokens"] / 1e6,
+        steps=training["steps"],
+        minutes=training["seconds"] / 60,
+        documents=measured["documents"],
+        recall="\n".join(rows),
+        needles="\n".join(needles),
+        bundle="\n".join(bundle),
+        model_perplexity=perplexity["model"],
+        five_gram=perplexity["five_gram"],
+        prose_tokens=perplexity["tokens"],
+        train_hash=measured["prose"]["train"],
+        held_out_hash=measured["prose"]["held_out"],
+    )
+    return text + measured.get("notes", "")
+
+
+def _share(cell: list[int]) -> str:
+    right, asked = cell
+    return f"{100 * right / asked:.0f} ({right}/{asked})" if asked else "–"
+
+
+def main() -> None:
+    """Measure, write measured.json, README.md and curves.png beside the weights."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=ASSETS)
+    parser.add_argument("--log", type=Path, default=Path("outputs/train/reference/log.jsonl"))
+    parser.add_argument("--documents", type=int, default=24)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--text-only", action="store_true", help="rewrite the card from measured.json")
+    given = parser.parse_args()
+    path = given.model / "measured.json"
+    if not given.text_only:
+        if given.threads:
+            torch.set_num_threads(given.threads)
+        tokenizer = AutoTokenizer.from_pretrained(given.model)
+        model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+        measured = {
+            "config": model.config.to_dict(),
+            "parameters": model.num_parameters(),
+            "documents": given.documents,
+            "training": training_facts(given.log),
+            "prose": {split: prose_hash(split) for split in ("train", "held_out")},
+            "recall": measure_recall(model, tokenizer, given.documents),
+            "needles": measure_needles(model, tokenizer, 4 * given.documents),
+            "bundle": measure_bundle(model, tokenizer),
+            "perplexity": measure_perplexity(model, tokenizer),
+        }
+        path.write_text(json.dumps(measured, indent=1, default=str) + "\n")
+        draw_curves(given.log, given.model / "curves.png")
+    (given.model / "README.md").write_text(card(json.loads(path.read_text())))
+
+
+if __name__ == "__main__":
+    main()

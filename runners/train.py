@@ -41,6 +41,11 @@ class Stage:
     batch: int = 4096
     mixture: dict[str, float] | None = None
 
+    def __post_init__(self):
+        # plain types, whatever a configuration library makes of them: they are saved with every checkpoint
+        self.lengths = list(self.lengths)
+        self.mixture = dict(self.mixture) if self.mixture else None
+
 
 @dataclass
 class Train:

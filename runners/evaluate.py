@@ -1,5 +1,7 @@
 """Answer a task's samples with a method and with the full cache, score both, record every sample, print the table."""
 
+from __future__ import annotations
+
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -8,13 +10,12 @@ from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from transformers import PreTrainedModel
 
 from methods import build_method, load_method
 from methods.core.contract import Method
@@ -27,6 +28,10 @@ from runners.prompt import Encoder
 from runners.record import Record, Writer, check_writable
 from runners.revision import code_revision, commit
 from tasks.base import Example, Task
+
+if TYPE_CHECKING:
+    # importing the library's models takes seconds, and what is on disk is shown without them
+    from transformers import PreTrainedModel
 
 # failed samples that are named on screen; the record has them all
 SHOWN_FAILURES = 3
@@ -61,7 +66,7 @@ class Evaluate:
             show.note(f"stopped; {kept} are kept in {results}, the same command goes on from there")
             return 130
 
-    def _cells(self, run: "Run") -> int:
+    def _cells(self, run: Run) -> int:
         for cell in run.cells:
             try:
                 run.complete(cell)
@@ -70,7 +75,7 @@ class Evaluate:
                 return 1
         return self._report(run)
 
-    def _report(self, run: "Run") -> int:
+    def _report(self, run: Run) -> int:
         ours, full = run.finished(run.cell), run.finished(run.full)
         both = [example for example in run.examples if example.id in ours and example.id in full]
         label = "" if run.cell is run.full else run.cell.name
@@ -88,7 +93,7 @@ class Evaluate:
         show.say(f"record: {run.cell.record.folder}")
         return self._failures(run)
 
-    def _failures(self, run: "Run") -> int:
+    def _failures(self, run: Run) -> int:
         code = 0
         for cell in run.cells:
             failed = {id: row["error"] for id, row in run.rows(cell).items() if "error" in row}

@@ -1,14 +1,18 @@
 """Greedy decoding over a compressed cache: the prompt in chunks, left-padded batches, rows that end on their own."""
 
+from __future__ import annotations
+
 import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # decode steps between two looks at whether all rows have ended: on CUDA each look waits for the device
 LOOK_EVERY = 8

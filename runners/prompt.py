@@ -1,15 +1,18 @@
 """From an example to token ids: cut to fit, wrapped in the chat template, split where the question starts."""
 
+from __future__ import annotations
+
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from runners.generate import Prompt
 from tasks.base import Example
 from tasks.truncate import truncate_middle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

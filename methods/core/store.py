@@ -90,12 +90,13 @@ class Store:
         pos = self.pos.gather(2, slots)
         self.buffers = {name: _gather(self.buffers[name][:, :, : self.n], slots) for name in self.buffers}
         self.buffers["pos"] = torch.where(real, pos, -1)
-        self.n = n
+        self.n = slots.shape[2]
         self.padded = not exact
         self.hole = None
 
     def drop(self, slot: Tensor) -> None:
         """Free one slot per row and head, slot [B, H], in place: the next token is written there."""
+        assert self.hole is None, "a second hole would leave the first one unfilled"
         if self.buffers["pos"].shape[1] == 1:
             self.buffers["pos"] = self.buffers["pos"].expand(-1, self.k.shape[1], -1).clone()
         self.buffers["pos"].scatter_(2, slot[..., None], -1)
@@ -135,7 +136,7 @@ class Store:
         if not self.buffers:
             return 0
         free = self.buffers["k"].shape[2] - self.n
-        per_place = sum(b.nbytes // b.shape[2] for name, b in self.buffers.items() if name in ("k", "v"))
+        per_place = sum(b[:, :, :1].nbytes for name, b in self.buffers.items() if name in ("k", "v"))
         side = sum(b.nbytes for name, b in self.buffers.items() if name not in ("k", "v"))
         return min(free, HEADROOM) * per_place + side
 

@@ -69,7 +69,7 @@ class RaggedStore(Store):
     def keep(self, mask: Tensor, n: int, exact: bool = False) -> None:
         """Drop all slots but those in mask [B, H, S], any number per head; their memory is freed."""
         B, H, S = mask.shape
-        slots, self.page_row, counts = pages(mask.reshape(B * H, S), PAGE)
+        slots, page_row, counts = pages(mask.reshape(B * H, S), PAGE)
         whole = {name: self._whole(name, self._fill(name)) for name in self.buffers}
         self.pages = {
             name: x.reshape(B * H * S, *x.shape[3:])[slots.clamp_min(0)].view(-1, PAGE, *x.shape[3:])
@@ -77,7 +77,18 @@ class RaggedStore(Store):
         }
         self.pages["pos"] = torch.where(slots.view(-1, PAGE) >= 0, self.pages["pos"], -1)
         self.buffers = {name: x.new_empty(B, 1 if name == "pos" else H, 0, *x.shape[3:]) for name, x in whole.items()}
-        self.counts, self.n, self.padded = counts, 0, False
+        self.page_row, self.counts = page_row, counts
+        self.n, self.padded, self.hole = 0, False, None
+
+    def drop(self, slot: Tensor) -> None:
+        if not self.counts:
+            super().drop(slot)
+            return
+        assert self.hole is None, "a second hole would leave the first one unfilled"
+        if self.buffers["pos"].shape[1] == 1:
+            self.buffers["pos"] = self.buffers["pos"].expand(-1, self.k.shape[1], -1).clone()
+        self._write("pos", slot, torch.full_like(slot, -1))
+        self.hole = slot
 
     def attend(self, step: Step) -> Tensor:
         """Output [B, Hq, T, Dv]; one token reads pages and tail where they lie, more tokens read a rectangle."""
@@ -104,7 +115,7 @@ class RaggedStore(Store):
         if not self.counts:
             return super().overhead()
         unused = self.page_row.shape[0] * PAGE - sum(self.counts)
-        per_place = sum(x[0, 0].nbytes for name, x in self.pages.items() if name in ("k", "v"))
+        per_place = sum(x[:1, :1].nbytes for name, x in self.pages.items() if name in ("k", "v"))
         side = sum(x.nbytes for name, x in self.pages.items() if name not in ("k", "v"))
         return super().overhead() + unused * per_place + side + self.page_row.nbytes
 
@@ -123,6 +134,25 @@ class RaggedStore(Store):
         self.pages = {name: x[take] for name, x in self.pages.items()}
         self.page_row = torch.repeat_interleave(torch.arange(len(old), device=rows.device), n_pages)
         self.counts = [self.counts[i] for i in old.tolist()]
+
+    def _fill_hole(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
+        if not self.counts:
+            super()._fill_hole(k, v, pos)
+            return
+        assert self.hole is not None
+        for name, new in (("k", k[:, :, 0]), ("v", v[:, :, 0]), ("pos", pos.expand(self.hole.shape))):
+            self._write(name, self.hole, new)
+        for name, fill in self.fills.items():
+            self._write(name, self.hole, torch.full_like(self.hole, fill, dtype=torch.float32))
+        self.hole = None
+
+    def _write(self, name: str, slot: Tensor, values: Tensor) -> None:
+        """Values [B, H, ...] into one slot per row and head, slot [B, H] in the order of `read`."""
+        n = max(self.counts)
+        flat, stored = self.pages[name].flatten(0, 1), slot < n
+        flat[(self.offsets[:-1].view_as(slot) * PAGE + slot)[stored]] = values[stored].to(flat.dtype)
+        b, h = (~stored).nonzero(as_tuple=True)
+        self.buffers[name][b, h, slot[b, h] - n] = values[b, h].to(flat.dtype)
 
     def _fill(self, name: str) -> float:
         return -1 if name == "pos" else self.fills.get(name, 0.0)

@@ -1,0 +1,31 @@
+"""Attention as it is written on paper, for tests that need the right answer."""
+
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from kernels import Rules
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    """The definition, one query and head at a time: softmax over exactly the slots that may be seen."""
+    q, k, v = q.double(), k.double(), v.double()
+    B, Hq, T, _ = q.shape
+    H = k.shape[1]
+    out = torch.zeros(B, Hq, T, v.shape[-1], dtype=torch.float64)
+    for b, h, t in product(range(B), range(Hq), range(T)):
+        g = h // (Hq // H)
+        slot_pos, at = k_pos[b, g if k_pos.shape[1] > 1 else 0].long(), int(q_pos[b, t])
+        seen = (slot_pos >= 0) & (slot_pos <= at)
+        if rules.window is not None:
+            seen &= slot_pos > at - rules.window
+        if at < 0 or not seen.any():
+            continue
+        x = k[b, g, seen] @ q[b, h, t] * rules.scale
+        if rules.softcap is not None:
+            x = rules.softcap * torch.tanh(x / rules.softcap)
+        if rules.slopes is not None:
+            x = x - rules.slopes[h].double() * (at - slot_pos[seen])
+        out[b, h, t] = x.softmax(-1) @ v[b, g, seen]
+    return out

@@ -27,7 +27,8 @@ ABILITIES: dict[str, tuple[str, dict[str, Any]]] = {
     "summary": ("findings", {}),
     "labels": ("labels", {}),
     "labels, unnamed": ("labels", {"named": False}),
-    "paragraph": ("passages", {}),
+    "paragraph": ("entries", {}),
+    "paragraph, mark far": ("passages", {}),
     "paragraph, unmarked": ("passages", {"marked": False}),
     "code": ("code", {}),
 }

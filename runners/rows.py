@@ -1,6 +1,6 @@
 """Rows of tokens to train on: documents packed to an exact length, each row addressed by (seed, step, row)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -12,8 +12,21 @@ MIXTURE = {
     "pairs": 0.13, "table": 0.06, "facts": 0.16, "needle": 0.11, "chains": 0.11, "bridge": 0.10, "findings": 0.08,
     "labels": 0.08, "passages": 0.09, "code": 0.08, "copies": 0.02, "prose": 0.12,
 }  # fmt: skip
-TEXT_WEIGHT, PROSE_WEIGHT = 0.2, 0.5  # of a token's loss; an answer's token, EOS included, counts 1
+PROSE_WEIGHT = 0.5  # of a token's loss; an answer's token, EOS included, counts 1
 SHORTEST = 64  # tokens; a smaller rest of a row is filled with prose
+
+
+@dataclass(frozen=True)
+class Diet:
+    """What rows are made of.
+
+    mixture: share of each kind of document.  context: least and greatest share of a document before its questions.
+    text_weight: of the loss of contexts and questions.
+    """
+
+    mixture: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))
+    context: tuple[float, float] = (0.5, 0.9)
+    text_weight: float = 0.2
 
 
 @dataclass
@@ -32,10 +45,10 @@ class Packer:
         self._prose, self._sentences = prose("train"), sentences("train")
         self._chars = {kind: self._chars_per_token(kind) for kind in KINDS}
 
-    def row(self, step: int, row: int, length: int, mixture: dict[str, float] | None = None) -> Row:
+    def row(self, step: int, row: int, length: int, diet: Diet | None = None) -> Row:
         """One document of nearly the whole length, or several shorter ones; `length` tokens exactly."""
-        mixture = mixture or MIXTURE
-        kinds, edges = list(mixture), np.cumsum(list(mixture.values()))
+        diet = diet or Diet()
+        kinds, edges = list(diet.mixture), np.cumsum(list(diet.mixture.values()))
         rng = np.random.default_rng([self.seed, step, row])
         whole = rng.random() < 0.6
         ids: list[int] = []
@@ -46,7 +59,7 @@ class Packer:
             if room < SHORTEST or kind == "prose":
                 made = self._prose_tokens(rng, min(room, 256))
             else:
-                made = self._document_tokens(rng, kind, min(wanted, room))
+                made = self._document_tokens(rng, kind, min(wanted, room), diet)
             ids += made[0]
             weights += made[1]
         return Row(np.array(ids, dtype=np.int64), np.array(weights, dtype=np.float32))
@@ -55,20 +68,23 @@ class Packer:
         """Token ids without BOS."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _document_tokens(self, rng: np.random.Generator, kind: str, room: int) -> tuple[list[int], list[float]]:
+    def _document_tokens(
+        self, rng: np.random.Generator, kind: str, room: int, diet: Diet
+    ) -> tuple[list[int], list[float]]:
+        least, most = diet.context
         for attempt in range(4):
-            share = (0.5 + 0.4 * rng.random()) * 0.7**attempt
+            share = (least + (most - least) * rng.random()) * 0.7**attempt
             document = make_training_document(rng, kind, int(room * share * self._chars[kind]), self._sentences)
             opening = document.opening if rng.random() < 0.8 else document.context
             ids = [self.tokenizer.bos_token_id, *self.encode(opening)]
-            weights = [TEXT_WEIGHT] * len(ids)
+            weights = [diet.text_weight] * len(ids)
             answered = not document.turns
             for turn in document.turns:
                 question, answer = self.encode(f"\n\n{turn.question}"), self.encode(turn.answer)
                 if len(ids) + len(question) + len(answer) + 1 > room:
                     break
                 ids += [*question, *answer, self.tokenizer.eos_token_id]
-                weights += [TEXT_WEIGHT] * len(question) + [1.0] * (len(answer) + 1)
+                weights += [diet.text_weight] * len(question) + [1.0] * (len(answer) + 1)
                 answered = True
             if answered and len(ids) <= room:
                 return ids, weights

@@ -22,7 +22,7 @@ from methods.core.errors import UserError
 from runners import blockwise
 from runners.induction import write_circuit
 from runners.recall import recall
-from runners.rows import Packer, pick_length
+from runners.rows import Diet, Packer, pick_length
 from runners.vocabulary import train_tokenizer
 from tasks.documents import prose_hash
 
@@ -33,18 +33,18 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 class Stage:
     """Lengths of rows, one drawn per step, until `until` tokens were seen; `batch` tokens make one step.
 
-    mixture: share of each kind of document; null for `runners.rows.MIXTURE`.
+    diet: arguments of `runners.rows.Diet` that differ from its defaults.
     """
 
     until: int
     lengths: list[int]
     batch: int = 4096
-    mixture: dict[str, float] | None = None
+    diet: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         # plain types, whatever a configuration library makes of them: they are saved with every checkpoint
         self.lengths = list(self.lengths)
-        self.mixture = dict(self.mixture) if self.mixture else None
+        self.diet = {k: dict(v) if k == "mixture" else list(v) if k == "context" else v for k, v in self.diet.items()}
 
 
 @dataclass
@@ -171,17 +171,20 @@ class Train:
         step, tokens = state["step"], state["tokens"]
         stage = self.stage_at(tokens)
         length = pick_length(np.random.default_rng([self.seed, step]), stage.lengths)
-        rows = [packer.row(step, r, length, stage.mixture) for r in range(stage.batch // length)]
+        diet = Diet(**stage.diet)
+        rows = [packer.row(step, r, length, diet) for r in range(stage.batch // length)]
         ids = torch.from_numpy(np.stack([r.ids for r in rows])).to(self.device)  # [B, L]
         weights = torch.from_numpy(np.stack([r.weights for r in rows])).to(self.device)  # [B, L]
         rate = self.learning_rate(step, tokens)
         for group in optimizer.param_groups:
             group["lr"] = rate
         model.train()
+        counted = weights[:, 1:] > 0  # [B, L-1]
+        weights = weights[:, 1:][counted]  # [N]
         with self._autocast():
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [B, L-1, V]
-        losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        weights = weights[:, 1:].flatten()
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, M]
+            logits = model.lm_head(hidden[:, :-1][counted])  # [N, V]; only what counts: the head is costly
+        losses = F.cross_entropy(logits.float(), ids[:, 1:][counted], reduction="none")
         loss = (losses * weights).sum() / weights.sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.clip)

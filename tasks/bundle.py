@@ -39,7 +39,7 @@ SUBSETS = {
     "passages_qa": Subset("bridge", "multi-doc QA", "f1", 32, 4.2),
     "findings": Subset("findings", "summarization", "rouge_l", 64, 4.6),
     "kinds": Subset("labels", "few-shot", "class", 16, 2.75, first_line=True),
-    "paragraph_search": Subset("passages", "synthetic", "retrieval", 16, 3.2),
+    "paragraph_search": Subset("entries", "synthetic", "retrieval", 16, 3.2),
     "module": Subset("code", "code", "edit_sim", 32, 2.6),
 }
 

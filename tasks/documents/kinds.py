@@ -17,6 +17,7 @@ _ATTRIBUTES = words(
     "harbour teacher colour engine doctor garden motto anthem pilot library season cousin festival vehicle mentor "
     "hobby tool badge rival dish instrument flower password office school"
 )
+_BUILDINGS = words("market bridge station harbour school mill chapel museum")
 _ORDINALS = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth")
 
 
@@ -174,12 +175,26 @@ def passages(pool: Pool, size: int, turns: int, marked: bool = True) -> Document
         "{n} painted {v} behind the {p}",
         "{n} lost {v} on the {p}",
     )
-    places = ("market", "bridge", "station", "harbour", "school", "mill", "chapel", "museum")
+    return _paragraphs("passages", pool, size, turns, forms, marked)
+
+
+def entries(pool: Pool, size: int, turns: int) -> Document:
+    """Numbered paragraphs as in `passages`, marked, whose sentences end with what tells them apart."""
+    forms = (
+        "at the {p} {n} bought {v}",
+        "near the {p} {n} sold {v}",
+        "from the {p} {n} brought {v}",
+        "in the {p} {n} saw {v}",
+    )
+    return _paragraphs("entries", pool, size, turns, forms, True)
+
+
+def _paragraphs(kind: str, pool: Pool, size: int, turns: int, forms: tuple[str, ...], marked: bool) -> Document:
     texts, said, used = [], [], 0
     while used < size or not texts:
         number = len(texts) + 1
         own = [
-            pick(pool.rng, forms).format(n=pool.name(), v=pool.value(), p=pick(pool.rng, places))
+            pick(pool.rng, forms).format(n=pool.name(), v=pool.value(), p=pick(pool.rng, _BUILDINGS))
             for _ in range(2 + int(pool.rng.integers(2)))
         ]
         mark = f" [{number}]." if marked else "."
@@ -191,7 +206,7 @@ def passages(pool: Pool, size: int, turns: int, marked: bool = True) -> Document
     for sentence, number in shuffled(pool.rng, said)[:turns]:
         question = f'Question: Which paragraph says "{sentence}"?\nAnswer: {sentence} ['
         made.append(Turn(question, f"{number}].", str(number)))
-    return Document("passages", "Find the paragraph that a sentence comes from.", "\n\n".join(texts), tuple(made))
+    return Document(kind, "Find the paragraph that a sentence comes from.", "\n\n".join(texts), tuple(made))
 
 
 def code(pool: Pool, size: int, turns: int) -> Document:
@@ -229,7 +244,8 @@ def copies(pool: Pool, size: int, turns: int = 0) -> Document:
 
 
 KINDS: dict[str, Callable[..., Document]] = {
-    f.__name__: f for f in (pairs, table, facts, needle, chains, bridge, findings, labels, passages, code, copies)
+    f.__name__: f
+    for f in (pairs, table, facts, needle, chains, bridge, findings, labels, passages, entries, code, copies)
 }
 
 

@@ -13,7 +13,7 @@ from methods.core.errors import UserError
 from runners.blockwise import attend_blockwise
 from runners.induction import write_circuit
 from runners.recall import ABILITIES, fitted_document, recall
-from runners.rows import Packer
+from runners.rows import Diet, Packer
 from runners.train import Train
 from runners.vocabulary import train_tokenizer
 
@@ -58,7 +58,7 @@ def test_a_row_has_the_asked_length_and_depends_on_its_address_only(tokenizer):
 
 
 def test_every_answer_of_a_row_ends_with_eos_and_counts_fully(tokenizer):
-    row = Packer(tokenizer, seed=1).row(1, 0, 700, {"facts": 1.0})
+    row = Packer(tokenizer, seed=1).row(1, 0, 700, Diet({"facts": 1.0}))
     ends = np.flatnonzero(row.ids == tokenizer.eos_token_id)
     assert len(ends) and (row.weights[ends] == 1.0).all() and (row.weights[ends - 1] == 1.0).all()
     assert (row.weights[row.ids == tokenizer.bos_token_id] < 1.0).all()

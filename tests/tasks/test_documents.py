@@ -60,9 +60,9 @@ def test_a_summary_lists_the_findings_in_the_order_of_the_report():
     assert len(lines) == 4 and " ".join(lines) == document.turns[0].value
 
 
-@pytest.mark.parametrize("marked", [True, False])
-def test_the_asked_sentence_stands_in_the_paragraph_of_the_answer(marked):
-    document = make("passages", size=2500, marked=marked)
+@pytest.mark.parametrize(("kind", "knobs"), [("passages", {}), ("passages", {"marked": False}), ("entries", {})])
+def test_the_asked_sentence_stands_in_the_paragraph_of_the_answer(kind, knobs):
+    document = make(kind, size=2500, **knobs)
     paragraphs = dict(re.findall(r"Paragraph (\d+): (.*)", document.context))
     for turn in document.turns:
         sentence = re.search('says "(.*)"', turn.question)[1]

@@ -103,7 +103,11 @@ class Store:
         self.hole = slot
 
     def keep_newest(self, n: int) -> None:
-        """Drop all but the n newest places, in order; for slots in order of arrival."""
+        """Drop what no row has among its n newest slots; for slots in order of arrival."""
+        if self.padded and n < self.n:  # padding of a later turn stands between a row's slots
+            real = self.buffers["pos"][:, 0, : self.n] >= 0  # [B, S]
+            behind = real.flip(-1).cumsum(-1).flip(-1)  # the row's slots from here on
+            n = self.n - int((real & (behind <= n)).any(0).int().argmax())
         if n < self.n:
             for name, buffer in self.buffers.items():
                 self.buffers[name] = buffer[:, :, self.n - n : self.n].clone()

@@ -261,6 +261,17 @@ def test_the_newest_slots_are_kept_in_memory_of_their_own():
     assert len(store) == 8
 
 
+def test_padding_between_slots_does_not_count_among_the_newest():
+    both = Lists(Store)
+    both.append(10, (0, 4, 7))
+    both.append(6, (0, 1, 5))
+    pos = both.store.pos[:, 0]
+    both.store.keep_newest(3)
+    # the last row's newest three: one of the later six columns, two of the earlier ten
+    assert torch.equal(both.store.pos[:, 0], pos[:, 8:])
+    assert both.store.pos[2, 0].tolist() == [1, 2, -1, -1, -1, -1, -1, 3]
+
+
 def test_a_view_of_a_larger_tensor_is_not_held():
     fused = torch.randn(B, 3 * H, 50, D)
     store = Store()

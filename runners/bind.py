@@ -191,18 +191,31 @@ def _attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    if not isinstance(key, Handle):
-        raise RuntimeError(
-            f"{type(module).__name__} is bound to kvfrontier and needs past_key_values=method.cache_for(model); "
-            "for the stock attention use runners.bind.unbound(model)"
-        )
+    _need(key, Handle, module)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = key.layer.attend(key, query, attention_mask, Rules(scale, softcap, sliding_window))
     return out.transpose(1, 2).contiguous(), None
 
 
-def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+def _need(given: Any, kind: type, module: nn.Module) -> None:
+    """Raises RuntimeError unless a step came through one of our caches."""
+    if not isinstance(given, kind):
+        raise RuntimeError(
+            f"{type(module).__name__} is bound to kvfrontier and needs past_key_values=method.cache_for(model); "
+            "for the stock attention use runners.bind.unbound(model)"
+        )
+
+
+def _mask(
+    batch_size: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor:
     """The 2-D padding mask over all tokens seen; causality is the layers' own business."""
+    if attention_mask is None:
+        return torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     return attention_mask
 
 
@@ -225,6 +238,8 @@ def bind(model: PreTrainedModel) -> ModelSpec:
         if adapter is None and type(modules[0]).__name__ in _OWN_FORWARD:
             raise UserError(f"model: {config.model_type} cannot be bound, it does not use the attention interface; "
                             f"an adapter exists for {', '.join(_ADAPTERS)}")  # fmt: skip
+        if config.model_type == "falcon" and config.alibi:
+            raise UserError("model: falcon with config.alibi=true cannot be bound; falcon with rotary positions can")
         state: dict[str, Any] = {"stock": config._attn_implementation, "modules": modules, "adapter": adapter}
         for module in modules:
             module.register_forward_pre_hook(_extras, with_kwargs=True)
@@ -242,9 +257,10 @@ def bind(model: PreTrainedModel) -> ModelSpec:
 def unbound(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """The model with its own attention inside the block, bound again after it if it was bound before."""
     state = model.__dict__.get("_kvfrontier")
-    if not state:
+    if not state or not state["on"]:
         yield model
         return
+    state["on"] = False
     if state["adapter"] is None:
         model.set_attn_implementation(state["stock"])
     else:
@@ -259,6 +275,7 @@ def unbound(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 def _switch_on(model: PreTrainedModel) -> None:
     state = model.__dict__["_kvfrontier"]
+    state["on"] = True
     if state["adapter"] is None:
         model.set_attn_implementation(NAME)
         config = model.config.get_text_config(decoder=True)
@@ -306,7 +323,7 @@ def _spec(model: PreTrainedModel, config: Any, modules: list[nn.Module]) -> Mode
         name=config.name_or_path or config.model_type,
         n_layers=len(modules),
         n_heads=n_heads,
-        n_kv_heads=getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or n_heads,
+        n_kv_heads=_n_kv_heads(config),
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
         max_positions=getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0),
         dtype=first.dtype,
@@ -314,6 +331,13 @@ def _spec(model: PreTrainedModel, config: Any, modules: list[nn.Module]) -> Mode
         ropes=_ropes(model, config, modules),
         alibi=config.model_type == "mpt",
     )
+
+
+def _n_kv_heads(config: Any) -> int:
+    if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
+        return 1
+    named = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
+    return named or config.num_attention_heads
 
 
 def _ropes(model: PreTrainedModel, config: Any, modules: list[nn.Module]) -> list[Rope | None]:
@@ -338,6 +362,7 @@ def _ropes(model: PreTrainedModel, config: Any, modules: list[nn.Module]) -> lis
 
 
 def _gptj_attn(self: Any, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None = None) -> Any:
+    _need(key, Handle, self)
     return key.layer.attend(key, query, attention_mask, Rules(1 / float(self.scale_attn))), None
 
 
@@ -349,6 +374,7 @@ def _mpt_forward(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    _need(past_key_values, KVCache, self)
     B, T = hidden_states.shape[:2]
     qkv = self.Wqkv(hidden_states)
     if self.clip_qkv:
@@ -372,10 +398,12 @@ def _falcon_forward(
 ) -> tuple[Tensor, None]:
     from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
-    if alibi is not None:
-        raise UserError("model: falcon with config.alibi=true cannot be bound; falcon with rotary positions can")
+    _need(layer_past, KVCache, self)
     B, T = hidden_states.shape[:2]
     q, k, v = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
+    # the new architecture hands out each key and value once per query head of its group
+    group = k.shape[1] // _n_kv_heads(self.config)
+    k, v = k[:, ::group], v[:, ::group]
     q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
     handle, _ = layer_past.update(k, v, self.layer_idx)
     out = handle.layer.attend(handle, q, attention_mask, Rules(1 / math.sqrt(self.head_dim)))

@@ -1,6 +1,7 @@
 """Rows of tokens to train on: documents packed to an exact length, each row addressed by (seed, step, row)."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -21,12 +22,13 @@ class Diet:
     """What rows are made of.
 
     mixture: share of each kind of document.  context: least and greatest share of a document before its questions.
-    text_weight: of the loss of contexts and questions.
+    text_weight: of the loss of contexts and questions.  knobs: by kind, settings that are not drawn at random.
     """
 
     mixture: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))
     context: tuple[float, float] = (0.5, 0.9)
     text_weight: float = 0.2
+    knobs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -74,7 +76,9 @@ class Packer:
         least, most = diet.context
         for attempt in range(4):
             share = (least + (most - least) * rng.random()) * 0.7**attempt
-            document = make_training_document(rng, kind, int(room * share * self._chars[kind]), self._sentences)
+            document = make_training_document(
+                rng, kind, int(room * share * self._chars[kind]), self._sentences, diet.knobs
+            )
             opening = document.opening if rng.random() < 0.8 else document.context
             ids = [self.tokenizer.bos_token_id, *self.encode(opening)]
             weights = [diet.text_weight] * len(ids)
@@ -100,17 +104,19 @@ class Packer:
 
     def _chars_per_token(self, kind: str) -> float:
         texts = [
-            make_training_document(np.random.default_rng([self.seed, i]), kind, 800, self._sentences).context
+            make_training_document(np.random.default_rng([self.seed, i]), kind, 800, self._sentences, {}).context
             for i in range(8)
         ]
         return sum(map(len, texts)) / sum(len(self.encode(text)) for text in texts)
 
 
-def make_training_document(rng: np.random.Generator, kind: str, size: int, filler: tuple[str, ...]) -> Document:
+def make_training_document(
+    rng: np.random.Generator, kind: str, size: int, filler: tuple[str, ...], fixed: dict[str, dict[str, Any]]
+) -> Document:
     """A document of the training pool with random settings and as many questions as could be of use."""
     pool = Pool(rng, "train", filler if rng.random() < 0.7 else None)
     size, turns = max(size, 40), 48
-    knobs: dict[str, object] = {}
+    knobs: dict[str, Any] = {}
     if kind in ("pairs", "table", "facts", "needle"):
         draw = rng.random()
         knobs["style"] = "prefix" if draw < 0.45 else "restate" if draw < 0.8 else "bare"
@@ -126,7 +132,7 @@ def make_training_document(rng: np.random.Generator, kind: str, size: int, fille
         knobs |= {"classes": 2 + int(rng.integers(5)), "named": bool(rng.random() < 0.65)}
     elif kind == "passages":
         knobs["marked"] = bool(rng.random() < 0.6)
-    return KINDS[kind](pool, size, turns, **knobs)
+    return KINDS[kind](pool, size, turns, **(knobs | fixed.get(kind, {})))
 
 
 def pick_length(rng: np.random.Generator, lengths: list[int]) -> int:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class Stage:
     def __post_init__(self):
         # plain types, whatever a configuration library makes of them: they are saved with every checkpoint
         self.lengths = list(self.lengths)
-        self.diet = {k: dict(v) if k == "mixture" else list(v) if k == "context" else v for k, v in self.diet.items()}
+        self.diet = {k: _plain(v) for k, v in self.diet.items()}
 
 
 @dataclass
@@ -293,6 +294,12 @@ def _native_bf16(device: str) -> bool:
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:

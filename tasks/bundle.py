@@ -35,8 +35,8 @@ class Subset:
 
 
 SUBSETS = {
-    "report_qa": Subset("facts", "single-doc QA", "f1", 16, 3.4, knobs={"filler": 0.5}),
-    "passages_qa": Subset("bridge", "multi-doc QA", "f1", 32, 4.2),
+    "report_qa": Subset("facts", "single-doc QA", "f1", 16, 3.4, knobs={"filler": 0.5, "most": 1}),
+    "passages_qa": Subset("bridge", "multi-doc QA", "f1", 32, 4.2, knobs={"restate": False}),
     "findings": Subset("findings", "summarization", "rouge_l", 64, 4.6),
     "kinds": Subset("labels", "few-shot", "class", 16, 2.75, first_line=True),
     "paragraph_search": Subset("entries", "synthetic", "retrieval", 16, 3.2),

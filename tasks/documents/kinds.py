@@ -72,8 +72,11 @@ def needle(pool: Pool, size: int, turns: int, style: str = "prefix", needles: in
     return Document("needle", "Some pass codes are hidden in this text. Remember them.", text, made, places[asked[0]])
 
 
-def chains(pool: Pool, size: int, turns: int, links: int = 3, filler: float = 0.4) -> Document:
-    """Shuffled links from name to name that end in a value; the answer writes the whole chain out."""
+def chains(pool: Pool, size: int, turns: int, links: int = 3, filler: float = 0.4, restate: bool = True) -> Document:
+    """Shuffled links from name to name that end in a value; the answer writes the whole chain out.
+
+    restate: the answer says every name twice, as the links do; otherwise it goes on from the name it has reached.
+    """
     lines, chains_, used = [], [], 0
     while used < size * (1 - filler) or not chains_:
         names = [pool.name() for _ in range(links)]
@@ -84,18 +87,19 @@ def chains(pool: Pool, size: int, turns: int, links: int = 3, filler: float = 0.
     text, _ = _hide(pool, shuffled(pool.rng, lines), size)
     made = []
     for steps in shuffled(pool.rng, chains_)[:turns]:
-        first = steps[0].split()[0]
-        answer = " ".join(steps)
-        made.append(
-            Turn(f"Question: What does {first} lead to?\nAnswer: {first}", answer[len(first) :], answer[len(first) :])
-        )
+        first, *rest = steps[0].removesuffix(".").split(maxsplit=1)
+        if not restate:
+            rest += [step.removesuffix(".").split(maxsplit=1)[1] for step in steps[1:]]
+        answer = f" {' '.join(rest)}." if not restate else " ".join(steps)[len(first) :]
+        made.append(Turn(f"Question: What does {first} lead to?\nAnswer: {first}", answer, answer))
     return Document("chains", "Follow the links from one name to the next until a value is held.", text, tuple(made))
 
 
-def bridge(pool: Pool, size: int, turns: int, passages: int = 0) -> Document:
+def bridge(pool: Pool, size: int, turns: int, passages: int = 0, restate: bool = True) -> Document:
     """Titled passages about one person each; a question needs one fact of a passage and one of another.
 
-    passages: how many, 0 for one per 400 characters, at least two.
+    passages: how many, 0 for one per 400 characters, at least two.  restate: the answer says the second person's
+    name twice; otherwise it goes on from it.
     """
     n = max(2, passages or size // 400)
     people = [pool.name() for _ in range(n)]
@@ -104,15 +108,16 @@ def bridge(pool: Pool, size: int, turns: int, passages: int = 0) -> Document:
     guide = {order[i]: order[(i + 1) % n] for i in range(n)}  # one cycle: nobody guides themselves
     room, texts = max(0, size // n - 110), []
     for i in range(n):
-        own = [f"The guide of {people[i]} is {people[guide[i]]}.", f"The town of {people[i]} is {towns[i]}."]
+        own = [f"The guide of {people[i]} is {people[guide[i]]}."]
+        own.append(f"The town of {people[i]} is {towns[i]}." if restate else f"{people[i]} runs {towns[i]}.")
         body, _ = _hide(pool, shuffled(pool.rng, own), len(own[0]) + len(own[1]) + room)
-        texts.append(f"Passage {i + 1}: {people[i]}\n{body}")
+        texts.append(f"Passage {i + 1}: {people[i]}" + ("\n" if restate else ". ") + body)
     made = []
     for i in shuffled(pool.rng, range(n))[:turns]:
         person, other, town = people[i], people[guide[i]], towns[guide[i]]
-        question = f"Question: What is the town of the guide of {person}?\nAnswer: The guide of {person} is"
-        answer = f" {other}. The town of {other} is {town}."
-        made.append(Turn(question, answer, answer[1:]))
+        asked = f"What is the town of the guide of {person}?" if restate else f"What does the guide of {person} run?"
+        answer = f" {other}. The town of {other} is {town}." if restate else f" {other} runs {town}."
+        made.append(Turn(f"Question: {asked}\nAnswer: The guide of {person} is", answer, answer[1:]))
     return Document("bridge", "Answer the question with the help of these passages.", "\n\n".join(texts), tuple(made))
 
 

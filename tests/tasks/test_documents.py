@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -46,12 +47,24 @@ def test_a_chain_can_be_followed_in_the_context():
         assert all(f"{step}." in document.context for step in steps)
 
 
+def test_a_chain_without_repetition_names_every_link_once():
+    document = make("chains", links=4, restate=False)
+    for turn in document.turns:
+        names = re.split(" (?:follows|holds) ", turn.question.split()[-1] + turn.answer.rstrip("."))
+        assert len(names) == 5
+        assert all(f"{a} follows {b}." in document.context for a, b in pairwise(names[:4]))
+        assert f"{names[3]} holds {names[4]}." in document.context
+
+
 def test_a_two_passage_answer_joins_a_fact_of_each_passage():
     document = make("bridge", size=2500)
     for turn in document.turns:
         person, other = turn.question.split()[-2], turn.value.split(".")[0]
         assert f"The guide of {person} is {other}." in document.context
         assert turn.value.removeprefix(f"{other}. ") in document.context
+    for turn in (short := make("bridge", size=2500, restate=False)).turns:
+        person, other = turn.question.split()[-2], turn.value.split()[0]
+        assert f"The guide of {person} is {other}." in short.context and turn.value in short.context
 
 
 def test_a_summary_lists_the_findings_in_the_order_of_the_report():

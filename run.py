@@ -52,9 +52,9 @@ def check(cfg: DictConfig) -> None:
             raise UserError(f"{key}={cfg[key]}: give one of {', '.join(allowed)}")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(cfg.device)):
         raise UserError(f"device={cfg.device}: give auto, cpu, cuda, or one of several such as cuda:1")
-    for key, least in (("batch_size", 1), ("seed", 0), ("chunk", 1)):
+    for key, least in (("batch_size", 1), ("seed", 0), ("chunk", 1), ("threads", 1)):
         value = cfg[key]
-        if key == "chunk" and value is None:
+        if key in ("chunk", "threads") and value is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise UserError(f"{key}={value}: give a whole number, {least} or more")

@@ -23,7 +23,7 @@ from methods.core.errors import BudgetMiss, UserError
 from runners import show
 from runners.compare import compare
 from runners.generate import Prompt, Timings, generate
-from runners.load import Checkpoint, find, load_model, load_tokenizer, pick_device, pick_dtype
+from runners.load import Checkpoint, find, load_model, load_tokenizer, pick_device, pick_dtype, pick_threads
 from runners.prompt import Encoder
 from runners.record import Record, Writer, check_writable
 from runners.revision import code_revision, commit
@@ -87,7 +87,7 @@ class Evaluate:
             show.draw(show.costs(cost_rows(pairs), label))
             cut = sum(row["cut"] for row, _ in pairs)
             how = f"protocol={run.cfg.protocol}, dtype={run.dtype_name}, device={run.device.type}"
-            show.say(f"{how}; {cut} of {len(both)} samples cut in the middle")
+            show.say(f"{how}{_speed_settings(pairs)}; {cut} of {len(both)} samples cut in the middle")
             if run.cell.method.simulated:
                 show.say(f"{run.cell.name} only simulates its saving: bytes and speeds are not those of a real one")
         show.say(f"record: {run.cell.record.folder}")
@@ -128,6 +128,7 @@ class Run:
         self.checkpoint = find(str(cfg.model.path), str(cfg.model.revision))
         self.device = pick_device(str(cfg.device))
         self.dtype = pick_dtype(str(cfg.dtype), self.checkpoint, self.device)
+        self.threads = pick_threads(cfg.threads)
         self.full = self._cell("full", load_method("full"), 1)
         name = HydraConfig.get().runtime.choices["method"]
         self.cell = self.full
@@ -160,6 +161,7 @@ class Run:
 
     @cached_property
     def model(self) -> PreTrainedModel:
+        torch.set_num_threads(self.threads)
         return load_model(self.checkpoint, self.dtype, self.device)
 
     def rows(self, cell: Cell) -> dict[str, dict[str, Any]]:
@@ -247,6 +249,7 @@ class Run:
                     "cut": one.cut,
                     "bos": one.bos,
                     "batch": len(batch),
+                    "threads": self.threads,
                     "ledger": ledger,
                     "timings": _seconds(timings),
                 }
@@ -321,6 +324,14 @@ def _costs(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     steps = [1000 * time["decode"] / time["steps"] for time in times if time["steps"]]
     found["decode, ms/token"] = f"{median(steps):.2f}" if steps else "-"
     return found
+
+
+def _speed_settings(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """The settings that the speeds were measured under; several where samples were measured under different ones."""
+    rows = [row for pair in pairs for row in pair]
+    return "".join(
+        f", {key}={' and '.join(str(n) for n in sorted({row[key] for row in rows}))}" for key in ("batch", "threads")
+    )
 
 
 def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:

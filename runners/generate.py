@@ -14,8 +14,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# decode steps between two looks at whether all rows have ended: on CUDA each look waits for the device
-LOOK_EVERY = 8
+# decode steps between two looks at whether all rows have ended: away from the CPU each look waits for the device
+LOOK_EVERY = {"cpu": 1, "cuda": 8}
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def generate(
     rows = _Rows(prompts, device)
     new = rows.take(logits)
     steps = 0
-    look_every = 1 if device.type == "cpu" else LOOK_EVERY
+    look_every = LOOK_EVERY.get(device.type, 1)
     while steps < rows.most - 1:
         if steps % look_every == 0 and rows.all_done():
             break

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +146,25 @@ def pick_device(device: str) -> "torch.device":
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices; try device=cpu")
     return chosen
+
+
+@cache
+def pick_threads(asked: int | None) -> int:
+    """CPU threads for torch: as asked, else OMP_NUM_THREADS, else as many as there are idle cores.
+
+    The threads of one operation wait for each other, so a single one on a busy core slows all of them down: a small
+    model on two threads was seen to take ten times as long as on one.
+    """
+    import psutil
+    import torch
+
+    if asked is not None:
+        return asked
+    most = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ or most == 1:
+        return most
+    busy = sum(psutil.cpu_percent(interval=0.3, percpu=True)) / 100
+    return max(1, min(most, round((psutil.cpu_count() or 1) - busy)))
 
 
 def pick_dtype(dtype: str, checkpoint: Checkpoint, device: "torch.device") -> "torch.dtype":

@@ -170,6 +170,8 @@ def test_batches_and_chunks_give_the_same_predictions(command, tmp_path):
     one, other = samples(tmp_path / "results", "full"), samples(tmp_path / "other", "full")
     assert {id: r["prediction"] for id, r in one.items()} == {id: r["prediction"] for id, r in other.items()}
     assert {r["batch"] for r in other.values()} == {4, 2}
+    _, out, _ = command("method=full", results=tmp_path / "other")
+    assert "batch=2 and 4, threads=1;" in out
 
 
 @pytest.mark.parametrize(
@@ -193,6 +195,7 @@ def test_batches_and_chunks_give_the_same_predictions(command, tmp_path):
         ("dtype=int8", "dtype=int8: give one of auto"),
         ("device=tpu", "device=tpu: give auto"),
         ("batch_size=0", "batch_size=0: give a whole number, 1 or more"),
+        ("threads=0", "threads=0: give a whole number, 1 or more"),
         ("chunk=half", "chunk=half: give a whole number"),
         ("~method", "method: nothing is chosen"),
     ],

@@ -86,6 +86,16 @@ def test_the_loop_stops_when_all_rows_have_ended(model):
     assert answers[0].ids == [first] and timings.steps == 0
 
 
+def test_looking_seldom_runs_a_few_steps_more_and_changes_no_answer(model, monkeypatch):
+    rows = prompts(40, 13)
+    ends = (stock_answer(model, rows[0])[3], stock_answer(model, rows[1])[4])
+    ended = [Prompt(row.ids, row.n_context, 40, ends=ends) for row in rows]
+    each, _, often = generate(model, load_method("full"), ended)
+    monkeypatch.setitem(generate.__globals__["LOOK_EVERY"], "cpu", 8)
+    eighth, _, seldom = generate(model, load_method("full"), ended)
+    assert eighth == each and often.steps <= 4 and seldom.steps == 8
+
+
 def test_ends_do_not_count_before_min_new_tokens(model):
     (row,) = prompts(40)
     first = stock_answer(model, row)[0]

@@ -8,7 +8,7 @@ import torch
 
 from methods.core.errors import UserError
 from runners import load
-from runners.load import Checkpoint, find, load_model, load_tokenizer, pick_device, pick_dtype
+from runners.load import Checkpoint, find, load_model, load_tokenizer, pick_device, pick_dtype, pick_threads
 
 
 @pytest.fixture
@@ -126,6 +126,23 @@ def test_auto_is_float32_on_a_cpu_and_the_checkpoints_dtype_elsewhere(copy):
     assert pick_dtype("auto", checkpoint, torch.device("cpu")) == torch.float32
     assert pick_dtype("auto", checkpoint, torch.device("cuda")) == torch.bfloat16
     assert pick_dtype("float16", checkpoint, torch.device("cpu")) == torch.float16
+
+
+def test_threads_are_as_asked_else_as_the_environment_says_else_the_idle_cores(monkeypatch):
+    def threads(asked, busy: list[float]) -> int:
+        pick_threads.cache_clear()
+        monkeypatch.setattr("psutil.cpu_percent", lambda **kwargs: busy)
+        monkeypatch.setattr("psutil.cpu_count", lambda: len(busy))
+        monkeypatch.setattr("torch.get_num_threads", lambda: len(busy))
+        return pick_threads(asked)
+
+    assert threads(3, [99.0] * 4) == 3
+    assert threads(None, [99.0] * 4) == 4  # OMP_NUM_THREADS is set for tests
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert threads(None, [99.0, 100.0, 5.0, 0.0]) == 2
+    assert threads(None, [99.0] * 4) == 1
+    assert threads(None, [3.0] * 4) == 4
+    pick_threads.cache_clear()
 
 
 def test_a_device_that_is_not_there_is_refused():

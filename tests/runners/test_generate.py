@@ -7,7 +7,7 @@ from transformers.cache_utils import DynamicCache
 
 from methods import load_method
 from runners.bind import unbound
-from runners.generate import Prompt, generate
+from runners.generate import LOOK_EVERY, Prompt, generate
 
 NEW = 12
 
@@ -91,7 +91,7 @@ def test_looking_seldom_runs_a_few_steps_more_and_changes_no_answer(model, monke
     ends = (stock_answer(model, rows[0])[3], stock_answer(model, rows[1])[4])
     ended = [Prompt(row.ids, row.n_context, 40, ends=ends) for row in rows]
     each, _, often = generate(model, load_method("full"), ended)
-    monkeypatch.setitem(generate.__globals__["LOOK_EVERY"], "cpu", 8)
+    monkeypatch.setitem(LOOK_EVERY, "cpu", 8)
     eighth, _, seldom = generate(model, load_method("full"), ended)
     assert eighth == each and often.steps <= 4 and seldom.steps == 8
 

@@ -238,6 +238,10 @@ def bind(model: PreTrainedModel) -> ModelSpec:
         if adapter is None and type(modules[0]).__name__ in _OWN_FORWARD:
             raise UserError(f"model: {config.model_type} cannot be bound, it does not use the attention interface; "
                             f"an adapter exists for {', '.join(_ADAPTERS)}")  # fmt: skip
+        if hasattr(modules[0], "sinks") or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+            raise UserError(
+                f"model: {config.model_type} cannot be bound, its attention has learned sinks or is chunked"
+            )
         if config.model_type == "falcon" and config.alibi:
             raise UserError("model: falcon with config.alibi=true cannot be bound; falcon with rotary positions can")
         state: dict[str, Any] = {"stock": config._attn_implementation, "modules": modules, "adapter": adapter}

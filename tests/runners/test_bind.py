@@ -348,12 +348,17 @@ def test_a_number_of_samples_that_is_not_the_batchs_is_refused():
         feed(model, full().cache_for(model, samples=[1, 2, 3]), ids, mask, [5])
 
 
+_SMALL = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+
+
 @pytest.mark.parametrize(
     ("kind", "knobs"),
     [
         ("bloom", dict(hidden_size=32, n_layer=2, n_head=4)),
         ("codegen", dict(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64)),
         ("falcon", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True)),
+        ("gpt_oss", dict(_SMALL, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1)),
+        ("llama4_text", dict(_SMALL, num_key_value_heads=2, attention_chunk_size=8, num_local_experts=2)),
         ("mamba", dict(hidden_size=32, num_hidden_layers=2, state_size=4)),
     ],
 )
@@ -427,6 +432,23 @@ def test_binding_twice_and_binding_a_copy_change_nothing(pair):
     for name, p in bound.named_parameters():
         assert torch.equal(p, weights[name]) and p.requires_grad
     assert {name for name, _ in stock.named_modules()} == {name for name, _ in bound.named_modules()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["full", "snapkv", "per head"])
+def test_a_row_that_takes_anothers_place_brings_its_positions_and_its_sample(method):
+    model = tiny_model("llama")
+    ids, mask = tokens_of(PADDED)
+    rows = [2, 0, 0]
+    made = {"full": full(), "snapkv": snapkv(), "per head": PerHead(budget=0.5, store=RaggedStore)}[method]
+    whole = feed(model, made.cache_for(model), ids, mask, [PROMPT, *LATER])
+    cache = made.cache_for(model, samples=[0, 1, 2])
+    feed(model, cache, ids[:, :PROMPT], mask[:, :PROMPT], [PROMPT])
+    cache.reorder_cache(torch.tensor(rows))
+    later = feed(model, cache, ids[rows], mask[rows], LATER, start=PROMPT)
+    torch.testing.assert_close(later, whole[rows, PROMPT:], atol=TOLERANCE, rtol=0)
+    assert cache._counts.tolist() == [n + sum(LATER) for n in (8, PROMPT, PROMPT)]
+    assert cache.samples.tolist() == rows
 
 
 @torch.no_grad()

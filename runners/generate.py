@@ -73,6 +73,8 @@ class MakesCache(Protocol):
 
     def cache_for(self, model: Any, prompt_len: int | None = None, samples: Sequence[int] | None = None) -> Any: ...
 
+    def after_prompt(self, model: Any, cache: Any) -> None: ...
+
 
 @torch.inference_mode()
 def generate(
@@ -115,6 +117,7 @@ def generate(
     for a in range(0, n_prompt, width):
         b = min(a + width, n_prompt)
         logits = forward(a, b, ids[:, a:b])
+    method.after_prompt(model, cache)
     prompt_done = _now(device)
     n = ids.shape[1]
     if n > n_prompt:

@@ -210,8 +210,8 @@ class Method:
         """One LayerCache per layer for one batch; prompt_len: padded length of a prompt that comes in chunks."""
         raise NotImplementedError
 
-    def after_prompt(self, model: PreTrainedModel, caches: Sequence[LayerCache]) -> None:
-        """For methods that run the model again once the prompt is in."""
+    def after_prompt(self, model: PreTrainedModel, cache: KVCache) -> None:
+        """For methods that run the model again once the prompt is in; called by the runner, not by `generate()`."""
 
     def cache_for(
         self, model: PreTrainedModel, prompt_len: int | None = None, samples: Sequence[int] | None = None

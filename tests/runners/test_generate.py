@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from methods import load_method
+from methods.full import Full
 from runners.bind import unbound
 from runners.generate import LOOK_EVERY, Prompt, generate
 
@@ -21,6 +22,9 @@ class Stock:
     def cache_for(self, model, prompt_len=None, samples=None):
         self.asked.append((prompt_len, samples))
         return DynamicCache()
+
+    def after_prompt(self, model, cache):
+        """Nothing to do."""
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +177,14 @@ def test_timings_count_real_tokens_and_leave_nothing_out(model):
     assert aware.n_prompt == 53 and agnostic.n_prompt == 43
     assert aware.prompt > 0 and aware.decode > 0 and agnostic.question > aware.question
     assert aware.total == aware.prompt + aware.question + aware.decode
+
+
+def test_a_method_may_run_the_model_again_when_the_prompt_is_in(model):
+    seen = []
+
+    class Again(Full):
+        def after_prompt(self, given, cache):
+            seen.append((given is model, len(cache.layers[0].inner.store)))
+
+    generate(model, Again(), [Prompt([3, 4, 5, 6, 7], n_context=3, max_new_tokens=2)], chunk=2)
+    assert seen == [(True, 5)]

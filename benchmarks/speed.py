@@ -5,7 +5,7 @@
 
 Every round runs all variants one after the other, in an order that changes from round to round, and a ratio is
 formed inside its round: what else the machine does hits both sides. Printed: median of the rounds' ratios, and
-their lowest and highest. One thread is timed by the time that it had the processor, so that other work on the machine counts
+their lowest and highest. One thread is timed by the time that it had the processor, so that other work on the machine
 counts little; several threads are timed by the wall clock and want an idle machine.
 """
 

@@ -86,8 +86,7 @@ class Evaluate:
             pairs = [(ours[example.id], full[example.id]) for example in both]
             show.draw(show.costs(cost_rows(pairs), label))
             cut = sum(row["cut"] for row, _ in pairs)
-            how = f"protocol={run.cfg.protocol}, dtype={run.dtype_name}, device={run.device.type}"
-            show.say(f"{how}{_speed_settings(pairs)}; {cut} of {len(both)} samples cut in the middle")
+            show.say(f"{run.settings(pairs)}; {cut} of {len(both)} samples cut in the middle")
             if run.cell.method.simulated:
                 show.say(f"{run.cell.name} only simulates its saving: bytes and speeds are not those of a real one")
         show.say(f"record: {run.cell.record.folder}")
@@ -164,6 +163,20 @@ class Run:
         torch.set_num_threads(self.threads)
         return load_model(self.checkpoint, self.dtype, self.device)
 
+    def settings(self, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+        """What the numbers depend on besides method and budget; samples may differ in their number of threads."""
+        threads = sorted({row["threads"] for pair in pairs for row in pair})
+        settings = {
+            "protocol": self.cfg.protocol,
+            "dtype": self.dtype_name,
+            "device": self.device.type,
+            "threads": " and ".join(map(str, threads)),
+            "batch_size": self.cfg.batch_size,
+        }
+        if self.cfg.chunk is not None:
+            settings["chunk"] = self.cfg.chunk
+        return ", ".join(f"{key}={value}" for key, value in settings.items())
+
     def rows(self, cell: Cell) -> dict[str, dict[str, Any]]:
         """What the cell's record has of this call's samples."""
         rows = cell.record.read()
@@ -188,8 +201,10 @@ class Run:
             if done:
                 show.note(f"{cell.name}: {len(done)} of {len(self.examples)} samples are on disk")
             before = self.rows(cell)
-            notes = {"commit": commit(), "settings": {key: self.cfg[key] for key in ("batch_size", "chunk")}}
-            with cell.record.begin(cell.conditions, notes) as writer, show.Bar(cell.name, len(todo)) as bar:
+            with (
+                cell.record.begin(cell.conditions, {"commit": commit()}) as writer,
+                show.Bar(cell.name, len(todo)) as bar,
+            ):
                 for example in todo:
                     if example.error:
                         self._fail(writer, example, example.error, before)
@@ -276,6 +291,8 @@ class Run:
             "protocol": self.cfg.protocol,
             "seed": method.seed,
             "dtype": self.dtype_name,
+            # they change speeds and, through padding, bytes: what is compared was run the same way
+            "passes": {"batch_size": self.cfg.batch_size, "chunk": self.cfg.chunk},
         }
         return Cell(name, method, Record(self.results, identity), self._conditions(method))
 
@@ -324,14 +341,6 @@ def _costs(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     steps = [1000 * time["decode"] / time["steps"] for time in times if time["steps"]]
     found["decode, ms/token"] = f"{median(steps):.2f}" if steps else "-"
     return found
-
-
-def _speed_settings(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
-    """The settings that the speeds were measured under; several where samples were measured under different ones."""
-    rows = [row for pair in pairs for row in pair]
-    return "".join(
-        f", {key}={' and '.join(str(n) for n in sorted({row[key] for row in rows}))}" for key in ("batch", "threads")
-    )
 
 
 def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:

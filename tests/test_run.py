@@ -164,14 +164,15 @@ def test_the_full_cache_alone_is_a_run_too(command, tmp_path):
     assert [path.name[:7] for path in (tmp_path / "results").glob("*/*/*")] == ["full-b1"]
 
 
-def test_batches_and_chunks_give_the_same_predictions(command, tmp_path):
+def test_batches_and_chunks_give_the_same_predictions_in_a_record_of_their_own(command, tmp_path):
     command("method=full")
-    command("method=full", "batch_size=4", "chunk=50", results=tmp_path / "other")
-    one, other = samples(tmp_path / "results", "full"), samples(tmp_path / "other", "full")
-    assert {id: r["prediction"] for id, r in one.items()} == {id: r["prediction"] for id, r in other.items()}
+    before = samples(tmp_path / "results", "full")
+    _, out, _ = command("method=full", "batch_size=4", "chunk=50")
+    assert "threads=1, batch_size=4, chunk=50; 0 of 6" in out
+    path = Path(out.splitlines()[-1].removeprefix("record: ")) / "samples.jsonl"
+    other = {r["id"]: r for r in map(json.loads, path.read_text().splitlines())}
+    assert {id: r["prediction"] for id, r in before.items()} == {id: r["prediction"] for id, r in other.items()}
     assert {r["batch"] for r in other.values()} == {4, 2}
-    _, out, _ = command("method=full", results=tmp_path / "other")
-    assert "batch=2 and 4, threads=1;" in out
 
 
 @pytest.mark.parametrize(

@@ -118,10 +118,9 @@ class NACL(Eviction):
         sinks, recent, by_score, by_chance, proxies = (
             torch.tensor(column, device=k.device)[:, None, None] for column in zip(*rows, strict=True)
         )  # each [B, 1, 1]
-        n = torch.tensor(cut.n, device=k.device)[:, None, None]
         votes = self.votes(store, step, cut, proxies[:, 0]).view(B, H, -1, S).sum(dim=2)  # [B, H, S]
 
-        protected = (cut.rank >= 0) & ((cut.rank < sinks) | (cut.rank >= n - recent))
+        protected = (cut.rank >= 0) & ((cut.rank < sinks) | (cut.rank >= cut.n - recent))
         others = (cut.rank >= 0) & ~protected
         best = top(votes.masked_fill(~others, -torch.inf), by_score[..., 0])
         heads = torch.arange(H, device=k.device)[None, :, None]

@@ -59,8 +59,7 @@ class SnapKV(Eviction):
         """Pooled votes per slot, [B, H, S]; the window's own slots are +inf."""
         votes = self.votes(store, step, cut)  # [B, Hq, S]
         B, H, S = store.pos.shape
-        n = torch.tensor(cut.n, device=votes.device)[:, None, None]
-        in_window = cut.rank >= n - self.window  # [B, H, S]
+        in_window = cut.rank >= cut.n - self.window  # [B, H, S]
         outside = (in_window | (cut.rank < 0)).repeat_interleave(votes.shape[1] // H, dim=1)  # [B, Hq, S]
         # neither the window's own votes nor padding may leak into the slots beside them through the pooling
         votes = self.pool(votes.masked_fill(outside, 0.0 if self.pooling == "avg" else -torch.inf))

@@ -65,6 +65,14 @@ class KVLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def reset(self) -> None:
+        raise NotImplementedError("a new sequence needs a new cache: method.cache_for(model)")
+
+    def crop(self, max_length: int) -> None:
+        raise NotImplementedError(
+            "tokens cannot be taken back from a compressed cache; assisted generation is not for it"
+        )
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.inner.reorder(beam_idx)
 

@@ -17,21 +17,19 @@ from methods.core.store import HEADROOM, Store
 
 @dataclass
 class Cut:
-    """A decision to drop slots, as `score` sees it. Lists hold one number per row of the batch.
+    """A decision to drop slots, as `score` sees it.
 
     q [B, Hq, T, D], q_pos [B, T]: the newest queries, as many as `Eviction.tail` asked for where there are so many;
     position -1 is padding.
-    rank [B, H, S]: how many older slots the head holds, -1 for padding.
-    n: slots held per head.  prompt: tokens of the prompt in this layer (in a sliding layer those inside its window).
-    limit: slots that may stay per head.
+    rank [B, H, S]: how many older slots the head holds, -1 for padding.  n [B, H, 1]: slots that it holds.
+    prompt: tokens of each row's prompt in this layer (in a sliding layer those inside its window).
     """
 
     q: Tensor
     q_pos: Tensor
     rank: Tensor
-    n: list[int]
+    n: Tensor
     prompt: list[int]
-    limit: list[int]
 
 
 @dataclass
@@ -135,12 +133,16 @@ class EvictionCache(LayerCache):
 
     def _trim(self, step: Step) -> None:
         """In a sliding layer, let go of what no later query can see."""
-        window = step.rules.window
-        whole = not self.limit or self.limit == self.prompt  # nothing was dropped: slots are in order of arrival
-        if window is not None and whole:
-            slack = HEADROOM if step.stage is Stage.DECODE else 0
-            if len(self.store) >= window + slack:
-                self.store.keep_newest(window - 1)
+        window, store = step.rules.window, self.store
+        slack = HEADROOM if step.stage is Stage.DECODE else 0
+        if window is None or len(store) < window + slack:
+            return
+        if not self.limit or self.limit == self.prompt:  # nothing was dropped: slots are in order of arrival
+            store.keep_newest(window - 1)
+            return
+        seen_next = store.pos > step.pos[:, -1:, None] - window + 1  # [B, H, S]
+        n = seen_next.sum(-1)
+        store.keep(seen_next, int(n.max()), exact=bool((n == n.max()).all()))
 
     def _end_prompt(self, step: Step) -> None:
         pos = self.store.pos[:, 0]  # [B, S]
@@ -154,17 +156,17 @@ class EvictionCache(LayerCache):
         method, store = self.method, self.store
         queries, self.queries, self.since = self.queries, [], 0
         real = store.pos >= 0  # [B, H, S]
-        n = real[:, 0].sum(-1).tolist() if store.padded else [len(store)] * real.shape[0]
-        if all(limit >= m for limit, m in zip(self.limit, n, strict=True)):
+        n = real.sum(-1, keepdim=True)  # [B, H, 1]
+        held = n.amax(dim=(1, 2)).tolist() if store.padded else [len(store)] * len(self.limit)
+        limits = [min(limit, m) for limit, m in zip(self.limit, held, strict=True)]
+        if limits == held:
             return
         rank = torch.where(real, real.cumsum(-1) - 1, -1)
         q, q_pos = _join(queries or [(step.q, step.pos)])
-        scores = method.score(store, step, Cut(q, q_pos, rank, n, self.prompt, self.limit))
-        limits = [min(limit, m) for limit, m in zip(self.limit, n, strict=True)]
-        limit = torch.tensor(limits, device=scores.device)
-        keep = method.allocator.pick(scores.masked_fill(~real, -torch.inf), limit)  # [B, H, S]
+        scores = method.score(store, step, Cut(q, q_pos, rank, n, self.prompt))
+        keep = method.allocator.pick(scores.masked_fill(~real, -torch.inf), torch.tensor(limits, device=n.device))
         method.before_drop(store, keep)
-        store.keep(keep, max(limits), exact=min(limits) == max(limits))
+        store.keep(keep, max(limits), exact=bool((keep.sum(-1) == max(limits)).all()))
 
     def _remember(self, step: Step) -> None:
         """Hold the newest queries that the next decision will need."""

@@ -19,7 +19,8 @@ class Store:
     """Keys, values, positions and side arrays of the slots that one layer holds.
 
     k [B, H, S, D] and v [B, H, S, Dv] are views of buffers that may have free places behind them; pos [B, H, S] int32
-    is a slot's position in its row, -1 for padding; side arrays [B, H, S] follow their slots through every `keep`.
+    is a slot's position in its row, -1 for padding. Until the first `keep` they may be the model's own tensors: replace
+    them, never write into them. Side arrays [B, H, S] follow their slots through every `keep`.
     """
 
     def __init__(self, capacity: int | None = None):

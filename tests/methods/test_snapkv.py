@@ -17,7 +17,7 @@ def keep(votes: list[float], limit: int, **knobs) -> list[int]:
     mass = torch.tensor(votes + [9.0, 9.0])[None, None]  # the window's own columns must not count
     store, step = filled(10), step_of(10)
     method.votes = lambda *args: mass
-    cut = Cut(step.q, step.pos, torch.arange(10).expand(1, 1, -1), [10], [10], [limit])
+    cut = Cut(step.q, step.pos, torch.arange(10).expand(1, 1, -1), torch.tensor([[[10]]]), [10])
     scores = method.score(store, step, cut)
     mask = method.allocator.pick(scores, torch.tensor([limit]))
     return mask[0, 0].nonzero().flatten().tolist()
@@ -75,7 +75,7 @@ def test_heads_of_a_group_vote_together_pool_first_then_mean():
     method = load_method("snapkv", budget=4, window=2, kernel=3)
     store, step = filled(6), step_of(6, heads=2)
     method.votes = lambda *args: torch.tensor([[[0.0, 1.0, 0, 0, 0, 0], [0, 0, 0, 1.0, 0, 0]]])
-    cut = Cut(step.q, step.pos, torch.arange(6).expand(1, 1, -1), [6], [6], [4])
+    cut = Cut(step.q, step.pos, torch.arange(6).expand(1, 1, -1), torch.tensor([[[6]]]), [6])
     # pooled rows are (1, 1, 1, 0) and (0, 0, 1, 1): the mean puts slot 2, which no head voted for, first
     assert method.score(store, step, cut)[0, 0, :4].tolist() == [0.5, 0.5, 1.0, 0.5]
 
@@ -95,10 +95,27 @@ def test_settings_that_cannot_work_are_named(knobs):
 def test_a_window_of_all_queries_scores_by_column_sums():
     method, step = load_method("snapkv", budget=20, window=19, kernel=1), step_of(20)
     store = filled(20)
-    cut = Cut(step.q, step.pos, torch.arange(20).expand(1, 1, -1), [20], [20], [20])
+    cut = Cut(step.q, step.pos, torch.arange(20).expand(1, 1, -1), torch.tensor([[[20]]]), [20])
     p = (step.q[0, 0] @ step.k[0, 0].T * step.rules.scale).masked_fill(
         torch.ones(20, 20, dtype=torch.bool).triu(1), -torch.inf
     )
     columns = p.softmax(-1)[1:].sum(0)
     assert torch.allclose(method.score(store, step, cut)[0, 0, :1], columns[:1], atol=1e-5)
     assert torch.allclose(method.votes(store, step, cut)[0, 0], columns, atol=1e-5)
+
+
+def test_a_sliding_layer_lets_go_of_what_no_later_query_sees(monkeypatch):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                           num_attention_heads=4, num_key_value_heads=2, sliding_window=16)  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    ids, new = torch.arange(40)[None], (torch.arange(90)[None] * 7) % 97
+    cache = load_method("snapkv", budget=12, window=4).cache_for(model)
+    trimmed = run(model, cache, ids, new=new)
+    assert len(cache.layers[0].inner.store) < 16 + 64
+    monkeypatch.setattr("methods.core.eviction.HEADROOM", 1000)
+    whole = load_method("snapkv", budget=12, window=4).cache_for(model)
+    assert (run(model, whole, ids, new=new) - trimmed).abs().max() < 1e-5
+    assert len(whole.layers[0].inner.store) == 12 + 90

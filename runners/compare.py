@@ -55,12 +55,13 @@ def _interval(
 ) -> tuple[float, float] | None:
     if len(members) < 2:
         return None
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     subsets: dict[str, tuple[Example, list[float]]] = {}
     for example, difference in members:
         subsets.setdefault(example.tags["subset"], (example, []))[1].append(difference)
     means = []
-    for _, differences in subsets.values():
+    for subset, (_, differences) in subsets.items():
+        # keyed by the subset: one that is a category by itself has one interval, whatever else is in the table
+        rng = np.random.default_rng([seed, zlib.crc32(subset.encode())])
         drawn = rng.integers(len(differences), size=(resamples, len(differences)))
         means.append(np.asarray(differences)[drawn].mean(axis=1))  # [resamples]
     if len(means) == 1:

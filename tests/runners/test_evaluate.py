@@ -75,7 +75,8 @@ def test_a_categorys_interval_weighs_subsets_and_not_samples():
 def test_intervals_do_not_depend_on_what_else_is_in_the_table():
     alone = scored(a=("x", [1.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 0.0]))
     more = alone + scored(b=("y", [1.0, 0.0], [0.0, 0.0]))
-    assert compare(Toy(), alone, 300, 0)[0].interval == compare(Toy(), more, 300, 0)[0].interval
+    found = {one.row.name: one.interval for one in compare(Toy(), more, 300, 0)}
+    assert compare(Toy(), alone, 300, 0)[0].interval == found["a"] == found["x"] != found["b"]
 
 
 def ledger_row(held: int, end: int, batch: int = 1, steps: int = 4) -> dict:

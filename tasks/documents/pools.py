@@ -71,9 +71,14 @@ class Pool:
         return self.word().capitalize()
 
     def number(self, low: int = 3, high: int = 6) -> str:
-        """A decimal number of `low` to `high` digits without a leading zero."""
+        """A decimal number of `low` to `high` digits without a leading zero; longer ones when those are used up."""
         digits = int(self.rng.integers(low, high + 1))
-        return self._fresh(lambda: str(int(self.rng.integers(10 ** (digits - 1), 10**digits))))
+        for _ in range(1000):
+            item = str(int(self.rng.integers(10 ** (digits - 1), 10**digits)))
+            if item not in self._used and split_of(item) == self.split:
+                self._used.add(item)
+                return item
+        return self.number(high + 1, high + 1)  # a long document has used the short ones up
 
     def value(self) -> str:
         """A word, two words or a number."""

@@ -92,6 +92,12 @@ def test_the_two_pools_share_no_word_and_no_number():
     assert not words["train"] & words["held_out"]
 
 
+def test_numbers_grow_longer_when_the_short_ones_are_used_up():
+    pool = Pool(np.random.default_rng(1), "held_out")
+    numbers = [pool.number(2, 2) for _ in range(40)]
+    assert len(set(numbers)) == 40 and {len(number) for number in numbers} == {2, 3}
+
+
 def test_prose_is_large_enough_and_held_out_paragraphs_are_not_trained_on():
     train, held_out = prose("train"), prose("held_out")
     assert sum(map(len, train)) > 500_000 and sum(map(len, held_out)) > 50_000

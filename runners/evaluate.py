@@ -201,20 +201,17 @@ class Run:
             if done:
                 show.note(f"{cell.name}: {len(done)} of {len(self.examples)} samples are on disk")
             before = self.rows(cell)
-            with (
-                cell.record.begin(cell.conditions, {"commit": commit()}) as writer,
-                show.Bar(cell.name, len(todo)) as bar,
-            ):
+            good = [example for example in todo if not example.error]
+            with cell.record.begin(cell.conditions, {"commit": commit()}) as writer:
                 for example in todo:
                     if example.error:
                         self._fail(writer, example, example.error, before)
-                        bar.advance(1)
-                good = [example for example in todo if not example.error]
                 if good:
-                    self._warm_up(cell.method, good[0])
-                for batch in _batches(good, self.cfg.batch_size):
-                    self._answer(cell, writer, batch)
-                    bar.advance(len(batch))
+                    self._warm_up(cell.method)
+                with show.Bar(cell.name, len(good)) as bar:
+                    for batch in _batches(good, self.cfg.batch_size):
+                        self._answer(cell, writer, batch)
+                        bar.advance(len(batch))
 
     def _answer(self, cell: Cell, writer: Writer, batch: Sequence[Example]) -> None:
         """Run one batch and record it; where it fails, its samples are tried one by one."""
@@ -277,10 +274,16 @@ class Run:
         if (before or {}).get(example.id, {}).get("error") != problem:
             writer.append({"id": example.id, "error": problem})
 
-    def _warm_up(self, method: Method, example: Example) -> None:
-        """A few tokens that nobody times: first calls of kernels and allocations are slow."""
-        ids = self.encoder(example).prompt.ids[:32]
-        generate(self.model, method, [Prompt(ids, n_context=len(ids) // 2, max_new_tokens=2)], self.cfg.protocol)
+    def _warm_up(self, method: Method) -> None:
+        """Load the model and run a few tokens that nobody times: first calls of kernels and allocations are slow."""
+        ids = self.encoder.tokenizer.encode("a prompt that nobody reads " * 8)[:32]
+        warm = Prompt(ids, n_context=len(ids) // 2, max_new_tokens=2)
+        try:
+            generate(self.model, method, [warm], self.cfg.protocol)
+        except UserError:
+            raise
+        except Exception as error:  # the samples will tell whether it concerns them
+            show.note(f"{method.name}: the warm-up failed: {type(error).__name__}: {error}")
 
     def _cell(self, name: str, method: Method, budget: float) -> Cell:
         identity = {

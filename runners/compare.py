@@ -13,7 +13,7 @@ from tasks.base import Example, Row, Task
 class Compared:
     """One row of the result table: the method's row, the full cache's, and the 95 % interval of their difference.
 
-    interval: points of score, lower and upper; None for fewer than two samples.
+    interval: points of score, lower and upper; None where a subset has fewer than two samples.
     """
 
     row: Row
@@ -53,11 +53,11 @@ def compare(
 def _interval(
     task: Task, name: str, members: Sequence[tuple[Example, float]], resamples: int, seed: int
 ) -> tuple[float, float] | None:
-    if len(members) < 2:
-        return None
     subsets: dict[str, tuple[Example, list[float]]] = {}
     for example, difference in members:
         subsets.setdefault(example.tags["subset"], (example, []))[1].append(difference)
+    if not subsets or min(len(differences) for _, differences in subsets.values()) < 2:
+        return None
     means = []
     for subset, (_, differences) in subsets.items():
         # keyed by the subset: one that is a category by itself has one interval, whatever else is in the table

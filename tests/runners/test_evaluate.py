@@ -50,8 +50,10 @@ def test_equal_scores_have_an_interval_of_nothing():
     assert row.interval == (0.0, 0.0)
 
 
-def test_one_sample_has_no_interval():
-    assert compare(Toy(), scored(a=("x", [1.0], [0.5])), resamples=200, seed=0)[0].interval is None
+def test_one_sample_of_a_subset_has_no_interval_and_gives_its_category_none():
+    samples = scored(a=("x", [1.0], [0.5]), b=("x", [1.0, 0.0], [0.5, 0.5]))
+    found = {one.row.name: one.interval for one in compare(Toy(), samples, resamples=200, seed=0)}
+    assert found["a"] is None and found["x"] is None and found["b"] == (-50.0, 50.0)
 
 
 def test_the_interval_is_the_percentile_one_of_paired_differences():

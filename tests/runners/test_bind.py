@@ -172,7 +172,7 @@ class PerHead(Eviction):
         heads = torch.arange(store.pos.shape[1])[:, None]
         scores = uniform(0, step.samples[:, None, None], torch.tensor(step.layer), heads, store.pos)
         best = scores.argsort(dim=-1, descending=True).argsort(dim=-1)
-        return scores.masked_fill(best >= max(cut.limit) - heads, -torch.inf)
+        return scores.masked_fill(best >= max(map(self.slots, cut.prompt)) - heads, -torch.inf)
 
 
 def masked_feed(model: PreTrainedModel, seen: list[Tensor], ids: Tensor, mask: Tensor, pieces: list[int]) -> Tensor:

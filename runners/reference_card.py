@@ -1,4 +1,4 @@
-"""Measure a trained reference model and write its card: `python -m runners.reference_card`.
+"""Measure a trained reference model and write its card: `python -m runners.reference_card --model FOLDER`.
 
 Everything in the card's tables comes from this script: recall by ability and length, needles by depth, the bundled
 split with real generation, perplexity on held-out prose beside a 5-gram model's.
@@ -113,6 +113,25 @@ def five_gram_perplexity(train: list[int], test: list[int], vocabulary: int, ord
     return math.exp(nll / len(test))
 
 
+@torch.no_grad()
+def measure_attention(tokenizer: PreTrainedTokenizerFast, folder: Path, length: int = 1024) -> list[dict[str, float]]:
+    """By layer, where the last 64 queries of fact documents look: shares of attention, mean over heads."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    kinds: dict[str, list[list[float]]] = {"first token": [], "last 16 tokens": [], "top 5 % of slots": []}
+    for i in range(6):
+        document = fitted_document(tokenizer, "facts", length, 1, [SEED, 2, i])
+        ids = torch.tensor([tokenizer(document.prompt()).input_ids])
+        layers = model(input_ids=ids, output_attentions=True, use_cache=False).attentions
+        probs = torch.stack([layer[0, :, -64:] for layer in layers])  # [L, Hq, 64, S]
+        top = probs.sort(dim=-1, descending=True).values[..., : round(0.05 * probs.shape[-1])]
+        n = ids.shape[1]
+        near = torch.stack([probs[:, :, r, n - 64 + r - 15 : n - 64 + r + 1].sum(-1) for r in range(64)], dim=-1)
+        for name, share in zip(kinds, (probs[..., 0], near, top.sum(-1))):
+            kinds[name].append(share.mean(dim=(1, 2)).tolist())
+    layers_n = len(kinds["first token"][0])
+    return [{name: sum(run[i] for run in runs) / len(runs) for name, runs in kinds.items()} for i in range(layers_n)]
+
+
 def _ids(tokenizer: PreTrainedTokenizerFast, paragraph: str) -> list[int]:
     return tokenizer(f"{paragraph}\n\n", add_special_tokens=False).input_ids
 
@@ -135,8 +154,12 @@ def card(measured: dict[str, Any]) -> str:
         f"| {name} | {m['category']} | {m['metric']} | {m['score']:.1f} | {m['lead']:.1f} | {100 * m['ended']:.0f} % |"
         for name, m in measured["bundle"].items()
     ]
+    attention = [
+        f"| {i} | " + " | ".join(f"{100 * share:.0f}" for share in layer.values()) + " |"
+        for i, layer in enumerate(measured["attention"])
+    ]
     training, perplexity = measured["training"], measured["perplexity"]
-    text = TEMPLATE.read_text().format(
+    return TEMPLATE.read_text().format(
         parameters=measured["parameters"] / 1e6,
         layers=config["num_hidden_layers"],
         width=config["hidden_size"],
@@ -154,13 +177,13 @@ def card(measured: dict[str, Any]) -> str:
         recall="\n".join(rows),
         needles="\n".join(needles),
         bundle="\n".join(bundle),
+        attention="\n".join(attention),
         model_perplexity=perplexity["model"],
         five_gram=perplexity["five_gram"],
         prose_tokens=perplexity["tokens"],
         train_hash=measured["prose"]["train"],
         held_out_hash=measured["prose"]["held_out"],
     )
-    return text + measured.get("notes", "")
 
 
 def _share(cell: list[int]) -> str:
@@ -192,6 +215,7 @@ def main() -> None:
             "recall": measure_recall(model, tokenizer, given.documents),
             "needles": measure_needles(model, tokenizer, 4 * given.documents),
             "bundle": measure_bundle(model, tokenizer),
+            "attention": measure_attention(tokenizer, given.model),
             "perplexity": measure_perplexity(model, tokenizer),
         }
         path.write_text(json.dumps(measured, indent=1, default=str) + "\n")

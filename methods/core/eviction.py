@@ -23,6 +23,7 @@ class Cut:
     position -1 is padding.
     rank [B, H, S]: how many older slots the head holds, -1 for padding.  n [B, H, 1]: slots that it holds.
     prompt: tokens of each row's prompt in this layer (in a sliding layer those inside its window).
+    limit: slots that may stay per head, for each row.
     """
 
     q: Tensor
@@ -30,6 +31,7 @@ class Cut:
     rank: Tensor
     n: Tensor
     prompt: list[int]
+    limit: list[int]
 
 
 @dataclass
@@ -163,7 +165,7 @@ class EvictionCache(LayerCache):
             return
         rank = torch.where(real, real.cumsum(-1) - 1, -1)
         q, q_pos = _join(queries or [(step.q, step.pos)])
-        scores = method.score(store, step, Cut(q, q_pos, rank, n, self.prompt))
+        scores = method.score(store, step, Cut(q, q_pos, rank, n, self.prompt, limits))
         keep = method.allocator.pick(scores.masked_fill(~real, -torch.inf), torch.tensor(limits, device=n.device))
         method.before_drop(store, keep)
         store.keep(keep, max(limits), exact=bool((keep.sum(-1) == max(limits)).all()))

@@ -23,7 +23,7 @@ def choose(method, sizes: Sizes, votes: torch.Tensor, n: int = 16, heads: int = 
     method.sizes = lambda _: sizes
     method.votes = lambda *args: votes
     rank = torch.arange(n).expand(1, heads, -1)
-    return method.score(store, step, Cut(step.q, step.pos, rank, torch.tensor([[[n]]]), [n]))[0] > 0
+    return method.score(store, step, Cut(step.q, step.pos, rank, torch.tensor([[[n]]]), [n], [sizes.kept]))[0] > 0
 
 
 def test_hand_worked_choice(monkeypatch):

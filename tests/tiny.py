@@ -58,6 +58,8 @@ def tiny_model(name: str, attn_implementation: str | None = None, **changes: Any
     """A random model in eval mode, the same weights at every call; changes: of its configuration."""
     kind, own = _ARCHITECTURES[name]
     config = AutoConfig.for_model(kind, **{**_COMMON, **own, **changes})
+    if kind == "gemma2" and attn_implementation is None:
+        attn_implementation = "eager"  # transformers 5.17 would take SDPA, which leaves the softcap out
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
 

@@ -60,10 +60,10 @@ def reference_model() -> Any:
 
 
 def llama_100m() -> Any:
-    """A random Llama: 12 layers, 12 query heads on 4 KV heads, 93M parameters, float32."""
+    """A random Llama: 12 layers, 12 query heads on 4 KV heads, 101M parameters, float32."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=16_384,
+        vocab_size=32_768,
         hidden_size=768,
         intermediate_size=2048,
         num_hidden_layers=12,

@@ -14,7 +14,8 @@ def draw_curves(log: Path, picture: Path) -> None:
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     losses = [e for e in entries if "loss" in e]
     recalls = [e for e in entries if "recall" in e]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 5))
+    colors = plt.get_cmap("tab20").colors
     for key, label in (("loss", "all tokens, weighted"), ("answer_loss", "answers")):
         points = [(e["tokens"] / 1e6, e[key]) for e in losses if e[key] is not None]
         span = max(1, len(points) // 200)
@@ -24,11 +25,13 @@ def draw_curves(log: Path, picture: Path) -> None:
         ]
         left.plot(*zip(*smooth), label=label)
     left.set(xlabel="million tokens", ylabel="loss, nats per token", yscale="log")
-    for ability in recalls[-1]["recall"] if recalls else ():
-        right.plot([e["tokens"] / 1e6 for e in recalls], [e["recall"].get(ability) for e in recalls], label=ability)
+    for i, ability in enumerate(recalls[-1]["recall"] if recalls else ()):
+        points = [(e["tokens"] / 1e6, e["recall"][ability]) for e in recalls if ability in e["recall"]]
+        right.plot(*zip(*points), label=ability, color=colors[i % len(colors)], marker=".")
     right.set(xlabel="million tokens", ylabel="exact match on held-out documents", ylim=(-0.02, 1.02))
+    left.legend(fontsize=8)
+    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for axis in (left, right):
-        axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(picture, dpi=110)

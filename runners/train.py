@@ -133,6 +133,8 @@ class Train:
         self._save(out, model, optimizer, state)
         if state["tokens"] < self.tokens:
             return 0
+        if state["step"] % self.recall_every:
+            self._measure(model, tokenizer, state, out)
         export = Path(self.export or out / "model")
         export_model(model, tokenizer, export)
         print(f"trained {state['tokens']:,} tokens in {state['seconds'] / 60:.0f} minutes; model in {export}")

@@ -28,7 +28,16 @@ def tokenizer():
 
 
 def small(out: Path, **knobs) -> Train:
-    knobs = {"tokens": 1024, "cooldown": 256, "stages": STAGES, "recall_every": 10**6, "warmup": 2, **SMALL, **knobs}
+    knobs = {
+        "tokens": 1024,
+        "cooldown": 256,
+        "stages": STAGES,
+        "recall_every": 10**6,
+        "recall_documents": 1,
+        "warmup": 2,
+        **SMALL,
+        **knobs,
+    }
     return Train(out=str(out), **knobs)
 
 
@@ -93,8 +102,10 @@ def test_a_run_cut_after_two_steps_ends_with_the_same_bytes(tmp_path):
     assert small(tmp_path / "cut").run() == 0
     for name in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / "cut" / "model" / name).read_bytes() == (tmp_path / "whole" / "model" / name).read_bytes()
-    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    steps = [entry["step"] for entry in entries if "loss" in entry]
     assert steps == list(range(1, 5))
+    assert "recall" in entries[-1] and (tmp_path / "cut" / "curves.png").stat().st_size > 1000
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):

@@ -207,7 +207,7 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(given.model)
         model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
         measured = {
-            "config": model.config.to_dict(),
+            "config": {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"},
             "parameters": model.num_parameters(),
             "documents": given.documents,
             "training": training_facts(given.log),

@@ -129,7 +129,7 @@ def test_heavy_packages_are_imported_only_when_they_are_used():
 def test_no_file_names_a_machine_or_a_registry():
     # written so that these lines do not match themselves
     machine = re.compile(
-        r"/(?:work|farm|root)/|/home/[a-z]|pypi[.]org|pythonhosted[.]|npmjs[.]org|deb[.]debian|[.][.]/shared"
+        r"/(?:work|farm|root)/|/home/[a-z]|pypi[.]org|python[h]osted[.]|npmjs[.]org|deb[.]debian|[.][.]/shared"
     )
     text = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".jsonl", ".sh", ".ipynb", ""}
     found = [

@@ -3,11 +3,13 @@
 Layer 0 holds one head for each of the previous `REACH` tokens, and one that averages over the last eight or so; they
 write those tokens' identities beside the token's own. Layer 1 compares (this token, the one before, ...) with (the one
 before, the one before that, ...) of every earlier position, and the two averages, and copies what it finds: an
-induction head over several tokens with a feeling for the words around them, and a second one over a single token. It
-is an initialisation and nothing else: every weight trains freely afterwards.
+induction head over several tokens with a feeling for the words around them, and a second one over a single token.
+From layer 1 on, every head has a place to look when it finds nothing: the key of BOS meets a constant part of every
+query, and BOS has no identity that could be copied. It is an initialisation and nothing else: every weight trains
+freely afterwards.
 
 The residual stream, by dimension: 0 a constant; 1..I the token's identity, a random code; then I dimensions for the
-identity of each of the previous tokens; then I for the average; the rest noise.
+identity of each of the previous tokens; then I for the average; then one that is set for BOS alone; the rest noise.
 """
 
 import math
@@ -27,6 +29,7 @@ RECENT = 4.0  # tokens back to the middle of the average
 RECENT_LOGIT, RECENT_PAIR, RECENT_SPREAD = 14.0, 5.0, 1.5  # its peak, and a bell of weights over the rotary pairs
 RECENT_SIZE = 2.5  # norm of what it writes, over that of a plain average
 RECENT_MATCH = 8.0  # logit of two equal averages of unit norm
+SINK, FREE_SINK = 11.0, 5.0  # logit of BOS in the induction heads, and in the heads that the circuit does not use
 GAIN = 4.0  # of what the induction heads add to the token's own identity
 
 
@@ -39,7 +42,7 @@ def write_circuit(model: LlamaForCausalLM, seed: int) -> None:
     config = model.config
     width, d = config.hidden_size, config.head_dim
     group = config.num_attention_heads // config.num_key_value_heads
-    size = min(IDENTITY, d, (width - 1) // (REACH + 2))  # I
+    size = min(IDENTITY, d, (width - 2) // (REACH + 2))  # I
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -52,7 +55,10 @@ def write_circuit(model: LlamaForCausalLM, seed: int) -> None:
     embedding = model.model.embed_tokens.weight  # [V, M]
     embedding[:, 0] = 1.0
     embedding[:, own] = normal(embedding.shape[0], size) / math.sqrt(size)
-    embedding[:, earlier[0].start : recent.stop] = 0.0
+    flag = recent.stop
+    embedding[:, earlier[0].start : flag + 1] = 0.0
+    embedding[config.bos_token_id, own] = 0.0
+    embedding[config.bos_token_id, flag] = 1.0
 
     first, second = (layer.self_attn for layer in model.model.layers[:2])
     # what RMSNorm divides by: the constant and the own identity have norm 1, then the earlier identities join
@@ -77,8 +83,8 @@ def write_circuit(model: LlamaForCausalLM, seed: int) -> None:
         first.o_proj.weight[:, rows] = 0.0
         first.o_proj.weight[target, rows] = gain * rms[0] * torch.eye(d)[:size]
 
-    # the pairs that turn by less than a radian over half the window
-    slow = (turns * config.max_position_embeddings / 2 < 1).nonzero().flatten()
+    # the pairs that turn by less than a radian over half the window; the slowest one is for BOS
+    slow = (turns * config.max_position_embeddings / 2 < 1).nonzero().flatten()[:-1]
     slow = torch.cat([slow, slow + d // 2])
     second.q_proj.weight[: 2 * d] = 0.0
     second.k_proj.weight[:d] = 0.0
@@ -95,3 +101,11 @@ def write_circuit(model: LlamaForCausalLM, seed: int) -> None:
     second.o_proj.weight[:, : 2 * d] = 0.0
     for head, share in enumerate((0.8, 0.2)):
         second.o_proj.weight[own, head * d : (head + 1) * d] = GAIN * share * rms[1] * torch.eye(d)[:size]
+
+    still = d // 2 - 1
+    for index, layer in enumerate(model.model.layers[1:], start=1):
+        attention = layer.self_attn
+        attention.k_proj.weight[still::d, flag] = math.sqrt(math.sqrt(d)) * rms[1]
+        attention.q_proj.weight[still::d, 0] = FREE_SINK * math.sqrt(math.sqrt(d)) * rms[1]
+        if index == 1:
+            attention.q_proj.weight[[still, d + still], 0] *= SINK / FREE_SINK

@@ -119,7 +119,7 @@ def make_training_document(
     knobs: dict[str, Any] = {}
     if kind in ("pairs", "table", "facts", "needle"):
         draw = rng.random()
-        knobs["style"] = "prefix" if draw < 0.45 else "restate" if draw < 0.8 else "bare"
+        knobs["style"] = "prefix" if draw < 0.55 else "restate" if draw < 0.9 else "bare"
     if kind == "facts":
         knobs |= {"filler": 0.9 * rng.random(), "most": 1 + int(rng.integers(4))}
     elif kind == "needle":

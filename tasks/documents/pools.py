@@ -81,11 +81,8 @@ class Pool:
         return self.number(high + 1, high + 1)  # a long document has used the short ones up
 
     def value(self) -> str:
-        """A word, two words or a number."""
-        draw = self.rng.random()
-        if draw < 0.4:
-            return self.number()
-        return self.word() if draw < 0.8 else f"{self.word()} {self.word()}"
+        """A word or a number of two to four digits: as short as the answers of most question sets."""
+        return self.number(2, 4) if self.rng.random() < 0.4 else self.word()
 
     def filler(self) -> str:
         """One sentence that says nothing about any name."""

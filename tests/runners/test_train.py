@@ -146,11 +146,15 @@ def test_the_shipped_checkpoint_is_small_and_finds_needles():
     assert asked == 12 and right >= 10
 
 
-def test_the_shipped_model_ends_its_answer_by_itself():
+def test_the_shipped_model_answers_and_ends_by_itself():
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
     model = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32)
-    document = fitted_document(tokenizer, "pairs", 400, 1, [5, 5, 5])
-    inputs = tokenizer(document.prompt(), return_tensors="pt", return_token_type_ids=False)
-    ids = model.generate(**inputs, max_new_tokens=24)[0]
-    assert ids[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(ids[inputs.input_ids.shape[1] :], skip_special_tokens=True) == document.turns[0].answer
+    right = 0
+    for i in range(5):
+        document = fitted_document(tokenizer, "pairs", 400, 1, [5, 5, i])
+        inputs = tokenizer(document.prompt(), return_tensors="pt", return_token_type_ids=False)
+        ids = model.generate(**inputs, max_new_tokens=24)[0]
+        assert ids[-1] == tokenizer.eos_token_id
+        answer = tokenizer.decode(ids[inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        right += answer == document.turns[0].answer
+    assert right >= 4

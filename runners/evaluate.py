@@ -123,8 +123,9 @@ class Run:
 
     def __init__(self, cfg: DictConfig, task: Task, results: Path):
         self.cfg, self.task, self.results = cfg, task, results
-        self.examples = task.examples()
         self.checkpoint = find(str(cfg.model.path), str(cfg.model.revision))
+        task.fit(lambda: self.encoder.tokens())
+        self.examples = task.examples()
         self.device = pick_device(str(cfg.device))
         self.dtype = pick_dtype(str(cfg.dtype), self.checkpoint, self.device)
         self.threads = pick_threads(cfg.threads)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from runners.generate import Prompt
 from tasks.base import Example
+from tasks.tokens import Tokens
 from tasks.truncate import truncate_middle
 
 if TYPE_CHECKING:
@@ -49,9 +50,10 @@ class Encoder:
         room = None if self.window is None else self.window - example.max_new_tokens
         limit = min((n for n in (self.max_length, room) if n is not None), default=None)
         context, cut = example.context, False
+        rest = example.question + example.prefill
         while True:
             if limit is not None:
-                context, cut = truncate_middle(example.context, example.question, limit, self._encode, self._decode)
+                context, cut = truncate_middle(example.context, rest, limit, self._encode, self._decode)
             ids, n_context = self._tokenize(context, example)
             if limit is None or room is None or len(ids) <= room:
                 break
@@ -73,6 +75,19 @@ class Encoder:
         """An answer as it is scored: special tokens skipped."""
         return self._decode(ids)
 
+    def tokens(self) -> Tokens:
+        """What a task may know: a prompt of `longest` tokens, special ones not counted, is not cut."""
+        limit = min((n for n in (self.max_length, self.window) if n is not None), default=None)
+        wrapper = 0
+        if self.chat and self.tokenizer.chat_template:
+            text, _ = self._wrap("a", 1)
+            wrapper = len(self._plain(text)) - len(self._plain("a"))
+        longest = None if limit is None else limit - len(self._encode(""))
+        return Tokens(self._plain, self._decode, longest, wrapper)
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, verbose=False)
 
@@ -87,6 +102,7 @@ class Encoder:
         wrap = self.chat and example.chat and bool(self.tokenizer.chat_template)
         if wrap:
             text, split = self._wrap(text, split)
+        text += example.prefill
         special = not wrap  # a template writes its own
         if not self.tokenizer.is_fast:
             ids = self.tokenizer.encode(text, add_special_tokens=special, verbose=False)

@@ -1,19 +1,22 @@
 """What a task is: examples made of strings, a score for each answer, and the rows of the result table."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from tasks.tokens import Tokens
+
 
 @dataclass(frozen=True)
 class Example:
-    """One sample. Its prompt is `context + question`, cut right after the long context.
+    """One sample. Its prompt is `context + question + prefill`, cut right after the long context.
 
     id: unique inside the task and stable between runs, such as "hotpotqa/17".
     context: the prompt up to and including the long context.
     question: the rest of the prompt.
+    prefill: the start of the answer, given to the model; it stays outside a chat template's user turn.
     answers: references; the best of them counts.
     max_new_tokens, min_new_tokens: limits of the generation; tokens.
     tags: at least `subset` and `category`.
@@ -32,10 +35,11 @@ class Example:
     stop_at_newline: bool = False
     chat: bool = True
     error: str | None = None
+    prefill: str = ""
 
     @property
     def prompt(self) -> str:
-        return self.context + self.question
+        return self.context + self.question + self.prefill
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,10 @@ class Task(ABC):
     @abstractmethod
     def name(self) -> str:
         """As printed and recorded; a bundled offline split says so in it."""
+
+    def fit(self, tokens: Callable[[], Tokens]) -> None:
+        """Called once before `examples`; a task whose prompts have a length in tokens asks `tokens` how to count."""
+        return
 
     @abstractmethod
     def source(self) -> str:

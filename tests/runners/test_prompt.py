@@ -95,3 +95,22 @@ def test_a_sample_has_the_same_number_in_every_run_and_its_own(tiny_tokenizer):
     encoder = Encoder(tiny_tokenizer, ends=[])
     one, other = example(), Example("mat/1", "a", "b", [], 1)
     assert encoder(one).prompt.sample == encoder(one).prompt.sample != encoder(other).prompt.sample
+
+
+def test_the_start_of_an_answer_follows_the_chat_template(chatty):
+    asked = example(prefill=" A: the")
+    encoder = Encoder(chatty, ends=[])
+    text = chatty.decode(encoder(asked).prompt.ids)
+    assert text.endswith("where?</user><model> A: the") and "A: the</user>" not in text
+    assert Encoder(chatty, ends=[], chat=False)(asked).prompt.ids == chatty.encode(asked.prompt)
+
+
+def test_a_prompt_of_the_longest_length_that_tasks_are_told_is_not_cut(tiny_tokenizer, chatty):
+    for tokenizer in (tiny_tokenizer, chatty):
+        encoder = Encoder(tokenizer, ends=[], max_length=80, window=90)
+        tokens = encoder.tokens()
+        room = tokens.longest - tokens.wrapper - 8
+        words = "the cat sat " * 100
+        context = tokens.decode(tokens.encode(words)[: room - tokens.count("Question: where?")])
+        assert not encoder(example(context=context)).cut
+        assert encoder(example(context=context + "the cat sat " * 12)).cut

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from runners.curves import draw_curves
 from runners.recall import ABILITIES, fitted_document, recall
-from tasks.bundle import HOME
 from tasks.documents import prose, prose_hash
+from tasks.longbench import BUNDLED
 from tasks.metrics import best_score, first_line
 
 TEMPLATE = Path(__file__).with_suffix(".md")
@@ -57,9 +57,9 @@ def measure_needles(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
 def measure_bundle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """By subset of longbench-mini: score, share of answers that ended by EOS, score of the context's first words."""
     found = {}
-    for name, subset in yaml.safe_load((HOME / "subsets.yaml").read_text()).items():
+    for name, subset in yaml.safe_load((BUNDLED / "subsets.yaml").read_text()).items():
         scores, leads, ended = [], [], 0
-        samples = [json.loads(line) for line in (HOME / f"{name}.jsonl").read_text().splitlines()]
+        samples = [json.loads(line) for line in (BUNDLED / f"{name}.jsonl").read_text().splitlines()]
         for sample in samples:
             prompt = subset["prompt"].replace("{input}", sample["input"]).replace("{context}", sample["context"])
             ids = torch.tensor([tokenizer(prompt).input_ids])

@@ -1,100 +1,34 @@
-"""Write the bundled split longbench-mini: `python -m tasks.bundle` regenerates assets/longbench-mini byte for byte.
+"""Write the bundled splits: `python -m tasks.bundle` regenerates assets/*-mini byte for byte.
 
-Six subsets, one per LongBench category, in LongBench's record format, made of held-out names and values by the
-generator that also makes the training documents. The shapes follow LongBench, the texts and prompts are our own.
+Every file of tasks/bundles makes one split, of held-out names and values, by the generator that also makes the
+training documents. `python -m tasks.bundle longbench needle` writes only these.
 """
 
 import argparse
-import json
-from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from pkgutil import iter_modules
 
-import numpy as np
-import yaml
+from tasks import bundles
 
-from tasks.documents import KINDS, Document, Pool
-
-SEED = 52610
-COUNT = 22  # samples per subset
-SHORTEST, LONGEST = 560, 3300  # tokens of a context, about
-HOME = Path(__file__).resolve().parent.parent / "assets" / "longbench-mini"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+SPLITS = tuple(sorted(module.name for module in iter_modules(bundles.__path__)))
 
 
-@dataclass(frozen=True)
-class Subset:
-    """chars: characters per token of the reference tokenizer in contexts of this kind."""
-
-    kind: str
-    category: str
-    metric: str
-    max_new_tokens: int
-    chars: float
-    first_line: bool = False
-    knobs: dict[str, Any] = field(default_factory=dict)
-
-
-SUBSETS = {
-    "report_qa": Subset("facts", "single-doc QA", "f1", 16, 3.4, knobs={"filler": 0.5, "most": 1}),
-    "passages_qa": Subset("bridge", "multi-doc QA", "f1", 32, 4.2, knobs={"restate": False}),
-    "findings": Subset("findings", "summarization", "rouge_l", 64, 4.6),
-    "kinds": Subset("labels", "few-shot", "class", 16, 2.75, first_line=True),
-    "paragraph_search": Subset("entries", "synthetic", "retrieval", 16, 3.2),
-    "module": Subset("code", "code", "edit_sim", 32, 2.6),
-}
-
-
-def records(name: str, count: int = COUNT) -> list[dict[str, Any]]:
-    """The samples of one subset; fewer samples are the first ones of more."""
-    subset, index = SUBSETS[name], list(SUBSETS).index(name)
-    made = []
-    for i in range(count):
-        rng = np.random.default_rng([SEED, index, i])
-        tokens = SHORTEST + (LONGEST - SHORTEST) * rng.random() ** 1.5  # shorter ones more often
-        document = KINDS[subset.kind](Pool(rng, "held_out"), int(tokens * subset.chars), 1, **subset.knobs)
-        made.append(
-            {
-                "input": document.turns[0].question,
-                "context": document.context,
-                "answers": [_reference(document, subset.metric)],
-                "length": len(document.context.split()),
-                "dataset": name,
-                "language": "code" if subset.category == "code" else "en",
-                "all_classes": list(document.classes) or None,
-                "_id": f"{name}-{i:03d}",
-            }
-        )
-    return made
-
-
-def write(folder: Path, count: int = COUNT) -> None:
-    """All subsets as JSON lines, and subsets.yaml with the prompt, metric and limits of each."""
+def write(name: str, assets: Path = ASSETS) -> Path:
+    """Write one split; the folder it is in."""
+    folder = assets / f"{name}-mini"
     folder.mkdir(parents=True, exist_ok=True)
-    described = {}
-    for name, subset in SUBSETS.items():
-        lines = [json.dumps(record) + "\n" for record in records(name, count)]
-        (folder / f"{name}.jsonl").write_text("".join(lines), newline="\n")
-        head = KINDS[subset.kind](Pool(np.random.default_rng(0)), 100, 1).head
-        described[name] = {
-            "category": subset.category,
-            "metric": subset.metric,
-            "prompt": f"{head}\n\n{{context}}\n\n{{input}}",
-            "max_new_tokens": subset.max_new_tokens,
-            "first_line": subset.first_line,
-        }
-    (folder / "subsets.yaml").write_text(yaml.safe_dump(described, sort_keys=False), newline="\n")
-
-
-def _reference(document: Document, metric: str) -> str:
-    turn = document.turns[0]
-    if metric == "retrieval":
-        return f"Paragraph {turn.value}"
-    return turn.answer if metric == "edit_sim" else turn.value
+    import_module(f"tasks.bundles.{name}").write(folder)
+    return folder
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=HOME)
-    parser.add_argument("--count", type=int, default=COUNT)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("splits", nargs="*", default=SPLITS, metavar="SPLIT", help=f"of {', '.join(SPLITS)}")
+    parser.add_argument("--out", type=Path, default=ASSETS, help="the folder that the splits' folders are in")
     given = parser.parse_args()
-    write(given.out, given.count)
+    if unknown := set(given.splits) - set(SPLITS):
+        parser.error(f"no split is called {', '.join(sorted(unknown))}; there are {', '.join(SPLITS)}")
+    for name in given.splits:
+        print(write(name, given.out))

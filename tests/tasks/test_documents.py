@@ -1,14 +1,11 @@
-"""The document generator and the bundled split made from it."""
+"""The document generator."""
 
-import json
 import re
 from itertools import pairwise
 
 import numpy as np
 import pytest
-import yaml
 
-from tasks.bundle import HOME, SUBSETS, records, write
 from tasks.documents import KINDS, STYLES, Pool, prose, split_of
 
 
@@ -102,34 +99,3 @@ def test_prose_is_large_enough_and_held_out_paragraphs_are_not_trained_on():
     train, held_out = prose("train"), prose("held_out")
     assert sum(map(len, train)) > 500_000 and sum(map(len, held_out)) > 50_000
     assert not set(train) & set(held_out)
-
-
-@pytest.mark.parametrize("name", SUBSETS)
-def test_the_bundled_file_is_what_the_generator_makes(name):
-    lines = (HOME / f"{name}.jsonl").read_text().splitlines()
-    assert len(lines) >= 20
-    assert [json.dumps(record) for record in records(name, 3)] == lines[:3]
-
-
-def test_writing_the_split_twice_gives_the_same_bytes(tmp_path):
-    for folder in ("a", "b"):
-        write(tmp_path / folder, count=2)
-    for path in sorted((tmp_path / "a").iterdir()):
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
-    assert (tmp_path / "a" / "subsets.yaml").read_bytes() == (HOME / "subsets.yaml").read_bytes()
-
-
-@pytest.mark.parametrize("name", SUBSETS)
-def test_bundled_values_belong_to_the_held_out_pool(name):
-    for record in map(json.loads, (HOME / f"{name}.jsonl").read_text().splitlines()):
-        assert set(record) == {"input", "context", "answers", "length", "dataset", "language", "all_classes", "_id"}
-        if name in ("report_qa", "kinds"):  # where the whole answer is a value
-            assert all(split_of(part) == "held_out" for part in record["answers"][0].split())
-        if record["all_classes"]:
-            assert record["answers"][0] in record["all_classes"]
-
-
-def test_the_bundled_split_covers_the_six_categories():
-    described = yaml.safe_load((HOME / "subsets.yaml").read_text())
-    assert len({entry["category"] for entry in described.values()}) == 6
-    assert all("{context}" in e["prompt"] and "{input}" in e["prompt"] for e in described.values())

@@ -14,7 +14,7 @@ OURS = {"methods", "tasks", "runners", "kernels", "analysis"}
 # what a folder may import besides the standard library and the light packages everyone may use
 MAY = {
     "kernels": {"kernels", "torch", "triton"},
-    "methods": {"methods", "kernels", "torch", "hydra", "omegaconf", "yaml"},
+    "methods": {"methods", "kernels", "torch", "safetensors", "hydra", "omegaconf", "yaml"},
     "analysis": {"analysis", "pandas", "numpy", "scipy", "sklearn", "matplotlib", "plotly", "jinja2", "wandb"},
 }
 NEVER = {

@@ -7,6 +7,7 @@ attention function that meets the handle fails loudly.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import types
 from collections.abc import Iterator, Sequence
@@ -115,11 +116,12 @@ class KVCache(Cache):
         prompt_len: int | None = None,
         samples: Sequence[int] | None = None,
     ):
-        self.spec = bind(model)
-        prepared = model.__dict__.setdefault("_kvfrontier_prepared", [])
-        if not any(method is other for other in prepared):
-            method.prepare(model)
-            prepared.append(method)
+        spec = bind(model)
+        # by identity: two methods with the same knobs may have edited the model differently
+        prepared = model.__dict__.setdefault("_kvfrontier_prepared", {})
+        if id(method) not in prepared:
+            prepared[id(method)] = (method, method.prepare(model))
+        self.spec = dataclasses.replace(spec, prepared=prepared[id(method)][1])
         self.method, self.prompt_len = method, prompt_len
         self._samples = samples
         self._here: Standing | None = None
@@ -170,6 +172,18 @@ class KVCache(Cache):
             pos = torch.where(real, seen[:, None] + running - 1, -1)
             self._counts = seen + running[:, -1]
         return Standing(total, stage, pos, seen, real is not None)
+
+    def go_on_from(self, other: KVCache, rows: Tensor | None = None) -> None:
+        """Stand where `other` stands, which saw the same tokens; what the layers hold is the caller's business.
+
+        rows [B], long: which row of `other` each row goes on from; None: the same.
+        """
+        assert other._counts is not None and isinstance(other._samples, Tensor), "the other has seen nothing yet"
+        self.prompt_len, self._here = other.prompt_len, other._here
+        self._counts = other._counts if rows is None else other._counts[rows]
+        self._samples = other._samples if rows is None else other._samples[rows]
+        for own, its in zip(self.layers, other.layers, strict=True):
+            own.seen = its.seen
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

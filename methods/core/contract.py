@@ -19,10 +19,12 @@ from torch import Tensor
 
 from kernels import Rules
 from methods.core.budget import check_budget
+from methods.core.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from methods.core.artefacts import Made
     from runners.bind import KVCache
 
 
@@ -79,6 +81,7 @@ class ModelSpec:
     device: torch.device
     ropes: Sequence[Rope | None]  # one per layer
     alibi: bool = False
+    prepared: Any = None  # what the method's `prepare` returned for this model
 
 
 @dataclass
@@ -203,8 +206,15 @@ class Method:
         """All knobs as plain values, for the record."""
         return dataclasses.asdict(self)
 
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Calibrate, load or edit weights, once per model; nothing unless overridden."""
+    def prepare(self, model: PreTrainedModel) -> Any:
+        """Load an artefact or edit weights, once per model; what it returns reaches `caches` as spec.prepared."""
+
+    def calibrate(self, model: PreTrainedModel, rows: Sequence[Tensor], seed: int, **options: Any) -> Made:
+        """What `runner=calibrate` saves for `prepare` to load, from rows of token ids [1, T] run through the model.
+
+        options: the method's own, `runner.options` on the command line.  Raises UserError if it needs none.
+        """
+        raise UserError(f"method={self.name}: needs no calibration")
 
     def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
         """One LayerCache per layer for one batch; prompt_len: padded length of a prompt that comes in chunks."""

@@ -468,3 +468,22 @@ def test_beams_of_an_evicting_cache_go_on_from_their_own_parents():
         logits = feed(model, again, out.sequences, whole, [PROMPT] + [1] * 6)[:, PROMPT - 1 : -1]
         steps = logits.log_softmax(-1).gather(2, out.sequences[:, PROMPT:, None])[..., 0]
         torch.testing.assert_close(steps.sum(-1), out.sequences_scores, atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_method_prepares_for_a_model_reaches_its_caches_on_that_model_only():
+    class Prepares(Full):
+        calls = 0
+
+        def prepare(self, model):
+            Prepares.calls += 1
+            return model.config.num_key_value_heads
+
+        def caches(self, spec, prompt_len):
+            seen.append(spec.prepared)
+            return super().caches(spec, prompt_len)
+
+    seen, method = [], Prepares()
+    grouped, ungrouped = tiny_model("llama"), tiny_model("llama-mha")
+    for model in (grouped, ungrouped, grouped):
+        method.cache_for(model)
+    assert seen == [2, 4, 2] and Prepares.calls == 2

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels import gumbel, mass, top
 from methods.core.budget import slots
-from methods.core.contract import Step
+from methods.core.contract import Stage, Step
 from methods.core.errors import UserError
 from methods.core.eviction import Cut, Eviction
 from methods.core.store import Store
@@ -110,6 +110,13 @@ class NACL(Eviction):
     def slots(self, n: int) -> int:
         return n if self.budget == 1 or n <= self.min_len else max(1, self.sizes(n).kept)
 
+    def voters(self, store: Store, step: Step) -> int:
+        n = len(store)
+        if step.stage is not Stage.ENDS_PROMPT or store.padded or step.rules.window is not None or self.slots(n) >= n:
+            return 0
+        proxies = self.sizes(n).proxies
+        return proxies if self.proxy_causal and proxies <= step.q.shape[2] else 0
+
     def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
         """[B, H, S]: +inf for what is kept, -inf for the rest; the choice is NACL's own."""
         k, _ = store.read()  # [B, H, S, D]
@@ -131,6 +138,8 @@ class NACL(Eviction):
 
     def votes(self, store: Store, step: Step, cut: Cut, proxies: Tensor) -> Tensor:
         """Attention that the last `proxies` [B, 1] queries of each row give every slot, [B, Hq, S]."""
+        if cut.mass is not None:
+            return cut.mass
         k, _ = store.read()
         newest = cut.q_pos[:, -1:]  # [B, 1]
         longest = min(cut.q.shape[2], max(self.sizes(n).proxies for n in cut.prompt))

@@ -1,5 +1,5 @@
 """Attention probabilities and their column sums, without an [n, n] matrix."""
 
-from kernels.mass.reference import attention_probs, mass
+from kernels.mass.reference import attend_with_mass, attention_probs, mass
 
-__all__ = ["attention_probs", "mass"]
+__all__ = ["attend_with_mass", "attention_probs", "mass"]

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from kernels.attend import Rules
+from kernels.attend import Rules, attend
 from kernels.attend.reference import logits
 
-# query rows per block: their scores stay in the processor's cache (of 8 to 64 rows, 16 measured fastest)
-BLOCK_ROWS = 16
+# elements of one block's scores, and query rows that it has at least: measured fastest where a block stays in the cache
+BLOCK_ELEMENTS, LEAST_ROWS = 1 << 19, 8
 
 
 def attention_probs(q: Tensor, k: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor) -> Tensor:
@@ -22,34 +22,71 @@ def mass(q: Tensor, k: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, pl
     q [B, Hq, T, D], k [B, H, S, D], q_pos [B, T], k_pos [B, H or 1, S]. A query with position -1 gives nothing.
     plan="tail": no slot is padding and the queries are the newest slots in order, so only the corner needs a mask.
     """
+    q, k = q.detach(), k.detach()
     if plan == "tail" and rules.plain and rules.window is None:
-        return _tail_mass(q, k, rules.scale)
+        return _tail(q, k, None, rules.scale)[0]
     B, Hq, T, _ = q.shape
     H, S = k.shape[1], k.shape[2]
     out = torch.zeros(B, H, Hq // H, S, device=q.device)
-    for i in range(0, T, BLOCK_ROWS):
-        rows = slice(i, i + BLOCK_ROWS)
+    step = _block_rows(B * Hq * S)
+    for i in range(0, T, step):
+        rows = slice(i, i + step)
         out += attention_probs(q[:, :, rows], k, rules, q_pos=q_pos[:, rows], k_pos=k_pos).sum(dim=3)
     return out.view(B, Hq, S)
 
 
-def _tail_mass(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Column sums [B, Hq, S] of queries that are the newest T of the S slots; two buffers serve all blocks."""
+def attend_with_mass(
+    q: Tensor, k: Tensor, v: Tensor, rules: Rules, n: int, *, q_pos: Tensor, k_pos: Tensor, plan: str = "positions"
+) -> tuple[Tensor, Tensor]:
+    """What `attend` gives, and `mass` of the newest n of the queries, computed together where plan="tail" allows it."""
+    T, S = q.shape[2], k.shape[2]
+    at, rest = {"q_pos": q_pos[:, T - n :], "k_pos": k_pos}, T - n
+    if plan != "tail" or not rules.plain or rules.window is not None or (torch.is_grad_enabled() and q.requires_grad):
+        out = attend(q, k, v, rules, q_pos=q_pos, k_pos=k_pos)
+        return out, mass(q[:, :, rest:], k, rules, **at, plan=plan)
+    if rest == 0:
+        sums, out = _tail(q, k, v, rules.scale)
+        return out, sums
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    q_old, k_old, v_old = q[:, :, :rest], k[:, :, : S - n], v[:, :, : S - n]
+    old = {"q_pos": q_pos[:, :rest], "k_pos": k_pos[..., : S - n]}
+    out[:, :, :rest] = attend(q_old, k_old, v_old, rules, **old, plan="causal" if T == S else "positions")
+    sums, out[:, :, rest:] = _tail(q[:, :, rest:], k, v, rules.scale)
+    return out, sums
+
+
+def _tail(q: Tensor, k: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Column sums [B, Hq, S] of queries that are the newest T of the S slots, and, given v, their output (else empty).
+
+    One buffer serves all blocks.
+    """
     B, Hq, T, D = q.shape
     H, S = k.shape[1], k.shape[2]
     G = Hq // H
-    out = torch.zeros(B * Hq, S, device=q.device)
+    sums = torch.zeros(B * Hq, S, device=q.device)
+    out = q.new_empty(B, Hq, T, v.shape[-1] if v is not None else 0)
     k_t = k.transpose(-1, -2).reshape(B * H, D, S)
     q = (q * scale).reshape(B, H, G, T, D)
-    scores, probs = (torch.empty(B * Hq * BLOCK_ROWS * S, dtype=kind, device=q.device) for kind in (q.dtype, out.dtype))
-    for i in range(0, T, BLOCK_ROWS):
-        t = min(BLOCK_ROWS, T - i)
+    rows = min(T, _block_rows(B * Hq * S))
+    scores = torch.empty(B * Hq * rows * S, dtype=q.dtype, device=q.device)
+    probs = scores if q.dtype == sums.dtype else torch.empty_like(scores, dtype=sums.dtype)
+    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
+    for i in range(0, T, rows):
+        t = min(rows, T - i)
         n = S - T + i + t  # slots that the block's last query sees
         x = scores[: B * Hq * t * n].view(B * H, G * t, n)
         torch.bmm(q[:, :, :, i : i + t].reshape(B * H, G * t, D), k_t[:, :, :n], out=x)
         x = x.view(B * Hq, t, n)
-        x[..., n - t :].masked_fill_(torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+        x[..., n - t :].masked_fill_(future[:t, :t], -torch.inf)
         p = probs[: x.numel()].view(x.shape)
-        torch.softmax(x, -1, dtype=out.dtype, out=p)
-        out[:, :n] += p.sum(dim=1)
-    return out.view(B, Hq, S)
+        torch.softmax(x, -1, dtype=p.dtype, out=p)
+        sums[:, :n] += p.sum(dim=1)
+        if v is not None:
+            y = p.view(B * H, G * t, n).to(v.dtype) @ v[:, :, :n].reshape(B * H, n, -1)
+            out[:, :, i : i + t] = y.view(B, Hq, t, -1)
+    return sums.view(B, Hq, S), out
+
+
+def _block_rows(elements: int) -> int:
+    """Query rows per block, given the elements of one row's scores."""
+    return max(LEAST_ROWS, BLOCK_ELEMENTS // max(1, elements))

@@ -24,6 +24,7 @@ class Cut:
     rank [B, H, S]: how many older slots the head holds, -1 for padding.  n [B, H, 1]: slots that it holds.
     prompt: tokens of each row's prompt in this layer (in a sliding layer those inside its window).
     limit: slots that may stay per head, for each row.
+    mass [B, Hq, S]: what `Eviction.voters` asked for in the step that decides; None if it asked for nothing.
     """
 
     q: Tensor
@@ -32,6 +33,7 @@ class Cut:
     n: Tensor
     prompt: list[int]
     limit: list[int]
+    mass: Tensor | None = None
 
 
 @dataclass
@@ -66,8 +68,18 @@ class Eviction(Method):
         """Slots that a head keeps of a prompt of n tokens."""
         return slots(self.budget, n)
 
-    def observe(self, store: Store, step: Step) -> None:
-        """Statistics after every step, in side arrays of the store; nothing unless overridden."""
+    def voters(self, store: Store, step: Step) -> int:
+        """Of how many of the step's newest queries `observe` or `score` wants the attention, summed per slot.
+
+        The step is in the store already. The sums come with the step's own output, for less than they cost alone.
+        """
+        return 0
+
+    def observe(self, store: Store, step: Step, mass: Tensor | None) -> None:
+        """Statistics after every step, in side arrays of the store; nothing unless overridden.
+
+        mass [B, Hq, S]: the voters' attention, slots in the order of `store.read`; None without voters.
+        """
 
     @property
     def interval(self) -> int | None:
@@ -94,16 +106,24 @@ class EvictionCache(LayerCache):
         self.limit: list[int] = []
         self.since = 0  # tokens since slots were last dropped
         self.queries: list[tuple[Tensor, Tensor]] = []  # the newest ones, as many as `tail` needs
+        self.voters = 0  # of this step
+        self.mass: Tensor | None = None  # their attention, until the step is settled
 
     def take(self, step: Step) -> None:
         self.store.append(step.k, step.v, step.pos, step.padded)
+        self.voters = self.method.voters(self.store, step)
 
     def attend(self, step: Step) -> Tensor:
-        return self.store.attend(step)
+        if not self.voters:
+            return self.store.attend(step)
+        out, self.mass = self.store.attend_with_mass(step, self.voters)
+        return out
 
     def settle(self, step: Step) -> None:
+        if self.voters and self.mass is None:  # the output was another cache's
+            self.mass = self._shared_mass(step)
+        self.method.observe(self.store, step, self.mass)
         self._trim(step)
-        self.method.observe(self.store, step)
         self._remember(step)
         if step.stage is Stage.ENDS_PROMPT:
             self._end_prompt(step)
@@ -113,6 +133,7 @@ class EvictionCache(LayerCache):
                 self._drop(step)
         if step.stage is not Stage.MID_PROMPT:  # packing is lossy, so a long prompt is packed once, whole
             self.store.settle(step)
+        self.mass = None
 
     def tensors(self) -> Iterable[Tensor]:
         return self.store.tensors()
@@ -133,6 +154,15 @@ class EvictionCache(LayerCache):
         self.store.reorder(rows)
         self.queries = [(q[rows], pos[rows]) for q, pos in self.queries]
 
+    def _shared_mass(self, step: Step) -> Tensor:
+        """The voters' attention, computed once for all caches that hold the same whole prompt."""
+        key = ("mass", self.voters, len(self.store))
+        if self.limit:  # slots may have been dropped
+            return self.store.mass(step, self.voters)
+        if key not in step.memo:
+            step.memo[key] = self.store.mass(step, self.voters)
+        return step.memo[key]
+
     def _trim(self, step: Step) -> None:
         """In a sliding layer, let go of what no later query can see."""
         window, store = step.rules.window, self.store
@@ -147,8 +177,9 @@ class EvictionCache(LayerCache):
         store.keep(seen_next, int(n.max()), exact=bool((n == n.max()).all()))
 
     def _end_prompt(self, step: Step) -> None:
-        pos = self.store.pos[:, 0]  # [B, S]
-        self.prompt = (pos >= 0).sum(-1).tolist() if self.store.padded else [len(self.store)] * pos.shape[0]
+        seen = (step.pos.amax(-1) + 1).tolist()  # tokens, also when earlier ones have been dropped
+        window = step.rules.window
+        self.prompt = seen if window is None else [min(n, window - 1) for n in seen]
         share = self.method.allocator.slots
         self.limit = [min(n, share(step.layer, step.n_layers, self.method.slots(n))) for n in self.prompt]
         self._drop(step)
@@ -165,7 +196,7 @@ class EvictionCache(LayerCache):
             return
         rank = torch.where(real, real.cumsum(-1) - 1, -1)
         q, q_pos = _join(queries or [(step.q, step.pos)])
-        scores = method.score(store, step, Cut(q, q_pos, rank, n, self.prompt, limits))
+        scores = method.score(store, step, Cut(q, q_pos, rank, n, self.prompt, limits, self.mass))
         keep = method.allocator.pick(scores.masked_fill(~real, -torch.inf), torch.tensor(limits, device=n.device))
         method.before_drop(store, keep)
         store.keep(keep, max(limits), exact=bool((keep.sum(-1) == max(limits)).all()))

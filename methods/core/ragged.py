@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,6 +104,10 @@ class RaggedStore(Store):
             step.rules,
             step.pos,
         )
+
+    def _mass_layout(self, step: Step, q_pos: Tensor) -> dict[str, Any]:
+        layout = super()._mass_layout(step, q_pos)
+        return {**layout, "plan": "positions"} if self.counts else layout
 
     def tensors(self) -> Iterable[Tensor]:
         yield from super().tensors()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import Plan, attend
+from kernels import Plan, attend, attend_with_mass, mass
 from kernels.select import compact
 from methods.core.contract import Step
 
@@ -31,6 +32,7 @@ class Store:
         self.buffers: dict[str, Tensor] = {}  # "k", "v", "pos" and the side arrays, slots on dimension 2
         self.fills: dict[str, float] = {}  # side arrays: a new slot's value
         self.hole: Tensor | None = None  # [B, H], a freed place that the next token takes
+        self.in_order = True  # whether slots lie in order of position: until a hole is filled
 
     def __len__(self) -> int:
         return self.n
@@ -101,7 +103,7 @@ class Store:
         if self.buffers["pos"].shape[1] == 1:
             self.buffers["pos"] = self.buffers["pos"].expand(-1, self.k.shape[1], -1).clone()
         self.buffers["pos"].scatter_(2, slot[..., None], -1)
-        self.hole = slot
+        self.hole, self.in_order = slot, False
 
     def keep_newest(self, n: int) -> None:
         """Drop what no row has among its n newest slots; for slots in order of arrival."""
@@ -124,6 +126,19 @@ class Store:
         else:
             plan = "causal" if self.n == T else "positions"
         return attend(step.q, *self.read(), step.rules, q_pos=step.pos, k_pos=self.pos, plan=plan)
+
+    def attend_with_mass(self, step: Step, n: int) -> tuple[Tensor, Tensor]:
+        """What `attend` gives, and what `mass` gives, computed together."""
+        return attend_with_mass(step.q, *self.read(), step.rules, n, **self._mass_layout(step, step.pos))
+
+    def mass(self, step: Step, n: int) -> Tensor:
+        """Attention that the slots get from the step's newest n queries, [B, Hq, S], slots in the order of `read`."""
+        q, pos = step.q[:, :, -n:], step.pos[:, -n:]
+        return mass(q, self.read()[0], step.rules, **self._mass_layout(step, pos))
+
+    def _mass_layout(self, step: Step, q_pos: Tensor) -> dict[str, Any]:
+        tail = not self.padded and (self.in_order or step.q.shape[2] == 1)
+        return {"q_pos": q_pos, "k_pos": self.pos, "plan": "tail" if tail else "positions"}
 
     def add(self, name: str, values: Tensor) -> None:
         """Add values [B, H, S] to the side array `name`, slots in the order of `read`."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Rules, attention_probs, mass
+from kernels import Rules, attend, attend_with_mass, attention_probs, mass
 from kernels.mass import reference
 
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
@@ -52,6 +52,22 @@ def test_mass_is_the_column_sum_of_the_softmax_under_both_plans(T, S, heads, rul
 
 
 @pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("n", "T", "S"), [(1, 1, 63), (5, 63, 63), (63, 63, 63), (20, 63, 300), (300, 300, 300)])
+def test_output_and_mass_together_are_those_of_each_alone(n, T, S, heads, rules):
+    q, k = random(HEADS[heads], T, S)
+    v = torch.randn(2, HEADS[heads], S, 6, generator=torch.Generator().manual_seed(1))
+    rule = Rules(D**-0.5, **RULES[rules])
+    at = {"q_pos": torch.arange(S - T, S).expand(2, -1), "k_pos": torch.arange(S).expand(2, 1, -1)}
+    probs = dense(q, k, rule, **at)  # [B, Hq, T, S]
+    for plan in ("positions", "tail"):
+        out, sums = attend_with_mass(q, k, v, rule, n, **at, plan=plan)
+        assert (out - probs @ v.double().repeat_interleave(4 // HEADS[heads], dim=1)).abs().max() < 1e-5
+        assert (out - attend(q, k, v, rule, **at)).abs().max() < 1e-5
+        assert (sums - probs[:, :, T - n :].sum(2)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("rules", RULES)
 def test_padding_gives_and_receives_nothing(rules):
     q, k = random(2, 20, 60)
     rule = Rules(D**-0.5, **RULES[rules])
@@ -84,9 +100,9 @@ def test_probabilities_of_the_group_are_in_the_order_of_query_heads():
 def test_splitting_into_blocks_changes_nothing(rows, plan, monkeypatch):
     q, k = random(2, 50, 90)
     at = {"q_pos": torch.arange(40, 90).expand(2, -1), "k_pos": torch.arange(90).expand(2, 1, -1), "plan": plan}
-    monkeypatch.setattr(reference, "BLOCK_ROWS", 1000)
+    monkeypatch.setattr(reference, "_block_rows", lambda _: 1000)
     whole = mass(q, k, Rules(0.3), **at)
-    monkeypatch.setattr(reference, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(reference, "_block_rows", lambda _: rows)
     assert (mass(q, k, Rules(0.3), **at) - whole).abs().max() < 1e-5
 
 

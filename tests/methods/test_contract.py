@@ -127,7 +127,8 @@ def test_what_is_dropped_shows_in_the_next_logits(name, gqa):
     ids, new = tokens(), tokens(1, seed=2)
     small = run(gqa, budgeted(name, 40).cache_for(gqa), ids, new=new)
     full = run(gqa, load_method("full").cache_for(gqa), ids, new=new)
-    assert torch.equal(small[:, 0], full[:, 0])  # the prompt itself attends in full
+    # the prompt itself attends in full, by the same call or by one that also sums the attention
+    assert (small[:, 0] - full[:, 0]).abs().max() < 1e-5 * full.abs().max()
     assert (small[:, 1] - full[:, 1]).abs().max() > 1e-3
 
 

@@ -8,7 +8,8 @@ from transformers.cache_utils import DynamicCache
 from methods import load_method
 from methods.full import Full
 from runners.bind import unbound
-from runners.generate import LOOK_EVERY, Prompt, generate
+from runners.generate import Prompt, generate
+from runners.session import LOOK_EVERY
 
 NEW = 12
 

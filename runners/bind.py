@@ -7,6 +7,7 @@ attention function that meets the handle fails loudly.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import types
@@ -126,6 +127,7 @@ class KVCache(Cache):
         self._samples = samples
         self._here: Standing | None = None
         self._counts: Tensor | None = None  # [B], tokens per row so far
+        self._again = False
         inner = method.caches(self.spec, prompt_len)
         super().__init__(layers=[KVLayer(self, i, layer) for i, layer in enumerate(inner)])
         self.meter = Meter(inner)
@@ -154,6 +156,8 @@ class KVCache(Cache):
             self.prompt_len = total
         if before < self.prompt_len:
             stage = Stage.MID_PROMPT if total < self.prompt_len else Stage.ENDS_PROMPT
+        elif self._again:
+            stage, self._again = Stage.ENDS_PROMPT, False
         else:
             stage = Stage.DECODE if T == 1 else Stage.TURN
         if self._counts is None:
@@ -191,6 +195,16 @@ class KVCache(Cache):
             self._counts = self._counts[beam_idx]
         if isinstance(self._samples, Tensor):
             self._samples = self._samples[beam_idx]
+
+    def compress_next(self) -> None:
+        """The next forward ends a prompt, as the first one did: what is stored then is compressed again."""
+        self._again = True
+
+    def fork(self) -> KVCache:
+        """A copy that goes on by itself; what belongs to the method or the model is shared, not copied."""
+        adapters = (tensor for layer in self.layers for tensor in layer.inner.adapters())
+        shared = (self.method, self.spec, self.spec.__dict__.get("prepared"), *adapters)
+        return copy.deepcopy(self, {id(one): one for one in shared if one is not None})
 
     def report(self) -> Report:
         """Bytes held, read and spent so far; see runners/meter.py."""

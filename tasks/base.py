@@ -1,12 +1,46 @@
 """What a task is: examples made of strings, a score for each answer, and the rows of the result table."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from tasks.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A later question on the same context.
+
+    question: what is asked, without the separator before it.
+    answers: references; the first one stands in the golden history.
+    """
+
+    question: str
+    answers: list[str]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Forced:
+    """A text that is fed as it stands and whose tokens are predicted one after the other; all counts are tokens.
+
+    through: "prefix": the first `prompt` are the prompt, which is compressed; the rest is fed in steps of `stride`.
+        "stream": the same, and every method goes on compressing while it is fed.
+        "chunk": blocks of `stride`; each attends to the stored slots and itself, then all is compressed again.
+        "one_pass": plain attention over the whole piece, in which no compression can be felt; for the full cache only.
+    start, length: the piece, in tokens of the text without special ones; a beginning-of-sequence token comes before it.
+    counted: the places in the piece whose prediction counts.
+    """
+
+    text: str
+    through: Literal["prefix", "stream", "chunk", "one_pass"]
+    start: int
+    length: int
+    prompt: int
+    stride: int
+    counted: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -23,6 +57,13 @@ class Example:
     stop_at_newline: the last token id of an encoded newline ends the generation too.
     chat: wrap the prompt in the chat template, if the tokenizer has one.
     error: why this sample cannot be run; it is recorded as failed, and the others go on.
+    turns: questions that follow the first one on the same compressed context.
+    history: what a later question finds before it: "golden" the earlier questions with their reference answers, "own"
+        with the generated ones, "none" nothing: every question is asked of the same stored context.
+    recompress: compress again whenever a later question has been read.
+    shots: earlier user and assistant turns, where the chat template is used.
+    beams: width of the beam search; 1 is greedy.
+    forced: a text to predict; context and question are empty then.
     """
 
     id: str
@@ -36,10 +77,42 @@ class Example:
     chat: bool = True
     error: str | None = None
     prefill: str = ""
+    turns: tuple[Turn, ...] = ()
+    history: Literal["golden", "own", "none"] = "golden"
+    recompress: bool = False
+    shots: tuple[tuple[str, str], ...] = ()
+    beams: int = 1
+    forced: Forced | None = None
+
+    @property
+    def kind(self) -> Literal["answer", "turns", "forced"]:
+        """How it is run: one question, several, or a text that is fed."""
+        if self.forced is not None:
+            return "forced"
+        return "turns" if self.turns or self.history == "none" else "answer"
 
     @property
     def prompt(self) -> str:
         return self.context + self.question + self.prefill
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a sample's score is, and how the table shows a mean of them.
+
+    unit: of the table's numbers.  scale: the table shows so many times the score.  digits: decimal places of it.
+    """
+
+    name: str = "score"
+    unit: str = "points of 100"
+    better: Literal["higher", "lower"] = "higher"
+    scale: float = 100
+    digits: int = 2
+
+    def mean(self, scores: Iterable[float]) -> float | None:
+        """The mean of scores as the table shows it, rounded; None when there are none."""
+        scores = list(scores)
+        return round(self.scale * sum(scores) / len(scores), self.digits) if scores else None
 
 
 @dataclass(frozen=True)
@@ -48,7 +121,7 @@ class Row:
 
     kind: "subset", "bin", "category" or "average".
     n: samples behind the score.
-    score: 0 to 100, rounded to two places; None when n is 0.
+    score: in the metric's unit, rounded to its places; None when n is 0.
     note: how it was averaged, where that is not obvious.
     """
 
@@ -61,12 +134,16 @@ class Row:
 
 def percent(scores: Iterable[float]) -> float | None:
     """100 times the mean of scores in [0, 1], rounded to two places; None when there are none."""
-    scores = list(scores)
-    return round(100 * sum(scores) / len(scores), 2) if scores else None
+    return Metric().mean(scores)
 
 
 class Task(ABC):
-    """A benchmark: knobs at construction, then strings only."""
+    """A benchmark: knobs at construction, then strings only.
+
+    metric: of `score` and of every row of the table.
+    """
+
+    metric: ClassVar[Metric] = Metric()
 
     @property
     @abstractmethod
@@ -87,7 +164,15 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, example: Example, prediction: str) -> float:
-        """How good the prediction is, in [0, 1]."""
+        """How good the prediction is, as `metric` says: in [0, 1] unless it says otherwise."""
+
+    def parts(self, example: Example, prediction: str) -> dict[str, float]:
+        """Scores of a prediction that have rows of their own, by name; none: `score` has the only row."""
+        return {}
+
+    def remarks(self, rows: Sequence[tuple[Example, Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
+        """Lines below the table, from samples (example, the method's record, the full cache's record)."""
+        return []
 
     @property
     @abstractmethod
@@ -112,11 +197,24 @@ class Task(ABC):
             name = example.tags["subset"]
             tags.setdefault(name, example.tags)
             scores.setdefault(name, []).append(score)
-        return [(tags[name], Row(name, "subset", len(s), percent(s))) for name, s in scores.items()]
+        return [(tags[name], Row(name, "subset", len(s), self.metric.mean(s))) for name, s in scores.items()]
 
     def _averages(self, subsets: list[tuple[dict[str, Any], Row]]) -> list[Row]:
         """The rows below the categories; a table of one category needs none."""
         return average_rows("average", subsets)
+
+
+def as_parts(example: Example, record: Mapping[str, Any]) -> list[tuple[Example, float]]:
+    """A recorded sample as the rows of the table count it: once, or once for each part of its score.
+
+    A part is a subset of its own; `stratum` then names the subset that all parts of a sample were drawn from.
+    """
+    if not record.get("parts"):
+        return [(example, record["score"])]
+    tags = example.tags
+    subset = tags["subset"]
+    several = {name: {**tags, "subset": f"{subset} {name}", "stratum": subset} for name in record["parts"]}
+    return [(replace(example, tags=several[name]), score) for name, score in record["parts"].items()]
 
 
 def mean_by_category(subsets: Iterable[tuple[dict[str, Any], Row]]) -> list[Row]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from methods.core.contract import LayerCache, Step
+from methods.core.contract import LayerCache, Stage, Step
 
 
 class Shared(LayerCache):
@@ -15,25 +15,34 @@ class Shared(LayerCache):
 
     Right for followers whose prompt output equals the leader's: all that decide after the prompt (`changes_prompt`
     False) when the leader keeps everything.
+
+    leader_stays: False frees the leader's layer as soon as the prompt has passed it, where nobody goes on from it.
     """
 
-    def __init__(self, leader: LayerCache, followers: Sequence[LayerCache]):
-        self.leader, self.followers = leader, followers
+    def __init__(self, leader: LayerCache, followers: Sequence[LayerCache], leader_stays: bool = True):
+        self.leader: LayerCache | None = leader
+        self.followers, self.leader_stays = followers, leader_stays
 
     def take(self, step: Step) -> None:
-        for cache in (self.leader, *self.followers):
+        for cache in self._caches():
             cache.take(step)
 
     def attend(self, step: Step) -> Tensor:
+        assert self.leader is not None, "the prompt has ended and its leader is gone"
         return self.leader.attend(step)
 
     def settle(self, step: Step) -> None:
-        for cache in (self.leader, *self.followers):
+        if step.stage is Stage.ENDS_PROMPT and not self.leader_stays:
+            self.leader = None
+        for cache in self._caches():
             cache.settle(step)
 
     def tensors(self) -> Iterable[Tensor]:
-        for cache in (self.leader, *self.followers):
+        for cache in self._caches():
             yield from cache.tensors()
+
+    def _caches(self) -> list[LayerCache]:
+        return [*([] if self.leader is None else [self.leader]), *self.followers]
 
 
 class Rows(LayerCache):
@@ -44,17 +53,20 @@ class Rows(LayerCache):
 
     def __init__(self, parts: Sequence[tuple[int, int, LayerCache]]):
         self.parts = parts
+        self.steps: list[Step] = []  # of the parts, while the layer's turn lasts
 
     def take(self, step: Step) -> None:
-        for first, end, cache in self.parts:
-            cache.take(step.rows(slice(first, end)))
+        self.steps = [step.rows(slice(first, end)) for first, end, _ in self.parts]
+        for (_, _, cache), own in zip(self.parts, self.steps, strict=True):
+            cache.take(own)
 
     def attend(self, step: Step) -> Tensor:
-        return torch.cat([cache.attend(step.rows(slice(first, end))) for first, end, cache in self.parts])
+        return torch.cat([cache.attend(own) for (_, _, cache), own in zip(self.parts, self.steps, strict=True)])
 
     def settle(self, step: Step) -> None:
-        for first, end, cache in self.parts:
-            cache.settle(step.rows(slice(first, end)))
+        for (_, _, cache), own in zip(self.parts, self.steps, strict=True):
+            cache.settle(own)
+        self.steps = []
 
     def tensors(self) -> Iterable[Tensor]:
         for _, _, cache in self.parts:

@@ -1,0 +1,175 @@
+"""Members of a group give what they give alone: tokens, ledger, and where they end."""
+
+import pytest
+import torch
+
+from methods import load_method, method_names
+from methods.core.eviction import Eviction, EvictionCache
+from runners.generate import Prompt, generate
+from runners.session import Answer
+from runners.together import TimeLimit, together
+from tests.methods.conftest import tiny_llama
+
+TIE = 1e-4  # logits closer than this may change places: a row of a batch is added up in another order
+BUDGETS = (0.5, 0.2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama(4, 2)
+
+
+def prompts(n: int, new: int = 12) -> list[Prompt]:
+    """Prompts of different lengths; a quarter of the vocabulary ends an answer, so that rows end at different steps."""
+    g = torch.Generator().manual_seed(3)
+    return [
+        Prompt(torch.randint(1, 97, (90 + 7 * i,), generator=g).tolist(), 80, new, 2, tuple(range(24)), sample=41 + i)
+        for i in range(n)
+    ]
+
+
+def members() -> list:
+    """Every method that can share a prompt, at each budget it takes."""
+    methods = [load_method("full")]
+    for name in method_names():
+        if name != "full":
+            methods += [load_method(name, budget=budget) for budget in BUDGETS]
+    return [method for method in methods if not method.changes_prompt]
+
+
+def first_difference(a: Answer, b: Answer) -> int | None:
+    n = max(len(a.ids), len(b.ids))
+    pad_a, pad_b = (x.ids + [-1] * (n - len(x.ids)) for x in (a, b))
+    return next((i for i in range(n) if pad_a[i] != pad_b[i]), None)
+
+
+def margin(model, method, prompt: Prompt, protocol: str, answer: Answer, at: int) -> float:
+    """How far the two best logits are apart where token `at` of the answer was chosen, with the method alone."""
+    cache = method.cache_for(model, samples=[prompt.sample])
+    cut = len(prompt.ids) if protocol == "aware" else prompt.n_context
+    fed = [list(prompt.ids[:cut]), list(prompt.ids[cut:]), *[[token] for token in answer.ids[:at]]]
+    with torch.no_grad():
+        for ids in filter(None, fed):
+            logits = model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0, -1]
+    best = logits.topk(2).values
+    return float(best[0] - best[1])
+
+
+@pytest.mark.parametrize("protocol", ["aware", "agnostic"])
+@pytest.mark.parametrize(("rows", "chunk"), [(1, None), (3, None), (1, 32)])
+def test_every_method_answers_in_a_group_as_it_does_alone(model, protocol, rows, chunk, record_property):
+    methods, given = members(), prompts(rows)
+    outcomes = together(model, methods, given, protocol, chunk)
+    ties = 0
+    for method, outcome in zip(methods, outcomes, strict=True):
+        assert outcome.error is None, (method.name, outcome.error)
+        answers, cache, timings = generate(model, method, given, protocol, chunk)
+        same = True
+        for prompt, mine, alone in zip(given, outcome.answers, answers, strict=True):
+            at = first_difference(mine, alone)
+            if at is not None:
+                same = False
+                ties += 1
+                assert margin(model, method, prompt, protocol, alone, at) < TIE, (method.name, method.budget, at)
+        if same:
+            assert outcome.answers == answers, method.name
+            assert outcome.ledger == cache.report().to_dict(), method.name
+            assert outcome.timings.steps == timings.steps and outcome.timings.n_prompt == timings.n_prompt
+    print(f"{ties} of {len(methods) * rows} answers differ where two logits tie")
+    record_property("ties", ties)
+    assert ties <= len(methods) * rows // 10
+
+
+def test_members_really_end_at_different_steps(model):
+    outcomes = together(model, members(), prompts(1, new=40))
+    assert len({outcome.timings.steps for outcome in outcomes}) > 2
+
+
+def test_a_member_that_has_ended_holds_no_memory_while_the_others_decode(model, monkeypatch):
+    short, long = load_method("snapkv", budget=0.3), load_method("random", budget=0.3)
+    alive = []
+    take = EvictionCache.take
+
+    def watch(self, step):
+        alive.append(step.q.shape[0])
+        take(self, step)
+
+    monkeypatch.setattr(EvictionCache, "take", watch)
+    (one,) = prompts(1, new=30)
+    outcomes = together(model, [short, long], [one])
+    steps = sorted(outcome.timings.steps for outcome in outcomes)
+    assert steps[0] < steps[1]
+    # two layers; the leader takes in the prompt with the two members
+    assert len(alive) == 2 * (3 + sum(steps))
+
+
+class Broken(Eviction):
+    """Fails at the time that its seed says."""
+
+    _name = "broken"
+
+    def score(self, store, step, cut):
+        if self.seed == 1:
+            raise ValueError("no score for you\nsecond line")
+        return store.pos.float()
+
+    def observe(self, store, step, *more):
+        if self.seed == 2 and step.stage.value == "decode" and int(step.seen[0]) > 91:
+            raise RuntimeError("lost on the way")
+
+
+@pytest.mark.parametrize(("seed", "says"), [(1, "no score for you"), (2, "lost on the way")])
+def test_a_member_that_fails_leaves_the_others_alone(model, seed, says):
+    (one,) = prompts(1, new=20)
+    methods = [load_method("full"), Broken(budget=0.5, seed=seed), load_method("snapkv", budget=0.4)]
+    outcomes = together(model, methods, [one])
+    assert says in str(outcomes[1].error) and outcomes[1].answers == []
+    for i in (0, 2):
+        assert outcomes[i].error is None
+        assert outcomes[i].answers == generate(model, methods[i], [one])[0]
+
+
+def test_a_group_of_which_every_member_fails_ends_at_once(model):
+    outcomes = together(model, [Broken(budget=0.5, seed=1)], prompts(1))
+    assert isinstance(outcomes[0].error, ValueError)
+
+
+def test_running_out_of_memory_is_the_whole_groups(model, monkeypatch):
+    def full(self, step):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(EvictionCache, "settle", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        together(model, [load_method("full"), load_method("snapkv", budget=0.4)], prompts(1))
+
+
+def test_the_time_limit_ends_those_that_are_not_done(model):
+    outcomes = together(model, [load_method("full"), load_method("snapkv", budget=0.4)], prompts(1), limit=1e-9)
+    assert all(isinstance(outcome.error, TimeLimit) for outcome in outcomes)
+
+
+def test_a_method_that_changes_the_prompt_is_not_taken_in(model):
+    with pytest.raises(AssertionError, match="runs alone"):
+        together(model, [load_method("streaming_llm", budget=0.5, prefill="streaming")], prompts(1))
+
+
+def test_what_members_need_of_a_step_is_there(model):
+    seen = []
+
+    class Curious(Broken):
+        needs = frozenset({"hidden", "rope"})
+
+        def observe(self, store, step, *more):
+            seen.append((step.hidden is not None, step.cos is not None))
+
+    together(model, [load_method("full"), Curious(budget=0.5)], prompts(1))
+    assert seen and all(pair == (True, True) for pair in seen)
+
+
+def test_the_model_remembers_no_group_that_has_ended(model):
+    together(model, [load_method("full")], prompts(1))
+    before = len(model.__dict__["_kvfrontier_prepared"])
+    method = load_method("snapkv", budget=0.5)
+    for _ in range(3):
+        together(model, [method], prompts(1))
+    assert len(model.__dict__["_kvfrontier_prepared"]) == before + 1

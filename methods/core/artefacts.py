@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-ASSETS = ROOT / "assets"
+#: where artefacts are looked for, and made in the first of them
+PLACES = [ROOT / "assets"]
 
 #: configuration keys that fix the shapes a method meets, and those that fix the rotation of its keys
 _SHAPE = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "vocab_size")
@@ -49,8 +50,12 @@ class Artefact:
 
 @dataclass(frozen=True)
 class Made:
-    """What a calibration gives: an artefact that is yet to be saved, and lines that tell a user how it went."""
+    """What a calibration gives: an artefact that is yet to be saved, and lines that tell a user how it went.
 
+    method, name, tensors, facts: as `save` takes them.
+    """
+
+    method: str
     name: str
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
@@ -91,11 +96,6 @@ def identity(model: PreTrainedModel) -> dict[str, Any]:
     return json.loads(json.dumps(plain))
 
 
-def folder(method: str, model: PreTrainedModel) -> Path:
-    """Where the method's artefacts for this model lie."""
-    return ASSETS / method / model_id(model)
-
-
 def save(
     method: str,
     name: str,
@@ -104,13 +104,13 @@ def save(
     facts: Mapping[str, Any],
     at: Path | None = None,
 ) -> Path:
-    """Write NAME.safetensors and its card into the folder `at`, or where `load` looks; returns the first's path.
+    """Write NAME.safetensors and its card into the folder `at`, or where `load` looks first; returns the file's path.
 
     facts: how the artefact was made (data, counts, seeds, conventions), as plain values.
     """
     from safetensors.torch import save as serialized
 
-    path = (at or folder(method, model)) / f"{name}.safetensors"
+    path = (at or PLACES[0] / method / model_id(model)) / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     data = serialized({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
     card = {"method": method, **facts, "sha256": hashlib.sha256(data).hexdigest(), "model": identity(model)}
@@ -134,11 +134,15 @@ def load(
     another model or holds something else.
     """
     command = f"python run.py {make} method={method} {_model_argument(model)}"
-    file = Path(path).expanduser() if path else folder(method, model) / f"{name}.safetensors"
-    if path and not file.is_absolute() and not file.is_file():
-        file = ROOT / file
-    if not file.is_file():
-        raise UserError(f"{method}: no {name} for the model {model_id(model)} at {shown(file)}; make it with {command}")
+    if path:
+        files = [Path(path).expanduser(), ROOT / path]
+    else:
+        files = [place / method / model_id(model) / f"{name}.safetensors" for place in PLACES]
+    file = next((one for one in files if one.is_file()), None)
+    if file is None:
+        raise UserError(
+            f"{method}: no {name} for the model {model_id(model)} at {shown(files[0])}; make it with {command}"
+        )
     tensors, card = _read(file, f"make it again with {command}")
     wrong = _differences(card.get("model", {}), identity(model), by_path=path is not None)
     for key, shape in (shapes or {}).items():

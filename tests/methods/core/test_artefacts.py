@@ -14,7 +14,7 @@ SHAPE = (2, 2, 16)
 
 @pytest.fixture(autouse=True)
 def assets(tmp_path, monkeypatch):
-    monkeypatch.setattr(artefacts, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(artefacts, "PLACES", [tmp_path / "assets"])
     return tmp_path / "assets"
 
 

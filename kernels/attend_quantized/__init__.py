@@ -1,0 +1,29 @@
+"""Attention over packed slots followed by recent ones in full precision, in one softmax.
+
+q [B, Hq, T, D]. Keys and values are each a pair: packed codes of the oldest slots, or None, and the rest as tensors
+[B, H, r, D]; both pairs hold the same S slots in the same order, but may be cut at different places. Keys may be
+grouped along tokens or channels, values along channels. Positions as in `attend`: q_pos [B, T]; k_pos [B, H or 1, S].
+"""
+
+from torch import Tensor
+
+from kernels.attend import Plan, Rules
+from kernels.attend_quantized import reference
+from kernels.quantize import Packed
+
+
+def attend_quantized(
+    q: Tensor,
+    keys: tuple[Packed | None, Tensor],
+    values: tuple[Packed | None, Tensor],
+    rules: Rules,
+    *,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    plan: Plan = "positions",
+) -> Tensor:
+    """Attention output [B, Hq, T, Dv] in q's dtype; rows that see no slot give 0. plan: "all" or "positions"."""
+    return reference.attend_quantized(q, keys, values, rules, q_pos, k_pos, plan)
+
+
+__all__ = ["attend_quantized"]

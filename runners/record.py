@@ -135,15 +135,20 @@ class Writer:
     def __init__(self, record: Record, run: int):
         self.record, self.run = record, run
         self.file = os.open(record.samples_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Go on behind what another process has appended meanwhile; the lock must be held."""
         self.size = self._whole_lines()
-        os.ftruncate(self.file, self.size)
+        if self.size < os.fstat(self.file).st_size:
+            os.ftruncate(self.file, self.size)
 
     def _whole_lines(self) -> int:
         """Bytes up to the end of the last whole line; a last line that only lacks its end is given one."""
         size = os.fstat(self.file).st_size
-        tail = self.record.samples_path.read_bytes().rpartition(b"\n")[2]
-        if not tail:
+        if not size or os.pread(self.file, 1, size - 1) == b"\n":
             return size
+        tail = self.record.samples_path.read_bytes().rpartition(b"\n")[2]
         try:
             json.loads(tail)
         except ValueError:

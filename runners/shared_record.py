@@ -1,0 +1,90 @@
+"""A record that several processes may add to: what is done is read on, and no sample is written twice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from runners.record import Record, Writer
+
+
+class SharedRecord:
+    """One cell's record, held open for a while; the lock is taken for each batch of rows, not for the whole time.
+
+    conditions, notes, force: as in `Record.begin` and `Record.check`.
+    """
+
+    def __init__(self, record: Record, conditions: dict[str, Any], notes: dict[str, Any], force: bool = False):
+        self.record, self.conditions, self.notes, self.force = record, conditions, notes, force
+        self.rows: dict[str, dict[str, Any]] = {}
+        self._read = 0  # bytes of whole lines read so far
+        self._writer: Writer | None = None
+
+    def refresh(self) -> None:
+        """Read what has been added since. Raises UserError if the file was damaged by something else."""
+        try:
+            size = self.record.samples_path.stat().st_size
+        except FileNotFoundError:
+            size = 0
+        if size < self._read:  # cut by the repair of a line that was never whole, or deleted
+            self._read, self.rows = 0, {}
+        if size == self._read:
+            return
+        with self.record.samples_path.open("rb") as file:
+            file.seek(self._read)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        try:
+            for line in whole.splitlines():
+                if line:
+                    row = json.loads(line)
+                    self.rows[row["id"]] = row
+        except (ValueError, KeyError, TypeError):
+            self.rows = self.record.read()  # names the line
+        self._read += len(whole)
+
+    @property
+    def finished(self) -> set[str]:
+        """Ids of samples that have an answer; failed ones are tried again."""
+        return {id for id, row in self.rows.items() if "error" not in row}
+
+    def check(self) -> None:
+        """Raises UserError if the record was made under other conditions."""
+        self.record.check(self.conditions, self.force)
+
+    def add(self, rows: Iterable[dict[str, Any]], say_waiting: Callable[[], None]) -> int:
+        """Append those rows that nobody has added meanwhile, each safe on disk; returns how many.
+
+        A failure is not written again where the record already ends with the same one. Raises UserError if the disk is
+        full or the record was made under other conditions.
+        """
+        added = 0
+        with self.record.lock(say_waiting):
+            if self._writer is None:
+                self.check()
+                self._writer = self.record.begin(self.conditions, self.notes)
+            else:
+                self._writer.refresh()
+            self.refresh()
+            for row in rows:
+                before = self.rows.get(row["id"])
+                if before is not None and ("error" not in before or before["error"] == row.get("error")):
+                    continue
+                self._writer.append(row)
+                added += 1
+            self.refresh()
+        return added
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def __enter__(self) -> SharedRecord:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with contextlib.suppress(OSError):
+            self.close()

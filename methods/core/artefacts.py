@@ -110,7 +110,7 @@ def save(
     """
     from safetensors.torch import save as serialized
 
-    path = (at or PLACES[0] / method / model_id(model)) / f"{name}.safetensors"
+    path = (at or folders(method, model)[0]) / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     data = serialized({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
     card = {"method": method, **facts, "sha256": hashlib.sha256(data).hexdigest(), "model": identity(model)}
@@ -133,18 +133,18 @@ def load(
     makes it.  Raises UserError with that command when there is none, and with what differs when it was made for
     another model or holds something else.
     """
-    command = f"python run.py {make} method={method} {_model_argument(model)}"
+    command = command_for(method, model, make)
     if path:
         files = [Path(path).expanduser(), ROOT / path]
     else:
-        files = [place / method / model_id(model) / f"{name}.safetensors" for place in PLACES]
+        files = [folder / f"{name}.safetensors" for folder in folders(method, model)]
     file = next((one for one in files if one.is_file()), None)
     if file is None:
         raise UserError(
             f"{method}: no {name} for the model {model_id(model)} at {shown(files[0])}; make it with {command}"
         )
     tensors, card = _read(file, f"make it again with {command}")
-    wrong = _differences(card.get("model", {}), identity(model), by_path=path is not None)
+    wrong = differences(card.get("model", {}), identity(model), by_path=path is not None)
     for key, shape in (shapes or {}).items():
         if key not in tensors:
             wrong.append(f"it holds no tensor {key}")
@@ -156,6 +156,16 @@ def load(
             f"make it for this model with {command}"
         )
     return Artefact(tensors, card, file)
+
+
+def folders(method: str, model: PreTrainedModel) -> list[Path]:
+    """Where the method's artefacts for this model are looked for, and made in the first of them."""
+    return [place / method / model_id(model) for place in PLACES]
+
+
+def command_for(method: str, model: PreTrainedModel, make: str) -> str:
+    """What a user types to make the method's artefacts for this model."""
+    return f"python run.py {make} method={method} {_model_argument(model)}"
 
 
 def shown(path: Path) -> Path:
@@ -181,7 +191,7 @@ def _read(file: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, card
 
 
-def _differences(made: dict[str, Any], here: dict[str, Any], by_path: bool) -> list[str]:
+def differences(made: dict[str, Any], here: dict[str, Any], by_path: bool = False) -> list[str]:
     """What tells the model of a card from the one at hand, in words; a file given by path may have another id."""
     wrong = []
     for key in ("architecture",) if by_path else ("id", "architecture"):

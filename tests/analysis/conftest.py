@@ -1,0 +1,64 @@
+"""Result folders in the records' own format, made of chosen scores."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+class Book:
+    """Writes records below a folder."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def cell(
+        self, method="full", scores=(1.0,), budget=1.0, *, task="quiz-mini", share=None, seed=0, subsets=None,
+        protocol="aware", config=None, notes=None, conditions=1, model="tiny", predictions=None,
+    ) -> Path:  # fmt: skip
+        """One cell whose samples have these scores; None is a failed sample. Subsets default to one."""
+        folder = self.root / model / task / f"{method}-b{budget:g}-{protocol}-{seed}-{abs(hash(str(config))) % 10000}"
+        folder.mkdir(parents=True)
+        identity = {
+            "model": {"name": model, "weights": "sha256:0"},
+            "method": {"name": method, "config": {"budget": budget, "seed": seed, **(config or {})}},
+            "budget": budget,
+            "task": {"name": task, "fingerprint": {}},
+            "protocol": protocol,
+            "seed": seed,
+            "dtype": "float32",
+        }
+        family = {"full": "baseline", "kivi": "quantization"}.get(method, "eviction")
+        runs = [
+            {"conditions": {"torch": str(i)}, "commit": "abc", "family": family, **(notes or {})}
+            for i in range(conditions)
+        ]
+        (folder / "cell.json").write_text(json.dumps({"format": 1, "identity": identity, "runs": runs}))
+        share = budget if share is None else share
+        lines = []
+        for i, score in enumerate(scores):
+            subset, category = (subsets or [("qa", "QA")] * len(scores))[i]
+            row = {"id": f"{subset}/{i}", "tags": {"subset": subset, "category": category}}
+            if score is None:
+                lines.append(row | {"error": "no memory"})
+                continue
+            ledger = {
+                "full": 1000, "full_prompt": 1000, "held_prompt": round(1000 * share), "held_end": round(1000 * share),
+                "read_step": round(1000 * share), "peak_prompt": 1000, "peak_decode": round(1000 * share),
+                "per_layer": [round(500 * share)] * 2, "share": share,
+            }  # fmt: skip
+            times = {"prompt": 0.5, "question": 0.0, "decode": 0.1, "n_prompt": 100, "steps": 10}
+            lines.append(
+                row | {
+                    "prediction": (predictions or ["yes"] * len(scores))[i], "score": score, "tokens_in": 100,
+                    "tokens_out": 5, "batch": 1, "ledger": ledger, "timings": times, "prompt_end": "Who?",
+                    "answers": ["me"],
+                }
+            )  # fmt: skip
+        (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return folder
+
+
+@pytest.fixture
+def book(tmp_path):
+    return Book(tmp_path)

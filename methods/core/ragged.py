@@ -56,6 +56,10 @@ class RaggedStore(Store):
             self.pages[name] = torch.full_like(self.pages["pos"], fill, dtype=torch.float32)
         return self._whole(name, fill)
 
+    def forget(self, name: str) -> None:
+        super().forget(name)
+        self.pages.pop(name, None)
+
     def add(self, name: str, values: Tensor) -> None:
         if not self.counts:
             super().add(name, values)

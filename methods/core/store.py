@@ -61,6 +61,10 @@ class Store:
             self.buffers[name] = torch.full(shape, fill, device=self.k.device)
         return self.buffers[name][:, :, : self.n]
 
+    def forget(self, name: str) -> None:
+        """Free the side array `name`."""
+        del self.buffers[name], self.fills[name]
+
     def append(self, k: Tensor, v: Tensor, pos: Tensor, padded: bool = False) -> None:
         """New slots at the end: k [B, H, T, D], v [B, H, T, Dv], pos [B, T]. A hole takes the first of them."""
         self.padded |= padded

@@ -1,7 +1,7 @@
 """One row per point of a frontier: a method at a budget on a task, or on one category of it, beside the full cache."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -28,10 +28,8 @@ def points(results: Results, x: str = "held", resamples: int = stats.RESAMPLES) 
     """
     rows: list[dict] = []
     cells = results.cells.assign(label=labels(results.cells))
-    finished = results.finished
     for key, group in cells.groupby(KEYS, sort=True, dropna=False):
-        own = _task_points(dict(zip(KEYS, key)), group, finished, x, resamples, results.problems)
-        rows += own
+        rows += _task_points(dict(zip(KEYS, key)), group, results, x, resamples)
     table = pd.DataFrame(rows)
     if len(table):
         table["p_holm"] = table.groupby([*KEYS, "category"], dropna=False)["p"].transform(lambda p: stats.holm(list(p)))
@@ -66,23 +64,22 @@ def on_front(table: pd.DataFrame, among: str | None = None) -> pd.Series:
     return marks
 
 
-def _task_points(
-    key: dict, cells: pd.DataFrame, finished: pd.DataFrame, x: str, resamples: int, problems: list[str]
-) -> list[dict]:
+def _task_points(key: dict, cells: pd.DataFrame, results: Results, x: str, resamples: int) -> list[dict]:
+    problems, columns = results.problems, ("score", x, "bytes")
     where = f"{key['model']}, {key['task']}, {key['protocol']}"
     full_cells = cells[cells["method"] == "full"]
     if full_cells.empty:
         problems.append(f"{where}: no full cache to compare with; {len(cells)} cells left out")
         return []
     metric = cells["metric"].iloc[0]
-    full = _pooled(full_cells, finished, x)
+    full = by_sample(results, full_cells, columns)
     if full.empty:
         problems.append(f"{where}: the full cache has no finished sample; {len(cells)} cells left out")
         return []
     rows = []
     drawn: dict[tuple, np.ndarray] = {}
     for (label, budget), group in cells.groupby(["label", "budget"]):
-        ours = _pooled(group, finished, x)
+        ours = by_sample(results, group, columns).rename(columns={x: "share"})
         both = ours.join(full[["score"]].rename(columns={"score": "full"}), how="inner")
         if both.empty:
             problems.append(f"{where}: {label} at budget {budget:g} shares no finished sample with the full cache")
@@ -153,13 +150,14 @@ def _point(part: pd.DataFrame, metric: dict, drawn: dict[tuple, np.ndarray], res
     }
 
 
-def _pooled(cells: pd.DataFrame, finished: pd.DataFrame, x: str) -> pd.DataFrame:
-    """Samples of cells that differ in their seed only, averaged; those that all of them have, by id."""
-    own = finished[finished["cell"].isin(cells["cell"])]
-    if own.empty:
-        return pd.DataFrame(columns=["score", "share", "bytes", "subset", "category"])
+def by_sample(results: Results, cells: pd.DataFrame, columns: Sequence[str] = ("score",)) -> pd.DataFrame:
+    """Columns of the finished samples of cells that differ in their seed only, averaged over the seeds; by id.
+
+    Only samples that all of the cells have; with their subset and category.
+    """
+    own = results.finished[results.finished["cell"].isin(cells["cell"])]
     grouped = own.groupby("id", sort=True)
-    table = grouped[["score", x, "bytes"]].mean().rename(columns={x: "share"})
+    table = grouped[list(columns)].mean()
     table[["subset", "category"]] = grouped[["subset", "category"]].first()
     return table[grouped.size() == len(cells)]
 

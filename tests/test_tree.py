@@ -167,7 +167,8 @@ def test_every_method_file_says_which_paper_and_how_it_departs_from_it():
 
 def test_every_method_file_has_a_yaml_that_builds_it():
     yamls = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "conf" / "method").glob("*.yaml")}
-    targets = {config["_target_"].split(".")[1] for config in yamls.values() if "_target_" in config}
+    built = [node for config in yamls.values() for node in (config, config.get("store") or {}) if "_target_" in node]
+    targets = {node["_target_"].split(".")[1] for node in built}
     files = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}
     assert files <= targets, f"no conf/method/*.yaml builds {sorted(files - targets)}"
 

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from methods import load_method, method_names
 from methods.core.budget import check_budget, slots
+from methods.core.codec import Codec
 from methods.core.errors import UserError
 from runners.bind import unbound
 from tests.methods.conftest import kept, run
@@ -20,6 +21,11 @@ BUDGETS = [0.5, 60]
 def budgeted(name: str, budget: float = 0.5, **knobs):
     """The method at this budget; the full cache has only one."""
     return load_method(name, **knobs) if name == "full" else load_method(name, budget=budget, **knobs)
+
+
+def tolerance(method) -> float:
+    """How far logits may be apart; a difference of summation order may become one step of a code."""
+    return 2e-3 if isinstance(method, Codec) else 1e-4
 
 
 def tokens(n: int = LENGTH, rows: int = 1, seed: int = 1) -> torch.Tensor:
@@ -43,20 +49,21 @@ def test_any_chunking_of_the_prompt_gives_the_same_cache(name, chunks, gqa):
     expected = run(gqa, whole, ids, new=new)
     actual = run(gqa, parts, ids, chunks=chunks, new=new)
     assert [kept(whole, 1, 0, h) for h in range(2)] == [kept(parts, 1, 0, h) for h in range(2)]
-    assert (actual - expected).abs().max() < 1e-4
+    assert (actual - expected).abs().max() < tolerance(method)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_measured_bytes_meet_the_request(name, budget, any_heads):
-    cache = budgeted(name, budget).cache_for(any_heads)
+    method = budgeted(name, budget)
+    cache = method.cache_for(any_heads)
     run(any_heads, cache, tokens(), new=tokens(3, seed=2))
     cache.check_budget()
     report = cache.report()
     allowed = 1 if name == "full" else slots(budget, LENGTH) / LENGTH
     assert report.held_prompt - report.overhead <= allowed * report.full_prompt
-    # and the budget is used: a few slots may stay free where counts are cut
-    assert report.held_prompt >= (allowed - 4 / LENGTH) * report.full_prompt
+    # and the budget is used: a few slots may stay free where counts are cut; codecs have only a few sizes
+    assert isinstance(method, Codec) or report.held_prompt >= (allowed - 4 / LENGTH) * report.full_prompt
     if name != "full":
         assert report.held_prompt < 0.75 * report.full_prompt
 
@@ -74,7 +81,7 @@ def test_rows_of_a_padded_batch_do_not_affect_each_other(name, gqa):
         expected = run(gqa, alone, ids[row : row + 1, LENGTH - n :], new=new[row : row + 1])
         for layer, head in [(0, 0), (1, 1)]:
             assert kept(batch, layer, row, head) == kept(alone, layer, 0, head)
-        assert (actual[row] - expected[0]).abs().max() < 1e-4
+        assert (actual[row] - expected[0]).abs().max() < tolerance(method)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,7 +98,8 @@ def test_a_later_turn_in_one_piece_equals_it_token_by_token_up_to_what_is_droppe
             apart = gqa(turn[:, i : i + 1], position_ids=pos[:, i : i + 1], past_key_values=many, use_cache=True)
     assert one.get_seq_length() == many.get_seq_length() == LENGTH + 6
     assert kept(one, 1) == kept(many, 1)
-    if name != "streaming_llm":  # token by token it drops one token before the next one attends
+    # token by token, one token is dropped or packed before the next one attends
+    if name != "streaming_llm" and not isinstance(method, Codec):
         assert (together - apart.logits[:, -1]).abs().max() < 1e-4
 
 

@@ -1,0 +1,451 @@
+"""Slots as low-bit codes, except the newest: what stores of quantized keys and values share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import Plan, attend
+from kernels.attend_quantized import attend_quantized
+from kernels.quantize import Packed, codes_per_pack, dequantize, quantize
+from kernels.select import compact
+from methods.core.contract import Step
+from methods.core.errors import UserError
+from methods.core.store import HEADROOM, Store
+
+METADATA = 4  # bytes per group: scale and offset, float16 each
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How keys, or values, are packed.
+
+    bits: per code; 16 packs nothing.  group: elements per scale, along tokens (dim 2) or channels (dim 3, at most the
+    head's width).  residual: newest tokens in full precision: exactly so many when sliding, else what is left of whole
+    blocks of so many tokens, 0 being blocks of one.  zero: see `quantize`.
+    """
+
+    bits: int
+    group: int
+    dim: int
+    residual: int = 0
+    sliding: bool = False
+    zero: str = "float"
+
+    def due(self, recent: int) -> int:
+        """How many of so many tokens in full precision are to be packed now."""
+        if self.bits == 16:
+            return 0
+        if self.sliding:
+            return max(0, recent - self.residual)
+        return recent - recent % max(1, self.residual)
+
+    def width(self, D: int) -> int:
+        """Elements per scale in heads of width D: along channels the largest whole share of D within `group`."""
+        if self.dim == 2:
+            return self.group
+        m = codes_per_pack(self.bits)
+        fits = [g for g in range(m, min(self.group, D) + 1, m) if D % g == 0]
+        if not fits:
+            raise UserError(
+                f"method: heads of width {D} cannot be packed at {self.bits} bits in groups of at most {self.group} "
+                f"channels; a group is a multiple of {m} that divides the width"
+            )
+        return fits[-1]
+
+    def nbytes(self, n: int, D: int, itemsize: int) -> int:
+        """Bytes of n tokens of one head of width D in a model of so many bytes per number."""
+        packed = self.due(n)
+        if packed == 0:
+            return n * D * itemsize
+        return packed * D * self.bits // 8 + packed * D // self.width(D) * METADATA + (n - packed) * D * itemsize
+
+
+#: bits of keys and values to choose from under a budget, best first; 16 is full precision
+LADDER = ((16, 16), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2))
+
+
+def check_scheme(who: str, key_bits: int | None, value_bits: int | None, group: int | None, zero: str) -> None:
+    """Raises UserError naming the knob that cannot work; both bits None: those of the LADDER."""
+    if (key_bits is None) != (value_bits is None) or {key_bits, value_bits} - {None, 2, 3, 4, 8, 16}:
+        raise UserError(
+            f"{who}: method.key_bits={key_bits}, method.value_bits={value_bits}; each is 2, 3, 4, 8, or 16 for full "
+            "precision, or both are null where a budget is given"
+        )
+    m = max((codes_per_pack(bits) for bits in (key_bits or 2, value_bits or 2) if bits != 16), default=1)
+    if group is not None and (group < 1 or group % m):
+        raise UserError(
+            f"{who}: method.store.group={group}; codes fill whole bytes in groups of {m}, {2 * m}, {3 * m}, …"
+        )
+    if zero not in ("float", "int"):
+        raise UserError(f"{who}: method.store.zero={zero}; it is float or int")
+
+
+class Growing:
+    """A tensor that grows along dimension 2, with free places behind what is in use."""
+
+    def __init__(self, x: Tensor):
+        self.buffer, self.n = x, x.shape[2]
+
+    @property
+    def used(self) -> Tensor:
+        return self.buffer[:, :, : self.n]
+
+    @property
+    def free(self) -> int:
+        """Bytes of places not in use."""
+        return self.buffer[:, :, self.n :].nbytes
+
+    def append(self, x: Tensor, tokens: int) -> None:
+        """x holds so many tokens; when the buffer is full, it makes room for about HEADROOM more."""
+        n = self.n + x.shape[2]
+        if n > self.buffer.shape[2]:
+            places = n + x.shape[2] * max(0, HEADROOM // max(1, tokens) - 1)
+            bigger = self.buffer.new_empty(*self.buffer.shape[:2], places, *self.buffer.shape[3:])
+            bigger[:, :, : self.n] = self.used
+            self.buffer = bigger
+        self.buffer[:, :, self.n : n] = x
+        self.n = n
+
+    def drop(self, places: int) -> None:
+        """Free the first places."""
+        self.buffer, self.n = self.buffer[:, :, places : self.n].clone(), self.n - places
+
+    def take(self, rows: Tensor) -> Growing:
+        return Growing(self.used.index_select(0, rows))
+
+
+class Side:
+    """Keys, or values, of rows that hold the same number of slots: packed ones first, then recent ones as they came."""
+
+    def __init__(self, recent: Tensor, scheme: Scheme):
+        """recent [B, H, n, D], whose memory becomes the side's own."""
+        self.scheme = scheme
+        self.recent = recent  # places; in use are start … end - 1
+        self.start, self.end = 0, recent.shape[2]
+        self.arrays: tuple[Growing, ...] = ()  # codes, scale, offset, once something is packed
+
+    @property
+    def packed(self) -> Packed | None:
+        if not self.arrays:
+            return None
+        scheme = self.scheme
+        codes, scale, offset = (x.used for x in self.arrays)
+        return Packed(codes, scale, offset, scheme.bits, scheme.width(self.recent.shape[-1]), scheme.dim)
+
+    @property
+    def newest(self) -> Tensor:
+        """Tokens in full precision, [B, H, r, D]."""
+        return self.recent[:, :, self.start : self.end]
+
+    @property
+    def n_settled(self) -> int:
+        """Tokens that will not be packed any more: those that are, or all at 16 bits."""
+        packed = self.packed
+        if self.scheme.bits == 16:
+            return self.end - self.start
+        return 0 if packed is None else len(packed)
+
+    def append(self, x: Tensor) -> None:
+        T = x.shape[2]
+        if self.end + T > self.recent.shape[2]:  # room for the tokens to come; what was packed is let go of
+            held, n = self.newest, self.end - self.start
+            self.recent = x.new_empty(*x.shape[:2], n + T + (HEADROOM - 1 if T == 1 else 0), x.shape[3])
+            self.recent[:, :, :n] = held
+            self.start, self.end = 0, n
+        self.recent[:, :, self.end : self.end + T] = x
+        self.end += T
+
+    def settle(self) -> None:
+        """Pack what is due; what was packed before is not touched."""
+        n = self.scheme.due(self.end - self.start)
+        if n == 0:
+            return
+        scheme = self.scheme
+        new = quantize(self.newest[:, :, :n], scheme.bits, scheme.width(self.recent.shape[-1]), scheme.dim, scheme.zero)
+        if not self.arrays:
+            self.arrays = tuple(Growing(x) for x in new.tensors())
+            self.recent = self.recent[:, :, self.start + n : self.end].clone()
+            self.start, self.end = 0, self.recent.shape[2]
+            return
+        for array, x in zip(self.arrays, new.tensors()):
+            array.append(x, n)
+        self.start += n
+        if self.start == self.end:
+            self.start = self.end = 0
+
+    def read(self) -> Tensor:
+        """All tokens, [B, H, n, D]."""
+        packed = self.packed
+        if packed is None:
+            return self.newest
+        return torch.cat((dequantize(packed, self.recent.dtype), self.newest), dim=2)
+
+    def drop(self, n: int) -> None:
+        """Let go of the n oldest tokens, settled ones in whole groups."""
+        packed = self.packed
+        if packed is None:
+            self.recent = self.recent[:, :, self.start + n : self.end].clone()
+            self.start, self.end = 0, self.recent.shape[2]
+            return
+        for array, x in zip(self.arrays, packed.narrow(0, n).tensors()):
+            array.drop(x.shape[2])
+
+    def take(self, rows: Tensor) -> Side:
+        side = Side(self.newest.index_select(0, rows), self.scheme)
+        side.arrays = tuple(x.take(rows) for x in self.arrays)
+        return side
+
+    def tensors(self) -> Iterable[Tensor]:
+        yield self.recent
+        for x in self.arrays:
+            yield x.buffer
+
+    @property
+    def free(self) -> int:
+        """Bytes of places not in use."""
+        return self.recent.nbytes - self.newest.nbytes + sum(x.free for x in self.arrays)
+
+
+class Part:
+    """Rows of the batch that hold the same number of slots, none of them padding."""
+
+    def __init__(self, keys: Side, values: Side, pos: Growing):
+        """pos [B, H or 1, n]: positions of the slots."""
+        self.keys, self.values, self.pos = keys, values, pos
+
+    @property
+    def rows(self) -> int:
+        return self.keys.recent.shape[0]
+
+    def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
+        """k [B, H, T, D], v [B, H, T, Dv], pos [B, 1, T]."""
+        self.keys.append(k)
+        self.values.append(v)
+        self.pos.append(pos.expand(-1, self.pos.buffer.shape[1], -1), pos.shape[-1])
+
+    def attend(self, step: Step) -> Tensor:
+        keys, values = self.keys, self.values
+        plan: Plan = "all" if step.q.shape[2] == 1 and step.rules.window is None else "positions"
+        at = {"q_pos": step.pos, "k_pos": self.pos.used, "plan": plan}
+        if keys.packed is None and values.packed is None:
+            return attend(step.q, keys.newest, values.newest, step.rules, **at)
+        return attend_quantized(step.q, (keys.packed, keys.newest), (values.packed, values.newest), step.rules, **at)
+
+    def settle(self) -> None:
+        self.keys.settle()
+        self.values.settle()
+
+    def keep_newest(self, n: int) -> None:
+        """Let go of packed slots beyond the n newest, as far as they are whole groups."""
+        group = self.keys.scheme.group if self.keys.scheme.dim == 2 else 1
+        extra = min(self.pos.n - n, self.keys.n_settled, self.values.n_settled) // group * group
+        if extra > 0:
+            self.keys.drop(extra)
+            self.values.drop(extra)
+            self.pos.drop(extra)
+
+    def nbytes(self) -> int:
+        """What the schemes come to for keys and values of a prompt with so many slots."""
+        sides, heads = (self.keys, self.values), self.rows * self.keys.recent.shape[1]
+        return heads * sum(x.scheme.nbytes(self.pos.n, x.recent.shape[-1], x.recent.element_size()) for x in sides)
+
+    def take(self, rows: Tensor) -> Part:
+        """These rows, in memory of their own."""
+        return Part(self.keys.take(rows), self.values.take(rows), self.pos.take(rows))
+
+
+class QuantizedStore(Store):
+    """A Store that packs its slots once the prompt is whole, and later tokens as they leave the residual.
+
+    Until something is packed it is a plain Store, bit for bit. Then the rows of the batch lie in parts whose rows hold
+    the same number of slots: one part for a batch without padding, else one per row, so that a row's groups and
+    residual are those it would have alone. Packed slots stay as they are: single ones cannot be dropped.
+    """
+
+    def __init__(
+        self, schemes: Sequence[tuple[Scheme, Scheme]], budget: float | None = None, capacity: int | None = None
+    ):
+        """schemes: of keys and values, best first.  budget: of all that fit so large a share of the row's bytes in full
+        precision (above 1: so many slots) the first is taken, else the smallest; None: always the first."""
+        super().__init__(capacity)
+        self.schemes, self.budget = schemes, budget
+        self.parts: list[Part] = []
+
+    def __len__(self) -> int:
+        return max((part.pos.n for part in self.parts), default=self.n)
+
+    @property
+    def pos(self) -> Tensor:
+        if not self.parts:
+            return super().pos
+        H = self.parts[0].keys.recent.shape[1]
+        return _stack([part.pos.used.expand(-1, H, -1) for part in self.parts], -1)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as later steps see them: copies once something is packed; `pos` tells padding."""
+        if not self.parts:
+            return super().read()
+        return _stack([part.keys.read() for part in self.parts], 0), _stack([p.values.read() for p in self.parts], 0)
+
+    def check(self, D: int) -> None:
+        """Raises UserError when heads of this width cannot be packed."""
+        for pair in self.schemes:
+            for scheme in pair:
+                if scheme.bits != 16:
+                    scheme.width(D)
+
+    def choose(self, n: int, D: int, Dv: int, itemsize: int) -> tuple[Scheme, Scheme]:
+        """Schemes of keys and values for a row with n slots of these widths and this many bytes per number."""
+        sizes = [k.nbytes(n, D, itemsize) + v.nbytes(n, Dv, itemsize) for k, v in self.schemes]
+        if self.budget is None:
+            return self.schemes[0]
+        allowed = share(self.budget, n) * n * (D + Dv) * itemsize
+        best = next((i for i, size in enumerate(sizes) if size <= allowed), sizes.index(min(sizes)))
+        return self.schemes[best]
+
+    def append(self, k: Tensor, v: Tensor, pos: Tensor, padded: bool = False) -> None:
+        if not self.parts:
+            super().append(k, v, pos, padded)
+            return
+        counts = [pos.shape[1]] * len(pos)
+        if padded:  # a later turn's: its rows go on with different numbers of tokens
+            self._split()
+            counts = (pos >= 0).sum(-1).tolist()
+        row = 0
+        for part in self.parts:
+            rows = slice(row, row + part.rows)
+            row += part.rows
+            part.append(*_real(k[rows], v[rows], pos[rows, None], counts[rows.start]))
+
+    def attend(self, step: Step) -> Tensor:
+        if not self.parts:
+            return super().attend(step)
+        if len(self.parts) == 1:
+            return self.parts[0].attend(step)
+        out, row = [], 0
+        for part in self.parts:
+            out.append(part.attend(step.rows(slice(row, row + part.rows))))
+            row += part.rows
+        return torch.cat(out)
+
+    def settle(self, step: Step) -> None:
+        if not self.parts:
+            self._pack()
+        for part in self.parts:
+            part.settle()
+
+    def keep(self, mask: Tensor, n: int, exact: bool = False) -> None:
+        self._refuse_if_packed("drop single slots")
+        super().keep(mask, n, exact)
+
+    def drop(self, slot: Tensor) -> None:
+        self._refuse_if_packed("drop single slots")
+        super().drop(slot)
+
+    def track(self, name: str, fill: float = 0.0) -> Tensor:
+        self._refuse_if_packed("follow single slots")
+        return super().track(name, fill)
+
+    def keep_newest(self, n: int) -> None:
+        if not self.parts:
+            super().keep_newest(n)
+        for part in self.parts:
+            part.keep_newest(n)
+
+    def tensors(self) -> Iterable[Tensor]:
+        yield from super().tensors()
+        for part in self.parts:
+            yield from part.keys.tensors()
+            yield from part.values.tensors()
+            yield part.pos.buffer
+
+    def overhead(self) -> int:
+        """Positions, and free places for new tokens."""
+        if not self.parts:
+            return super().overhead()
+        return sum(part.pos.buffer.nbytes + part.keys.free + part.values.free for part in self.parts)
+
+    def asked(self, full: int) -> int:
+        """Bytes that the budget allows of so many in full precision; without one, what the only scheme comes to."""
+        if self.budget is not None:
+            return int(share(self.budget, len(self)) * full)
+        return sum(part.nbytes() for part in self.parts) if self.parts else full
+
+    def reorder(self, rows: Tensor) -> None:
+        super().reorder(rows)
+        if len(self.parts) == 1:
+            self.parts = [self.parts[0].take(rows)]
+        elif self.parts:
+            first = rows.new_zeros(1)
+            self.parts = [self.parts[row].take(first) for row in rows.tolist()]
+
+    def _pack(self) -> None:
+        """Turn the plain slots into parts, if any row has something to pack."""
+        k, v, pos = self.k, self.v, self.buffers["pos"][:, :, : self.n]
+        B, D, Dv, itemsize = k.shape[0], k.shape[-1], v.shape[-1], k.element_size()
+        counts = [self.n] * B
+        if self.padded:
+            per_head = (pos >= 0).sum(-1)  # [B, H or 1]
+            counts = per_head[:, 0].tolist()
+            if not bool((per_head == per_head[:, :1]).all()):
+                raise NotImplementedError(
+                    f"{type(self).__name__}: heads of one row hold different numbers of slots; it packs what all heads "
+                    "hold alike, as under method.allocator=uniform"
+                )
+        schemes = [self.choose(n, D, Dv, itemsize) for n in counts]
+        if not any(scheme.due(n) for n, pair in zip(counts, schemes) for scheme in pair):
+            return
+        for rows in [slice(row, row + 1) for row in range(B)] if self.padded else [slice(0, B)]:
+            n = counts[rows.start]
+            arrays = _real(k[rows], v[rows], pos[rows], n)
+            # a side that packs takes what it leaves over into memory of its own
+            sides = [Side(x if scheme.due(n) else x.clone(), scheme) for x, scheme in zip(arrays, schemes[rows.start])]
+            self.parts.append(Part(*sides, Growing(arrays[2].clone())))
+        self.buffers, self.fills, self.n, self.padded = {}, {}, 0, False
+
+    def _split(self) -> None:
+        """One part per row: a turn's padding lets rows come apart."""
+        self.parts = [
+            part.take(torch.tensor([row], device=part.pos.buffer.device)) if part.rows > 1 else part
+            for part in self.parts
+            for row in range(part.rows)
+        ]
+
+    def _refuse_if_packed(self, what: str) -> None:
+        if self.parts:
+            raise NotImplementedError(
+                f"{type(self).__name__}: cannot {what} once they are packed, a scale spans {self.schemes[0][0].group} "
+                "elements; pair it with a method that drops only when the prompt ends, such as snapkv"
+            )
+
+
+def share(budget: float, n: int) -> float:
+    """The part of a prompt of n tokens that a budget stands for."""
+    return budget if budget <= 1 else min(1.0, budget / max(1, n))
+
+
+def _real(k: Tensor, v: Tensor, pos: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The n slots that are not padding, alike in all rows and heads: k and v [b, H, n, D], pos [b, H or 1, n]."""
+    if pos.shape[-1] == n:
+        return k, v, pos
+    slots, _ = compact(pos >= 0, n)  # [b, H or 1, n]
+    of_head = slots.expand(-1, k.shape[1], -1)[..., None]
+    k, v = (x.gather(2, of_head.expand(-1, -1, -1, x.shape[-1])) for x in (k, v))
+    return k, v, pos.gather(-1, slots)
+
+
+def _stack(parts: list[Tensor], fill: float) -> Tensor:
+    """Rows [b, H, n, ...] of parts with different n as one tensor, filled up at the end."""
+    if len(parts) == 1:
+        return parts[0]
+    most = max(x.shape[2] for x in parts)
+    whole = parts[0].new_full((sum(len(x) for x in parts), parts[0].shape[1], most, *parts[0].shape[3:]), fill)
+    row = 0
+    for x in parts:
+        whole[row : row + len(x), :, : x.shape[2]] = x
+        row += len(x)
+    return whole

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,9 @@ class Eviction(Method):
     allocator: how the budget is spread over layers and heads.
     store: makes the storage of one layer; None: what the allocator says.
     """
+
+    #: `score` is never -inf for a slot that is not padding, so every head keeps as many slots as it may
+    keeps_limit: ClassVar[bool] = False
 
     allocator: Uniform = field(default_factory=Uniform)
     store: Callable[..., Store] | None = None
@@ -125,12 +128,7 @@ class EvictionCache(LayerCache):
         self.method.observe(self.store, step, self.mass)
         self._trim(step)
         self._remember(step)
-        if step.stage is Stage.ENDS_PROMPT:
-            self._end_prompt(step)
-        elif step.stage is not Stage.MID_PROMPT:
-            self.since += step.q.shape[2]
-            if self.method.interval is not None and self.since >= self.method.interval:
-                self._drop(step)
+        self._decide(step)
         if step.stage is not Stage.MID_PROMPT:  # packing is lossy, so a long prompt is packed once, whole
             self.store.settle(step)
         self.mass = None
@@ -169,12 +167,21 @@ class EvictionCache(LayerCache):
         slack = HEADROOM if step.stage is Stage.DECODE else 0
         if window is None or len(store) < window + slack:
             return
-        if not self.limit or self.limit == self.prompt:  # nothing was dropped: slots are in order of arrival
+        if store.in_order and (not self.limit or self.limit == self.prompt):  # nothing was dropped
             store.keep_newest(window - 1)
             return
         seen_next = store.pos > step.pos[:, -1:, None] - window + 1  # [B, H, S]
         n = seen_next.sum(-1)
         store.keep(seen_next, int(n.max()), exact=bool((n == n.max()).all()))
+
+    def _decide(self, step: Step) -> None:
+        """Drop slots where it is time to."""
+        if step.stage is Stage.ENDS_PROMPT:
+            self._end_prompt(step)
+        elif step.stage is not Stage.MID_PROMPT:
+            self.since += step.q.shape[2]
+            if self.method.interval is not None and self.since >= self.method.interval:
+                self._drop(step)
 
     def _end_prompt(self, step: Step) -> None:
         seen = (step.pos.amax(-1) + 1).tolist()  # tokens, also when earlier ones have been dropped
@@ -197,9 +204,19 @@ class EvictionCache(LayerCache):
         rank = torch.where(real, real.cumsum(-1) - 1, -1)
         q, q_pos = _join(queries or [(step.q, step.pos)])
         scores = method.score(store, step, Cut(q, q_pos, rank, n, self.prompt, limits, self.mass))
-        keep = method.allocator.pick(scores.masked_fill(~real, -torch.inf), torch.tensor(limits, device=n.device))
+        keep = self._pick(scores.masked_fill(~real, -torch.inf), torch.tensor(limits, device=n.device))
         method.before_drop(store, keep)
-        store.keep(keep, max(limits), exact=bool((keep.sum(-1) == max(limits)).all()))
+        known = method.keeps_limit and not store.padded  # then the device need not be asked
+        exact = min(limits) == max(limits) if known else bool((keep.sum(-1) == max(limits)).all())
+        store.keep(keep, max(limits), exact=exact)
+
+    def _pick(self, scores: Tensor, limits: Tensor) -> Tensor:
+        """The allocator's keep-mask [B, H, S], the lower position winning at equal scores."""
+        pick = self.method.allocator.pick
+        if self.store.in_order:
+            return pick(scores, limits)
+        order = self.store.pos.argsort(dim=-1, stable=True)
+        return torch.zeros_like(order, dtype=torch.bool).scatter(2, order, pick(scores.gather(2, order), limits))
 
     def _remember(self, step: Step) -> None:
         """Hold the newest queries that the next decision will need."""

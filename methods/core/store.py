@@ -32,6 +32,7 @@ class Store:
         self.buffers: dict[str, Tensor] = {}  # "k", "v", "pos" and the side arrays, slots on dimension 2
         self.fills: dict[str, float] = {}  # side arrays: a new slot's value
         self.hole: Tensor | None = None  # [B, H], a freed place that the next token takes
+        self.most: int | None = None  # places that will ever be needed; None: it is not known
         self.in_order = True  # whether slots lie in order of position: until a hole is filled
 
     def __len__(self) -> int:
@@ -159,7 +160,7 @@ class Store:
         """Bytes per slot beside keys and values (positions, side arrays), and free places of the buffers."""
         if not self.buffers:
             return 0
-        free = self.buffers["k"].shape[2] - self.n
+        free = self.buffers["k"].shape[2] - self.n + (self.hole is not None)
         per_place = sum(b[:, :, :1].nbytes for name, b in self.buffers.items() if name in ("k", "v"))
         side = sum(b.nbytes for name, b in self.buffers.items() if name not in ("k", "v"))
         return min(free, HEADROOM) * per_place + side
@@ -183,7 +184,10 @@ class Store:
         if self.n + T <= places:
             return
         # a long append is exact, decoding makes room for the tokens to come
-        new = self.n + T + (HEADROOM - 1 if T == 1 else 0)
+        spare = HEADROOM - 1 if T == 1 else 0
+        if self.most is not None:
+            spare = min(spare, max(0, self.most - len(self) - T))
+        new = self.n + T + spare
         for name, buffer in self.buffers.items():
             bigger = buffer.new_empty(*buffer.shape[:2], new, *buffer.shape[3:])
             bigger[:, :, : self.n] = buffer[:, :, : self.n]

@@ -1,9 +1,11 @@
 """One layer without a model: a step and a store made of random tensors."""
 
+import math
+
 import torch
 
 from kernels import Rules
-from methods.core.contract import Stage, Step
+from methods.core.contract import LayerCache, Stage, Step
 from methods.core.store import Store
 
 
@@ -29,3 +31,37 @@ def filled(n: int, kv_heads: int = 1) -> Store:
     store, step = Store(), step_of(n, kv_heads, kv_heads)
     store.append(step.k, step.v, step.pos)
     return store
+
+
+def scripted(
+    rows: list[list[dict[int, float]]], start: int = 0, stage: Stage = Stage.ENDS_PROMPT, dim: int = 16
+) -> Step:
+    """A step of one row and one KV head whose attention is rows[query head][token][position], as far as it is stored.
+
+    A query without an entry attends to all it sees alike. Key j is the j-th unit vector, so that q holds the logits.
+    """
+    n = len(rows[0])
+    step = step_of(n, heads=len(rows), dim=dim, stage=stage, start=start)
+    step.k = torch.eye(dim)[start : start + n].expand(1, 1, -1, -1).clone()
+    step.q = torch.zeros(1, len(rows), n, dim)
+    for h, tokens in enumerate(rows):
+        for t, row in enumerate(tokens):
+            for pos, p in row.items():
+                step.q[0, h, t, pos] = math.log(p)
+    step.rules = Rules(1.0)
+    return step
+
+
+def settled(layer: LayerCache, step: Step) -> list[int]:
+    """Positions that the layer holds after the step, ascending."""
+    layer.take(step)
+    layer.attend(step)
+    layer.settle(step)
+    pos = layer.store.pos[0, 0]
+    return sorted(pos[pos >= 0].tolist())
+
+
+class Spec:
+    """A model of one layer, as far as `Method.caches` looks."""
+
+    n_layers = 1

@@ -13,18 +13,20 @@ from tasks.base import Example, Row, Task
 class Compared:
     """One row of the result table: the method's row, the full cache's, and the 95 % interval of their difference.
 
-    interval: points of score, lower and upper; None where a subset has fewer than two samples.
+    interval: in the metric's unit, lower and upper; None where a subset has fewer than two samples.
+    digits: decimal places of the metric.
     """
 
     row: Row
     full: Row
     interval: tuple[float, float] | None
+    digits: int = 2
 
     @property
     def difference(self) -> float | None:
         if self.row.score is None or self.full.score is None:
             return None
-        return round(self.row.score - self.full.score, 2)
+        return round(self.row.score - self.full.score, self.digits)
 
 
 def compare(
@@ -36,7 +38,7 @@ def compare(
     """The task's result rows for samples (example, the method's score, the full cache's score).
 
     Samples are drawn with replacement inside each subset, in pairs, and averaged as the task averages; the interval is
-    the plain percentile one. The same samples give the same intervals.
+    the plain percentile one. The same samples give the same intervals. Parts of one sample are drawn together.
     """
     rows = task.summarize([(example, score) for example, score, _ in samples])
     full = {row.name: row for row in task.summarize([(example, score) for example, _, score in samples])}
@@ -45,7 +47,12 @@ def compare(
         for name in task.groups(example):
             members.setdefault(name, []).append((example, score - reference))
     return [
-        Compared(row, full[row.name], _interval(task, row.name, members.get(row.name, []), resamples, seed))
+        Compared(
+            row,
+            full[row.name],
+            _interval(task, row.name, members.get(row.name, []), resamples, seed),
+            task.metric.digits,
+        )
         for row in rows
     ]
 
@@ -53,22 +60,25 @@ def compare(
 def _interval(
     task: Task, name: str, members: Sequence[tuple[Example, float]], resamples: int, seed: int
 ) -> tuple[float, float] | None:
-    subsets: dict[str, tuple[Example, list[float]]] = {}
+    subsets: dict[str, list[tuple[Example, float]]] = {}
     for example, difference in members:
-        subsets.setdefault(example.tags["subset"], (example, []))[1].append(difference)
-    if not subsets or min(len(differences) for _, differences in subsets.values()) < 2:
+        subsets.setdefault(example.tags["subset"], []).append((example, difference))
+    if not subsets or min(map(len, subsets.values())) < 2:
         return None
     means = []
-    for subset, (_, differences) in subsets.items():
+    for subset, own in subsets.items():
         # keyed by the subset: one that is a category by itself has one interval, whatever else is in the table
-        rng = np.random.default_rng([seed, zlib.crc32(subset.encode())])
-        drawn = rng.integers(len(differences), size=(resamples, len(differences)))
-        means.append(np.asarray(differences)[drawn].mean(axis=1))  # [resamples]
+        stratum = own[0][0].tags.get("stratum", subset)
+        rng = np.random.default_rng([seed, zlib.crc32(stratum.encode())])
+        drawn = rng.integers(len(own), size=(resamples, len(own)))
+        differences = np.array([difference for _, difference in own])
+        weights = np.array([example.weight for example, _ in own])
+        means.append((differences * weights)[drawn].sum(axis=1) / weights[drawn].sum(axis=1))  # [resamples]
     if len(means) == 1:
-        low, high = np.percentile(100 * means[0], [2.5, 97.5])
+        low, high = np.percentile(task.metric.scale * means[0], [2.5, 97.5])
         return float(low), float(high)
     # every row is a mean of subset means, so one sample per subset that carries the drawn mean gives the row's own
-    stand_ins = [example for example, _ in subsets.values()]
+    stand_ins = [own[0][0] for own in subsets.values()]
     values = [
         _score_of(name, task.summarize(list(zip(stand_ins, drawn)))) for drawn in np.stack(means, axis=1).tolist()
     ]

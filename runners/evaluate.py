@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -20,14 +21,14 @@ from omegaconf import DictConfig, OmegaConf
 from methods import build_method, load_method
 from methods.core.contract import Method
 from methods.core.errors import BudgetMiss, UserError
-from runners import show
+from runners import answer, show
 from runners.compare import compare
-from runners.generate import Prompt, Timings, generate
+from runners.generate import Prompt, generate
 from runners.load import Checkpoint, find, load_model, load_tokenizer, pick_device, pick_dtype, pick_threads
 from runners.prompt import Encoder
-from runners.record import Record, Writer, check_writable
+from runners.record import Record, check_writable
 from runners.revision import code_revision, commit
-from tasks.base import Example, Task
+from tasks.base import Example, Task, as_parts
 
 if TYPE_CHECKING:
     # importing the library's models takes seconds, and what is on disk is shown without them
@@ -80,9 +81,20 @@ class Evaluate:
         both = [example for example in run.examples if example.id in ours and example.id in full]
         label = "" if run.cell is run.full else run.cell.name
         if both:
-            scored = [(example, ours[example.id]["score"], full[example.id]["score"]) for example in both]
+            scored = [
+                (part, score, reference)
+                for example in both
+                for (part, score), (_, reference) in zip(
+                    as_parts(example, ours[example.id]), as_parts(example, full[example.id]), strict=True
+                )
+            ]
             rows = compare(run.task, scored, self.resamples, seed=0)
             show.draw(show.scores(rows, label))
+            for line in [
+                *show.about(run.task.metric),
+                *run.task.remarks([(example, ours[example.id], full[example.id]) for example in both]),
+            ]:
+                show.say(line)
             pairs = [(ours[example.id], full[example.id]) for example in both]
             show.draw(show.costs(cost_rows(pairs), label))
             cut = sum(row["cut"] for row, _ in pairs)
@@ -135,6 +147,7 @@ class Run:
         if name != "full":
             method = build_method(name, _plain(cfg.method))
             self.cell = self._cell(name, method, method.budget)
+        answer.check(self.examples, self.cfg.protocol, [cell.method for cell in self.cells])
 
     @property
     def cells(self) -> list[Cell]:
@@ -163,6 +176,10 @@ class Run:
     def model(self) -> PreTrainedModel:
         torch.set_num_threads(self.threads)
         return load_model(self.checkpoint, self.dtype, self.device)
+
+    @cached_property
+    def setting(self) -> answer.Setting:
+        return answer.Setting(self.model, self.task, self.encoder, self.cfg.protocol, self.cfg.chunk, self.threads)
 
     def settings(self, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
         """What the numbers depend on besides method and budget; samples may differ in their number of threads."""
@@ -205,75 +222,15 @@ class Run:
             good = [example for example in todo if not example.error]
             with cell.record.begin(cell.conditions, {"commit": commit()}) as writer:
                 for example in todo:
-                    if example.error:
-                        self._fail(writer, example, example.error, before)
+                    # unless the record already ends with the same failure
+                    if example.error and before.get(example.id, {}).get("error") != example.error:
+                        writer.append(answer.failed(example, example.error))
                 if good:
                     self._warm_up(cell.method)
                 with show.Bar(cell.name, len(good)) as bar:
                     for batch in _batches(good, self.cfg.batch_size):
-                        self._answer(cell, writer, batch)
+                        answer.answer(self.setting, cell.method, batch, writer.append)
                         bar.advance(len(batch))
-
-    def _answer(self, cell: Cell, writer: Writer, batch: Sequence[Example]) -> None:
-        """Run one batch and record it; where it fails, its samples are tried one by one."""
-        try:
-            encoded = [self.encoder(example) for example in batch]
-            answers, cache, timings = generate(
-                self.model,
-                cell.method,
-                [one.prompt for one in encoded],
-                protocol=self.cfg.protocol,
-                chunk=self.cfg.chunk,
-                pad_id=self.encoder.tokenizer.pad_token_id or 0,
-            )
-            cache.check_budget()
-        except UserError:
-            raise
-        except BudgetMiss as miss:
-            for example in batch:
-                self._fail(writer, example, str(miss))
-            raise
-        except Exception as error:  # one sample's failure must not cost the others
-            problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            del error  # its traceback holds the tensors of the failed pass
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if len(batch) == 1:
-                self._fail(writer, batch[0], problem)
-                return
-            for example in batch:
-                self._answer(cell, writer, [example])
-            return
-        ledger = cache.report().to_dict()
-        for example, one, answer in zip(batch, encoded, answers):
-            if answer.error:
-                self._fail(writer, example, answer.error)
-                continue
-            prediction = self.encoder.text(answer.ids)
-            writer.append(
-                {
-                    "id": example.id,
-                    "prediction": prediction,
-                    "score": self.task.score(example, prediction),
-                    "stop": answer.stop,
-                    "tokens_in": len(one.prompt.ids),
-                    "tokens_context": one.prompt.n_context,
-                    "tokens_out": len(answer.ids),
-                    "cut": one.cut,
-                    "bos": one.bos,
-                    "batch": len(batch),
-                    "threads": self.threads,
-                    "ledger": ledger,
-                    "timings": _seconds(timings),
-                }
-            )
-
-    def _fail(
-        self, writer: Writer, example: Example, problem: str, before: dict[str, dict[str, Any]] | None = None
-    ) -> None:
-        """Record a failure, unless the record already ends with the same one."""
-        if (before or {}).get(example.id, {}).get("error") != problem:
-            writer.append({"id": example.id, "error": problem})
 
     def _warm_up(self, method: Method) -> None:
         """Load the model and run a few tokens that nobody times: first calls of kernels and allocations are slow."""
@@ -291,7 +248,11 @@ class Run:
             "model": {"name": _name(self.checkpoint), "weights": self.checkpoint.weights, **self._prompting()},
             "method": {"name": name, "config": method.config()},
             "budget": budget,
-            "task": {"name": self.task.name, "fingerprint": self.task.fingerprint},
+            "task": {
+                "name": self.task.name,
+                "metric": dataclasses.asdict(self.task.metric),
+                "fingerprint": self.task.fingerprint,
+            },
             "protocol": self.cfg.protocol,
             "seed": method.seed,
             "dtype": self.dtype_name,
@@ -312,7 +273,7 @@ class Run:
     def _conditions(self, method: Method) -> dict[str, Any]:
         """What may change a number without being part of what was asked."""
         modules = [type(method).__module__, *_targets(_plain(self.cfg.method)), type(self.task).__module__]
-        own = ["runners.generate", "runners.prompt", "runners.bind", "runners.meter"]
+        own = [f"runners.{name}" for name in ("answer", "generate", "prompt", "bind", "meter")]
         return {
             **{name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
             "python": platform.python_version().rpartition(".")[0],
@@ -350,11 +311,6 @@ def _costs(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
 def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
     for at in range(0, len(examples), size):
         yield examples[at : at + size]
-
-
-def _seconds(timings: Timings) -> dict[str, Any]:
-    """Timings for the record: seconds to the microsecond."""
-    return {key: round(value, 6) if isinstance(value, float) else value for key, value in vars(timings).items()}
 
 
 def _targets(node: Any) -> list[str]:

@@ -25,7 +25,8 @@ class Report:
 
     full: keys and values of the full cache for the tokens seen, at the model's dtype and KV heads, sliding layers at
     their window; full_prompt: the same at the end of the prompt.  held_prompt, held_end: held at the end of the prompt
-    and now.  peak_prompt, peak_decode: largest held total of the phase, layer by layer.  read_step: read by the last
+    and now.  mean_decode: held, mean over the passes after the prompt, 0 without any.
+    peak_prompt, peak_decode: largest held total of the phase, layer by layer.  read_step: read by the last
     decode step.  workspace: largest held only for scoring.  adapter: the method's own parameters.  host: of all these,
     on the host while the model is on a device.  asked: allowed by the budget.  overhead: documented on top.
     per_layer: held_prompt per layer.
@@ -38,6 +39,7 @@ class Report:
     held_end: int = 0
     peak_prompt: int = 0
     peak_decode: int = 0
+    mean_decode: int = 0
     read_step: int = 0
     workspace: int = 0
     adapter: int = 0
@@ -65,6 +67,7 @@ class Meter:
         self._columns = [0] * len(layers)  # tokens seen per row, padding included
         self._slots: dict[int, tuple[int, int | None]] = {}  # per layer: bytes of one full-cache slot, sliding window
         self._device = "cpu"
+        self._after_prompt = (0, 0)  # passes, and the sum of what each held
 
     def after_take(self, step: Step) -> None:
         """The fullest moment of a layer's turn."""
@@ -72,12 +75,16 @@ class Meter:
         self._columns[step.layer] += T
         if step.stage is Stage.DECODE:
             if step.layer == len(self.layers) - 1:
-                self.books.peak_decode = max(self.books.peak_decode, self._held())
+                held = self._held()
+                self.books.peak_decode = max(self.books.peak_decode, held)
+                self._add(held)
             return
         books = self.books
         held = self._held()
         if step.stage is Stage.TURN:
             books.peak_decode = max(books.peak_decode, held)
+            if step.layer == len(self.layers) - 1:
+                self._add(held)
             return
         books.peak_prompt = max(books.peak_prompt, held)
         if step.stage is Stage.ENDS_PROMPT:
@@ -102,6 +109,8 @@ class Meter:
         books = dataclasses.replace(self.books, per_layer=list(self.books.per_layer))
         books.full = sum(self._full())
         books.held_end = self._held()
+        passes, total = self._after_prompt
+        books.mean_decode = total // passes if passes else 0
         books.read_step = nbytes(t for x in self.layers for t in x.touched())
         books.adapter = nbytes(t for x in self.layers for t in x.adapters())
         if self._device != "cpu":
@@ -113,6 +122,10 @@ class Meter:
         books = self.books
         if books.held_prompt > books.asked + books.overhead:
             raise BudgetMiss(name, books.asked + books.overhead, books.held_prompt)
+
+    def _add(self, held: int) -> None:
+        passes, total = self._after_prompt
+        self._after_prompt = (passes + 1, total + held)
 
     def _held(self) -> int:
         return nbytes(t for x in self.layers for t in x.tensors())

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from methods.core.errors import UserError
 from runners.generate import Prompt
-from tasks.base import Example
+from tasks.base import Example, Forced
 from tasks.tokens import Tokens
 from tasks.truncate import truncate_middle
 
@@ -44,10 +45,22 @@ class Encoder:
     window: int | None = None
     chat: bool = True
     chat_options: Mapping[str, Any] = field(default_factory=dict)
+    _texts: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, example: Example) -> Encoded:
         """Raises ValueError if the question alone leaves no room for context."""
-        room = None if self.window is None else self.window - example.max_new_tokens
+        _, cut, ids, n_context = self._fit(example, example.max_new_tokens)
+        return self.encoded(example, ids, n_context, cut)
+
+    def fit(self, example: Example, new: int) -> tuple[str, bool]:
+        """The example's context, its middle taken out if prompt and `new` tokens would not fit; and whether it was.
+
+        Raises ValueError if the question alone leaves no room for context.
+        """
+        return self._fit(example, new)[:2]
+
+    def _fit(self, example: Example, new: int) -> tuple[str, bool, list[int], int]:
+        room = None if self.window is None else self.window - new
         limit = min((n for n in (self.max_length, room) if n is not None), default=None)
         context, cut = example.context, False
         rest = example.question + example.prefill
@@ -56,20 +69,41 @@ class Encoder:
                 context, cut = truncate_middle(example.context, rest, limit, self._encode, self._decode)
             ids, n_context = self._tokenize(context, example)
             if limit is None or room is None or len(ids) <= room:
-                break
+                return context, cut, ids, n_context
             limit -= len(ids) - room  # the template, or a few tokens that encoding again has added
-        ends = set(self.ends)
-        if example.stop_at_newline:
-            ends.add(self.tokenizer.encode("\n", add_special_tokens=False)[-1])
+
+    def encoded(self, example: Example, ids: list[int], n_context: int, cut: bool) -> Encoded:
+        """These tokens as the example's prompt."""
         prompt = Prompt(
             ids,
             n_context,
             max_new_tokens=example.max_new_tokens,
             min_new_tokens=example.min_new_tokens,
-            ends=tuple(sorted(ends)),
+            ends=self.ends_of(example),
             sample=zlib.crc32(example.id.encode()),
         )
         return Encoded(prompt, cut, bos=ids.count(self.tokenizer.bos_token_id))
+
+    def ends_of(self, example: Example) -> tuple[int, ...]:
+        """Token ids that end the example's answers."""
+        newline = {self.plain("\n")[-1]} if example.stop_at_newline else set()
+        return tuple(sorted({*self.ends, *newline}))
+
+    def piece(self, forced: Forced) -> list[int]:
+        """The tokens of a piece of a text, the special one before it included."""
+        if forced.text not in self._texts:
+            self._texts[forced.text] = self.plain(forced.text)
+        ids = self._texts[forced.text]
+        if not forced.bos:
+            ids = [*self.opening, *ids]
+            return ids[forced.start : forced.start + forced.length]
+        return [*self.opening, *ids[forced.start :]][: forced.length]
+
+    @property
+    def opening(self) -> list[int]:
+        """The tokens that the tokenizer puts before every text: a beginning of sequence, or nothing."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self._encode("")[:1] == [bos] else []
 
     def text(self, ids: Sequence[int]) -> str:
         """An answer as it is scored: special tokens skipped."""
@@ -80,12 +114,13 @@ class Encoder:
         limit = min((n for n in (self.max_length, self.window) if n is not None), default=None)
         wrapper = 0
         if self.chat and self.tokenizer.chat_template:
-            text, _ = self._wrap("a", 1)
-            wrapper = len(self._plain(text)) - len(self._plain("a"))
+            text, _ = self.wrap("a", 1)
+            wrapper = len(self.plain(text)) - len(self.plain("a"))
         longest = None if limit is None else limit - len(self._encode(""))
-        return Tokens(self._plain, self._decode, longest, wrapper)
+        return Tokens(self.plain, self._decode, longest, wrapper)
 
-    def _plain(self, text: str) -> list[int]:
+    def plain(self, text: str) -> list[int]:
+        """Token ids of a text, without special ones."""
         return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def _encode(self, text: str) -> list[int]:
@@ -99,9 +134,9 @@ class Encoder:
     def _tokenize(self, context: str, example: Example) -> tuple[list[int], int]:
         """Token ids of the whole prompt, and how many of them end inside the context."""
         text, split = context + example.question, len(context)
-        wrap = self.chat and example.chat and bool(self.tokenizer.chat_template)
+        wrap = self.chats(example)
         if wrap:
-            text, split = self._wrap(text, split)
+            text, split = self.wrap(text, split, example.shots)
         text += example.prefill
         special = not wrap  # a template writes its own
         if not self.tokenizer.is_fast:
@@ -112,13 +147,32 @@ class Encoder:
         ids, ends = both["input_ids"], [end for _, end in both["offset_mapping"]]
         return ids, next((i for i, end in enumerate(ends) if end > split), len(ids))
 
-    def _wrap(self, prompt: str, split: int) -> tuple[str, int]:
-        """The prompt as one user turn, and where the context ends in it."""
-        turn = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **self.chat_options)
+    def chats(self, example: Example) -> bool:
+        """Whether the example's prompt is wrapped. Raises UserError if it has turns that need a template."""
+        wrap = self.chat and example.chat and bool(self.tokenizer.chat_template)
+        if example.shots and not wrap:
+            raise UserError(
+                "model: examples given as turns need the tokenizer's chat template, and none is in use; "
+                "take a chat model, or give the examples as text"
+            )
+        return wrap
+
+    def templated(self, turns: Sequence[tuple[str, str]], last: str) -> str:
+        """Earlier user and assistant turns and a last user turn in the chat template, ready for the answer."""
+        messages = []
+        for user, assistant in turns:
+            messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+        messages.append({"role": "user", "content": last})
+        options = self.chat_options
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
         assert isinstance(text, str)
+        return text
+
+    def wrap(self, prompt: str, split: int, shots: Sequence[tuple[str, str]] = ()) -> tuple[str, int]:
+        """The prompt as the last user turn, and where the context ends in it."""
+        text = self.templated(shots, prompt)
         bare = prompt.strip()  # some templates strip a turn
-        at = text.find(bare)
+        at = text.rfind(bare)
         if at < 0:
             raise ValueError("the chat template rewrites its turn; model.chat=false leaves it out")
         return text, at + split - (len(prompt) - len(prompt.lstrip()))

@@ -65,8 +65,15 @@ class Session:
         chunk: columns per pass; None takes the part in one.
         ends_prompt: methods compress at the end of this part as at the end of the prompt.
         """
-        ids, mask = _rectangle(parts, self.pad_id)
-        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        return self.run(*_rectangle(parts, self.pad_id), chunk, ends_prompt, every)
+
+    def run(
+        self, ids: Tensor, mask: Tensor | None = None, chunk: int | None = None, ends_prompt: bool = False,
+        every: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """As `feed`, for tokens [B, T] that are a rectangle already; mask [B, T] is 0 for padding, None: no padding."""
+        ids = ids.to(self.model.device)
+        mask = torch.ones_like(ids) if mask is None else mask.to(ids.device)
         pos = (self.counts + mask.cumsum(-1) - 1).clamp(min=0)
         before, n, width = self.mask.shape[1], ids.shape[1], chunk or ids.shape[1]
         self.mask = torch.cat((self.mask, mask), dim=1)
@@ -79,14 +86,17 @@ class Session:
             found.append(self._forward(ids[:, a:b], pos[:, a:b], self.mask[:, : before + b], every))
         return torch.cat(found, dim=1) if every else found[-1][:, -1]
 
-    def decode(self, logits: Tensor, limits: Sequence[Limits]) -> list[Answer]:
-        """Greedy answers of all rows from the logits [B, V] after what was fed; the last token is not fed."""
+    def decode(self, logits: Tensor, limits: Sequence[Limits], exact: bool = False) -> list[Answer]:
+        """Greedy answers of all rows from the logits [B, V] after what was fed; the last token is not fed.
+
+        exact: stop at once when all rows have ended, so that nothing is fed behind a single row's answer.
+        """
         rows, n = _Rows(limits, logits.device), self.mask.shape[1]
         steps = max(0, rows.most - 1)
         mask = torch.cat((self.mask, self.mask.new_ones(len(limits), steps)), dim=1)
         pos = self.counts + torch.arange(steps, device=logits.device)
         new = rows.take(logits)
-        look_every = LOOK_EVERY.get(logits.device.type, 1)
+        look_every = 1 if exact else LOOK_EVERY.get(logits.device.type, 1)
         done = 0
         while done < steps:
             if done % look_every == 0 and rows.all_done():

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from runners.compare import Compared
+from tasks.base import Metric
 
 # seconds between two lines of progress where there is no terminal to draw a bar on
 PLAIN_EVERY = 15.0
@@ -89,11 +90,23 @@ def scores(rows: Sequence[Compared], method: str) -> Table:
             kind = one.row.kind
         cells = [one.row.name, str(one.row.n)]
         if method:
-            cells += [_points(one.row.score), _points(one.full.score), _signed(one.difference), _interval(one.interval)]
+            cells += [
+                _points(one.row.score, one.digits),
+                _points(one.full.score, one.digits),
+                _signed(one.difference, one.digits),
+                _interval(one.interval, one.digits),
+            ]
         else:
-            cells += [_points(one.full.score)]
+            cells += [_points(one.full.score, one.digits)]
         table.add_row(*cells)
     return table
+
+
+def about(metric: Metric) -> list[str]:
+    """What the scores are, where they are not points of 100."""
+    if metric == Metric():
+        return []
+    return [f"{metric.name}: {metric.unit}, {metric.better} is better"]
 
 
 def costs(rows: Sequence[tuple[str, str, str]], method: str) -> Table:
@@ -127,13 +140,13 @@ def size(n: float | None) -> str:
     return f"{n:.2f} GiB"
 
 
-def _points(score: float | None) -> str:
-    return "-" if score is None else f"{score:.2f}"
+def _points(score: float | None, digits: int) -> str:
+    return "-" if score is None else f"{score:.{digits}f}"
 
 
-def _signed(points: float | None) -> str:
-    return "-" if points is None else f"{points:+.2f}"
+def _signed(points: float | None, digits: int) -> str:
+    return "-" if points is None else f"{points:+.{digits}f}"
 
 
-def _interval(interval: tuple[float, float] | None) -> str:
-    return "-" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
+def _interval(interval: tuple[float, float] | None, digits: int) -> str:
+    return "-" if interval is None else f"{interval[0]:+.{digits}f} to {interval[1]:+.{digits}f}"

@@ -30,8 +30,10 @@ class Forced:
         "stream": the same, and every method goes on compressing while it is fed.
         "chunk": blocks of `stride`; each attends to the stored slots and itself, then all is compressed again.
         "one_pass": plain attention over the whole piece, in which no compression can be felt; for the full cache only.
-    start, length: the piece, in tokens of the text without special ones; a beginning-of-sequence token comes before it.
+    start, length: the piece, in tokens of the text.
     counted: the places in the piece whose prediction counts.
+    bos: the piece begins with a beginning-of-sequence token of its own, if the tokenizer has one, and `start` does not
+        count it; otherwise only the text does, and it is its token 0.
     """
 
     text: str
@@ -41,6 +43,7 @@ class Forced:
     prompt: int
     stride: int
     counted: Sequence[int]
+    bos: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Example:
     shots: earlier user and assistant turns, where the chat template is used.
     beams: width of the beam search; 1 is greedy.
     forced: a text to predict; context and question are empty then.
+    weight: of the score in the mean over its subset.
     """
 
     id: str
@@ -83,6 +87,7 @@ class Example:
     shots: tuple[tuple[str, str], ...] = ()
     beams: int = 1
     forced: Forced | None = None
+    weight: float = 1
 
     @property
     def kind(self) -> Literal["answer", "turns", "forced"]:
@@ -109,10 +114,14 @@ class Metric:
     scale: float = 100
     digits: int = 2
 
-    def mean(self, scores: Iterable[float]) -> float | None:
+    def mean(self, scores: Iterable[float], weights: Iterable[float] | None = None) -> float | None:
         """The mean of scores as the table shows it, rounded; None when there are none."""
         scores = list(scores)
-        return round(self.scale * sum(scores) / len(scores), self.digits) if scores else None
+        if not scores:
+            return None
+        shares = [1.0] * len(scores) if weights is None else list(weights)
+        total = sum(score * share for score, share in zip(scores, shares, strict=True))
+        return round(self.scale * total / sum(shares), self.digits)
 
 
 @dataclass(frozen=True)
@@ -191,13 +200,14 @@ class Task(ABC):
 
     def _subsets(self, rows: Sequence[tuple[Example, float]]) -> list[tuple[dict[str, Any], Row]]:
         """One row per subset, each with the tags of its first sample."""
-        scores: dict[str, list[float]] = {}
-        tags: dict[str, dict[str, Any]] = {}
+        members: dict[str, list[tuple[Example, float]]] = {}
         for example, score in rows:
-            name = example.tags["subset"]
-            tags.setdefault(name, example.tags)
-            scores.setdefault(name, []).append(score)
-        return [(tags[name], Row(name, "subset", len(s), self.metric.mean(s))) for name, s in scores.items()]
+            members.setdefault(example.tags["subset"], []).append((example, score))
+        found = []
+        for name, own in members.items():
+            mean = self.metric.mean([score for _, score in own], [example.weight for example, _ in own])
+            found.append((own[0][0].tags, Row(name, "subset", len(own), mean)))
+        return found
 
     def _averages(self, subsets: list[tuple[dict[str, Any], Row]]) -> list[Row]:
         """The rows below the categories; a table of one category needs none."""
@@ -207,14 +217,17 @@ class Task(ABC):
 def as_parts(example: Example, record: Mapping[str, Any]) -> list[tuple[Example, float]]:
     """A recorded sample as the rows of the table count it: once, or once for each part of its score.
 
-    A part is a subset of its own; `stratum` then names the subset that all parts of a sample were drawn from.
+    A part is a subset of its own, named after the sample's subset and itself; `stratum` then names the subset that all
+    parts of a sample were drawn from.
     """
     if not record.get("parts"):
         return [(example, record["score"])]
-    tags = example.tags
-    subset = tags["subset"]
-    several = {name: {**tags, "subset": f"{subset} {name}", "stratum": subset} for name in record["parts"]}
-    return [(replace(example, tags=several[name]), score) for name, score in record["parts"].items()]
+    tags, weights = example.tags, record.get("weights", {})
+    found = []
+    for name, score in record["parts"].items():
+        own = {**tags, "subset": f"{tags['subset']} {name}".strip(), "stratum": tags["subset"]}
+        found.append((replace(example, tags=own, weight=weights.get(name, example.weight)), score))
+    return found
 
 
 def mean_by_category(subsets: Iterable[tuple[dict[str, Any], Row]]) -> list[Row]:

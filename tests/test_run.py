@@ -15,7 +15,7 @@ import yaml
 
 import run
 from methods.core.errors import BudgetMiss
-from runners import evaluate, load
+from runners import answer, evaluate, load
 from runners.bind import KVCache
 
 ROOT = Path(run.__file__).parent
@@ -283,18 +283,18 @@ def test_a_file_in_the_way_of_the_results_is_said_before_anything_runs(command, 
 
 
 def test_a_sample_that_runs_out_of_memory_is_recorded_and_tried_again_next_time(command, tmp_path, monkeypatch):
-    real = evaluate.generate
+    real = answer.generate
 
     def short_of_memory(model, method, prompts, *args, **kwargs):
         if method.name == "nacl" and any(prompt.sample == sample_number("mat/1") for prompt in prompts):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore text")
         return real(model, method, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "generate", short_of_memory)
+    monkeypatch.setattr(answer, "generate", short_of_memory)
     code, out, err = command("batch_size=3")
     assert code == 1 and "failed: 1 of 6 samples with nacl: mat/1 (OutOfMemoryError: CUDA out of memory" in err
     assert "average" in out and "Traceback" not in err
-    monkeypatch.setattr(evaluate, "generate", real)
+    monkeypatch.setattr(answer, "generate", real)
     assert command("batch_size=3")[0] == 0
     (path,) = (tmp_path / "results").glob("*/*/nacl-b*/samples.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -318,7 +318,7 @@ def test_a_missed_budget_fails_the_cell_with_both_numbers(command, monkeypatch):
 
 def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(command, tmp_path, monkeypatch):
     command(results=tmp_path / "undisturbed")
-    real, calls = evaluate.generate, []
+    real, calls = answer.generate, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -326,11 +326,11 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(command, tmp_pat
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "generate", interrupted)
+    monkeypatch.setattr(answer, "generate", interrupted)
     code, _, err = command()
     assert code == 130 and "Traceback" not in err
     assert "stopped; 6 samples of the full cache and 1 of nacl are kept" in err
-    monkeypatch.setattr(evaluate, "generate", real)
+    monkeypatch.setattr(answer, "generate", real)
     assert command()[0] == 0
     assert without_times(samples(tmp_path / "results")) == without_times(samples(tmp_path / "undisturbed"))
 
@@ -339,7 +339,7 @@ def test_ctrl_c_ends_a_whole_sweep(command, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "generate", interrupted)
+    monkeypatch.setattr(answer, "generate", interrupted)
     code, out, err = command("-m", "budget=0.5,0.25")
     assert code == 130 and err.count("stopped;") == 1 and "budget=0.25" not in out
 

@@ -1,0 +1,334 @@
+"""From a batch of examples to recorded rows: one function per kind of example."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from methods.core.contract import Method
+from methods.core.errors import BudgetMiss, UserError
+from runners.dialogue import Dialogue, dialogue
+from runners.forced import force
+from runners.generate import Timings, generate, start
+from runners.prompt import Encoded, Encoder
+from runners.session import Answer, Session, now
+from tasks.base import Example, Task, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# places per point of a loss curve
+BIN = 256
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all samples of a run share."""
+
+    model: PreTrainedModel
+    task: Task
+    encoder: Encoder
+    protocol: str
+    chunk: int | None
+    threads: int
+
+    @property
+    def pad_id(self) -> int:
+        return self.encoder.tokenizer.pad_token_id or 0
+
+
+def check(examples: Sequence[Example], protocol: str, methods: Sequence[Method]) -> None:
+    """Raises UserError if a score would not say what it seems to: before anything is run."""
+    if protocol == "aware" and any(example.history == "none" for example in examples):
+        raise UserError(
+            f"protocol={protocol}: questions that are asked apart share a context that was compressed before any of "
+            "them was known; give protocol=agnostic"
+        )
+    one_pass = any(example.forced and example.forced.through == "one_pass" for example in examples)
+    for method in methods:
+        if one_pass and method.name != "full":
+            raise UserError(
+                f"method={method.name}: one pass over the text computes every token's attention before anything is "
+                "dropped or packed, so that any budget gives the full cache's value; give task.through=prefix, stream "
+                "or chunk, or method=full"
+            )
+
+
+def answer(
+    setting: Setting, method: Method, batch: Sequence[Example], record: Callable[[dict[str, Any]], None]
+) -> None:
+    """Run a batch and record a row per sample; where a pass fails, its samples are tried one by one.
+
+    Raises UserError, and BudgetMiss once the samples that held too much have been recorded as failed.
+    """
+    for run, members in groupby(batch, _together):
+        _answer(setting, method, list(members), run[0], record)
+
+
+def _together(example: Example) -> tuple[Any, ...]:
+    """The function that runs an example, and what else the rows of one pass must have in common."""
+    if example.forced is not None:
+        return (by_forcing, example.forced.through, example.forced.length, example.forced.prompt, example.forced.stride)
+    if example.kind == "turns":
+        # a row that goes on from its own answers must end exactly where they do
+        return (by_turns, example.history, len(example.turns), example.history == "own" and example.id)
+    return (by_generation,)
+
+
+def _answer(
+    setting: Setting,
+    method: Method,
+    batch: Sequence[Example],
+    run: Callable[[Setting, Method, Sequence[Example]], list[dict[str, Any]]],
+    record: Callable[[dict[str, Any]], None],
+) -> None:
+    try:
+        rows = run(setting, method, batch)
+    except UserError:
+        raise
+    except BudgetMiss as miss:
+        for example in batch:
+            record(failed(example, str(miss)))
+        raise
+    except Exception as error:  # one sample's failure must not cost the others
+        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        del error  # its traceback holds the tensors of the failed pass
+        if setting.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            record(failed(batch[0], problem))
+            return
+        for example in batch:
+            _answer(setting, method, [example], run, record)
+        return
+    for row in rows:
+        record(row)
+
+
+def failed(example: Example, problem: str) -> dict[str, Any]:
+    """The row of a sample that could not be run."""
+    return {"id": example.id, "error": problem}
+
+
+def by_generation(setting: Setting, method: Method, batch: Sequence[Example]) -> list[dict[str, Any]]:
+    """One question each: the prompt, then an answer."""
+    encoded = [setting.encoder(example) for example in batch]
+    answers, cache, timings = generate(
+        setting.model,
+        method,
+        [one.prompt for one in encoded],
+        protocol=setting.protocol,
+        chunk=setting.chunk,
+        pad_id=setting.pad_id,
+    )
+    cache.check_budget()
+    costs = _costs(setting, len(batch), cache.report().to_dict(), timings)
+    return [answered(setting, *one, costs) for one in zip(batch, encoded, answers)]
+
+
+def answered(
+    setting: Setting, example: Example, encoded: Encoded, one: Answer, costs: dict[str, Any]
+) -> dict[str, Any]:
+    """The row of one answer; costs: the batch's size, ledger and times."""
+    if one.error:
+        return failed(example, one.error)
+    prediction = setting.encoder.text(one.ids)
+    return {
+        "id": example.id,
+        "prediction": prediction,
+        "score": setting.task.score(example, prediction),
+        **_parts(setting.task.parts(example, prediction)),
+        "stop": one.stop,
+        "tokens_in": len(encoded.prompt.ids),
+        "tokens_context": encoded.prompt.n_context,
+        "tokens_out": len(one.ids),
+        "cut": encoded.cut,
+        "bos": encoded.bos,
+        **costs,
+    }
+
+
+@torch.inference_mode()
+def by_turns(setting: Setting, method: Method, batch: Sequence[Example]) -> list[dict[str, Any]]:
+    """Several questions on one compressed context."""
+    talks = [dialogue(setting.encoder, example) for example in batch]
+    talk = _Talk(setting, method, batch, talks)
+    talk.cache.check_budget()
+    costs = _costs(setting, len(batch), talk.cache.report().to_dict(), talk.timings)
+    return [talk.row(i, costs) for i in range(len(batch))]
+
+
+class _Talk:
+    """The questions of a batch, asked one after the other.
+
+    answers: per question, one per row.  held: bytes after every question, and what a full cache would hold.
+    """
+
+    def __init__(self, setting: Setting, method: Method, batch: Sequence[Example], talks: Sequence[Dialogue]):
+        self.setting, self.batch, self.talks = setting, batch, talks
+        self.answers: list[list[Answer]] = []
+        self.held: list[tuple[int, int]] = []
+        self.seconds = {"question": 0.0, "decode": 0.0}
+        self.steps = 0
+        model, prompts = setting.model, [talk.first.prompt for talk in talks]
+        apart = batch[0].history == "none"
+        parts = [(list(prompt.ids), []) if apart else prompt.parts(setting.protocol) for prompt in prompts]
+        self.began = now(model.device)
+        self.n_prompt = sum(len(first) for first, _ in parts)
+        session, logits = start(
+            model, method, [first for first, _ in parts], [prompt.sample for prompt in prompts], setting.chunk,
+            setting.pad_id,
+        )  # fmt: skip
+        self.prompt_seconds = now(model.device) - self.began
+        if not apart:
+            if any(rest for _, rest in parts):
+                logits = self._timed("question", lambda: session.feed([rest for _, rest in parts]))
+            self._ask(session, logits, [prompt.limits for prompt in prompts])
+        for i in range(len(talks[0].later)):
+            self._next(session, i)
+
+    @property
+    def timings(self) -> Timings:
+        return Timings(prompt=self.prompt_seconds, n_prompt=self.n_prompt, steps=self.steps, **self.seconds)
+
+    def _next(self, session: Session, i: int) -> None:
+        """Ask the later question i."""
+        asked = [talk.later[i] for talk in self.talks]
+        history, again = self.batch[0].history, self.batch[0].recompress
+        if history == "none":
+            session = session.fork()
+        if history == "own":
+            parts = [self._since(answer, one.own) for answer, one in zip(self.answers[-1], asked)]
+        else:
+            parts = [one.golden for one in asked]
+        logits = self._timed("question", lambda: session.feed(parts, ends_prompt=again))
+        self._ask(session, logits, [one.limits for one in asked])
+
+    def _ask(self, session: Session, logits: torch.Tensor, limits: Sequence[Any]) -> None:
+        own = self.batch[0].history == "own"
+        if self.batch[0].history == "golden":
+            session = session.fork()  # the next question finds the reference, not what is generated now
+        before = session.steps
+        answers = self._timed("decode", lambda: session.decode(logits, limits, exact=own))
+        self.steps += session.steps - before
+        self.answers.append(answers)
+        self.cache = session.cache
+        ledger = session.cache.report()
+        self.held.append((ledger.held_end, ledger.full))
+
+    def _since(self, answer: Answer, question: list[int]) -> list[int]:
+        """What follows an answer that stays in the cache: its last token, which was not fed, its end, the question."""
+        last = answer.ids[-1:]
+        if answer.stop == "length":
+            end = self.setting.encoder.tokenizer.eos_token_id
+            return [*last, *([] if end is None or end in question[:1] else [end]), *question]
+        return [*last, *(question[1:] if question[:1] == last else question)]
+
+    def _timed(self, what: str, call: Callable[[], Any]) -> Any:
+        device = self.setting.model.device
+        began = now(device)
+        found = call()
+        self.seconds[what] += now(device) - began
+        return found
+
+    def row(self, i: int, costs: dict[str, Any]) -> dict[str, Any]:
+        example, first, answers = self.batch[i], self.talks[i].first, [turn[i] for turn in self.answers]
+        broken = next((answer.error for answer in answers if answer.error), None)
+        if broken:
+            return failed(example, broken)
+        asked = (Turn(example.question, example.answers, example.max_new_tokens), *example.turns)
+        turns: list[dict[str, Any]] = []
+        for turn, answer, (held, full) in zip(asked, answers, self.held, strict=True):
+            prediction = self.setting.encoder.text(answer.ids)
+            own = replace(example, question=turn.question, answers=turn.answers, turns=())
+            turns.append(
+                {
+                    "prediction": prediction,
+                    "score": self.setting.task.score(own, prediction),
+                    "stop": answer.stop,
+                    "tokens_out": len(answer.ids),
+                    "held": held,
+                    "full": full,
+                }
+            )
+        scores = [turn["score"] for turn in turns]
+        later = sum(len(question.golden) for question in self.talks[i].later)
+        return {
+            "id": example.id,
+            "prediction": "\n".join(turn["prediction"] for turn in turns),
+            "score": sum(scores) / len(scores),
+            # apart from each other questions have no order
+            **({} if example.history == "none" else _parts({f"turn {n}": s for n, s in enumerate(scores, 1)})),
+            "turns": turns,
+            "tokens_in": len(first.prompt.ids) + later,
+            "tokens_context": first.prompt.n_context,
+            "tokens_out": sum(turn["tokens_out"] for turn in turns),
+            "cut": first.cut,
+            "bos": first.bos,
+            **costs,
+        }
+
+
+def by_forcing(setting: Setting, method: Method, batch: Sequence[Example]) -> list[dict[str, Any]]:
+    """Texts that are fed as they stand: the mean loss of the tokens that count, in nats."""
+    pieces = []
+    for example in batch:
+        assert example.forced is not None
+        pieces.append(setting.encoder.piece(example.forced))
+    plan = batch[0].forced
+    assert plan is not None
+    samples = [setting.encoder.encoded(example, [], 0, False).prompt.sample for example in batch]
+    losses, cache, timings = force(setting.model, method, pieces, plan, samples)
+    cache.check_budget()
+    costs = _costs(setting, len(batch), cache.report().to_dict(), timings)
+    rows = []
+    for example, piece, own in zip(batch, pieces, losses.tolist()):
+        assert example.forced is not None
+        curve = _curve(own, example.forced.counted)
+        n, total = sum(n for _, n, _ in curve), sum(s for _, _, s in curve)
+        if not math.isfinite(total):
+            rows.append(failed(example, "the losses are not finite"))
+            continue
+        bins = {f"{a}-{a + BIN - 1}": (s / m, m) for a, m, s in curve} if len(curve) > 1 else {}
+        parts = {"": (total / n, n), **bins}
+        rows.append(
+            {
+                "id": example.id,
+                "score": total / n,
+                "parts": {name: mean for name, (mean, _) in parts.items()},
+                "weights": {name: m for name, (_, m) in parts.items()},
+                "counted": n,
+                "curve": [[a, m, round(s, 6)] for a, m, s in curve],
+                "tokens_in": len(piece),
+                "tokens_context": timings.n_prompt // len(batch),
+                "tokens_out": 0,
+                "cut": False,
+                "bos": piece.count(setting.encoder.tokenizer.bos_token_id),
+                **costs,
+            }
+        )
+    return rows
+
+
+def _curve(losses: Sequence[float], counted: Sequence[int]) -> list[tuple[int, int, float]]:
+    """Per bin of places with any that count: its first place, how many count, and the sum of their losses."""
+    bins: dict[int, list[float]] = {}
+    for place in counted:
+        if place < len(losses):
+            bins.setdefault(place // BIN * BIN, []).append(losses[place])
+    return [(a, len(own), math.fsum(own)) for a, own in sorted(bins.items())]
+
+
+def _parts(parts: dict[str, float]) -> dict[str, Any]:
+    return {"parts": parts} if parts else {}
+
+
+def _costs(setting: Setting, batch: int, ledger: dict[str, Any], timings: Timings) -> dict[str, Any]:
+    """What a batch took, as every one of its rows records it; seconds to the microsecond."""
+    seconds = {key: round(value, 6) if isinstance(value, float) else value for key, value in vars(timings).items()}
+    return {"batch": batch, "threads": setting.threads, "ledger": ledger, "timings": seconds}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 
+from methods.core.errors import UserError
 from methods.core.quantized import LADDER, QuantizedStore, Scheme, check_scheme
 
 
@@ -33,9 +34,15 @@ class PerToken(QuantizedStore):
         budget: float | None = None,
         capacity: int | None = None,
     ):
-        group = sys.maxsize if group is None else group
-        check_scheme("PerToken", key_bits, value_bits, None if group == sys.maxsize else group, zero)
-        pairs = [(key_bits, value_bits)] if key_bits is not None and value_bits is not None else LADDER
-        both = {"group": group, "dim": 3, "residual": residual, "sliding": True, "zero": zero}
-        schemes = [(Scheme(bits=k, **both), Scheme(bits=v, **both)) for k, v in pairs]
-        super().__init__(schemes, budget if len(pairs) > 1 else None, capacity)
+        check_scheme("PerToken", key_bits, value_bits, group, zero)
+        if residual < 0:
+            raise UserError(f"PerToken: method.store.residual={residual}; it is a number of tokens, 0 or more")
+
+        def pair(k: int, v: int) -> tuple[Scheme, Scheme]:
+            width = sys.maxsize if group is None else group
+            return Scheme(k, width, 3, residual, True, zero), Scheme(v, width, 3, residual, True, zero)
+
+        if key_bits is not None and value_bits is not None:
+            super().__init__([pair(key_bits, value_bits)], None, capacity)
+        else:
+            super().__init__([pair(k, v) for k, v in LADDER], budget, capacity)

@@ -45,7 +45,7 @@ class Codec(Method):
 
     def config(self) -> dict[str, Any]:
         store = self.store  # a functools.partial: shown as its target and arguments
-        shown = {"_target_": getattr(store, "func", store).__name__, **getattr(store, "keywords", {})}  # type: ignore[attr-defined]
+        shown = {"_target_": getattr(store, "func", store).__name__, **getattr(store, "keywords", {})}
         return {**Method.config(self), "store": shown}
 
     def new_store(self, layer: int, n_layers: int, capacity: int | None = None) -> QuantizedStore:

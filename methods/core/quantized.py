@@ -273,7 +273,10 @@ class QuantizedStore(Store):
         precision (above 1: so many slots) the first is taken, else the smallest; None: always the first."""
         super().__init__(capacity)
         self.schemes, self.budget = schemes, budget
+        self.layers: Sequence[Sequence[tuple[Scheme, Scheme]]] = [schemes]  # whose bytes the budget is for
         self.parts: list[Part] = []
+        self.counts: list[int] | None = None  # slots of every row while nothing is packed; None: to be counted
+        self.chosen: list[tuple[Scheme, Scheme]] = []  # for every row, once the prompt is whole
 
     def __len__(self) -> int:
         return max((part.pos.n for part in self.parts), default=self.n)
@@ -298,18 +301,30 @@ class QuantizedStore(Store):
                 if scheme.bits != 16:
                     scheme.width(D)
 
+    def choose_with(self, layers: Sequence[Sequence[tuple[Scheme, Scheme]]], own: int, budget: float | None) -> None:
+        """Let all layers choose the same place of their lists, whose bytes together fit the budget.
+
+        layers: the lists of all layers, best first and equally long.  own: which of them is this store's.
+        """
+        self.layers, self.schemes, self.budget = layers, layers[own], budget
+
     def choose(self, n: int, D: int, Dv: int, itemsize: int) -> tuple[Scheme, Scheme]:
         """Schemes of keys and values for a row with n slots of these widths and this many bytes per number."""
-        sizes = [k.nbytes(n, D, itemsize) + v.nbytes(n, Dv, itemsize) for k, v in self.schemes]
         if self.budget is None:
             return self.schemes[0]
-        allowed = share(self.budget, n) * n * (D + Dv) * itemsize
+        sizes = [
+            sum(k.nbytes(n, D, itemsize) + v.nbytes(n, Dv, itemsize) for k, v in of_layers)
+            for of_layers in zip(*self.layers, strict=True)
+        ]
+        allowed = share(self.budget, n) * n * (D + Dv) * itemsize * len(self.layers)
         best = next((i for i, size in enumerate(sizes) if size <= allowed), sizes.index(min(sizes)))
         return self.schemes[best]
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor, padded: bool = False) -> None:
         if not self.parts:
             super().append(k, v, pos, padded)
+            if self.counts is not None:  # counted here, so that no device is waited for while decoding
+                self.counts = None if padded else [n + pos.shape[1] for n in self.counts]
             return
         counts = [pos.shape[1]] * len(pos)
         if padded:  # a later turn's: its rows go on with different numbers of tokens
@@ -334,17 +349,20 @@ class QuantizedStore(Store):
 
     def settle(self, step: Step) -> None:
         if not self.parts:
-            self._pack()
+            self._start_packing()
         for part in self.parts:
             part.settle()
 
     def keep(self, mask: Tensor, n: int, exact: bool = False) -> None:
         self._refuse_if_packed("drop single slots")
         super().keep(mask, n, exact)
+        self.counts = None
 
     def drop(self, slot: Tensor) -> None:
-        self._refuse_if_packed("drop single slots")
-        super().drop(slot)
+        raise NotImplementedError(
+            f"{type(self).__name__}: cannot free a single slot for the next token; pair it with a method that drops "
+            "only when the prompt ends, such as snapkv"
+        )
 
     def track(self, name: str, fill: float = 0.0) -> Tensor:
         self._refuse_if_packed("follow single slots")
@@ -353,6 +371,7 @@ class QuantizedStore(Store):
     def keep_newest(self, n: int) -> None:
         if not self.parts:
             super().keep_newest(n)
+            self.counts = None
         for part in self.parts:
             part.keep_newest(n)
 
@@ -377,35 +396,45 @@ class QuantizedStore(Store):
 
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
+        if len(set(self.chosen)) > 1 or len(set(self.counts or ())) > 1:  # else a row's are any row's
+            order = rows.tolist()
+            self.chosen = [self.chosen[row] for row in order]
+            self.counts = [self.counts[row] for row in order] if self.counts is not None else None
         if len(self.parts) == 1:
             self.parts = [self.parts[0].take(rows)]
         elif self.parts:
             first = rows.new_zeros(1)
             self.parts = [self.parts[row].take(first) for row in rows.tolist()]
 
-    def _pack(self) -> None:
+    def _start_packing(self) -> None:
         """Turn the plain slots into parts, if any row has something to pack."""
         k, v, pos = self.k, self.v, self.buffers["pos"][:, :, : self.n]
-        B, D, Dv, itemsize = k.shape[0], k.shape[-1], v.shape[-1], k.element_size()
-        counts = [self.n] * B
-        if self.padded:
-            per_head = (pos >= 0).sum(-1)  # [B, H or 1]
-            counts = per_head[:, 0].tolist()
-            if not bool((per_head == per_head[:, :1]).all()):
-                raise NotImplementedError(
-                    f"{type(self).__name__}: heads of one row hold different numbers of slots; it packs what all heads "
-                    "hold alike, as under method.allocator=uniform"
-                )
-        schemes = [self.choose(n, D, Dv, itemsize) for n in counts]
-        if not any(scheme.due(n) for n, pair in zip(counts, schemes) for scheme in pair):
+        if self.counts is None:
+            self.counts = self._count(pos)
+        if not self.chosen:
+            sizes = k.shape[-1], v.shape[-1], k.element_size()
+            self.chosen = [self.choose(n, *sizes) for n in self.counts]
+        if not any(scheme.due(n) for n, pair in zip(self.counts, self.chosen) for scheme in pair):
             return
-        for rows in [slice(row, row + 1) for row in range(B)] if self.padded else [slice(0, B)]:
-            n = counts[rows.start]
+        for rows in [slice(row, row + 1) for row in range(len(pos))] if self.padded else [slice(0, len(pos))]:
+            n = self.counts[rows.start]
             arrays = _real(k[rows], v[rows], pos[rows], n)
             # a side that packs takes what it leaves over into memory of its own
-            sides = [Side(x if scheme.due(n) else x.clone(), scheme) for x, scheme in zip(arrays, schemes[rows.start])]
-            self.parts.append(Part(*sides, Growing(arrays[2].clone())))
+            keys, values = (Side(x if s.due(n) else x.clone(), s) for x, s in zip(arrays, self.chosen[rows.start]))
+            self.parts.append(Part(keys, values, Growing(arrays[2].clone())))
         self.buffers, self.fills, self.n, self.padded = {}, {}, 0, False
+
+    def _count(self, pos: Tensor) -> list[int]:
+        """Slots of every row that are not padding, from pos [B, H or 1, S]."""
+        if not self.padded:
+            return [self.n] * len(pos)
+        per_head = (pos >= 0).sum(-1)
+        if not bool((per_head == per_head[:, :1]).all()):
+            raise NotImplementedError(
+                f"{type(self).__name__}: the heads of a row hold different numbers of slots; it packs rows whose heads "
+                "hold alike, as the uniform allocator leaves them"
+            )
+        return per_head[:, 0].tolist()
 
     def _split(self) -> None:
         """One part per row: a turn's padding lets rows come apart."""

@@ -74,17 +74,17 @@ _Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 def lm_eval_version() -> str:
     """The version that the templates come from. Raises UserError if lm_eval is not installed."""
-    _folder()
+    lm_eval_folder()
     return metadata.version("lm_eval")
 
 
-def lm_eval_task(name: str) -> dict[str, Any]:
-    """lm_eval's own description of a LongBench subset, functions left out; `name` may end in `_e`."""
-    path = _folder() / f"{name}.yaml"
+def lm_eval_task(name: str, group: str = "longbench") -> dict[str, Any]:
+    """lm_eval's own description of a task of a group, functions left out; LongBench's names may end in `_e`."""
+    path = lm_eval_folder(group) / f"{name}.yaml"
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
-        raise UserError(f"longbench: the installed lm_eval has no {path} ({error.strerror}); {_WANTED}") from error
+        raise UserError(f"{group}: the installed lm_eval has no {path} ({error.strerror}); {_WANTED}") from error
 
 
 def longbench_template(name: str) -> Template:
@@ -100,11 +100,12 @@ def longbench_template(name: str) -> Template:
 _WANTED = "install lm_eval 0.4.13, whose templates are known"
 
 
-def _folder() -> Path:
+def lm_eval_folder(group: str = "longbench") -> Path:
+    """Where lm_eval keeps a group of tasks. Raises UserError if lm_eval is not installed."""
     spec = find_spec("lm_eval")  # finds it without running it, which takes seconds
     if spec is None or spec.origin is None:
-        raise UserError(f"longbench: the prompts are read from lm_eval, which is not installed; {_WANTED}")
-    return Path(spec.origin).parent / "tasks" / "longbench"
+        raise UserError(f"{group}: the prompts are read from lm_eval, which is not installed; {_WANTED}")
+    return Path(spec.origin).parent / "tasks" / group
 
 
 def _corrected(name: str, text: str) -> str:

@@ -1,0 +1,170 @@
+"""Samples that differ in kind, length and depth: read from prompts that are written out, chosen, scored, summed up."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from methods.core.errors import UserError
+from tasks.base import Example, Row, Task, mean_by_category, mean_row
+from tasks.matching import MATCHING
+from tasks.sources import expand, parse_rows
+
+FIELDS = {"kind": str, "length": int, "context": str, "question": str, "answers": list, "metric": str,
+          "max_new_tokens": int}  # fmt: skip
+
+
+class Grid(Task):
+    """A task whose examples have the tags subset, category, length and, if it has one, depth.
+
+    A sample with the tag `control` has a row of its own and counts in no average.
+    """
+
+    def score(self, example: Example, prediction: str) -> float:
+        return MATCHING[example.tags["metric"]](prediction, example.answers)
+
+    def groups(self, example: Example) -> list[str]:
+        tags = example.tags
+        names = [tags["subset"]]
+        if not tags.get("control"):
+            names += [tags["category"], *(name for name, _ in axes(tags)), "average"]
+        return names
+
+    def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
+        """Subsets, categories of several subsets, lengths, depths, the average: the last three are means of subsets."""
+        subsets = self._subsets(rows)
+        table = [row for _, row in subsets]
+        counted = [(tags, row) for tags, row in subsets if not tags.get("control")]
+        categories = {tags["category"] for tags, _ in counted}
+        if 1 < len(categories) < len(counted):
+            table += mean_by_category(counted)
+        places: dict[tuple[str, float], list[tuple[Example, float]]] = {}
+        for example, score in rows:
+            if not example.tags.get("control"):
+                for name, value in axes(example.tags):
+                    places.setdefault((name, value), []).append((example, score))
+        axis_names = [name.split()[0] for name, _ in places]
+        for name, value in sorted(places, key=lambda place: (place[0].split()[0] != "length", place[1])):
+            if axis_names.count(name.split()[0]) > 1:
+                members = [row for _, row in self._subsets(places[name, value])]
+                table.append(self._place_row(mean_row(name, "category", members, "subsets")))
+        if len(counted) > 1:
+            table.append(self._place_row(mean_row("average", "average", [row for _, row in counted], "subsets")))
+        return table
+
+    def _place_row(self, row: Row) -> Row:
+        return row
+
+
+def axes(tags: dict[str, Any]) -> list[tuple[str, float]]:
+    """The names of the rows of a sample's length and depth, and what they are sorted by."""
+    found = [(f"length {tags['length']}", float(tags["length"]))]
+    if tags.get("depth") is not None:
+        found.append((f"depth {tags['depth']:g} %", float(tags["depth"])))
+    return found
+
+
+def read_prompts(folder: Path, who: str) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """The rows of every .jsonl file of a folder, or of one file, by kind; and the SHA-256 of what was read.
+
+    Raises UserError that names file and line of a row that lacks something.
+    """
+    files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else [folder]
+    found: dict[str, list[dict[str, Any]]] = {}
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            raw = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        digest.update(f"{file.name}\0{len(raw)}\0".encode() + raw)
+        for number, row in enumerate(parse_rows(raw, str(file)), start=1):
+            for key, sort in FIELDS.items():
+                if not isinstance(row.get(key), sort) or not row[key]:
+                    raise UserError(
+                        f"{file}, row {number}: `{key}` is empty or missing; {who} needs {', '.join(FIELDS)}"
+                    )
+            if row["metric"] not in MATCHING:
+                raise UserError(f"{file}, row {number}: metric {row['metric']}; there are {', '.join(MATCHING)}")
+            found.setdefault(row["kind"], []).append(row)
+    if not found:
+        raise UserError(f"{who}: task.data={folder} holds no rows")
+    return found, digest.hexdigest()
+
+
+def holds_prompts(data: str) -> bool:
+    """Whether a path is a .jsonl file or a folder with some."""
+    path = expand(data)
+    return path.suffix == ".jsonl" if path.is_file() else path.is_dir() and any(path.glob("*.jsonl"))
+
+
+def examples_of(rows: dict[str, list[dict[str, Any]]], chosen: Iterable[str]) -> list[Example]:
+    """Examples from rows that have their whole prompt."""
+    found = []
+    for kind in chosen:
+        for i, row in enumerate(rows[kind]):
+            tags = {
+                "subset": kind,
+                "category": row.get("group", kind),
+                "metric": row["metric"],
+                "length": row["length"],
+                "depth": row.get("depth"),
+            }
+            found.append(
+                Example(
+                    id=row.get("_id", f"{kind}/{i}"),
+                    context=row["context"],
+                    question=row["question"],
+                    answers=row["answers"],
+                    max_new_tokens=row["max_new_tokens"],
+                    tags=tags,
+                    prefill=row.get("prefill", ""),
+                )
+            )
+    return found
+
+
+def choose(who: str, key: str, wanted: Any, offered: Iterable[Any]) -> list[Any]:
+    """Those of `offered` that are asked for; None asks for all. Raises UserError for one that is not there."""
+    offered = list(dict.fromkeys(offered))
+    if wanted is None:
+        return offered
+    asked = as_list(wanted)
+    if not asked:
+        raise UserError(f"{who}: task.{key}=[] chooses nothing; there are {', '.join(map(str, offered))}")
+    for item in asked:
+        if item not in offered:
+            raise UserError(f"{who}: task.{key}={item} is not there; there are {', '.join(map(str, offered))}")
+    return [item for item in offered if item in asked]
+
+
+def as_list(wanted: Any) -> list[Any]:
+    """A list as typed, or one item alone."""
+    return list(wanted) if isinstance(wanted, Iterable) and not isinstance(wanted, str) else [wanted]
+
+
+def check_count(who: str, key: str, value: Any) -> None:
+    """Raises UserError unless `value` is None or a whole number of at least 1."""
+    if value is not None and (type(value) is not int or value < 1):
+        raise UserError(f"{who}: task.{key}={value}; give a whole number, 1 or more")
+
+
+def limited(examples: Iterable[Example], limit: int | None) -> list[Example]:
+    """The first `limit` samples of every subset, spread over its lengths and depths."""
+    members: dict[str, list[Example]] = {}
+    for example in examples:
+        members.setdefault(example.tags["subset"], []).append(example)
+    found = []
+    for own in members.values():
+        n = len(own) if limit is None else min(limit, len(own))
+        found += [own[i * len(own) // n] for i in range(n)]
+    return found
+
+
+def digest_of(examples: Sequence[Example]) -> str:
+    """SHA-256 of prompts and references."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.id, example.prompt, example.answers]).encode() + b"\n")
+    return digest.hexdigest()

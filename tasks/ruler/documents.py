@@ -1,0 +1,95 @@
+"""RULER's question answering: a question's own documents among others, from SQuAD v2 or HotpotQA files."""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from methods.core.errors import UserError
+from tasks.ruler.fitting import Sample
+from tasks.ruler.templates import wording
+
+SHUFFLE = 42
+
+
+@dataclass(frozen=True)
+class Question:
+    """gold: indices of its own documents.  near: those preferred beside them."""
+
+    query: str
+    outputs: list[str]
+    gold: list[int]
+    near: list[int]
+
+
+@dataclass(frozen=True)
+class Collection:
+    documents: list[str]
+    questions: list[Question]
+
+
+def read_squad(path: Path) -> Collection:
+    """SQuAD v2's dev file; questions without an answer are left out. Raises UserError if it is not such a file."""
+    data = _json(path)
+    try:
+        articles = [article["paragraphs"] for article in data["data"]]
+        documents = sorted({paragraph["context"] for paragraphs in articles for paragraph in paragraphs})
+        number = {text: i for i, text in enumerate(documents)}
+        questions = []
+        for paragraphs in articles:
+            own = [number[paragraph["context"]] for paragraph in paragraphs]
+            for paragraph, gold in zip(paragraphs, own):
+                near = [other for other in own if other != gold]
+                questions += [
+                    Question(asked["question"], [answer["text"] for answer in asked["answers"]], [gold], near)
+                    for asked in paragraph["qas"]
+                    if not asked.get("is_impossible", False)
+                ]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a SQuAD v2 file (no {error})") from error
+    return Collection(documents, questions)
+
+
+def read_hotpot(path: Path) -> Collection:
+    """HotpotQA's dev file with distractors. Raises UserError if it is not such a file."""
+    data = _json(path)
+    try:
+        texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in entry["context"]] for entry in data]
+        documents = sorted({text for own in texts for text in own})
+        number = {text: i for i, text in enumerate(documents)}
+        questions = [
+            Question(entry["question"], [entry["answer"]], [number[text] for text in own], [])
+            for entry, own in zip(data, texts)
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a HotpotQA file with distractors ({error})") from error
+    return Collection(documents, questions)
+
+
+def make(rng: random.Random, question: Question, documents: list[str], units: int) -> Sample:
+    """A question with `units` documents, or all there are; its own are always among them."""
+    if units >= len(documents):
+        chosen = list(range(len(documents)))
+    else:
+        missing = max(0, units - len(question.gold))
+        if missing > len(question.near):
+            known = {*question.gold, *question.near}
+            others = [i for i in range(len(documents)) if i not in known]
+            chosen = [*question.gold, *question.near, *rng.sample(others, missing - len(question.near))]
+        else:
+            chosen = [*question.gold, *rng.sample(question.near, missing)]
+    texts = [documents[i] for i in chosen]
+    random.Random(SHUFFLE).shuffle(texts)
+    words = wording("qa")
+    text = "\n\n".join(f"Document {i}:\n{document}" for i, document in enumerate(texts, start=1))
+    before, after = words.template.split("{context}")
+    return Sample(before + text + "\n\n", after.removeprefix("\n\n").format(query=question.query), words.prefix,
+                  question.outputs)  # fmt: skip
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error

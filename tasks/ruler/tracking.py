@@ -1,0 +1,70 @@
+"""RULER's variable tracking: a chain of assignments in noise; every variable with the first one's value is asked."""
+
+import random
+import string
+from collections.abc import Callable
+from itertools import pairwise
+
+from tasks.ruler.fitting import Sample, most_units
+from tasks.ruler.templates import noise, wording
+
+HOPS = 4
+EXAMPLE_TOKENS = 500  # of the worked example before the task
+EXAMPLE_VALUE = "12345"
+
+
+def names(rng: random.Random, letters: int) -> list[str]:
+    """Distinct variables of so many capitals."""
+    found: dict[str, None] = {}
+    while len(found) < HOPS + 1:
+        found["".join(rng.choices(string.ascii_uppercase, k=letters))] = None
+    return list(found)
+
+
+def track(variables: list[str], value: str, units: int, places: list[int]) -> Sample:
+    """The task's text with the chain's lines at sorted places among `units` groups of noise."""
+    chain = [f"VAR {variables[0]} = {value}"]
+    chain += [f"VAR {new} = VAR {old} " for old, new in pairwise(variables)]
+    lines = [noise()] * units
+    for i, (place, line) in enumerate(zip(places, chain)):
+        lines.insert(place + i, line)
+    words = wording("vt")
+    before, after = words.template.split("{context}")
+    filled = {"query": value, "num_v": len(variables)}
+    text = "\n".join(lines).replace(". \n", ".\n")
+    return Sample(
+        f"{before}{text}\n", after.removeprefix("\n").format(**filled), words.prefix.format(**filled), variables
+    )
+
+
+class Example:
+    """The worked example: its noise and the places of its lines are drawn once, its names and value per sample."""
+
+    def __init__(self, seed: str, count: Callable[[str], int]):
+        rng = random.Random(seed)
+
+        def cost(units: int) -> int:
+            return (
+                count(self._text(names(rng, 3), EXAMPLE_VALUE, units, places(rng, units)))
+                + wording("vt").max_new_tokens
+            )
+
+        self.units = most_units(cost, EXAMPLE_TOKENS, step=5, estimate_from=5)
+        self.places = places(rng, self.units)
+
+    def text(self, rng: random.Random) -> str:
+        return self._text(names(rng, 3), str(rng.randrange(10_000, 99_999)), self.units, self.places) + "\n\n"
+
+    def _text(self, variables: list[str], value: str, units: int, at: list[int]) -> str:
+        return track(variables, value, units, at).prompt + " ".join(variables)
+
+
+def places(rng: random.Random, units: int) -> list[int]:
+    return sorted(rng.sample(range(units), HOPS + 1))
+
+
+def make(rng: random.Random, units: int, example: Example) -> Sample:
+    """One sample: the worked example, then the task."""
+    before = example.text(rng)
+    sample = track(names(rng, 5), str(rng.randrange(10_000, 99_999)), units, places(rng, units))
+    return Sample(before + sample.context, sample.question, sample.prefix, sample.outputs)

@@ -115,7 +115,9 @@ def save(
     data = serialized({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
     card = {"method": method, **facts, "sha256": hashlib.sha256(data).hexdigest(), "model": identity(model)}
     _write(path, data)
-    _write(path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
+    # rows of numbers on one line each
+    text = re.sub(r"\[[-+\d.e,\s]+\]", lambda found: " ".join(found[0].split()), json.dumps(card, indent=1))
+    _write(path.with_suffix(".json"), f"{text}\n".encode())
     return path
 
 

@@ -8,6 +8,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,14 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> 
     LlamaForCausalLM(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def artefact_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder where methods look for artefacts beside those that ship; `tests.tiny.equip` fills it for a model."""
+    from methods.core import artefacts
+
+    folder = tmp_path_factory.mktemp("artefacts")
+    artefacts.PLACES.append(folder)
+    yield folder
+    artefacts.PLACES.remove(folder)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
+
+from methods import load_method, method_names
+from methods.core import artefacts
+from methods.core.contract import Method
 
 VOCAB = 97
 WINDOW = 12  # of sliding layers, shorter than the tests' prompts
@@ -89,3 +94,19 @@ def feed(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor, pieces
         out.append(model(ids[:, now], attention_mask=given, past_key_values=cache, use_cache=True, **extra).logits)
         at += size
     return torch.cat(out, dim=1)
+
+
+def equip(model: PreTrainedModel, at: Path) -> PreTrainedModel:
+    """The model, once every method that needs to learn something about it has done so from random tokens.
+
+    at: a folder for artefacts; the caller lets `methods.core.artefacts.PLACES` hold it.
+    """
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1, VOCAB, (1, 64), generator=g) for _ in range(2)]
+    for name in method_names():
+        method = load_method(name)
+        if type(method).calibrate is not Method.calibrate:
+            made = method.calibrate(model, rows, seed=0)
+            folder = at / made.method / artefacts.model_id(model)
+            artefacts.save(made.method, made.name, model, made.tensors, made.facts, at=folder)
+    return model

@@ -1,8 +1,12 @@
 """A tiny llama per attention shape, and the one loop that method tests run."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.tiny import equip
 
 
 def tiny_llama(n_heads: int = 4, n_kv_heads: int = 2, n_layers: int = 2) -> LlamaForCausalLM:
@@ -21,13 +25,13 @@ def tiny_llama(n_heads: int = 4, n_kv_heads: int = 2, n_layers: int = 2) -> Llam
 
 
 @pytest.fixture(scope="session")
-def gqa() -> LlamaForCausalLM:
-    return tiny_llama(4, 2)
+def gqa(artefact_folder: Path) -> LlamaForCausalLM:
+    return equip(tiny_llama(4, 2), artefact_folder)
 
 
 @pytest.fixture(scope="session", params=[(4, 2), (4, 4), (4, 1)], ids=["gqa", "mha", "mqa"])
-def any_heads(request: pytest.FixtureRequest) -> LlamaForCausalLM:
-    return tiny_llama(*request.param)
+def any_heads(request: pytest.FixtureRequest, artefact_folder: Path) -> LlamaForCausalLM:
+    return equip(tiny_llama(*request.param), artefact_folder)
 
 
 @torch.no_grad()

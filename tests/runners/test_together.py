@@ -9,14 +9,15 @@ from runners.generate import Prompt, generate
 from runners.session import Answer
 from runners.together import TimeLimit, together
 from tests.methods.conftest import tiny_llama
+from tests.tiny import equip
 
 TIE = 1e-4  # logits closer than this may change places: a row of a batch is added up in another order
 BUDGETS = (0.5, 0.2)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_llama(4, 2)
+def model(artefact_folder):
+    return equip(tiny_llama(4, 2), artefact_folder)
 
 
 def prompts(n: int, new: int = 12) -> list[Prompt]:

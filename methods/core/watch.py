@@ -1,0 +1,48 @@
+"""Every layer's step of one pass through the untouched model: what calibrations learn from."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kernels import attend
+from methods.core.contract import LayerCache, Method, ModelSpec, Step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def watch(model: "PreTrainedModel", ids: Tensor) -> list[Step]:
+    """The steps of all layers, in order, while the model reads rows of token ids [B, T] that hold no padding.
+
+    Queries, keys and values are the ones that the model attends with, all of the pass at once: L x B x (Hq + 2 H) x T
+    x D numbers on the model's device.
+    """
+    cache = Watched().cache_for(model)
+    model(ids.to(model.device), past_key_values=cache, use_cache=True)
+    return [layer.inner.step for layer in cache.layers]
+
+
+class Watched(Method):
+    """Keeps nothing but the step itself."""
+
+    def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
+        return [Seen() for _ in range(spec.n_layers)]
+
+
+class Seen(LayerCache):
+    """One layer's only step."""
+
+    step: Step | None = None
+
+    def take(self, step: Step) -> None:
+        self.step = step
+
+    def attend(self, step: Step) -> Tensor:
+        pos = step.pos[:, None].expand(-1, step.k.shape[1], -1)
+        return attend(step.q, step.k, step.v, step.rules, q_pos=step.pos, k_pos=pos, plan="causal")
+
+    def tensors(self) -> Iterable[Tensor]:
+        return () if self.step is None else (self.step.k, self.step.v)

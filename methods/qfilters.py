@@ -1,0 +1,297 @@
+"""Q-Filters: keep the keys that lie along the direction that the head's queries share.
+
+Paper: Godey et al. 2025, arXiv:2503.02812, section 3.
+Idea:  the queries of a head scatter around one direction u, so a key's expected logit grows with <k, u>. u is found
+       once per model, from the first right singular vector of queries on any text, turned so that queries project
+       positively, averaged over the query heads of a KV head. Scoring a key is then one dot product: no attention map,
+       no query. mode=one_shot keeps the best of the prompt when it ends; later tokens are appended. mode=capped never
+       holds more than its slots: after each step the lowest score outside the newest `window` tokens goes.
+Here:  the model attends before anything is dropped, also where the release attends through a pruned cache, and a prompt
+       in chunks is not cut before its end: no prompt is lossy. Filters are stored as the direction itself, the release
+       stores its negative, and the queries behind them are drawn with a seed. Capped slots are the budget's share of
+       the prompt, or as many as given; the window is half of them, as in the release's demo. In a sliding layer, slots
+       that no later query sees go first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from methods.core import artefacts
+from methods.core.artefacts import Made
+from methods.core.contract import LayerCache, ModelSpec, Stage, Step
+from methods.core.errors import UserError
+from methods.core.eviction import Cut, Eviction, EvictionCache
+from methods.core.store import Store
+from methods.core.watch import watch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SCORE = "qfilters"  # the side array of scores
+ROWS = 3000  # queries per head behind a filter: the paper's number
+FLAGGED = 0.6  # of a head's queries project positively, or its filter is reported as doubtful
+#: what a stored filter means: whether a key with a large product is kept or dropped
+SIGNS = {"high is kept": 1.0, "low is kept": -1.0}
+
+
+@dataclass
+class QFilters(Eviction):
+    """Drop slots by the product of their keys with one fixed vector per KV head.
+
+    mode: "one_shot", once when the prompt ends, or "capped", after every step.
+    window: newest slots kept whatever their score; null: none in one_shot, half of the slots in capped.
+    sinks: first slots kept whatever their score.
+    skip: layers that keep everything.
+    filters: "auto", the ones made for the model, or a file that runner=calibrate wrote.
+    """
+
+    mode: str = "one_shot"
+    window: int | None = None
+    sinks: int = 0
+    skip: list[int] = field(default_factory=list)
+    filters: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode not in ("one_shot", "capped"):
+            raise UserError(f"QFilters: method.mode={self.mode}; it is one_shot or capped")
+        if self.sinks < 0 or (self.window or 0) < 0:
+            raise UserError(f"QFilters: method.sinks={self.sinks}, method.window={self.window}; both are at least 0")
+        if 1 < self.budget <= self.sinks + (self.window or 0):
+            raise UserError(
+                f"QFilters: budget={self.budget} slots do not hold method.sinks={self.sinks}, "
+                f"method.window={self.window} and one more; raise budget or lower these"
+            )
+        if any(not isinstance(layer, int) or layer < 0 for layer in self.skip):
+            raise UserError(f"QFilters: method.skip={self.skip}; give layers counted from 0, such as method.skip=[0,1]")
+
+    def prepare(self, model: PreTrainedModel) -> Tensor:
+        """The model's filters, [L, H, D], float32: keys with a large product are kept."""
+        path = None if self.filters == "auto" else self.filters
+        found = artefacts.load("qfilters", "filters", model, path)
+        sign = found.card.get("sign_convention")
+        if sign not in SIGNS or "filters" not in found.tensors:
+            raise UserError(
+                f"QFilters: {artefacts.shown(found.path)} does not say whether high or low is kept: its card's "
+                f"sign_convention is {sign}; it is one of {', '.join(SIGNS)}"
+            )
+        return SIGNS[sign] * found.tensors["filters"].float().to(model.device)
+
+    def calibrate(  # type: ignore[override]
+        self, model: PreTrainedModel, rows: Sequence[Tensor], seed: int, n_rows: int = ROWS, route: str = "eigen"
+    ) -> Made:
+        """The model's filters, from `n_rows` of the queries that it attends with while it reads the rows of tokens.
+
+        route: "eigen" of the queries' second moments, or "svd" of the queries themselves; the same vectors.
+        """
+        if route not in ("eigen", "svd"):
+            raise UserError(f"QFilters: runner.options.route={route}; it is eigen or svd")
+        queries = sample_queries(model, rows, n_rows, seed)
+        if queries[0].shape[1] < queries[0].shape[2]:
+            raise UserError(
+                f"QFilters: {queries[0].shape[1]} queries for vectors of {queries[0].shape[2]} numbers are too few; "
+                "raise runner.documents, runner.tokens or runner.options.n_rows"
+            )
+        heads = [principal(x, route) for x in queries]  # one per layer
+        n_kv_heads = watch(model, rows[0][:, :1])[0].k.shape[1]
+        filters = torch.stack([one.direction.unflatten(0, (n_kv_heads, -1)).mean(1) for one in heads])  # [L, H, D]
+        positive = torch.stack([one.positive for one in heads])  # [L, Hq]
+        facts = {
+            "rows": queries[0].shape[1],
+            "route": route,
+            "sign_convention": "high is kept",
+            "positive_share": [[round(share, 4) for share in layer] for layer in positive.tolist()],
+            "mean_projection": [[round(x, 3) for x in one.projection.tolist()] for one in heads],
+        }
+        return Made("qfilters", "filters", {"filters": filters}, facts, report(positive))
+
+    def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
+        filters = spec.prepared
+        needed = (spec.n_layers, spec.n_kv_heads, spec.head_dim)
+        if tuple(filters.shape) != needed:
+            raise UserError(
+                f"QFilters: the filters have the shape {list(filters.shape)}, {spec.name} needs {list(needed)}"
+            )
+        if self.skip and max(self.skip) >= spec.n_layers:
+            raise UserError(f"QFilters: method.skip={self.skip}; {spec.name} has layers 0 to {spec.n_layers - 1}")
+        whole = replace(self, budget=1.0)
+        return [
+            QFiltersCache(whole if layer in self.skip else self, prompt_len, filters[layer])
+            for layer in range(spec.n_layers)
+        ]
+
+    def slots(self, n: int) -> int:
+        return max(super().slots(n), self.sinks + (self.window or 0) + 1)
+
+    def recent(self, limit: int) -> int:
+        """Newest slots that stay whatever their score when `limit` slots do."""
+        most = max(0, limit - self.sinks)
+        if self.window is None:
+            return most // 2 if self.mode == "capped" else 0
+        return min(self.window, most)
+
+    def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
+        """Products of keys and filter, [B, H, S]; +inf for sinks and the newest."""
+        recent = torch.tensor([self.recent(limit) for limit in cut.limit], device=store.pos.device)
+        return self.protect(store, step, recent)
+
+    def protect(self, store: Store, step: Step, recent: Tensor) -> Tensor:
+        """The scores, +inf where a slot stays in any case, lowest where no later query sees it; recent [B]."""
+        pos, newest = store.pos, step.pos[:, -1:, None]  # [B, H, S], [B, 1, 1]
+        scores = store.track(SCORE)
+        if step.rules.window is not None:
+            unseen = pos < newest + 2 - step.rules.window
+            scores = scores.masked_fill(unseen, torch.finfo(scores.dtype).min)
+        return scores.masked_fill((pos < self.sinks) | (pos > newest - recent[:, None, None]), torch.inf)
+
+
+class QFiltersCache(EvictionCache):
+    """One layer; scores are made when a key comes in. Capped, a new token takes the place of the lowest score."""
+
+    method: QFilters
+
+    def __init__(self, method: QFilters, prompt_len: int | None, filters: Tensor):
+        """filters [H, D]: of this layer."""
+        super().__init__(method, prompt_len)
+        self.filters = filters
+        self.capped = method.mode == "capped" and method.budget != 1
+        self.recent = torch.empty(0)  # [B], newest slots that stay; once the prompt has ended, as `held`
+        self.held: list[int] = []  # slots per head of each row
+
+    def take(self, step: Step) -> None:
+        hole, n = self.store.hole, len(self.store)
+        super().take(step)
+        if self.capped or not self.limit:
+            new = score_keys(step.k, self.filters)  # [B, H, T]
+            scores = new.new_zeros(*new.shape[:2], len(self.store))
+            if hole is not None:
+                scores.scatter_(2, hole[..., None], new[:, :, :1])
+                new = new[:, :, 1:]
+            scores[:, :, n:] = new
+            self.store.add(SCORE, scores)
+
+    def settle(self, step: Step) -> None:
+        super().settle(step)
+        if step.stage is Stage.MID_PROMPT:
+            return
+        if step.stage is Stage.ENDS_PROMPT:
+            if self.capped:
+                self._cap(step)
+            else:
+                self.store.forget(SCORE)
+        elif self.capped and step.stage is Stage.TURN:
+            self._drop(step)
+            self.held = self._count()
+        elif self.capped:
+            self.held = [n + 1 for n in self.held]
+            over = [n > limit for n, limit in zip(self.held, self.limit, strict=True)]
+            if any(over):
+                self._free_one(step, over)
+                self.held = [n - gone for n, gone in zip(self.held, over, strict=True)]
+
+    def adapters(self) -> Iterable[Tensor]:
+        return (self.filters,)
+
+    def reorder(self, rows: Tensor) -> None:
+        super().reorder(rows)
+        if not self.held:
+            return
+        self.recent = self.recent[rows]
+        if len(set(zip(self.held, self.limit, self.prompt, strict=True))) > 1:
+            order = rows.tolist()
+            self.held, self.limit, self.prompt = ([x[i] for i in order] for x in (self.held, self.limit, self.prompt))
+
+    def _trim(self, step: Step) -> None:
+        # capped, what is out of sight goes first anyway, and slots are not in order of arrival
+        if not (self.capped and self.limit):
+            super()._trim(step)
+
+    def _cap(self, step: Step) -> None:
+        """From the prompt's end on: how many slots may be held, also by a row whose prompt was shorter."""
+        window = step.rules.window
+        self.held = self._count()
+        if self.method.budget > 1:
+            cap = int(self.method.budget)
+            self.limit = [cap if window is None else min(cap, window - 1)] * len(self.prompt)
+        self.recent = torch.tensor([self.method.recent(limit) for limit in self.limit], device=step.pos.device)
+
+    def _count(self) -> list[int]:
+        return (self.store.pos >= 0).sum(-1).amax(-1).tolist()
+
+    def _free_one(self, step: Step, over: list[bool]) -> None:
+        """In rows over their limit the lowest score of every head goes; of equal ones the newest."""
+        pos = self.store.pos
+        scores = self.method.protect(self.store, step, self.recent).masked_fill(pos < 0, torch.inf)
+        slot = torch.where(scores == scores.amin(-1, keepdim=True), pos, -1).argmax(-1)  # [B, H]
+        if not all(over):  # a row below its limit has padding, which its next token may take
+            slot = torch.where(torch.tensor(over, device=slot.device)[:, None], slot, pos.argmin(-1))
+        self.store.drop(slot)
+
+
+class Direction(NamedTuple):
+    """What the queries of some heads share.
+
+    direction [h, D]: of length 1, most queries project positively on it.  positive [h]: their share.  projection [h]:
+    the mean projection.
+    """
+
+    direction: Tensor
+    positive: Tensor
+    projection: Tensor
+
+
+def principal(x: Tensor, route: str = "eigen") -> Direction:
+    """The first right singular vector of each head's queries x [h, N, D], float32, turned towards most of them."""
+    if route == "svd":
+        v = torch.linalg.svd(x, full_matrices=False).Vh[:, 0]  # [h, D]
+    else:
+        moments = x.double().mT @ x.double()  # [h, D, D]
+        v = torch.linalg.eigh(moments).eigenvectors[..., -1].float()
+    projection = (x @ v[..., None]).squeeze(-1)  # [h, N]
+    sign = torch.where((projection > 0).float().mean(-1) > 0.5, 1.0, -1.0)  # [h]
+    projection = projection * sign[:, None]
+    return Direction(v * sign[:, None], (projection > 0).float().mean(-1), projection.mean(-1))
+
+
+def sample_queries(model: PreTrainedModel, rows: Sequence[Tensor], n: int, seed: int) -> list[Tensor]:
+    """For each layer, n of the queries that each head attends with in rows [1, T], all of them if there are fewer.
+
+    [Hq, n, D], float32, on the CPU; drawn without replacement, another set in every layer, the same for all its heads.
+    """
+    total = sum(row.shape[1] for row in rows)
+    generator = torch.Generator().manual_seed(seed)
+    drawn: list[Tensor] = []  # per layer, ascending
+    taken: list[list[Tensor]] = []
+    start = 0
+    for row in rows:
+        steps = watch(model, row)
+        if not drawn:
+            drawn = [torch.randperm(total, generator=generator)[:n].sort().values for _ in steps]
+            taken = [[] for _ in steps]
+        for step, ours, into in zip(steps, drawn, taken, strict=True):
+            here = ours[(ours >= start) & (ours < start + row.shape[1])] - start
+            into.append(step.q[0, :, here.to(step.q.device)].float().cpu())
+        start += row.shape[1]
+    return [torch.cat(parts, dim=1) for parts in taken]
+
+
+def score_keys(k: Tensor, filters: Tensor) -> Tensor:
+    """Products of keys k [B, H, T, D] with their head's filter [H, D]: [B, H, T], float32."""
+    return (k.float() @ filters.to(k.device)[..., None]).squeeze(-1)
+
+
+def report(positive: Tensor) -> list[str]:
+    """Lines that say for how many of a head's queries its filter stands; positive [L, Hq]: their shares."""
+    lines = [f"{'layer':>5}  queries that project positively, per head"]
+    lines += [f"{i:>5}  {'  '.join(f'{share:6.1%}' for share in layer)}" for i, layer in enumerate(positive.tolist())]
+    doubtful = (positive < FLAGGED).nonzero().tolist()
+    if doubtful:
+        named = ", ".join(f"{layer}.{head}" for layer, head in doubtful)
+        lines.append(f"doubtful, below {FLAGGED:.0%} (layer.head): {named}")
+    return lines

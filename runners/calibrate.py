@@ -1,0 +1,154 @@
+"""Make a method's artefact for a model: rows of text through the model, what the method learns from them, a card."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from methods import build_method
+from methods.core import artefacts
+from methods.core.contract import Method
+from methods.core.errors import UserError
+from runners import show
+from runners.load import find, load_model, load_tokenizer, pick_device, pick_dtype, pick_threads
+from tasks.documents import KINDS, Pool, prose, prose_hash, sentences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEXT_KEYS = ("text", "context")  # of a JSON line; the first that it has
+PIECE = 1500  # characters of one generated document or run of prose inside a row
+
+
+@dataclass
+class Calibrate:
+    """The runner behind `python run.py runner=calibrate method=NAME`.
+
+    documents, tokens: rows, and tokens per row.  data: null for generated documents and prose, or a file of text.
+    out: folder of the artefact, null for the one where the method looks.  options: what the method's `calibrate` takes.
+    """
+
+    documents: int = 20
+    tokens: int = 2048
+    data: str | None = None
+    out: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, least in (("documents", 1), ("tokens", 2)):
+            if not isinstance(value := getattr(self, key), int) or value < least:
+                raise UserError(f"runner.{key}={value}: give a whole number, {least} or more")
+
+    def run(self, cfg: DictConfig) -> int:
+        """Makes the artefact, says how it went, returns 0. Raises UserError for what the user gave and cannot work."""
+        name = HydraConfig.get().runtime.choices["method"]
+        method = build_method(name, _plain(cfg.method))
+        options = self._options(method)
+        checkpoint = find(str(cfg.model.path), str(cfg.model.revision))
+        tokenizer = load_tokenizer(checkpoint)
+        length = min(self.tokens, checkpoint.window or self.tokens)
+        rows, source = self.rows(tokenizer, length, cfg.seed)
+        device = pick_device(str(cfg.device))
+        dtype = pick_dtype(str(cfg.dtype), checkpoint, device)
+        torch.set_num_threads(pick_threads(cfg.threads))
+        model = load_model(checkpoint, dtype, device)
+        show.say(f"{name}: {len(rows)} rows of {length} tokens, {source['text']}")
+        made = method.calibrate(model, rows, seed=cfg.seed, **options)
+        facts = {
+            **made.facts,
+            **source,
+            "documents": len(rows),
+            "tokens": length,
+            "seed": cfg.seed,
+            "dtype": str(dtype).removeprefix("torch."),
+            "checkpoint": checkpoint.weights,
+            "made_with": {package: metadata.version(package) for package in ("torch", "transformers")},
+        }
+        at = Path(self.out).expanduser() if self.out else None
+        path = artefacts.save(made.method, made.name, model, made.tensors, facts, at=at)
+        for line in made.report:
+            show.say(line)
+        show.say(f"artefact: {artefacts.shown(path)}")
+        return 0
+
+    def rows(self, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> tuple[list[Tensor], dict[str, Any]]:
+        """Rows of token ids [1, length], and what the card says of the text. Raises UserError if it is too short."""
+        if self.data is None:
+            texts = ("".join(_generated(seed, i, length)) for i in range(self.documents))
+            rows = [torch.tensor([tokenizer(text, verbose=False).input_ids[:length]]) for text in texts]
+            return rows, {"text": "generated documents and prose", "prose": prose_hash("train")}
+        path = Path(self.data).expanduser()
+        if not path.is_file():
+            raise UserError(f"runner.data={self.data}: no such file; give a .txt or .jsonl file of text")
+        rows = []
+        for text in _texts(path):
+            ids = tokenizer(text, verbose=False).input_ids
+            # long texts give several rows, what is shorter than a row gives none
+            rows += [torch.tensor([ids[at : at + length]]) for at in range(0, len(ids) - length + 1, length)]
+            if len(rows) >= self.documents:
+                break
+        if not rows:
+            raise UserError(f"runner.data={self.data}: no text has runner.tokens={length} tokens; ask for fewer")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return rows[: self.documents], {"text": path.name, "sha256_of_text": digest}
+
+    def _options(self, method: Method) -> dict[str, Any]:
+        """The options, checked by name against what the method's `calibrate` takes."""
+        takes = set(inspect.signature(method.calibrate).parameters) - {"model", "rows", "seed", "options"}
+        options = _plain(self.options)
+        for key in options:
+            if key not in takes:
+                names = ", ".join(sorted(takes)) or "none"
+                raise UserError(f"runner.options.{key}={options[key]}: {method.name} takes {names}")
+        return options
+
+
+def _generated(seed: int, row: int, length: int) -> Iterator[str]:
+    """Text of more than `length` tokens: documents of every kind with their questions, in turn with prose."""
+    rng = np.random.default_rng([seed, row])
+    kinds, paragraphs = sorted(KINDS), prose("train")
+    written = 0
+    # tokenizers make about four characters of this text into a token; twice as many are enough for all of them
+    while written < 8 * length:
+        document = KINDS[kinds[int(rng.integers(len(kinds)))]](Pool(rng, "train", sentences("train")), PIECE, 8)
+        asked = "\n\n".join(turn.question + turn.answer for turn in document.turns)
+        at = int(rng.integers(len(paragraphs) - 8))
+        for text in (f"{document.opening}\n\n{asked}\n\n", "\n\n".join(paragraphs[at : at + 8])[:PIECE] + "\n\n"):
+            yield text
+            written += len(text)
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """The texts of a .jsonl file, one per line, or of a text file, which is one."""
+    if path.suffix != ".jsonl":
+        yield path.read_text(errors="replace")
+        return
+    with path.open() as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"runner.data={path}: line {number} is not JSON: {error}") from error
+            text = next(
+                (row[key] for key in TEXT_KEYS if isinstance(row, dict) and isinstance(row.get(key), str)), None
+            )
+            if text is None:
+                raise UserError(f"runner.data={path}: line {number} has no {' and no '.join(TEXT_KEYS)}")
+            yield text
+
+
+def _plain(node: Any) -> Any:
+    """A configuration node as plain containers."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

@@ -49,8 +49,12 @@ class RaggedStore(Store):
         """Keys and values as padded rectangles [B, H, S, D]: a copy once there are pages; `pos` tells padding."""
         return self._whole("k", 0), self._whole("v", 0)
 
-    def track(self, name: str, fill: float = 0.0) -> Tensor:
+    def track(
+        self, name: str, fill: float = 0.0, width: tuple[int, ...] = (), dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """The side array in the order of `read`, [B, H, S]; a copy once there are pages: write with `add`."""
+        if width or dtype is not torch.float32:
+            raise NotImplementedError("RaggedStore: a side array holds one float32 per slot")
         super().track(name, fill)
         if self.counts and name not in self.pages:
             self.pages[name] = torch.full_like(self.pages["pos"], fill, dtype=torch.float32)

@@ -54,12 +54,17 @@ class Store:
         """Keys [B, H, S, D] and values [B, H, S, Dv] as later steps see them."""
         return self.k, self.v
 
-    def track(self, name: str, fill: float = 0.0) -> Tensor:
-        """The side array `name`, [B, H, S], float32; new slots start at `fill`. Writing to it in place is allowed."""
+    def track(
+        self, name: str, fill: float = 0.0, width: tuple[int, ...] = (), dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """The side array `name`, [B, H, S, *width]; new slots start at `fill`. Writing to it in place is allowed.
+
+        width: () or a number of elements per slot.
+        """
         if name not in self.buffers:
             self.fills[name] = fill
-            shape = (*self.k.shape[:2], self.buffers["k"].shape[2])
-            self.buffers[name] = torch.full(shape, fill, device=self.k.device)
+            shape = (*self.k.shape[:2], self.buffers["k"].shape[2], *width)
+            self.buffers[name] = torch.full(shape, fill, dtype=dtype, device=self.k.device)
         return self.buffers[name][:, :, : self.n]
 
     def forget(self, name: str) -> None:
@@ -200,7 +205,8 @@ class Store:
         self.buffers["v"].scatter_(2, at[..., None].expand(-1, -1, -1, v.shape[-1]), v)
         self.buffers["pos"].scatter_(2, at, pos[:, None].expand(at.shape).to(torch.int32))
         for name, fill in self.fills.items():
-            self.buffers[name].scatter_(2, at, fill)
+            buffer = self.buffers[name]
+            buffer.scatter_(2, at if buffer.dim() == 3 else at[..., None].expand(-1, -1, -1, buffer.shape[3]), fill)
         self.hole = None
 
 

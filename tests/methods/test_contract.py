@@ -63,8 +63,10 @@ def test_measured_bytes_meet_the_request(name, budget, any_heads):
     report = cache.report()
     allowed = 1 if name == "full" else slots(budget, LENGTH) / LENGTH
     assert report.held_prompt - report.overhead <= allowed * report.full_prompt
-    # and the budget is used: a few slots may stay free where counts are cut; codecs have only a few sizes
-    assert isinstance(method, Codec) or report.held_prompt >= (allowed - 4 / LENGTH) * report.full_prompt
+    # and the budget is used: a few slots may stay free where counts are cut; codecs have only a few sizes, and a cache
+    # that drops many slots at once comes back to its budget while decoding
+    least = method.slots(LENGTH) / LENGTH if isinstance(method, Capped) else allowed - 4 / LENGTH
+    assert isinstance(method, Codec) or report.held_prompt >= least * report.full_prompt
     if name != "full":
         assert report.held_prompt < 0.75 * report.full_prompt
 

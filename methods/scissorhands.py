@@ -1,0 +1,158 @@
+"""Scissorhands: drop many tokens at once, those that the latest queries found unimportant most often.
+
+Paper: Liu et al. 2023, arXiv:2305.17118, section 4.
+Idea:  a token that matters once goes on mattering. A query that gives a slot less attention than an even share, 1 / t
+       of its t slots, votes against it. When the cache is full, the slots with the most votes of the last `history`
+       queries go, a share of the cache at once; the newest `recent` stay. The cache then fills up again: a sawtooth.
+Here:  query heads that share a KV head average their attention and vote once. Votes are bits, counted raw (a slot that
+       came in lately has had fewer chances to collect them; normalise=true divides by those chances). At equal votes
+       the newer slot goes (tie=prob: the one with less attention over the same queries, which holds `history` floats
+       per slot). The prompt attends in full and is cut once, to where a full cache is cut; a prompt that fits is not.
+       The released evaluation keeps no budget and thresholds at a percentile instead: not this.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import attention_probs, visible
+from methods.core.budget import slots
+from methods.core.capped import Capped
+from methods.core.contract import Stage, Step
+from methods.core.errors import UserError
+from methods.core.store import Store
+
+BLOCK = 16  # queries whose attention is computed together
+
+
+@dataclass
+class Scissorhands(Capped):
+    """A cache of at most `budget` slots that drops a share of them whenever it is full.
+
+    history: queries whose votes count.
+    recent: newest slots that always stay; tokens.
+    drop: slots that go at once: a share of the full cache below 1, or a number.
+    tie: "position" or "prob", see above.  normalise: votes per query that could vote.
+    """
+
+    history: int = 400
+    recent: int = 10
+    drop: float | int = 0.5
+    tie: str = "position"
+    normalise: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.history < 1 or self.recent < 0:
+            raise UserError(
+                f"Scissorhands: method.history={self.history}, method.recent={self.recent}; history is at least 1 "
+                "query, recent at least 0 tokens"
+            )
+        if self.drop <= 0 or (self.drop >= 1 and self.drop != int(self.drop)):
+            raise UserError(
+                f"Scissorhands: method.drop={self.drop}; it is a share below 1 or a whole number of slots, such as 0.5"
+            )
+        if self.tie not in ("position", "prob"):
+            raise UserError(f"Scissorhands: method.tie={self.tie}; it is position or prob")
+        if 1 < self.budget < self._least():
+            raise UserError(
+                f"Scissorhands: budget={self.budget} slots do not hold method.recent={self.recent}, one more and the "
+                f"method.drop={self.drop} that go; raise budget to {self._least()} or lower one of them"
+            )
+
+    def full(self, n: int) -> int:
+        """Slots of a full cache after a prompt of n tokens."""
+        return max(self._least(), slots(self.budget, n)) if self.budget <= 1 else int(self.budget)
+
+    def slots(self, n: int) -> int:
+        k = self.full(n)
+        return n if n <= k or self.budget == 1 else k - self._goes(k)
+
+    def cap(self, n: int) -> int:
+        return self.full(n) - 1
+
+    def refill(self, n: int) -> int:
+        return self.full(n) - self._goes(self.full(n))
+
+    def voters(self, store: Store, step: Step) -> int:
+        return 1 if step.stage is Stage.DECODE and self.budget != 1 else 0
+
+    def observe(self, store: Store, step: Step, mass: Tensor | None) -> None:
+        """Write down the votes of the step's queries, and their attention where it breaks ties."""
+        if self.budget == 1:
+            return
+        B, H, S = store.pos.shape
+        if mass is not None:  # one query, whose attention came with its output
+            self._write(store, step, step.pos, mass.view(B, H, -1, S).mean(2)[:, :, None])
+            return
+        k, _ = store.read()
+        first = max(0, step.q.shape[2] - self.history)
+        for i in range(first, step.q.shape[2], BLOCK):
+            q, q_pos = step.q[:, :, i : i + BLOCK], step.pos[:, i : i + BLOCK]
+            p = attention_probs(q, k, step.rules, q_pos=q_pos, k_pos=store.pos)  # [B, H, G, t, S]
+            self._write(store, step, q_pos, p.mean(2))
+
+    def worth(self, store: Store, step: Step, room: Tensor, mass: Tensor | None) -> Tensor:
+        """Minus the votes; the newest are +inf."""
+        against = _ones(self._votes(store)).float()  # [B, H, S]
+        last = step.pos[:, -1:, None]
+        if self.normalise:
+            against = against / (last - store.pos + 1).clamp(1, self.history)
+        worth = -against
+        if self.tie == "prob":
+            share = self._seen(store).sum(-1, dtype=torch.float64) / (self.history + 1)  # below 1, one vote
+            worth = worth.double() + share
+        return worth.masked_fill(store.pos > last - self.recent, torch.inf)
+
+    def _least(self) -> int:
+        """The smallest full cache that holds the recent slots and one more after a drop."""
+        if self.drop >= 1:
+            return self.recent + int(self.drop) + 1
+        k = self.recent + 2
+        while k - self._goes(k) < self.recent + 1:
+            k += 1
+        return k
+
+    def _goes(self, k: int) -> int:
+        """Slots that a full cache of k drops at once."""
+        return int(self.drop) if self.drop >= 1 else max(1, slots(self.drop, k))
+
+    def _votes(self, store: Store) -> Tensor:
+        """Votes against every slot, a bit per query of the history: [B, H, S, history / 8], uint8."""
+        return store.track("votes", width=(-(-self.history // 8),), dtype=torch.uint8)
+
+    def _seen(self, store: Store) -> Tensor:
+        """Attention that every slot got from each query of the history, [B, H, S, history]."""
+        return store.track("seen", width=(self.history,))
+
+    def _write(self, store: Store, step: Step, q_pos: Tensor, p: Tensor) -> None:
+        """Votes of queries at q_pos [B, t] with attention p [B, H, t, S], in the place of the oldest."""
+        seen = visible(q_pos, store.pos, step.rules.window)  # [B, H, t, S]
+        low = seen & (p * seen.sum(-1, keepdim=True) < 1)
+        column = q_pos.long() % self.history  # [B, t]
+        real = q_pos >= 0
+        votes = self._votes(store)
+        bit = torch.where(real, 1 << column % 8, 0)  # [B, t]; padding has no vote
+        if q_pos.shape[1] == 1:  # while decoding a single byte of each slot changes
+            at = (column // 8)[:, None, None].expand(*store.pos.shape, 1)
+            old = votes.gather(3, at)
+            new = (old & ~bit[:, :, None, None].to(torch.uint8)) | (low.mT * bit[:, None, None]).to(torch.uint8)
+            votes.scatter_(3, at, new)
+        else:
+            place = torch.zeros(*bit.shape, votes.shape[-1], device=bit.device)
+            place.scatter_(2, (column // 8)[..., None], bit[..., None].float())  # [B, t, bytes]
+            votes.bitwise_and_(~place.sum(1).to(torch.uint8)[:, None, None])
+            votes.bitwise_or_((low.mT.float() @ place[:, None]).to(torch.uint8))
+        if self.tie == "prob":
+            place = torch.zeros(*bit.shape, self.history, device=bit.device)
+            place.scatter_(2, column[..., None], real[..., None].float())  # [B, t, history]
+            held = self._seen(store)
+            held.mul_(1 - place.sum(1)[:, None, None]).add_(p.mT @ place[:, None])
+
+
+def _ones(x: Tensor) -> Tensor:
+    """Bits that are set in the bytes [..., n], summed over the last dimension."""
+    x = x - ((x >> 1) & 0x55)
+    x = (x & 0x33) + ((x >> 2) & 0x33)
+    return ((x + (x >> 4)) & 0x0F).sum(-1, dtype=torch.int32)

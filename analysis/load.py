@@ -13,13 +13,13 @@ import pandas as pd
 
 FORMAT = 1  # of the records
 CACHE = ".analysis.parquet"
-CACHE_FORMAT = 1
 METRIC = {"name": "score", "unit": "points of 100", "better": "higher", "scale": 100.0, "digits": 2}
 #: columns of `Results.samples` that hold no text; the texts are read by `texts`
 SAMPLE = {
     "id": "", "subset": "", "category": "", "score": float("nan"), "error": "", "tokens_in": 0, "tokens_out": 0,
     "held": float("nan"), "held_end": float("nan"), "read": float("nan"), "peak": float("nan"), "bytes": float("nan"),
-    "bytes_full": float("nan"), "prompt_s": float("nan"), "n_prompt": 0, "decode_s": float("nan"), "steps": 0,
+    "bytes_full": float("nan"), "length": float("nan"), "depth": float("nan"), "prompt_s": float("nan"),
+    "n_prompt": 0, "decode_s": float("nan"), "steps": 0,
 }  # fmt: skip
 
 
@@ -32,7 +32,8 @@ class Results:
     """cells: one row per record, by `cell`, its folder below the results folder.
 
     samples: one row per finished or failed sample; `held`, `held_end`, `read` and `peak` are shares of the full cache's
-    bytes, `bytes` and `bytes_full` those at the end of the prompt.  problems: what was left out, one line each.
+    bytes, `bytes` and `bytes_full` those at the end of the prompt; `length` and `depth` are set where a
+    sample is tagged with numbers.  problems: what was left out, one line each.
     """
 
     root: Path
@@ -139,8 +140,10 @@ def _samples(name: str, path: Path) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _row(line: dict[str, Any]) -> dict[str, Any]:
-    subset = line.get("tags", {}).get("subset", line["id"].rpartition("/")[0])
-    row = {**SAMPLE, "id": line["id"], "subset": subset, "category": line.get("tags", {}).get("category", subset)}
+    tags = line.get("tags", {})
+    subset = tags.get("subset", line["id"].rpartition("/")[0])
+    row = {**SAMPLE, "id": line["id"], "subset": subset, "category": tags.get("category", subset)}
+    row |= {name: float(tags[name]) for name in ("length", "depth") if isinstance(tags.get(name), int | float)}
     if "error" in line:
         return {**row, "error": str(line["error"])}
     ledger, times = line["ledger"], line["timings"]
@@ -174,14 +177,14 @@ def _cache(root: Path) -> tuple[pd.DataFrame, dict[str, list[int]]]:
         table = pd.read_parquet(root / CACHE)
     except (OSError, ValueError):
         return pd.DataFrame(), {}
-    if table.attrs.get("format") != CACHE_FORMAT:
+    if list(table.columns) != ["cell", *SAMPLE]:  # kept by another version
         return pd.DataFrame(), {}
     return table, table.attrs["stamps"]
 
 
 def _keep(root: Path, table: pd.DataFrame, stamps: dict[str, list[int]]) -> None:
     table = table.copy(deep=False)
-    table.attrs = {"format": CACHE_FORMAT, "stamps": stamps}
+    table.attrs = {"stamps": stamps}
     draft = root / (CACHE + ".new")
     try:
         table.to_parquet(draft)

@@ -6,6 +6,7 @@ repeats, one pair of a key-value list. A row has its whole prompt, `context` + `
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,23 @@ PROSE, LIST = 4.65, 1.7  # characters per token of the reference tokenizer, abou
 Made = tuple[Document, str, list[str]]  # head and turns; the text; what an answer has to hold
 
 
+def codes(pool: Pool, n: int) -> Document:
+    """n needles and nothing else, all of them asked for in turn; values are as short as those of other documents."""
+    document = KINDS["needle"](pool, 0, n, needles=n)
+    turns = []
+    for turn in document.turns:
+        value = pool.number(3, 4)
+        turns.append(replace(turn, answer=turn.answer.replace(turn.value, value), value=value))
+    return replace(document, context="", turns=tuple(turns))
+
+
 def sentences(document: Document) -> list[str]:
-    """The sentence behind each turn of a `needle` document, the one asked for first."""
+    """The sentence behind each turn of `codes`, the one asked for first."""
     return [turn.question.rpartition("Answer: ")[2] + turn.answer for turn in document.turns]
 
 
 def single(pool: Pool, tokens: int, depth: float) -> Made:
-    document = KINDS["needle"](pool, 0, 1)
+    document = codes(pool, 1)
     return (
         document,
         place(filler_of(pool, int(PROSE * tokens)), sentences(document), [depth]),
@@ -42,7 +53,7 @@ def single(pool: Pool, tokens: int, depth: float) -> Made:
 
 
 def multi_key(pool: Pool, tokens: int, depth: float) -> Made:
-    document = KINDS["needle"](pool, 0, OTHERS + 1, needles=OTHERS + 1)
+    document = codes(pool, OTHERS + 1)
     lines = sentences(document)
     depths = [depth, *((i + 0.5) / OTHERS for i in range(OTHERS))]
     text = place(filler_of(pool, int(PROSE * tokens) - sum(map(len, lines))), lines, depths)
@@ -57,7 +68,7 @@ def multi_value(pool: Pool, tokens: int, depth: float) -> Made:
 
 
 def passkey(pool: Pool, tokens: int, depth: float) -> Made:
-    document = KINDS["needle"](pool, 0, 1)
+    document = codes(pool, 1)
     return document, place(noise_of(pool, int(PROSE * tokens)), sentences(document), [depth]), [document.turns[0].value]
 
 

@@ -12,17 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from tasks.bundles.needle import PROSE, sentences
+from tasks.bundles.needle import PROSE, codes, sentences
 from tasks.documents import KINDS, Pool
 from tasks.documents.document import Document
 from tasks.documents.place import filler_of, noise_of, place
+from tasks.documents.pools import shuffled
 
 SEED = 71009
 LENGTHS = (512, 1024, 2048, 3400)  # tokens of a whole prompt and its answer, about
 REPEATS = 3
 TAIL = 40  # tokens of head and question, about
 # characters per token of the reference tokenizer in other texts than prose, about
-CODES, LIST, LINKS, FACTS, PASSAGES = 2.3, 1.7, 3.4, 3.5, 4.1
+CODES, LIST, LINKS, FACTS, PASSAGES = 2.85, 1.7, 3.4, 3.5, 4.1
 # task: its group, metric and longest answer
 TASKS: dict[str, tuple[str, str, int]] = {
     "niah_single_1": ("single", "all", 16),
@@ -40,14 +41,16 @@ TASKS: dict[str, tuple[str, str, int]] = {
 def made(task: str, pool: Pool, tokens: int) -> tuple[Document, str, list[str]]:
     """Head and turns, the text, and what an answer has to hold."""
     if task in ("niah_single_1", "niah_single_2", "niah_multikey_1"):
-        document = KINDS["needle"](pool, 0, 4, needles=4 if task == "niah_multikey_1" else 1)
+        document = codes(pool, 4 if task == "niah_multikey_1" else 1)
         lines = sentences(document)
         room = int(PROSE * tokens) - sum(map(len, lines))
         filler = noise_of(pool, room) if task == "niah_single_1" else filler_of(pool, room)
         return document, place(filler, lines, [pool.rng.random() for _ in lines]), [document.turns[0].value]
     if task == "niah_multikey_2":
-        document = KINDS["needle"](pool, 0, 1, needles=int(CODES * tokens) // 35)
-    elif task == "niah_multikey_3":
+        document = codes(pool, int(CODES * tokens) // 35)
+        lines = sentences(document)
+        return document, place([], shuffled(pool.rng, lines), [0.0] * len(lines)), [document.turns[0].value]
+    if task == "niah_multikey_3":
         document = KINDS["table"](pool, int(LIST * tokens), 1)
     elif task == "niah_multivalue":
         document = KINDS["findings"](pool, int(PROSE * tokens))

@@ -24,6 +24,10 @@ class Full(Eviction):
         if self.budget != 1:
             raise UserError(f"Full: method.budget={self.budget}; the full cache keeps everything, budget=1")
 
+    @property
+    def family(self) -> str:
+        return "baseline"
+
     def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
         """Never called: at budget 1 nothing has to go."""
         raise AssertionError("the full cache dropped a slot")

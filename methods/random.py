@@ -21,6 +21,10 @@ from methods.core.store import Store
 class Random(Eviction):
     """Keep a uniform sample of the prompt's slots."""
 
+    @property
+    def family(self) -> str:
+        return "baseline"
+
     def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
         """Uniform numbers, [B, H, S]."""
         heads = torch.arange(store.pos.shape[1], device=store.pos.device)

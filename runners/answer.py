@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # places per point of a loss curve
 BIN = 256
+PROMPT_END = 300  # characters of a prompt that a record repeats
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,12 @@ def failed(example: Example, problem: str) -> dict[str, Any]:
     return {"id": example.id, "error": problem}
 
 
+def about(example: Example) -> dict[str, Any]:
+    """What a reader of the record wants to know of the sample: where it belongs, how its prompt ends, what is right."""
+    tags = {name: tag for name, tag in example.tags.items() if isinstance(tag, str | int | float)}
+    return {"id": example.id, "tags": tags, "prompt_end": example.prompt[-PROMPT_END:], "answers": example.answers[:3]}
+
+
 def by_generation(setting: Setting, method: Method, batch: Sequence[Example]) -> list[dict[str, Any]]:
     """One question each: the prompt, then an answer."""
     encoded = [setting.encoder(example) for example in batch]
@@ -139,7 +146,7 @@ def answered(
         return failed(example, one.error)
     prediction = setting.encoder.text(one.ids)
     return {
-        "id": example.id,
+        **about(example),
         "prediction": prediction,
         "score": setting.task.score(example, prediction),
         **_parts(setting.task.parts(example, prediction)),
@@ -259,7 +266,7 @@ class _Talk:
         scores = [turn["score"] for turn in turns]
         later = sum(len(question.golden) for question in self.talks[i].later)
         return {
-            "id": example.id,
+            **about(example),
             "prediction": "\n".join(turn["prediction"] for turn in turns),
             "score": sum(scores) / len(scores),
             # apart from each other questions have no order
@@ -298,7 +305,7 @@ def by_forcing(setting: Setting, method: Method, batch: Sequence[Example]) -> li
         parts = {"": (total / n, n), **bins}
         rows.append(
             {
-                "id": example.id,
+                **about(example),
                 "score": total / n,
                 "parts": {name: mean for name, (mean, _) in parts.items()},
                 "weights": {name: m for name, (_, m) in parts.items()},

@@ -43,6 +43,10 @@ class Codec(Method):
             self.bits, self.budget = None, 1.0
         self.new_store(0, 1)  # what cannot work is refused here and not in the middle of a run
 
+    @property
+    def family(self) -> str:
+        return "quantization"
+
     def config(self) -> dict[str, Any]:
         store = self.store  # a functools.partial: shown as its target and arguments
         shown = {"_target_": getattr(store, "func", store).__name__, **getattr(store, "keywords", {})}

@@ -202,6 +202,11 @@ class Method:
         """The name of the method's YAML; the class name in lower case when there is none."""
         return getattr(self, "_name", type(self).__name__.lower())
 
+    @property
+    def family(self) -> str:
+        """What kind of method it is, for figures: "eviction", "quantization", "mixed", "trained" and so on."""
+        return "other"
+
     def config(self) -> dict[str, Any]:
         """All knobs as plain values, for the record."""
         return dataclasses.asdict(self)

@@ -50,6 +50,10 @@ class Eviction(Method):
     allocator: Uniform = field(default_factory=Uniform)
     store: Callable[..., Store] | None = None
 
+    @property
+    def family(self) -> str:
+        return "eviction" if self.store is None else "mixed"
+
     def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
         return [EvictionCache(self, prompt_len) for _ in range(spec.n_layers)]
 

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from methods import load_method, method_names
 from methods.core import artefacts
 from methods.core.contract import Method
+from tests.tables import some_tables
 
 VOCAB = 97
 WINDOW = 12  # of sliding layers, shorter than the tests' prompts
@@ -109,4 +110,5 @@ def equip(model: PreTrainedModel, at: Path) -> PreTrainedModel:
             made = method.calibrate(model, rows, seed=0)
             folder = at / made.method / artefacts.model_id(model)
             artefacts.save(made.method, made.name, model, made.tensors, made.facts, at=folder)
+    some_tables(model, at)
     return model

@@ -1,0 +1,112 @@
+"""What bits change in a layer, on numbers worked by hand and against plain attention."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from kernels import Rules
+from methods.core.contract import Stage, Step
+from methods.core.store import Store
+from methods.kvtuner import Pair
+from runners.sensitivity import profile, shifts
+from tests.tiny import tiny_model
+
+
+class Coarse(Store):
+    """Settles to multiples of a step that is the wider the fewer the bits."""
+
+    def __init__(self, key_bits: int, value_bits: int, capacity: int | None = None, unit: float = 1.0):
+        super().__init__(capacity)
+        self.steps = [unit * 2.0**-bits if bits < 16 else 0.0 for bits in (key_bits, value_bits)]
+
+    def settle(self, step: Step) -> None:
+        for name, width in zip("kv", self.steps):
+            if width:
+                self.buffers[name] = (self.buffers[name] / width).round() * width
+
+
+def prompt(q, k, v) -> Step:
+    """One head: q, k, v [T, D]."""
+    q, k, v = (torch.tensor(x, dtype=torch.float32)[None, None] for x in (q, k, v))
+    n = q.shape[2]
+    pos = torch.arange(n, dtype=torch.int32)[None]
+    return Step(0, 1, Stage.ENDS_PROMPT, q, k, v, pos, torch.zeros(1), False, torch.zeros(1), Rules(1.0))
+
+
+def test_two_tokens_worked_by_hand():
+    # at 1 bit the grid has steps of 0.5 (exact here), at 0 bits of 1: keys (0, 0.7) become (0, 1), values (2, 0.8)
+    # become (2, 1); the second query, 1, gives the second token 1/(1+e^-0.7) = 0.668188 and after it 0.731059
+    step = prompt(q=[[1.0], [1.0]], k=[[0.0], [0.7]], v=[[2.0], [0.8]])
+    keys, values, attention, output = shifts(step, Coarse, [0])[0].tolist()
+    assert keys == pytest.approx((0 / 1e-6 + 0.3 / 0.7) / 2, abs=1e-6)
+    assert values == pytest.approx((0 + 0.2 / 0.8) / 2, abs=1e-6)
+    # three probabilities are seen: 1, and a pair that moves by 0.062871 each
+    assert attention == pytest.approx(2 * 0.062871 / 3, abs=1e-5)
+    before, after = 2 * 0.331812 + 0.8 * 0.668188, 2 * 0.268941 + 1 * 0.731059
+    assert output == pytest.approx((0 + abs(before - after) / before) / 2, abs=1e-5)
+
+
+def test_keys_move_the_attention_and_values_only_the_output():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 70, 8, generator=g)
+    pos = torch.arange(70, dtype=torch.int32)[None]
+    step = Step(0, 1, Stage.ENDS_PROMPT, q, k, v, pos, torch.zeros(1), False, torch.zeros(1), Rules(8**-0.5))
+    bits = [16, 2]
+    full, coarse_v, coarse_k, both = shifts(step, Coarse, bits).unbind()
+    assert full.tolist() == [0, 0, 0, 0]
+    assert coarse_v[0] == coarse_v[2] == 0 and coarse_v[1] > 0 and coarse_v[3] > 0
+    assert coarse_k[1] == 0 and coarse_k[0] > 0 and coarse_k[2] > 0 and coarse_k[3] > 0
+    assert both[:3].tolist() == [coarse_k[0], coarse_v[1], coarse_k[2]]
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+def test_the_output_shift_is_that_of_attention_computed_whole(heads):
+    Hq, H = heads
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(1, Hq, 77, 8, generator=g)
+    k, v = torch.randn(2, 1, H, 77, 8, generator=g)
+    pos = torch.arange(77, dtype=torch.int32)[None]
+    step = Step(0, 1, Stage.ENDS_PROMPT, q, k, v, pos, torch.zeros(1), False, torch.zeros(1), Rules(8**-0.5))
+
+    def attention(k, v):
+        k, v = (x.repeat_interleave(Hq // H, dim=1) for x in (k, v))
+        hidden = torch.ones(77, 77, dtype=torch.bool).triu(1)
+        p = (q @ k.transpose(-1, -2) * 8**-0.5).masked_fill(hidden, -torch.inf).softmax(-1)
+        return p, p @ v
+
+    def coarse(x):
+        return (x * 4).round() / 4
+
+    (p, out), (p_hat, out_hat) = attention(k, v), attention(coarse(k), coarse(v))
+    found = shifts(step, Coarse, [2])[0]
+    assert found[2] == pytest.approx(((p - p_hat).abs().sum() / (77 * 78 / 2 * Hq)).item(), rel=1e-4)
+    assert found[3] == pytest.approx(((out - out_hat).abs() / out.abs().clamp_min(1e-6)).mean().item(), rel=1e-4)
+
+
+def test_every_layer_is_profiled_on_the_full_models_own_activations():
+    model = tiny_model("llama")
+    prompts = [list(range(1, 60)), list(range(30, 90))]
+    fine, coarse = (profile(model, prompts, partial(Coarse, unit=unit), [8, 2]) for unit in (1e-3, 1.0))
+    assert len(fine) == 2 and set(fine[0]) == {Pair(k, v) for k in (8, 2) for v in (8, 2)}
+    for layer in range(2):
+        assert fine[layer][Pair(2, 2)].output < coarse[layer][Pair(2, 2)].output
+        assert coarse[layer][Pair(8, 8)].output < coarse[layer][Pair(2, 2)].output
+    # what is done to the first layer's keys and values must not reach the second layer
+    single = [profile(model, [ids], partial(Coarse, unit=1.0), [2])[1][Pair(2, 2)].keys for ids in prompts]
+    assert coarse[1][Pair(2, 2)].keys == pytest.approx(sum(single) / 2, rel=1e-5)
+    keys = _keys_of_the_second_layer(model, prompts[0])
+    by_hand = ((keys - (keys * 4).round() / 4).abs() / keys.abs().clamp_min(1e-6)).mean().item()
+    assert single[0] == pytest.approx(by_hand, rel=1e-4)
+
+
+@torch.no_grad()
+def _keys_of_the_second_layer(model, ids):
+    from transformers import DynamicCache
+
+    from runners.bind import unbound
+
+    with unbound(model) as stock:
+        cache = DynamicCache()
+        stock(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+    return cache.layers[1].keys

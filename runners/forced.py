@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from runners.generate import MakesCache, Timings, start
+from runners.generate import MakesCache, Timings
 from runners.session import Session, now
 from tasks.base import Forced
 
@@ -32,21 +32,20 @@ def force(
     began = now(model.device)
     ids = torch.tensor([list(piece) for piece in pieces], device=model.device)  # [B, L]
     losses = torch.full(ids.shape, torch.nan, device=model.device)
-    by_chunk = forced.through in ("chunk", "one_pass")
     n = ids.shape[1]
-    first = min(forced.stride, n) if by_chunk else forced.prompt - 1
-    if by_chunk:
-        session = Session(model, method.cache_for(model, samples=samples), len(pieces))
-        logits = session.run(ids[:, :first], every=True)
-        method.after_prompt(model, session.cache)
+    # the last token's own prediction is nobody's loss; a block of `chunk` is still compressed with it
+    last = n if forced.through == "chunk" else n - 1
+    first = min(forced.stride if forced.through in ("chunk", "one_pass") else forced.prompt - 1, last)
+    inside = forced.counted[0] <= first  # some of the prompt's own predictions count
+    session = Session(model, method.cache_for(model, samples=samples), len(pieces))
+    logits = session.run(ids[:, :first], every=inside)
+    method.after_prompt(model, session.cache)
+    if inside:
         losses[:, 1 : first + 1] = _losses(logits, ids[:, 1 : first + 1])
-    else:
-        session, _ = start(model, method, [piece[:first] for piece in pieces], samples)
     prompt_done = now(model.device)
-    last = n if by_chunk else n - 1
     for a in range(first, last, forced.stride):
         b = min(a + forced.stride, last)
-        logits = session.run(ids[:, a:b], ends_prompt=by_chunk, every=True)
+        logits = session.run(ids[:, a:b], ends_prompt=forced.through == "chunk", every=True)
         losses[:, a + 1 : b + 1] = _losses(logits, ids[:, a + 1 : b + 1])
     timings = Timings(
         prompt=prompt_done - began,

@@ -117,7 +117,7 @@ class Encoder:
             text, _ = self.wrap("a", 1)
             wrapper = len(self.plain(text)) - len(self.plain("a"))
         longest = None if limit is None else limit - len(self._encode(""))
-        return Tokens(self.plain, self._decode, longest, wrapper)
+        return Tokens(self.plain, self._decode, longest, wrapper, len(self.opening))
 
     def plain(self, text: str) -> list[int]:
         """Token ids of a text, without special ones."""

@@ -12,13 +12,14 @@ class Tokens:
 
     encode: text to token ids, without special tokens.  decode: token ids to text.
     longest: tokens that a prompt and its answer may take together without the prompt being cut; None: no limit.
-    wrapper: tokens that the chat template puts around a prompt.
+    wrapper: tokens that the chat template puts around a prompt.  opening: tokens that come before every text.
     """
 
     encode: Callable[[str], Sequence[int]]
     decode: Callable[[Sequence[int]], str]
     longest: int | None = None
     wrapper: int = 0
+    opening: int = 0
 
     def count(self, text: str) -> int:
         """Tokens of a text."""

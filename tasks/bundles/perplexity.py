@@ -1,0 +1,54 @@
+"""perplexity-mini: prose, and documents whose last lines can only be predicted by looking things up in the first.
+
+The prose is what CPython 3.11 says of itself (its `pydoc` topics and docstrings, PSF licence), the part that the
+reference model has not read; another Python version gives another text. The documents are generated.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from tasks.documents import KINDS, Pool, prose, prose_hash
+
+SEED = 90417
+PROSE, DOCUMENTS = 14, 14  # texts
+WORDS = 3000  # characters of a prose text; more than 1,024 tokens
+CONTEXT = 2300  # characters of a document before its questions
+ENOUGH = 3600  # characters of a whole document; more than 1,024 tokens
+
+
+def prose_texts() -> list[str]:
+    """Consecutive paragraphs, from evenly spread places on."""
+    paragraphs = prose("held_out")
+    found = []
+    for i in range(PROSE):
+        at = i * len(paragraphs) // PROSE
+        own: list[str] = []
+        while sum(map(len, own)) < WORDS:
+            own.append(paragraphs[at % len(paragraphs)])
+            at += 1
+        found.append("\n\n".join(own))
+    return found
+
+
+def document_text(i: int) -> str:
+    """Facts of people, then questions about them with their answers, each fact asked for once."""
+    document = KINDS["facts"](Pool(np.random.default_rng([SEED, i]), "held_out"), CONTEXT, 200, most=1, filler=0.1)
+    text = document.opening
+    for turn in document.turns:
+        text += f"\n\n{turn.question}{turn.answer}"
+        if len(text) > ENOUGH:
+            break
+    return text
+
+
+def write(folder: Path) -> None:
+    """prose.jsonl and lookups.jsonl."""
+    origin = f"CPython's documentation, PSF licence, sha256 {prose_hash('held_out')}"
+    rows = {
+        "prose": [{"text": text, "origin": origin} for text in prose_texts()],
+        "lookups": [{"text": document_text(i)} for i in range(DOCUMENTS)],
+    }
+    for name, own in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own), newline="\n")

@@ -1,0 +1,117 @@
+"""The files of a task's data: a bundled split, a file or a folder of one's own, or one file of the hub."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from methods.core.errors import UserError
+from tasks.sources import expand, parse_rows, unreachable
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+@dataclass(frozen=True)
+class Files:
+    """What was read. where: as the first line of the output says it.  found: by file name without suffix."""
+
+    where: str
+    found: dict[str, tuple[Path, bytes]]
+
+    @classmethod
+    def of_text(cls, where: str, name: str, text: str) -> "Files":
+        """One text that is not a file here."""
+        return cls(where, {name: (Path(f"{name}.txt"), text.encode())})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names and contents."""
+        total = hashlib.sha256()
+        for name, (_, raw) in self.found.items():
+            total.update(f"{name}\0{len(raw)}\0".encode() + raw)
+        return total.hexdigest()
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a JSONL file, or of a JSON file that is a list; a text file is one row with a `text`.
+
+        Raises UserError that names the file and the line of what cannot be read, or that there is nothing in it.
+        """
+        path, raw = self.found[name]
+        if path.suffix == ".jsonl":
+            rows = parse_rows(raw, str(path))
+        else:
+            try:
+                text = raw.decode("utf-8")
+                rows = json.loads(text) if path.suffix == ".json" else [{"text": text}]
+            except ValueError as error:
+                raise UserError(f"{path}: not {path.suffix.removeprefix('.')} in UTF-8 ({error})") from error
+        if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"{path}: holds no rows; a JSON object per line is needed")
+        return rows
+
+
+def read_files(task: str, data: str, suffixes: Sequence[str] = (".jsonl", ".json")) -> Files:
+    """The files of `data`: "bundled", or a path to a file or to a folder of them.
+
+    Raises UserError that says where it was looked for and what would work.
+    """
+    bundled = ASSETS / f"{task}-mini"
+    path = bundled if data == "bundled" else expand(data)
+    wanted = " or ".join(suffixes)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
+    else:
+        files = [path] if path.is_file() else []
+    if not files:
+        what = f"no {wanted} file in" if path.is_dir() else "nothing at"
+        instead = "restore it, or give task.data=PATH" if data == "bundled" else "or use task.data=bundled"
+        raise UserError(
+            f"{task}: task.data={data}: {what} {path.absolute()}; give a {wanted} file or a folder of them, {instead}"
+        )
+    try:
+        return Files(data, {file.stem: (file, file.read_bytes()) for file in files})
+    except OSError as error:
+        raise UserError(f"{task}: task.data={data}: cannot be read ({error})") from error
+
+
+def hub_rows(task: str, repo: str, name: str | None, split: str, revision: str) -> tuple[list[dict[str, Any]], str]:
+    """The rows of a dataset of the hub, and where they are from.
+
+    Raises UserError within seconds if it is neither in the cache nor to be had.
+    """
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+
+    trouble = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else unreachable(ENDPOINT)
+    if trouble is None:
+        import datasets
+
+        try:
+            rows = [dict(row) for row in datasets.load_dataset(repo, name, split=split, revision=revision)]
+            return rows, f"hub, {repo}, {split}, revision {revision}"
+        except (OSError, ValueError) as error:
+            trouble = str(error).strip().split("\n")[0]
+    raise UserError(
+        f"{task}: task.data=hub: {repo} at task.revision={revision} cannot be fetched from {ENDPOINT} ({trouble}); "
+        "offline, give task.data=PATH of its rows as JSONL, or task.data=bundled"
+    )
+
+
+def check_limit(task: str, limit: int | None) -> None:
+    """Raises UserError unless `limit` is nothing or a whole number of samples."""
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise UserError(f"{task}: task.limit={limit}; give a whole number of samples, 1 or more")
+
+
+def chosen(task: str, key: str, typed: Any, names: Sequence[str]) -> list[str]:
+    """The names that were asked for, None for all, in the order of `names`. Raises UserError for an unknown one."""
+    if typed is None:
+        return list(names)
+    asked = [typed] if isinstance(typed, str) else [str(one) for one in typed]
+    for one in asked:
+        if one not in names:
+            raise UserError(f"{task}: task.{key}={one} is unknown here; there are {', '.join(names)}")
+    if not asked:
+        raise UserError(f"{task}: task.{key}=[] chooses nothing; there are {', '.join(names)}")
+    return [name for name in names if name in asked]

@@ -4,27 +4,28 @@ Paper: Godey et al. 2025, arXiv:2503.02812, section 3.
 Idea:  the queries of a head scatter around one direction u, so a key's expected logit grows with <k, u>. u is found
        once per model, from the first right singular vector of queries on any text, turned so that queries project
        positively, averaged over the query heads of a KV head. Scoring a key is then one dot product: no attention map,
-       no query. mode=one_shot keeps the best of the prompt when it ends; later tokens are appended. mode=capped never
+       no query. `qfilters` keeps the best of the prompt when it ends, and appends later tokens. `qfilters_capped` never
        holds more than its slots: after each step the lowest score outside the newest `window` tokens goes.
-Here:  the model attends before anything is dropped, also where the release attends through a pruned cache, and a prompt
-       in chunks is not cut before its end: no prompt is lossy. Filters are stored as the direction itself, the release
-       stores its negative, and the queries behind them are drawn with a seed. Capped slots are the budget's share of
-       the prompt, or as many as given; the window is half of them, as in the release's demo. In a sliding layer, slots
-       that no later query sees go first.
+Here:  the model attends before anything is dropped, also where the release attends through a pruned cache; a prompt in
+       chunks is not cut before its end, unless evict=per_chunk asks for it. Filters are stored as the direction itself,
+       the release stores its negative, and the queries behind them are drawn with a seed. Capped slots are the budget's
+       share of the prompt, or as many as given; the window is half of them, as in the release's demo. In a sliding
+       layer, slots that no later query sees go first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from methods.core import artefacts
 from methods.core.artefacts import Made
-from methods.core.contract import LayerCache, ModelSpec, Stage, Step
+from methods.core.capped import Capped, CappedCache
+from methods.core.contract import LayerCache, ModelSpec, Step
 from methods.core.errors import UserError
 from methods.core.eviction import Cut, Eviction, EvictionCache
 from methods.core.store import Store
@@ -41,17 +42,17 @@ SIGNS = {"high is kept": 1.0, "low is kept": -1.0}
 
 
 @dataclass
-class QFilters(Eviction):
+class Filtered(Eviction):
     """Drop slots by the product of their keys with one fixed vector per KV head.
 
-    mode: "one_shot", once when the prompt ends, or "capped", after every step.
-    window: newest slots kept whatever their score; null: none in one_shot, half of the slots in capped.
+    window: newest slots kept whatever their score; null: as many as the mode has by default.
     sinks: first slots kept whatever their score.
     skip: layers that keep everything.
     filters: "auto", the ones made for the model, or a file that runner=calibrate wrote.
     """
 
-    mode: str = "one_shot"
+    keeps_limit: ClassVar[bool] = True
+
     window: int | None = None
     sinks: int = 0
     skip: list[int] = field(default_factory=list)
@@ -59,8 +60,6 @@ class QFilters(Eviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode not in ("one_shot", "capped"):
-            raise UserError(f"QFilters: method.mode={self.mode}; it is one_shot or capped")
         if self.sinks < 0 or (self.window or 0) < 0:
             raise UserError(f"QFilters: method.sinks={self.sinks}, method.window={self.window}; both are at least 0")
         if 1 < self.budget <= self.sinks + (self.window or 0):
@@ -121,117 +120,88 @@ class QFilters(Eviction):
         if self.skip and max(self.skip) >= spec.n_layers:
             raise UserError(f"QFilters: method.skip={self.skip}; {spec.name} has layers 0 to {spec.n_layers - 1}")
         whole = replace(self, budget=1.0)
-        return [
-            QFiltersCache(whole if layer in self.skip else self, prompt_len, filters[layer])
-            for layer in range(spec.n_layers)
-        ]
+        return [self.layer(prompt_len, one) if i not in self.skip else EvictionCache(whole, prompt_len)
+                for i, one in enumerate(filters)]  # fmt: skip
+
+    def layer(self, prompt_len: int | None, filters: Tensor) -> LayerCache:
+        """The cache of a layer with these filters [H, D]."""
+        raise NotImplementedError
 
     def slots(self, n: int) -> int:
         return max(super().slots(n), self.sinks + (self.window or 0) + 1)
 
-    def recent(self, limit: int) -> int:
-        """Newest slots that stay whatever their score when `limit` slots do."""
-        most = max(0, limit - self.sinks)
-        if self.window is None:
-            return most // 2 if self.mode == "capped" else 0
-        return min(self.window, most)
+    def protected(self, store: Store, step: Step, window: int | Tensor) -> Tensor:
+        """The slots' scores, [B, H, S]; +inf for sinks and the newest; window: an int or [B, 1, 1]."""
+        pos, newest = store.pos, step.pos[:, -1:, None]  # [B, H, S], [B, 1, 1]
+        return store.track(SCORE).masked_fill((pos < self.sinks) | (pos > newest - window), torch.inf)
+
+
+@dataclass
+class QFilters(Filtered):
+    """Drop prompt slots once, when the prompt ends; null `window` is 0."""
+
+    def layer(self, prompt_len: int | None, filters: Tensor) -> LayerCache:
+        return OneShotCache(self, prompt_len, filters)
 
     def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
-        """Products of keys and filter, [B, H, S]; +inf for sinks and the newest."""
-        recent = torch.tensor([self.recent(limit) for limit in cut.limit], device=store.pos.device)
-        return self.protect(store, step, recent)
-
-    def protect(self, store: Store, step: Step, recent: Tensor) -> Tensor:
-        """The scores, +inf where a slot stays in any case, lowest where no later query sees it; recent [B]."""
-        pos, newest = store.pos, step.pos[:, -1:, None]  # [B, H, S], [B, 1, 1]
-        scores = store.track(SCORE)
-        if step.rules.window is not None:
-            unseen = pos < newest + 2 - step.rules.window
-            scores = scores.masked_fill(unseen, torch.finfo(scores.dtype).min)
-        return scores.masked_fill((pos < self.sinks) | (pos > newest - recent[:, None, None]), torch.inf)
+        """Products of keys and filter, [B, H, S]."""
+        return self.protected(store, step, self.window or 0)
 
 
-class QFiltersCache(EvictionCache):
-    """One layer; scores are made when a key comes in. Capped, a new token takes the place of the lowest score."""
+@dataclass
+class CappedQFilters(Capped, Filtered):
+    """Never hold more slots than the budget; null `window` is half of them."""
 
-    method: QFilters
+    def layer(self, prompt_len: int | None, filters: Tensor) -> LayerCache:
+        return CappedFilteredCache(self, prompt_len, filters)
 
-    def __init__(self, method: QFilters, prompt_len: int | None, filters: Tensor):
+    def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
+        return Filtered.caches(self, spec, prompt_len)
+
+    def worth(self, store: Store, step: Step, room: Tensor, mass: Tensor | None) -> Tensor:
+        """Products of keys and filter, [B, H, S]."""
+        return self.protected(store, step, (room - self.sinks) // 2 if self.window is None else self.window)
+
+
+class FilteredCache(EvictionCache):
+    """One layer that scores every key once, when it comes in."""
+
+    def __init__(self, method: Any, prompt_len: int | None, filters: Tensor):
         """filters [H, D]: of this layer."""
         super().__init__(method, prompt_len)
         self.filters = filters
-        self.capped = method.mode == "capped" and method.budget != 1
-        self.recent = torch.empty(0)  # [B], newest slots that stay; once the prompt has ended, as `held`
-        self.held: list[int] = []  # slots per head of each row
 
     def take(self, step: Step) -> None:
         hole, n = self.store.hole, len(self.store)
         super().take(step)
-        if self.capped or not self.limit:
-            new = score_keys(step.k, self.filters)  # [B, H, T]
-            scores = new.new_zeros(*new.shape[:2], len(self.store))
-            if hole is not None:
-                scores.scatter_(2, hole[..., None], new[:, :, :1])
-                new = new[:, :, 1:]
-            scores[:, :, n:] = new
-            self.store.add(SCORE, scores)
-
-    def settle(self, step: Step) -> None:
-        super().settle(step)
-        if step.stage is Stage.MID_PROMPT:
-            return
-        if step.stage is Stage.ENDS_PROMPT:
-            if self.capped:
-                self._cap(step)
-            else:
-                self.store.forget(SCORE)
-        elif self.capped and step.stage is Stage.TURN:
-            self._drop(step)
-            self.held = self._count()
-        elif self.capped:
-            self.held = [n + 1 for n in self.held]
-            over = [n > limit for n, limit in zip(self.held, self.limit, strict=True)]
-            if any(over):
-                self._free_one(step, over)
-                self.held = [n - gone for n, gone in zip(self.held, over, strict=True)]
+        new = score_keys(step.k, self.filters)  # [B, H, T]
+        scores = new.new_zeros(*new.shape[:2], len(self.store))
+        if hole is not None:
+            scores.scatter_(2, hole[..., None], new[:, :, :1])
+            new = new[:, :, 1:]
+        scores[:, :, n:] = new
+        self.store.add(SCORE, scores)
 
     def adapters(self) -> Iterable[Tensor]:
         return (self.filters,)
 
-    def reorder(self, rows: Tensor) -> None:
-        super().reorder(rows)
-        if not self.held:
-            return
-        self.recent = self.recent[rows]
-        if len(set(zip(self.held, self.limit, self.prompt, strict=True))) > 1:
-            order = rows.tolist()
-            self.held, self.limit, self.prompt = ([x[i] for i in order] for x in (self.held, self.limit, self.prompt))
 
-    def _trim(self, step: Step) -> None:
-        # capped, what is out of sight goes first anyway, and slots are not in order of arrival
-        if not (self.capped and self.limit):
-            super()._trim(step)
+class OneShotCache(FilteredCache):
+    """One layer that forgets the scores once they have decided."""
 
-    def _cap(self, step: Step) -> None:
-        """From the prompt's end on: how many slots may be held, also by a row whose prompt was shorter."""
-        window = step.rules.window
-        self.held = self._count()
-        if self.method.budget > 1:
-            cap = int(self.method.budget)
-            self.limit = [cap if window is None else min(cap, window - 1)] * len(self.prompt)
-        self.recent = torch.tensor([self.method.recent(limit) for limit in self.limit], device=step.pos.device)
+    def take(self, step: Step) -> None:
+        if self.prompt:
+            EvictionCache.take(self, step)
+        else:
+            super().take(step)
 
-    def _count(self) -> list[int]:
-        return (self.store.pos >= 0).sum(-1).amax(-1).tolist()
+    def _end_prompt(self, step: Step) -> None:
+        super()._end_prompt(step)
+        self.store.forget(SCORE)
 
-    def _free_one(self, step: Step, over: list[bool]) -> None:
-        """In rows over their limit the lowest score of every head goes; of equal ones the newest."""
-        pos = self.store.pos
-        scores = self.method.protect(self.store, step, self.recent).masked_fill(pos < 0, torch.inf)
-        slot = torch.where(scores == scores.amin(-1, keepdim=True), pos, -1).argmax(-1)  # [B, H]
-        if not all(over):  # a row below its limit has padding, which its next token may take
-            slot = torch.where(torch.tensor(over, device=slot.device)[:, None], slot, pos.argmin(-1))
-        self.store.drop(slot)
+
+class CappedFilteredCache(FilteredCache, CappedCache):
+    """One layer whose next token takes the place of the lowest score."""
 
 
 class Direction(NamedTuple):

@@ -11,8 +11,8 @@ from methods.core.contract import Stage
 from methods.core.errors import UserError
 from runners.meter import nbytes
 from tests.methods.conftest import kept, run
-from tests.methods.layer import Spec, step_of
-from tests.tiny import feed, padded_prompt, tiny_model
+from tests.methods.layer import step_of
+from tests.tiny import equip, feed, padded_prompt, tiny_model
 
 NAMES = [name for name in method_names() if isinstance(load_method(name), Capped)]
 #: those that hold the same number of slots after every step; the others drop many at once
@@ -84,9 +84,9 @@ class _NoWaiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", CONSTANT)
-def test_a_decode_step_copies_no_cache_and_never_waits_for_the_device(name):
-    n, dim = 400, 64
-    layer = load_method(name, budget=0.5).caches(Spec, None)[0]
+def test_a_decode_step_copies_no_cache_and_never_waits_for_the_device(name, gqa):
+    n, dim = 400, 16
+    layer = load_method(name, budget=0.5).cache_for(gqa).layers[0].inner
     steps = [step_of(n, 4, 2, dim)] + [step_of(1, 4, 2, dim, stage=Stage.DECODE, start=n + i) for i in range(6)]
     for i, step in enumerate(steps):
         if i < 3:  # the prompt, and the steps that make room for the one token more
@@ -218,8 +218,8 @@ def test_rows_that_change_places_take_all_their_state_with_them(name, gqa):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("arch", ["mistral", "gemma2", "gpt2", "gptj", "mpt"])
-def test_sliding_layers_and_other_architectures_keep_what_the_next_token_sees(name, arch):
-    model = tiny_model(arch)
+def test_sliding_layers_and_other_architectures_keep_what_the_next_token_sees(name, arch, artefact_folder):
+    model = equip(tiny_model(arch), artefact_folder)
     knobs = {"recent": 2} if name == "scissorhands" else {}
     lengths = [40, 31]
     ids, mask = padded_prompt(lengths)
@@ -237,11 +237,11 @@ def test_sliding_layers_and_other_architectures_keep_what_the_next_token_sees(na
     assert (actual - parts).abs().max() < 1e-4
 
 
-def test_in_a_sliding_layer_what_no_query_sees_goes_first():
+def test_in_a_sliding_layer_what_no_query_sees_goes_first(artefact_folder):
     torch.manual_seed(0)
     config = MistralConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
                            num_attention_heads=4, num_key_value_heads=2, sliding_window=16)  # fmt: skip
-    model = MistralForCausalLM(config).eval()
+    model = equip(MistralForCausalLM(config).eval(), artefact_folder)
     for name in NAMES:
         cache = load_method(name, budget=100).cache_for(model)
         run(model, cache, tokens(40), new=tokens(60, seed=3))

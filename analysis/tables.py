@@ -1,0 +1,130 @@
+"""The README's tables: `python -m analysis.tables --readme` writes them again from benchmarks/*.json.
+
+`python -m analysis.tables RESULTS --name NAME --command COMMAND` makes such a file from the records below RESULTS: the
+points of all whole tasks, the commits and conditions behind them, and the command. In the README a table stands between
+`<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.frontier import markdown
+from analysis.load import NothingToRead, Results, load
+from analysis.points import WHOLE, points
+
+HOME = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.S)
+KEPT = [
+    "model", "task", "protocol", "label", "family", "simulated", "budget", "n", "seeds", "share", "bytes", "score",
+    "score_low", "score_high", "full", "difference", "difference_low", "difference_high", "tie", "retained", "lost",
+    "won", "p_holm", "worst", "worst_difference", "near_chance", "better", "unit", "metric", "digits",
+]  # fmt: skip
+
+
+def snapshot(results: Results, command: str) -> dict[str, Any]:
+    """What of the records is worth committing, ready for JSON."""
+    table = points(results)
+    if table.empty:
+        raise NothingToRead("no finished cell with a full cache beside it")
+    whole = table[table["category"] == WHOLE][KEPT].sort_values(["task", "protocol", "label", "budget"])
+    rows = json.loads(whole.to_json(orient="records", double_precision=5))
+    conditions = sorted({json.dumps(c, sort_keys=True) for cell in results.cells["conditions"] for c in cell})
+    return {
+        "command": command,
+        "commits": sorted(set(results.cells["commit"])),
+        "weights": sorted(set(results.cells["weights"])),
+        "conditions": [json.loads(c) for c in conditions],
+        "problems": results.problems,
+        "points": rows,
+    }
+
+
+def grid(book: dict[str, Any]) -> str:
+    """One line per method and budget, one column per task: the score, with the difference's interval where it is lost.
+
+    A score that is no more than noise away from the full cache's is bold.
+    """
+    table = pd.DataFrame(book["points"])
+    table["column"] = table["task"] + table["protocol"].map(lambda p: "" if p == "aware" else f", {p}")
+    columns = list(dict.fromkeys(table["column"]))
+    lines = []
+    order = table.groupby(["label", "budget"])["share"].mean()
+    methods = sorted(set(table["label"]) - {"full"})
+    for label in (["full"] if "full" in set(table["label"]) else []) + methods:
+        for budget in sorted(order[label].index, reverse=True):
+            own = table[(table["label"] == label) & (table["budget"] == budget)].set_index("column")
+            line = {
+                "method": label + (" (simulated)" if own["simulated"].any() else ""),
+                "budget": f"{budget:g}",
+                "bytes held": f"{own['share'].mean():.1%}",
+            }
+            lines.append(line | {c: _entry(own.loc[c]) if c in own.index else "" for c in columns})
+    return markdown(pd.DataFrame(lines))
+
+
+def _entry(point: pd.Series) -> str:
+    digits = 1 if point["better"] == "higher" else int(point["digits"])
+    score = f"{point['score']:.{digits}f}"
+    if point["label"] == "full":
+        return score + (" (near chance)" if point["near_chance"] else "")
+    low, high = f"{point['difference_low']:+.{digits}f}", f"{point['difference_high']:+.{digits}f}"
+    return f"**{score}**" if point["tie"] else f"{score} ({low} to {high})"
+
+
+def fill(text: str, folder: Path) -> str:
+    """A text with every marked table made again from folder/NAME.json. Raises NothingToRead naming a missing file."""
+
+    def table(match: re.Match[str]) -> str:
+        path = folder / f"{match['name']}.json"
+        if not path.exists():
+            raise NothingToRead(
+                f"{path}: no such file; python -m analysis.tables RESULTS --name {match['name']} makes it"
+            )
+        book = json.loads(path.read_text())
+        said = f"`{book['command']}`, n = {_counts(book['points'])}\n"
+        return f"{match[1]}\n{grid(book)}\n{said}\n{match[3]}"
+
+    return BLOCK.sub(table, text)
+
+
+def _counts(rows: list[dict[str, Any]]) -> str:
+    counts = {row["task"]: row["n"] for row in rows}
+    return ", ".join(f"{n} ({task})" for task, n in counts.items())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0, or 2 when something to read is missing."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.tables", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("results", type=Path, nargs="?", help="records to make benchmarks/NAME.json from")
+    parser.add_argument("--name", help="of the file and of the table")
+    parser.add_argument("--command", default="", help="what made the records, for the reader")
+    parser.add_argument("--readme", action="store_true", help="write the README's tables again")
+    given = parser.parse_args(arguments)
+    if (given.results is None) != (given.name is None) or not (given.results or given.readme):
+        parser.error("give RESULTS with --name, or --readme, or both")
+    folder, readme = HOME / "benchmarks", HOME / "README.md"
+    try:
+        if given.results:
+            results = load(given.results)
+            book = snapshot(results, given.command)
+            for problem in results.problems:
+                print(problem, file=sys.stderr)
+            path = folder / f"{given.name}.json"
+            path.write_text(json.dumps(book, indent=1) + "\n")
+            print(f"{len(book['points'])} points in {path}")
+        if given.readme:
+            readme.write_text(fill(readme.read_text(), folder))
+    except NothingToRead as error:
+        print(f"tables: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

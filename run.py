@@ -20,13 +20,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from methods.core.budget import check_budget
 from methods.core.errors import UserError
+from runners.check import check
 
 CONF = Path(__file__).resolve().parent / "conf"
-PROTOCOLS = ("aware", "agnostic")
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-RESUME = ("auto", "force")
 INTERRUPTED = 130
 
 # Hydra's words for a name that no file of a group has
@@ -41,31 +38,14 @@ class Failed(Exception):
         self.code = code
 
 
-def check(cfg: DictConfig) -> None:
-    """Raises UserError for a value that cannot work, before anything heavy is imported."""
-    for group in ("model", "method", "task", "runner"):
-        if not cfg.get(group):
-            raise UserError(f"{group}: nothing is chosen; give {group}=NAME")
-    check_budget(cfg.budget)
-    for key, allowed in (("protocol", PROTOCOLS), ("dtype", DTYPES), ("resume", RESUME)):
-        if cfg[key] not in allowed:
-            raise UserError(f"{key}={cfg[key]}: give one of {', '.join(allowed)}")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(cfg.device)):
-        raise UserError(f"device={cfg.device}: give auto, cpu, cuda, or one of several such as cuda:1")
-    for key, least in (("batch_size", 1), ("seed", 0), ("chunk", 1), ("threads", 1)):
-        value = cfg[key]
-        if key in ("chunk", "threads") and value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{key}={value}: give a whole number, {least} or more")
-
-
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def job(cfg: DictConfig) -> None:
     """One cell. Leaves with the exit code unless it is 0; in a sweep with Failed, so that the other cells still run."""
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweeping:
-        print(f"\n{' '.join(HydraConfig.get().overrides.task)}", flush=True)
+        words = [word for word in HydraConfig.get().overrides.task if not word.startswith("cells=")]
+        several = [] if cfg.cells is None else [f"({len(cfg.cells)} cells)"]
+        print(f"\n{' '.join([*words, *several])}", flush=True)
     try:
         check(cfg)
         code = hydra.utils.instantiate(cfg.runner).run(cfg)

@@ -175,14 +175,14 @@ def harness(model_path: str, limit: int) -> dict[str, Any]:
     from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
 
-    from runners.evaluate import Run
+    from runners.cells import Run
 
     inside = 0.0
     with tempfile.TemporaryDirectory() as results, initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         overrides = [f"model.path={model_path}", f"task.limit={limit}", f"results={results}"]
         cfg = compose("config", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
-        run = Run(cfg, instantiate(cfg.task), Path(results))
+        run = Run(cfg, instantiate(cfg.task), Path(results), cfg.hydra.runtime.choices["method"])
         forward = run.model.forward
 
         @wraps(forward)

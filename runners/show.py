@@ -91,13 +91,13 @@ def scores(rows: Sequence[Compared], method: str) -> Table:
         cells = [one.row.name, str(one.row.n)]
         if method:
             cells += [
-                _points(one.row.score, one.digits),
-                _points(one.full.score, one.digits),
-                _signed(one.difference, one.digits),
-                _interval(one.interval, one.digits),
+                points(one.row.score, one.digits),
+                points(one.full.score, one.digits),
+                signed(one.difference, one.digits),
+                interval(one.interval, one.digits),
             ]
         else:
-            cells += [_points(one.full.score, one.digits)]
+            cells += [points(one.full.score, one.digits)]
         table.add_row(*cells)
     return table
 
@@ -140,13 +140,22 @@ def size(n: float | None) -> str:
     return f"{n:.2f} GiB"
 
 
-def _points(score: float | None, digits: int) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in a readable unit."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def points(score: float | None, digits: int) -> str:
     return "-" if score is None else f"{score:.{digits}f}"
 
 
-def _signed(points: float | None, digits: int) -> str:
+def signed(points: float | None, digits: int) -> str:
     return "-" if points is None else f"{points:+.{digits}f}"
 
 
-def _interval(interval: tuple[float, float] | None, digits: int) -> str:
+def interval(interval: tuple[float, float] | None, digits: int) -> str:
     return "-" if interval is None else f"{interval[0]:+.{digits}f} to {interval[1]:+.{digits}f}"

@@ -19,10 +19,12 @@ from torch import Tensor
 from methods import load_method
 from methods.core.contract import LayerCache, Method, ModelSpec, Step
 from methods.core.group import Rows, Shared
+from runners.answer import Setting, _costs, answered
 from runners.bind import KVCache, bind
 from runners.generate import Prompt, Timings
 from runners.meter import Meter
 from runners.session import LOOK_EVERY, Answer, Session, _Rows, now
+from tasks.base import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -329,3 +331,28 @@ class _Tokens(_Rows):
             setattr(self, name, getattr(self, name)[at])
         self.tokens = list(torch.stack(self.tokens, dim=1)[at].unbind(1))
         return at
+
+
+def can_share(example: Example) -> bool:
+    """Whether an example's prompt can be read once for several methods: one question, answered greedily."""
+    return example.kind == "answer" and example.beams == 1
+
+
+def answer_together(
+    setting: Setting, methods: Sequence[Method], batch: Sequence[Example], limit: float | None = None
+) -> list[list[dict[str, Any]] | Exception]:
+    """For each method the rows of a batch, as `runners.answer` makes them alone, marked with the group's size.
+
+    An exception in a method's place concerns that method. Raises what concerns all of them, such as OutOfMemoryError.
+    """
+    encoded = [setting.encoder(example) for example in batch]
+    prompts = [one.prompt for one in encoded]
+    outcomes = together(setting.model, methods, prompts, setting.protocol, setting.chunk, setting.pad_id, limit)
+    found: list[list[dict[str, Any]] | Exception] = []
+    for outcome in outcomes:
+        if outcome.error is not None:
+            found.append(outcome.error)
+            continue
+        costs = {**_costs(setting, len(batch), outcome.ledger, outcome.timings), "group": len(methods)}
+        found.append([answered(setting, *one, costs) for one in zip(batch, encoded, outcome.answers)])
+    return found

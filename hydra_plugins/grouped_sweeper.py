@@ -1,0 +1,87 @@
+"""The sweeper behind `-m`: cells that can share one pass over their prompts become one job.
+
+Hydra finds sweepers in the namespace package `hydra_plugins` beside run.py. A grid is taken apart as Hydra's own
+sweeper does; jobs that differ only in what a method is (method, its knobs, budget, seed) are handed on as one job whose
+`cells` holds the overrides of each. Every launcher takes such jobs: one after the other, over cores, over a cluster.
+"""
+
+# no `from __future__ import annotations`: Hydra runs this file before it is a module that dataclasses can look up
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from runners.jobs import group, job_cells, tidy
+
+# runners that take a group; training, or a measurement of speed, does not
+RUNNERS = ("evaluate",)
+# `budget=sweep` stands for the points that the method's YAML names
+POINTS = "sweep"
+
+
+@dataclass
+class GroupedSweeperConf:
+    _target_: str = "hydra_plugins.grouped_sweeper.GroupedSweeper"
+    max_batch_size: int | None = None
+    params: dict[str, str] | None = None
+    shards: int = 1
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper", name="grouped", node=GroupedSweeperConf, package="hydra.sweeper", provider="kvfrontier"
+)
+
+
+class GroupedSweeper(BasicSweeper):
+    """Hydra's grid, in groups.
+
+    shards: jobs per group; they share the group's samples between them.
+    """
+
+    def __init__(self, max_batch_size: int | None = None, params: dict[str, str] | None = None, shards: int = 1):
+        super().__init__(max_batch_size, params)
+        if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
+            raise ValueError(f"hydra.sweeper.shards={shards}: give a whole number, 1 or more")
+        self.shards = shards
+        self._checked: set[tuple[str, ...]] = set()
+
+    def split_arguments(  # type: ignore[override]
+        self, overrides: list[Override], max_batch_size: int | None
+    ) -> list[list[list[str]]]:
+        """The grid as jobs; called by Hydra's sweeper with what was typed."""
+        (cells,) = BasicSweeper.split_arguments(overrides, None)
+        cells = [point for cell in cells for point in self._points(tidy(cell))]
+        jobs = group(cells) if self._evaluates(cells[0]) else cells
+        jobs = [job for job in jobs for _ in range(self.shards if job_cells(job) else 1)]
+        n = max_batch_size or len(jobs)
+        return [jobs[at : at + n] for at in range(0, len(jobs), n)]
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Compose every cell of every job, so that a mistyped name is said before anything runs."""
+        for job in batch:
+            for cell in job_cells(job) or [job]:
+                if tuple(cell) not in self._checked:
+                    self._compose(cell)
+                    self._checked.add(tuple(cell))
+
+    def _compose(self, cell: Sequence[str]) -> DictConfig:
+        assert self.hydra_context is not None and self.config is not None
+        return self.hydra_context.config_loader.load_sweep_config(self.config, list(cell))
+
+    def _evaluates(self, cell: Sequence[str]) -> bool:
+        return self._compose(cell).hydra.runtime.choices.get("runner") in RUNNERS
+
+    def _points(self, cell: list[str]) -> list[list[str]]:
+        """The cell itself; for budget=sweep one cell per point of the method's own frontier."""
+        if f"budget={POINTS}" not in cell:
+            return [cell]
+        plain = [override for override in cell if override != f"budget={POINTS}"]
+        method = self._compose(plain).method
+        points = [plain]
+        for key, values in OmegaConf.to_container(method.get("sweep") or OmegaConf.create({"budget": [1]})).items():
+            name = key if key == "budget" else f"method.{key}"
+            points = [[*point, f"{name}={value}"] for point in points for value in values]
+        return points

@@ -1,0 +1,67 @@
+"""Cells of a sweep as jobs for Hydra's launchers: which belong together, and how their overrides travel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+# what cells of one group may differ in: the prompt's own pass depends on none of them
+OWN = ("method", "method.", "+method.", "++method.", "~method.", "budget", "seed")
+
+
+def tidy(cell: Sequence[str]) -> list[str]:
+    """Numbers as typed: range(0.1,0.5,0.1) gives 0.30000000000000004."""
+    found = []
+    for override in cell:
+        key, _, value = override.partition("=")
+        try:
+            number = float(value) if "." in value else None
+        except ValueError:
+            number = None
+        short = f"{number:.12g}" if number is not None else value
+        found.append(f"{key}={short}" if len(short) < len(value) else override)
+    return found
+
+
+def group(cells: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Jobs in order of first appearance: what all cells of a job share, and `cells=[...]` with the rest of each."""
+    jobs: dict[tuple[str, ...], list[list[str]]] = {}
+    for cell in cells:
+        shared = tuple(override for override in cell if not _own(override))
+        own = [override for override in cell if _own(override)]
+        members = jobs.setdefault(shared, [])
+        if own not in members:
+            members.append(own)
+    return [[*shared, f"cells=[{','.join(quote(' '.join(map(escape, own))) for own in members)}]"]
+            for shared, members in jobs.items()]  # fmt: skip
+
+
+def job_cells(job: Sequence[str]) -> list[list[str]]:
+    """The cells of a job that `group` made, each with all its overrides; empty for another job."""
+    if not job or not job[-1].startswith("cells="):
+        return []
+    words = OverridesParser.create().parse_override(job[-1]).value()
+    assert isinstance(words, list)
+    return [[*job[:-1], *unpack(str(getattr(word, "text", word)))] for word in words]
+
+
+def escape(override: str) -> str:
+    """An override as one word of a cell."""
+    return override.replace("%", "%25").replace(" ", "%20")
+
+
+def unpack(cell: str) -> list[str]:
+    """The overrides of one cell."""
+    return [word.replace("%20", " ").replace("%25", "%") for word in cell.split()]
+
+
+def quote(text: str) -> str:
+    """A string in Hydra's override grammar."""
+    text = text.replace("'", "\\'")
+    return f"'{text}'"
+
+
+def _own(override: str) -> bool:
+    key = override.partition("=")[0]
+    return any(key == own or (own.endswith(".") and key.startswith(own)) for own in OWN)

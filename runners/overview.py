@@ -1,0 +1,180 @@
+"""What a sweep prints: its plan before anything runs, and the table of all cells when it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from methods.core.errors import BudgetMiss
+from runners import show
+from runners.compare import Compared, compare
+
+if TYPE_CHECKING:
+    from runners.sweep import Member, Sweep
+
+# cells with failures whose command is printed
+SHOWN_COMMANDS = 5
+
+
+def report(sweep: Sweep, resamples: int) -> int:
+    """Print one line per cell, then what failed and how to run it again; returns the exit code."""
+    if not sweep.members:
+        return sweep.code
+    run = sweep.run
+    full = _finished(sweep, sweep.members[0])
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("method", "budget", "n", "score", "difference", "95 % interval", "KV bytes", "worst"):
+        table.add_column(name, no_wrap=True, justify="left" if name in ("method", "worst") else "right")
+    lower = run.task.metric.better == "lower"
+    for member in sorted(sweep.members, key=lambda m: (m.cell is not run.full, m.cell.name, -m.cell.method.budget)):
+        ours = _finished(sweep, member)
+        rows = compare(run.task, run.scored(ours, full), resamples, seed=0) if set(ours) & set(full) else []
+        table.add_row(member.cell.name, f"{member.cell.method.budget:g}", *_line(rows, list(ours.values()), lower))
+    show.draw(table)
+    for line in show.about(run.task.metric):
+        show.say(line)
+    show.say(
+        "KV bytes: measured at the end of the prompt, as a share of the full cache's; speeds are not measured in groups"
+    )
+    show.say(f"records: {run.full.record.folder.parent}")
+    return max(_failures(sweep), sweep.code)
+
+
+def _finished(sweep: Sweep, member: Member) -> dict[str, dict[str, Any]]:
+    rows = member.record.rows
+    return {e.id: rows[e.id] for e in sweep.run.examples if e.id in rows and "error" not in rows[e.id]}
+
+
+def _line(rows: Sequence[Compared], ours: Sequence[dict[str, Any]], lower: bool) -> list[str]:
+    """n, score, difference, interval, bytes and the subset that lost most, for one cell; lower: a low score is good."""
+    if not rows:
+        return ["0", *["-"] * 5]
+    whole = rows[-1]  # the widest average stands last
+    held, of = (fmean(row["ledger"][key] / row["batch"] for row in ours) for key in ("held_prompt", "full_prompt"))
+    subsets = [one for one in rows if one.row.kind == "subset" and one.difference is not None]
+    gains = [((one.difference or 0.0) * (-1 if lower else 1), one) for one in subsets]
+    gain, worst = min(gains, key=lambda pair: pair[0], default=(0.0, whole))
+    digits = whole.digits
+    return [
+        str(whole.row.n),
+        show.points(whole.row.score, digits),
+        show.signed(whole.difference, digits),
+        show.interval(whole.interval, digits),
+        f"{held / of:.1%}",
+        f"{worst.row.name} {show.signed(worst.difference, digits)}" if gain < 0 else "-",
+    ]
+
+
+def _failures(sweep: Sweep) -> int:
+    code, commands = 0, []
+    for member in sweep.members:
+        failed = sweep.failures(member)
+        if member.stopped is not None:
+            show.note(f"failed: {member.label}: {member.stopped}")
+            code = max(code, 1 if isinstance(member.stopped, BudgetMiss) else 2)
+        elif failed:
+            id, error = next(iter(failed.items()))
+            show.note(f"failed: {member.label}: {len(failed)} of {len(sweep.run.examples)} samples: {id} ({error})")
+            code = max(code, 1)
+        else:
+            continue
+        commands.append(sweep.command(member))
+    if commands:
+        show.note("to run only these again:")
+        for command in commands[:SHOWN_COMMANDS]:
+            show.note(f"  {command}")
+        if len(commands) > SHOWN_COMMANDS:
+            show.note(f"  and {len(commands) - SHOWN_COMMANDS} more; the command of the sweep runs all of them")
+    return code
+
+
+def plan(sweep: Sweep) -> None:
+    """Print cells, groups, what is on disk, and an estimate of bytes and time; loads a tokenizer, and no model."""
+    if not sweep.members:
+        return
+    run = sweep.run
+    for member in sweep.members:
+        member.record.refresh()
+    lacking = {id(m): [e for e in sweep.lacking(m, run.examples) if not e.error] for m in sweep.members}
+    sharing = {id(member) for member in sweep.sharing}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("method", "budget", "done", "to run", "KV bytes of the longest", "runs"):
+        table.add_column(name, no_wrap=True, justify="left" if name in ("method", "runs") else "right")
+    for member in sweep.members:
+        todo = lacking[id(member)]
+        longest = max(todo, key=sweep.tokens, default=None)
+        table.add_row(
+            member.cell.name,
+            f"{member.cell.method.budget:g}",
+            str(len(run.examples) - len(todo)),
+            str(len(todo)),
+            "-" if longest is None else show.size(sweep.member_bytes(member, [longest])),
+            "in the group" if id(member) in sharing else "alone",
+        )
+    show.draw(table)
+    together = {e.id: e for m in sweep.sharing for e in lacking[id(m)]}
+    alone = [e for m in sweep.alone for e in lacking[id(m)]]
+    if not together and not alone:
+        show.say("everything is on disk")
+        return
+    if together:
+        longest = max(together.values(), key=sweep.tokens)
+        parts = list(sweep.split([m for m in sweep.sharing if longest in lacking[id(m)]], [longest]))
+        most = max(sum(sweep.member_bytes(m, [longest]) for m in part) for part in parts)
+        show.say(
+            f"group: {len(together)} prompts of {sum(map(sweep.tokens, together.values())):,} tokens are read once for "
+            f"{len(sweep.sharing)} cells; caches of the longest ({sweep.tokens(longest):,} tokens) take "
+            f"{show.size(most)}{f', in {len(parts)} parts' if len(parts) > 1 else ''}"
+        )
+    seconds, source = _estimate(sweep, lacking)
+    show.say(f"time: about {show.duration(seconds)}, {source}")
+
+
+def _estimate(sweep: Sweep, lacking: dict[int, list[Any]]) -> tuple[float, str]:
+    """Seconds for all that is lacking, and what the guess rests on."""
+    rows = [row for member in sweep.members for row in member.record.rows.values() if "timings" in row]
+    alone = [row["timings"] for row in rows if "group" not in row and row["timings"]["steps"]]
+    if alone:
+        per_token = median(time["prompt"] / time["n_prompt"] for time in alone)
+        per_step = median(time["decode"] / time["steps"] for time in alone)
+        source = "by the speed of recorded samples"
+    else:
+        per_token = 2 * _parameters(sweep) / _speed(sweep.run.device)
+        per_step, source = 2 * per_token, "guessed from the size of the model"
+    together: dict[str, tuple[Any, int]] = {}
+    seconds = 0.0
+    sharing = {id(member) for member in sweep.sharing}
+    for member in sweep.members:
+        for example in lacking[id(member)]:
+            if id(member) in sharing:
+                together[example.id] = (example, together.get(example.id, (example, 0))[1] + 1)
+            else:
+                seconds += sweep.tokens(example) * per_token + example.max_new_tokens * per_step
+    for example, members in together.values():
+        # a member's compression and its row of a step cost a share of what they cost alone
+        seconds += sweep.tokens(example) * per_token * (1 + 0.02 * members)
+        seconds += example.max_new_tokens * per_step * (1 + 0.2 * members)
+    return seconds, source
+
+
+def _parameters(sweep: Sweep) -> float:
+    """Parameters of the model, by the size of its files."""
+    size = sum(path.stat().st_size for path in sweep.run.checkpoint.folder.glob("*.safetensors"))
+    return size / 2
+
+
+def _speed(device: torch.device) -> float:
+    """Multiplications and additions per second of a matrix product, measured for an instant."""
+    x = torch.ones(512, 512, device=device)
+    x @ x
+    began = time.perf_counter()
+    for _ in range(4):
+        y = x @ x
+    float(y[0, 0])  # waits for the device
+    return 4 * 2 * 512**3 / (time.perf_counter() - began)

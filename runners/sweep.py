@@ -1,0 +1,349 @@
+"""Many cells on the same samples: each prompt is read once for all cells that can share it, the rest run alone."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from methods.core.contract import Method
+from methods.core.errors import BudgetMiss, UserError
+from runners import show
+from runners.answer import failed
+from runners.cells import Cell, Run
+from runners.check import check
+from runners.claims import Claims
+from runners.jobs import unpack
+from runners.load import Checkpoint, load_model
+from runners.memory import Size, device_bytes
+from runners.revision import commit
+from runners.shared_record import SharedRecord
+from runners.together import answer_together, can_share
+from tasks.base import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+@dataclass
+class Member:
+    """A cell of a sweep on its way.
+
+    words: its own overrides, as typed.  stopped: why it takes no further samples.
+    """
+
+    cell: Cell
+    words: list[str]
+    record: SharedRecord
+    stopped: Exception | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.cell.name} at budget={self.cell.method.budget}"
+
+
+class Sweep:
+    """The cells of one (model, task, protocol).
+
+    cfg: the job's configuration; `cfg.cells` holds the overrides of each cell.
+    """
+
+    def __init__(self, cfg: DictConfig, results: Path):
+        self.cfg, self.code = cfg, 0
+        self.shared = [word for word in HydraConfig.get().overrides.task if not word.startswith("cells=")]
+        self.members: list[Member] = []
+        found = list(self._composed())
+        if not found:
+            return
+        task = instantiate(cfg.task)
+        show.say(task.source())
+        self._begin(Run(found[0][1], task, results, "full", load=loaded))
+        self.members = self._members(found)
+
+    @classmethod
+    def of(cls, run: Run) -> Sweep:
+        """The cells of a single run as a sweep, for its plan."""
+        sweep = cls.__new__(cls)
+        sweep.cfg, sweep.code, sweep.shared = run.cfg, 0, list(HydraConfig.get().overrides.task)
+        sweep._begin(run)
+        sweep.members = [Member(cell, [], sweep._record(cell)) for cell in run.cells]
+        return sweep
+
+    def _begin(self, run: Run) -> None:
+        self.run = run
+        self._known: dict[str, int] = {}  # tokens of prompts by example
+        self.size = Size(run.checkpoint.config, run.dtype)
+        # the largest group that is tried; halved when memory runs out
+        self.most = self.cfg.group.max_cells or sys.maxsize
+
+    def _composed(self) -> Iterator[tuple[list[str], DictConfig]]:
+        """Each cell's own words and its configuration; one that cannot work is said and left out."""
+        begun = GlobalHydra.instance().is_initialized()  # not in every launcher's worker
+        with contextlib.nullcontext() if begun else initialize_config_dir(str(CONF), version_base="1.3"):
+            for cell in self.cfg.cells:
+                words = unpack(str(cell))
+                try:
+                    cfg = compose("config", overrides=[*self.shared, *words], return_hydra_config=True)
+                    check(cfg)
+                except (UserError, HydraException, OmegaConfBaseException) as error:
+                    self._refuse(words, error)
+                    continue
+                yield words, cfg
+
+    def _refuse(self, words: Sequence[str], error: Exception) -> None:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        show.note(f"error: {' '.join(words)}: {'; '.join(lines)}")
+        self.code = 2
+
+    def _members(self, found: Sequence[tuple[list[str], DictConfig]]) -> list[Member]:
+        """One member per record, the full cache first: the others are compared with it."""
+        full = Member(self.run.full, ["method=full"], self._record(self.run.full))
+        members = {full.cell.record.folder: full}
+        for words, cfg in found:
+            name = cfg.hydra.runtime.choices["method"]
+            try:
+                cell = self.run.full if name == "full" else self.run.cell_of(name, cfg)
+            except (UserError, HydraException, OmegaConfBaseException) as error:
+                self._refuse(words, error)
+                continue
+            members.setdefault(cell.record.folder, Member(cell, words, self._record(cell)))
+        return list(members.values())
+
+    def _record(self, cell: Cell) -> SharedRecord:
+        return SharedRecord(cell.record, cell.conditions, {"commit": commit()}, force=self.cfg.resume == "force")
+
+    @property
+    def sharing(self) -> list[Member]:
+        """Members that go through the prompt together."""
+        return [m for m in self.members if not m.cell.method.changes_prompt] if self._examples_share else []
+
+    @property
+    def alone(self) -> list[Member]:
+        shared = {id(member) for member in self.sharing}
+        return [member for member in self.members if id(member) not in shared]
+
+    @property
+    def _examples_share(self) -> bool:
+        return all(can_share(example) for example in self.run.examples)
+
+    def work(self) -> None:
+        """Compute what the records lack. What cannot go on is kept in the member; Ctrl-C passes through."""
+        for member in self.members:
+            with self._stops(member):
+                member.record.refresh()
+                if self.lacking(member, self.run.examples):
+                    member.record.check()
+        if self.sharing:
+            self._work_together()
+        if alone := [member for member in self.alone if self.lacking(member, self.run.examples)]:
+            why = "changes the prompt itself" if self._examples_share else "these samples have several parts"
+            for member in alone:
+                show.note(f"{member.label}: {why}, it runs alone")
+                with self._stops(member):
+                    self._own_run(member).complete(member.cell)
+        for member in self.members:
+            member.record.refresh()
+
+    def _own_run(self, member: Member) -> Run:
+        """The run of a member that runs alone; with a model of its own if the method may edit it."""
+        if type(member.cell.method).prepare is Method.prepare:
+            return self.run
+        own = copy.copy(self.run)
+        own.load = load_model
+        for made in ("model", "setting"):
+            own.__dict__.pop(made, None)
+        return own
+
+    @contextlib.contextmanager
+    def _stops(self, member: Member) -> Iterator[None]:
+        """What ends one member and none of the others."""
+        try:
+            yield
+        except (UserError, BudgetMiss) as error:
+            member.stopped = error
+
+    def lacking(self, member: Member, examples: Sequence[Example]) -> list[Example]:
+        if member.stopped is not None:
+            return []
+        done = member.record.finished
+        return [example for example in examples if example.id not in done]
+
+    def _work_together(self) -> None:
+        todo = [example for example in self.run.examples if any(self.lacking(m, [example]) for m in self.sharing)]
+        if not todo:
+            return
+        if len(todo) < len(self.run.examples):
+            show.note(f"{len(self.run.examples) - len(todo)} of {len(self.run.examples)} samples are on disk")
+        size = self.cfg.batch_size
+        batches = [todo[at : at + size] for at in range(0, len(todo), size)]
+        claims = Claims(self.run.full.record.folder)
+        label = f"{len(self.sharing)} cells"
+        try:
+            with show.Bar(label, len(todo)) as bar:
+                for wait in (False, True):
+                    left = []
+                    for batch in batches:
+                        with claims.claim([example.id for example in batch], wait) as got:
+                            if not got:
+                                left.append(batch)
+                                continue
+                            self._batch(batch)
+                            bar.advance(len(batch))
+                    if left:
+                        show.note(f"another process computes {sum(map(len, left))} samples; waiting for them")
+                    batches = left
+        finally:
+            claims.close()
+            for member in self.sharing:
+                member.record.close()
+
+    def _batch(self, batch: Sequence[Example]) -> None:
+        """One batch for all members that lack any of it."""
+        groups: dict[tuple[str, ...], tuple[list[Example], list[Member]]] = {}
+        for member in self.sharing:
+            member.record.refresh()
+            lacking = self.lacking(member, batch)
+            bad = [failed(example, example.error) for example in lacking if example.error]
+            if bad:
+                self._add(member, bad)
+            good = [example for example in lacking if not example.error]
+            if good:
+                groups.setdefault(tuple(example.id for example in good), (good, []))[1].append(member)
+        for examples, members in groups.values():
+            for part in self.split(members, examples):
+                self._together(part, examples)
+
+    def split(self, members: Sequence[Member], examples: Sequence[Example]) -> Iterator[list[Member]]:
+        """The members in groups that memory has room for."""
+        bound = self.cfg.group.max_bytes or self._half_of_memory
+        tokens = max(self.tokens(example) for example in examples)
+        part: list[Member] = []
+        held = self.size.prompt(tokens, len(examples))
+        for member in members:
+            own = self.member_bytes(member, examples)
+            if part and (held + own > bound or len(part) == self.most):
+                yield part
+                part, held = [], self.size.prompt(tokens, len(examples))
+            part.append(member)
+            held += own
+        yield part
+
+    def member_bytes(self, member: Member, examples: Sequence[Example]) -> int:
+        """What a member's cache takes for a batch, by its budget."""
+        tokens = max(self.tokens(example) for example in examples)
+        new = max(example.max_new_tokens for example in examples)
+        chunked = self.cfg.chunk is not None
+        return self.size.member(member.cell.method, tokens, new, len(examples), chunked)
+
+    @cached_property
+    def _half_of_memory(self) -> int:
+        return device_bytes(self.run.device) // 2
+
+    def tokens(self, example: Example) -> int:
+        """Tokens of the prompt; as many as fit where it cannot be encoded."""
+        if example.id not in self._known:
+            try:
+                self._known[example.id] = len(self.run.encoder(example).prompt.ids)
+            except ValueError:
+                self._known[example.id] = self.run.encoder.max_length or 0
+        return self._known[example.id]
+
+    def _together(self, members: list[Member], examples: Sequence[Example]) -> None:
+        """Run a group; a member that fails is tried once more alone, a group that is too large in two halves."""
+        if len(members) > self.most:
+            return self._halves(members, examples)
+        methods = [member.cell.method for member in members]
+        problem = None
+        try:
+            found = answer_together(self.run.setting, methods, examples, self.cfg.time_limit)
+        except UserError:
+            raise
+        except Exception as error:
+            problem = describe(error)
+            found = []
+            if isinstance(error, torch.OutOfMemoryError) and len(members) > 1:
+                self.most = max(1, len(members) // 2)
+            del error  # its traceback holds the tensors of the failed pass
+        if problem is not None:
+            if self.run.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if len(members) > 1:
+                show.note(f"{examples[0].id}: {problem}; trying groups of {max(1, len(members) // 2)}")
+                return self._halves(members, examples)
+            return self._alone(members[0], examples)
+        for member, rows in zip(members, found):
+            if isinstance(rows, BudgetMiss):
+                self._add(member, [failed(example, str(rows)) for example in examples])
+                member.stopped = rows
+            elif isinstance(rows, Exception) or any("error" in row for row in rows):
+                self._alone(member, examples)
+            else:
+                self._add(member, rows)
+
+    def _halves(self, members: list[Member], examples: Sequence[Example]) -> None:
+        half = (len(members) + 1) // 2
+        for part in (members[:half], members[half:]):
+            self._together(part, examples)
+
+    def _alone(self, member: Member, examples: Sequence[Example]) -> None:
+        """Once more each sample by itself; what fails again is recorded as failed."""
+        for example in examples:
+            with self._stops(member):
+                try:
+                    (rows,) = answer_together(self.run.setting, [member.cell.method], [example], self.cfg.time_limit)
+                except UserError:
+                    raise
+                except Exception as error:
+                    rows = error.with_traceback(None)
+                if isinstance(rows, (UserError, BudgetMiss)):
+                    raise rows
+                self._add(member, [failed(example, describe(rows))] if isinstance(rows, Exception) else rows)
+
+    def _add(self, member: Member, rows: Sequence[dict[str, Any]]) -> None:
+        def say_waiting() -> None:
+            show.note(f"{member.label}: another process writes {member.cell.record.folder}; waiting for it")
+
+        with self._stops(member):
+            member.record.add(rows, say_waiting)
+
+    def command(self, member: Member) -> str:
+        """The command that runs only what this cell lacks."""
+        return " ".join(["python run.py", *map(quoted, [*self.shared, *member.words])])
+
+    def failures(self, member: Member) -> dict[str, str]:
+        """Samples that failed, with their errors."""
+        ids = {example.id for example in self.run.examples}
+        return {id: row["error"] for id, row in member.record.rows.items() if id in ids and "error" in row}
+
+
+@lru_cache(maxsize=1)
+def loaded(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model, once for consecutive groups of a process."""
+    return load_model(checkpoint, dtype, device)
+
+
+def quoted(word: str) -> str:
+    """An override for a shell."""
+    return f"'{word}'" if set(word) & set(" []{}()*$'\"\\") else word
+
+
+def describe(error: Exception) -> str:
+    """An error in one line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"

@@ -1,0 +1,49 @@
+"""Which cells of a grid become one job, and how they travel."""
+
+import pytest
+
+from runners.jobs import group, job_cells, tidy
+
+
+def test_cells_that_differ_in_the_method_only_are_one_job():
+    grid = [
+        ["method=full", "budget=0.5", "task=longbench"],
+        ["method=nacl", "budget=0.5", "task=longbench"],
+        ["method=nacl", "budget=0.5", "task=needle"],
+        ["method=nacl", "budget=0.25", "task=longbench"],
+    ]
+    jobs = group(grid)
+    assert [job[0] for job in jobs] == ["task=longbench", "task=needle"]
+    assert [sorted(cell) for cell in job_cells(jobs[0])] == [sorted(grid[i]) for i in (0, 1, 3)]
+
+
+@pytest.mark.parametrize("own", ["method.window=3", "+method.x=1", "~method.kernel", "seed=2"])
+def test_knobs_and_seeds_share_a_prompt(own):
+    jobs = group([["task=longbench", "method=snapkv"], ["task=longbench", "method=snapkv", own]])
+    assert len(jobs) == 1 and len(job_cells(jobs[0])) == 2
+
+
+@pytest.mark.parametrize("other", ["task.limit=3", "model=qwen3-8b", "protocol=agnostic", "chunk=64", "dtype=float16"])
+def test_what_changes_the_prompt_pass_does_not(other):
+    assert len(group([["method=snapkv"], ["method=snapkv", other]])) == 2
+
+
+def test_the_same_cell_twice_is_one():
+    assert len(job_cells(group([["method=full"], ["method=full"]])[0])) == 1
+
+
+@pytest.mark.parametrize("value", ["a b", "it's", "[1,2]", "{x: 1, y: 'b c'}", "50%", "a,b", "%20", '"quoted"'])
+def test_any_value_comes_back_as_it_was_typed(value):
+    grid = [["task=longbench", f"method.name={value}"], ["task=longbench", "method=full"]]
+    (job,) = group(grid)
+    assert job_cells(job) == grid
+
+
+def test_a_job_that_is_no_group_has_no_cells():
+    assert job_cells(["runner=train", "seed=1"]) == [] and job_cells([]) == []
+
+
+def test_ranges_give_numbers_as_one_would_type_them():
+    assert tidy(["budget=0.30000000000000004", "method=nacl", "task.data=v1.0", "budget=0.25", "seed=3"]) == [
+        "budget=0.3", "method=nacl", "task.data=v1.0", "budget=0.25", "seed=3",
+    ]  # fmt: skip

@@ -1,0 +1,336 @@
+"""Sweeps from end to end: groups, records equal to single runs, resume, sharing, failures."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import run
+from methods import method_names
+from methods.core.errors import BudgetMiss
+from methods.core.eviction import EvictionCache
+from runners import cells, sweep
+from runners.bind import KVCache
+from tests.test_run import write_split
+
+ROOT = Path(run.__file__).parent
+GRID = ("-m", "method=full,nacl,snapkv", "budget=0.5,0.2")
+
+
+@pytest.fixture(autouse=True)
+def no_model_is_kept():
+    sweep.loaded.cache_clear()
+
+
+@pytest.fixture
+def split(tmp_path) -> Path:
+    return write_split(tmp_path / "split")
+
+
+@pytest.fixture
+def command(tmp_path, tiny_model_dir, split, monkeypatch, capfd):
+    """Runs the command line in this process: command("-m", "budget=0.5,0.2", ...) -> (exit code, stdout, stderr)."""
+
+    def run_it(*overrides: str, results: Path | str = tmp_path / "results") -> tuple[int, str, str]:
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        monkeypatch.delenv("KVFRONTIER_TRACEBACK", raising=False)
+        argv = ["run.py", f"model.path={tiny_model_dir}", f"task.data={split}", f"results={results}", *overrides]
+        monkeypatch.setattr(sys, "argv", argv)
+        capfd.readouterr()
+        code = run.main()
+        return code, *capfd.readouterr()
+
+    return run_it
+
+
+def records(results: Path) -> dict[str, list[dict]]:
+    """Rows of every cell, by the cell's folder."""
+    found = {}
+    for path in sorted(results.glob("*/*/*/samples.jsonl")):
+        found[path.parent.name] = [json.loads(line) for line in path.read_text().splitlines()]
+    return found
+
+
+def without_times(rows: list[dict]) -> dict[str, dict]:
+    """The rows by sample, without what depends on who shared a pass; fails if a sample is there twice."""
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: {k: v for k, v in row.items() if k not in ("timings", "group")} for row in rows}
+
+
+def comparable(results: Path) -> dict[str, dict[str, dict]]:
+    return {cell: without_times(rows) for cell, rows in records(results).items()}
+
+
+def test_a_sweep_writes_the_records_of_its_single_runs(command, tmp_path):
+    assert command(*GRID, "protocol=agnostic")[0] == 0
+    for method, budget in [("nacl", 0.5), ("nacl", 0.2), ("snapkv", 0.5), ("snapkv", 0.2)]:
+        assert command(f"method={method}", f"budget={budget}", "protocol=agnostic", results=tmp_path / "alone")[0] == 0
+    assert comparable(tmp_path / "results") == comparable(tmp_path / "alone")
+    grouped = records(tmp_path / "results")
+    assert len(grouped) == 5 and {row["group"] for rows in grouped.values() for row in rows} == {5}
+    conditions = [
+        [json.loads(path.read_text()) for path in sorted((tmp_path / folder).glob("*/*/*/cell.json"))]
+        for folder in ("results", "alone")
+    ]
+    assert conditions[0] == conditions[1]
+
+
+def test_a_sweep_ends_with_one_line_per_cell(command, tmp_path):
+    code, out, _ = command(*GRID)
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    table = [(line[0], line[1], line[2]) for line in lines if len(line) > 6 and line[0] in ("full", "nacl", "snapkv")]
+    assert table == [
+        (m, b, "6") for m, b in [("full", "1"), *[(m, b) for m in ("nacl", "snapkv") for b in ("0.5", "0.2")]]
+    ]
+    assert f"records: {tmp_path / 'results'}" in out
+
+
+def test_what_is_on_disk_is_not_run_again_and_needs_no_model(command, tmp_path, monkeypatch):
+    command(*GRID)
+    before = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.json*")}
+    sweep.loaded.cache_clear()
+    monkeypatch.setattr(sweep, "load_model", lambda *a: pytest.fail("the model was loaded"))
+    assert command(*GRID)[0] == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.json*")} == before
+
+
+def test_a_single_run_finds_what_the_sweep_has_made_and_shows_no_speed_of_a_group(command, monkeypatch):
+    command(*GRID)
+    monkeypatch.setattr(cells, "load_model", lambda *a: pytest.fail("the model was loaded"))
+    code, out, _ = command("method=nacl", "budget=0.2")
+    speeds = [line.split()[-2:] for line in out.splitlines() if line.strip().startswith(("prefill,", "decode,"))]
+    assert code == 0 and speeds == [["-", "-"], ["-", "-"]]
+
+
+def test_only_the_missing_members_of_a_sample_are_run(command, tmp_path):
+    command("method=nacl", "budget=0.5", "task.limit=2")
+    command("-m", "method=nacl", "budget=0.2", "task.limit=1")
+    before = comparable(tmp_path / "results")
+    assert command(*GRID)[0] == 0
+    sizes = {cell: [row.get("group") for row in rows] for cell, rows in records(tmp_path / "results").items()}
+    by_name = {cell.rpartition("-")[0]: sizes[cell] for cell in sizes}
+    # four samples: two per subset of the single run; one of each was in the small sweep
+    assert by_name["full-b1"] == [None] * 4 + [5] * 2 and by_name["nacl-b0.5"] == [None] * 4 + [5] * 2
+    assert sorted(by_name["nacl-b0.2"]) == sorted([2, 2, 3, 3, 5, 5][2:] + [1, 1])
+    assert sorted(by_name["snapkv-b0.2"]) == [2, 2, 3, 3, 5, 5]
+    after = comparable(tmp_path / "results")
+    assert all(after[cell][id] == row for cell, rows in before.items() for id, row in rows.items())
+
+
+def test_a_method_that_changes_the_prompt_runs_alone_and_says_so(command, tmp_path):
+    code, _, err = command("-m", "method=full,streaming_llm", "budget=0.5", "+method.prefill=streaming", "task.limit=1")
+    assert code == 2 or "runs alone" in err
+    code, _, err = command("-m", "method=streaming_llm", "budget=0.5,0.3", "method.prefill=streaming", "task.limit=1")
+    assert code == 0 and err.count("changes the prompt itself, it runs alone") == 2, err
+    groups = {cell: {row.get("group") for row in rows} for cell, rows in records(tmp_path / "results").items()}
+    assert {g for cell, own in groups.items() if cell.startswith("streaming") for g in own} == {None}
+
+
+def test_a_sweep_in_batches_equals_single_runs_in_batches(command, tmp_path):
+    assert command(*GRID, "batch_size=2", "chunk=64")[0] == 0
+    for budget in (0.5, 0.2):
+        command("method=snapkv", f"budget={budget}", "batch_size=2", "chunk=64", results=tmp_path / "alone")
+    alone = comparable(tmp_path / "alone")
+    together = comparable(tmp_path / "results")
+    assert len(alone) == 3 and {cell: together[cell] for cell in alone} == alone
+
+
+@pytest.mark.parametrize("setting", ["group.max_bytes=1", "group.max_cells=2"])
+def test_a_group_is_split_to_its_bounds(command, tmp_path, setting):
+    assert command(*GRID, results=tmp_path / "whole")[0] == 0
+    assert command(*GRID, setting)[0] == 0
+    sizes = {row["group"] for rows in records(tmp_path / "results").values() for row in rows}
+    assert sizes == ({1} if "bytes" in setting else {1, 2})
+    assert comparable(tmp_path / "results") == comparable(tmp_path / "whole")
+
+
+def test_a_group_that_runs_out_of_memory_is_halved(command, tmp_path, monkeypatch):
+    real = sweep.answer_together
+
+    def short_of_memory(setting, methods, *args):
+        if len(methods) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+        return real(setting, methods, *args)
+
+    monkeypatch.setattr(sweep, "answer_together", short_of_memory)
+    code, _, err = command(*GRID)
+    assert code == 0 and "CUDA out of memory. Tried to allocate 2 GiB; trying groups of 2" in err
+    assert err.count("trying groups") == 1  # what was learned holds for the samples that follow
+    monkeypatch.undo()
+    rows = records(tmp_path / "results")
+    assert len(rows) == 5 and all(len(own) == 6 and not any("error" in r for r in own) for own in rows.values())
+
+
+def test_a_sample_that_fails_twice_is_recorded_and_its_command_is_printed(command, tmp_path, monkeypatch):
+    real, tries = EvictionCache.settle, []
+
+    def settle(self, step):
+        if self.method.name == "nacl" and self.method.budget == 0.2 and step.q.shape[2] > 170:
+            tries.append(1)
+            raise RuntimeError("lost\nmore")
+        real(self, step)
+
+    monkeypatch.setattr(EvictionCache, "settle", settle)
+    code, _, err = command(*GRID)
+    assert code == 1 and "failed: nacl at budget=0.2: 2 of 6 samples: " in err and "(RuntimeError: lost)" in err
+    assert len(tries) == 4  # in the group and once more alone
+    (again,) = [line.strip() for line in err.splitlines() if line.strip().startswith("python run.py")]
+    assert again.endswith("method=nacl budget=0.2")
+    monkeypatch.setattr(EvictionCache, "settle", real)
+    assert command(*again.split()[5:])[0] == 0
+    (rows,) = [own for cell, own in records(tmp_path / "results").items() if cell.startswith("nacl-b0.2")]
+    assert len(rows) == 8 and sum("error" in row for row in rows) == 2
+
+
+def test_nan_is_a_failure_of_its_member_only(command, tmp_path, monkeypatch):
+    real = EvictionCache.attend
+
+    def attend(self, step):
+        out = real(self, step)
+        return out * torch.nan if self.method.name == "snapkv" and step.q.shape[2] == 1 else out
+
+    monkeypatch.setattr(EvictionCache, "attend", attend)
+    code, _, err = command(*GRID, "task.limit=1")
+    assert code == 1 and "the logits hold a NaN" in err
+    rows = records(tmp_path / "results")
+    assert all(("error" in row) == cell.startswith("snapkv") for cell, own in rows.items() for row in own)
+
+
+def test_a_sample_over_the_time_limit_is_recorded(command, tmp_path):
+    code, _, err = command(*GRID, "task.limit=1", "time_limit=0.000001")
+    assert code == 1 and "TimeLimit" in err
+    assert all("error" in row for own in records(tmp_path / "results").values() for row in own)
+    assert command(*GRID, "task.limit=1")[0] == 0
+
+
+def test_a_missed_budget_ends_its_cell_and_no_other(command, tmp_path, monkeypatch):
+    def miss(self):
+        if self.method.name == "nacl" and self.method.budget == 0.2:
+            raise BudgetMiss("nacl", asked=1000, measured=4096)
+
+    monkeypatch.setattr(KVCache, "check_budget", miss)
+    code, _, err = command(*GRID)
+    assert code == 1 and "nacl at budget=0.2" in err and "4,096 bytes" in err
+    sizes = {cell.rpartition("-")[0]: len(own) for cell, own in records(tmp_path / "results").items()}
+    assert sizes == {"full-b1": 6, "nacl-b0.5": 6, "nacl-b0.2": 1, "snapkv-b0.5": 6, "snapkv-b0.2": 6}
+
+
+def test_a_cell_that_cannot_work_is_said_and_the_others_run(command, tmp_path):
+    code, _, err = command("-m", "method=snapkv", "method.kernel=4,5", "budget=0.5,1.5", "task.limit=1")
+    assert code == 2 and "budget=1.5: a share lies in (0, 1]" in err and "kernel" in err and "Traceback" not in err
+    assert [cell.rpartition("-")[0] for cell in records(tmp_path / "results")] == ["full-b1", "snapkv-b0.5"]
+
+
+def test_a_record_made_under_other_conditions_stops_its_cell_only(command, tmp_path):
+    command(*GRID, "task.limit=1")
+    (path,) = (tmp_path / "results").glob("*/*/nacl-b0.2*/cell.json")
+    cell = json.loads(path.read_text())
+    cell["runs"][0]["conditions"]["torch"] = "1.0"
+    path.write_text(json.dumps(cell))
+    code, _, err = command(*GRID, "task.limit=2")
+    assert code == 2 and "torch was 1.0" in err
+    assert sorted(len(own) for own in records(tmp_path / "results").values()) == [2, 4, 4, 4, 4]
+
+
+def test_the_plan_says_cells_groups_bytes_and_time_and_runs_nothing(command, tmp_path, monkeypatch):
+    command("-m", "method=nacl", "budget=0.5", "task.limit=1")
+    before = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.json*")}
+    monkeypatch.setattr(sweep, "load_model", lambda *a: pytest.fail("the model was loaded"))
+    sweep.loaded.cache_clear()
+    code, out, _ = command(*GRID, "plan=true")
+    assert code == 0 and "6 prompts of " in out and "read once for 5 cells" in out and "time: about" in out
+    lines = [line.split() for line in out.splitlines()]
+    table = {(line[0], line[1]): (line[2], line[3]) for line in lines if len(line) > 6 and line[0] in method_names()}
+    assert table[("nacl", "0.5")] == ("2", "4") and table[("snapkv", "0.2")] == ("0", "6")
+    assert {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.json*")} == before
+    code, out, _ = command("method=nacl", "budget=0.5", "task.limit=1", "plan=true")
+    assert code == 0 and "everything is on disk" in out
+
+
+def test_globs_ranges_and_each_methods_own_points_are_cells(command):
+    code, out, _ = command("-m", "method=glob(s*)", "budget=range(0.1,0.4,0.1)", "plan=true", "task.limit=1")
+    assert code == 0 and "0.3" in out and "0.30000000000000004" not in out
+    cells_of = {line.split()[0] for line in out.splitlines() if len(line.split()) > 6}
+    assert {"snapkv", "streaming_llm"} <= cells_of and "nacl" not in cells_of
+    code, out, _ = command("-m", "method=full,snapkv", "budget=sweep", "plan=true", "task.limit=1")
+    points = [line.split()[1] for line in out.splitlines() if line.startswith("snapkv")]
+    assert code == 0 and points == ["0.05", "0.1", "0.25", "0.5", "0.75"]
+
+
+def test_every_named_grid_composes(command):
+    for path in sorted((ROOT / "conf" / "experiment").glob("*.yaml")):
+        code, out, err = command(f"experiment={path.stem}", "plan=true", "task=longbench", "budget=0.5", "method=full")
+        assert code == 0 and "full" in out, (path.name, err)
+
+
+def test_another_task_is_a_group_of_its_own_and_the_model_is_loaded_once(command, tmp_path, monkeypatch, split):
+    loads = []
+    real = sweep.load_model
+    monkeypatch.setattr(sweep, "load_model", lambda *a: loads.append(1) or real(*a))
+    code, out, _ = command("-m", "method=full,snapkv", "task.subset=[river],[mat]", "task.limit=1")
+    assert code == 0 and out.count("records: ") == 2 and len(loads) == 1
+
+
+def test_ctrl_c_keeps_what_is_done(command, tmp_path, monkeypatch):
+    real, calls = sweep.answer_together, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(sweep, "answer_together", interrupted)
+    code, _, err = command(*GRID)
+    assert code == 130 and "stopped; 10 samples of 5 cells are kept" in err and "Traceback" not in err
+    monkeypatch.setattr(sweep, "answer_together", real)
+    assert command(*GRID)[0] == 0
+    assert all(len(own) == 6 for own in records(tmp_path / "results").values())
+
+
+def start(tiny_model_dir, split, results, *overrides) -> subprocess.Popen:
+    argv = [sys.executable, "run.py", *GRID, f"model.path={tiny_model_dir}", f"task.data={split}", f"results={results}"]
+    return subprocess.Popen([*argv, *overrides], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_two_processes_share_a_sweep_without_duplicates(command, tmp_path, tiny_model_dir):
+    split = write_split(tmp_path / "long", samples=15, new_tokens=24)
+    assert command(*GRID, f"task.data={split}", results=tmp_path / "undisturbed")[0] == 0
+    processes = [start(tiny_model_dir, split, tmp_path / "shared") for _ in range(2)]
+    for process in processes:
+        assert process.wait(timeout=280) == 0, process.stderr.read().decode()
+    assert comparable(tmp_path / "shared") == comparable(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_twenty_times_ends_as_if_undisturbed(command, tmp_path, tiny_model_dir):
+    split = write_split(tmp_path / "long", samples=40, new_tokens=24)
+    assert command(*GRID, f"task.data={split}", results=tmp_path / "undisturbed")[0] == 0
+    chance, results, kills = random.Random(0), tmp_path / "killed", 0
+
+    def lines() -> int:
+        return sum(path.read_bytes().count(b"\n") for path in results.glob("*/*/*/samples.jsonl"))
+
+    while kills < 20:
+        process = start(tiny_model_dir, split, results)
+        before, limit = lines(), time.monotonic() + 120
+        # let it begin to write, then kill it at any moment of its work
+        while lines() <= before and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.05)
+        assert process.poll() is None, "the sweep was done before it had been killed often enough"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert start(tiny_model_dir, split, results).wait(timeout=280) == 0
+    assert comparable(results) == comparable(tmp_path / "undisturbed")
+    names = {path.name for path in results.rglob("*") if path.is_file()}
+    assert {name for name in names if not name.startswith(".")} == {"samples.jsonl", "cell.json", "multirun.yaml"}

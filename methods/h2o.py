@@ -1,13 +1,13 @@
 """H2O: keep the tokens that have collected the most attention, and the newest.
 
 Paper: Zhang et al. 2023, arXiv:2306.14048, section 4 and Algorithm 1.
-Idea:  attention adds up on few tokens, the heavy hitters. Each slot's attention is summed over all queries that saw it;
-       half of the cache is the newest tokens, the other half the largest sums. Once when the prompt ends, then one token
-       per step: generated tokens add their attention and compete for the same slots.
-Here:  true eviction while decoding, as in the release's real-drop code, not its masks, whose window is a token short and
-       whose whole-prompt form lets later queries vote. Query heads that share a KV head add their attention. Keys keep
-       the positions they were read at. The prompt attends in full before the first drop (evict=per_chunk, in chunks of
-       one token, is the paper's streaming form).
+Idea:  attention adds up on few tokens, the heavy hitters. Each slot's attention is summed over all queries that saw
+       it; half of the cache is the newest tokens, the other half the largest sums. Once when the prompt ends, then one
+       token per step: generated tokens add their attention and compete for the same slots.
+Here:  true eviction while decoding, as in the release's real-drop code; its masks show a window that is a token short,
+       and their whole-prompt form lets later queries vote. Query heads that share a KV head add their attention. Keys
+       keep the positions they were read at. The prompt attends in full before the first drop (evict=per_chunk, in
+       chunks of one token, is the paper's streaming form).
 """
 
 from dataclasses import dataclass

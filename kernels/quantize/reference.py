@@ -43,7 +43,7 @@ class Packed:
             cut = [x.narrow(2, start, n) for x in self.tensors()]
         else:
             assert start % self.group == n % self.group == 0, "a group has one scale"
-            of_group = [self.codes.shape[2] // self.scale.shape[2], 1, 1]  # places of one group
+            of_group = [self.group * self.bits // 8, 1, 1]  # places of one group
             cut = [
                 x.narrow(2, start // self.group * m, n // self.group * m)
                 for x, m in zip(self.tensors(), of_group, strict=True)

@@ -65,13 +65,13 @@ class Made:
 def model_id(model: PreTrainedModel) -> str:
     """The name of the model's folder in assets/<method>: of a hub model owner--name, of a folder its last part.
 
-    A model that was never saved is named by its architecture and a hash of its weights.
+    A model that was never saved is named by its architecture and a hash of its configuration and weights.
     """
-    named, _ = _source(model)
-    if named:
-        return named
-    digest = hashlib.sha256(repr(_some_weights(model)).encode()).hexdigest()[:8]
-    return f"{_config(model).model_type}-{digest}"
+    name, _ = _source(model)
+    if name:
+        return name
+    made_of = repr([_named(model, _SHAPE), _named(model, _ROPE), _some_weights(model)])
+    return f"{_config(model).model_type}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
 
 
 def identity(model: PreTrainedModel) -> dict[str, Any]:
@@ -80,17 +80,12 @@ def identity(model: PreTrainedModel) -> dict[str, Any]:
     revision: the hub's commit, None for a folder. weights: entries of matrices spread over the model; they tell two
     checkpoints apart whatever they are called, and are the same up to rounding in every dtype.
     """
-    config = _config(model)
-
-    def named(keys: Sequence[str]) -> dict[str, Any]:
-        return {key: value for key in keys if (value := getattr(config, key, None)) is not None}
-
     plain = {
         "id": model_id(model),
         "revision": _source(model)[1],
-        "architecture": config.model_type,
-        "shape": named(_SHAPE),
-        "rope": named(_ROPE),
+        "architecture": _config(model).model_type,
+        "shape": _named(model, _SHAPE),
+        "rope": _named(model, _ROPE),
         "weights": _some_weights(model),
     }
     return json.loads(json.dumps(plain))
@@ -242,6 +237,12 @@ def _some_weights(model: PreTrainedModel) -> list[float]:
 
 def _config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
+
+
+def _named(model: PreTrainedModel, keys: Sequence[str]) -> dict[str, Any]:
+    """The settings among these that the model's configuration has."""
+    config = _config(model)
+    return {key: value for key in keys if (value := getattr(config, key, None)) is not None}
 
 
 def _source(model: PreTrainedModel) -> tuple[str, str | None]:

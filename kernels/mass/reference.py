@@ -41,7 +41,8 @@ def attend_with_mass(
     """What `attend` gives, and `mass` of the newest n of the queries, computed together where plan="tail" allows it."""
     T, S = q.shape[2], k.shape[2]
     at, rest = {"q_pos": q_pos[:, T - n :], "k_pos": k_pos}, T - n
-    if plan != "tail" or not rules.plain or rules.window is not None or (torch.is_grad_enabled() and q.requires_grad):
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if plan != "tail" or not rules.plain or rules.window is not None or training:
         out = attend(q, k, v, rules, q_pos=q_pos, k_pos=k_pos)
         return out, mass(q[:, :, rest:], k, rules, **at, plan=plan)
     if rest == 0:

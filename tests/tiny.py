@@ -97,6 +97,10 @@ def feed(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor, pieces
     return torch.cat(out, dim=1)
 
 
+#: knobs that fit sizes which belong to trained weights to prompts of the contract's length
+SIZES: dict[str, dict[str, Any]] = {"lococo": {"length": 90, "block_size": 32}}
+
+
 def equip(model: PreTrainedModel, at: Path) -> PreTrainedModel:
     """The model, once every method that needs to learn something about it has done so from random tokens.
 
@@ -111,4 +115,10 @@ def equip(model: PreTrainedModel, at: Path) -> PreTrainedModel:
             folder = at / made.method / artefacts.model_id(model)
             artefacts.save(made.method, made.name, model, made.tensors, made.facts, at=folder)
     some_tables(model, at)
+    torch.manual_seed(0)
+    for budget in (0.5, 60, 40):  # what is trained and not calibrated: as training begins with it
+        method = load_method("lococo", budget=budget, **SIZES["lococo"])
+        untrained = method.new_compressors(model).state_dict()
+        folder = at / "lococo" / artefacts.model_id(model)
+        artefacts.save("lococo", method.artefact_name, model, untrained, {"hidden_act": "relu"}, at=folder)
     return model

@@ -60,5 +60,6 @@ def run(model, cache, ids, chunks=None, new=None, mask=None):
 
 def kept(cache, layer: int = 0, row: int = 0, head: int = 0) -> list[int]:
     """Positions that one head holds, ascending."""
-    pos = cache.layers[layer].inner.store.pos[row, head]
+    inner = cache.layers[layer].inner
+    pos = getattr(inner, "store", inner).pos[row, head]
     return sorted(pos[pos >= 0].tolist())

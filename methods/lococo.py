@@ -1,0 +1,434 @@
+"""LoCoCo: fuse what does not fit into a fixed number of slots, with weights from a small trained convolution.
+
+Paper: Cai et al. 2024, arXiv:2406.05317; the algorithm is that of the authors' release, VITA-Group/LoCoCo.
+Idea:  a sequence is read in chunks. Before a chunk, a layer that holds more than its slots keeps a share of them, the
+       heaviest hitters of the last chunk, as they are. All other slots are fused into the rest: a 1-D convolution over
+       keys and values gives each fused slot its weights over them, and a gate mixes those with the slot that plain
+       dropping would have kept. What is held never grows with the sequence. One trained compressor fits one model, one
+       number of slots and one length of chunk.
+Here:  chunks begin at multiples of `block_size` in each row's own tokens, whatever pieces a prompt arrives in; a later
+       turn begins a chunk. The release sums attention per query head and so runs on multi-head models only; here the
+       heads that share a KV head sum theirs, and the convolution runs once per KV head. Padding never enters it: a
+       padded batch keeps its rows apart. The last chunk of a prompt is compressed when the prompt ends instead of just
+       before the next token: the outputs are the same and the memory is free; lazy_end=true waits, as the release does.
+       A fused slot carries the position of the slot that dropping would have kept; keys are not rotated again. eta=0
+       drops instead of fusing and needs no training; paper_form is the paper's description, without raw half and gate.
+       The base model stays frozen: no LoRA, no training of norms and embeddings, no RoPE scaling for longer windows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import attend_with_mass, top
+from kernels.select import compact
+from methods.core import artefacts
+from methods.core.budget import slots
+from methods.core.contract import LayerCache, Method, ModelSpec, Stage, Step
+from methods.core.errors import UserError
+from methods.core.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+TRAINER = "runner=train_compressor"
+
+
+@dataclass
+class LoCoCo(Method):
+    """A memory of fixed size, refilled by a convolution.
+
+    budget: slots per head, even; a share is of `length` tokens, because the slots are part of the trained weights.
+    block_size: tokens per chunk; None: as many as slots.
+    kernel_size, n_convlayer, expand, hidden_act: width, depth, factor of inner channels, and activation.
+    hh_keep_rate: share of the slots that are kept as they are.  local_len: newest slots that are always among them.
+    buffer: slots that a layer may hold on top before it compresses.
+    normalizer_init: the gate before training.  eta: a gate for all layers instead of the trained ones.
+    accumulate_scores: sum attention over all chunks instead of looking at the last one.
+    artefact: file of trained weights; None: the one that was trained for the model and these sizes.
+    """
+
+    length: int = 1024
+    block_size: int | None = None
+    kernel_size: int = 21
+    n_convlayer: int = 1
+    expand: int = 1
+    hidden_act: str = "relu"
+    hh_keep_rate: float = 0.5
+    local_len: int = 0
+    buffer: int = 16
+    normalizer_init: float = 0.5
+    eta: float | None = None
+    accumulate_scores: bool = False
+    lazy_end: bool = False
+    paper_form: bool = False
+    artefact: str | None = None
+
+    changes_prompt: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.paper_form:
+            self.hh_keep_rate, self.eta = 0.0, 1.0
+        for key, least in (("length", 1), ("n_convlayer", 1), ("expand", 1), ("local_len", 0), ("buffer", 0)):
+            if getattr(self, key) < least:
+                raise UserError(f"LoCoCo: method.{key}={getattr(self, key)}; give a whole number, {least} or more")
+        if self.block_size is not None and self.block_size < 1:
+            raise UserError(f"LoCoCo: method.block_size={self.block_size}; give tokens per chunk, or null for as many "
+                            "as slots")  # fmt: skip
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise UserError(f"LoCoCo: method.kernel_size={self.kernel_size}; an odd width has a centre")
+        if self.hidden_act not in ACTIVATIONS:
+            raise UserError(f"LoCoCo: method.hidden_act={self.hidden_act}; it is one of {', '.join(ACTIVATIONS)}")
+        if not 0 <= self.hh_keep_rate < 1:
+            raise UserError(f"LoCoCo: method.hh_keep_rate={self.hh_keep_rate}; a share from 0 to below 1 stays raw")
+        if not 0 <= self.normalizer_init <= 1:
+            raise UserError(f"LoCoCo: method.normalizer_init={self.normalizer_init}; the gate starts between 0 and 1")
+        if self.budget == 1:
+            return
+        if self.budget > 1 and self.budget % 2:
+            raise UserError(f"LoCoCo: budget={self.budget}; slots are even, such as budget={self.budget - 1}")
+        if self.slots < 2 or self.fused < 1:
+            raise UserError(f"LoCoCo: budget={self.budget} of method.length={self.length} with method.hh_keep_rate="
+                            f"{self.hh_keep_rate} leaves no fused slot; raise the budget")  # fmt: skip
+        if self.local_len and self.local_len >= self.raw:
+            raise UserError(f"LoCoCo: method.local_len={self.local_len}; it is below the {self.raw} raw slots")
+
+    @property
+    def slots(self) -> int:
+        """Slots per head; a budget of 1 drops nothing."""
+        if self.budget == 1:
+            return sys.maxsize
+        return int(self.budget) if self.budget > 1 else slots(self.budget, self.length) // 2 * 2
+
+    @property
+    def fused(self) -> int:
+        """Slots that the convolution fills."""
+        return int(self.slots * (1 - self.hh_keep_rate))
+
+    @property
+    def raw(self) -> int:
+        """Slots that stay as they are."""
+        return self.slots - self.fused
+
+    @property
+    def limit(self) -> int:
+        """A layer that holds more slots than this compresses before the next chunk."""
+        return self.slots + self.buffer
+
+    @property
+    def chunk(self) -> int:
+        """Tokens per chunk."""
+        return self.block_size or self.slots
+
+    @property
+    def artefact_name(self) -> str:
+        """What the weights of these sizes are called."""
+        depth = f"-d{self.n_convlayer}x{self.expand}" if self.n_convlayer > 1 else ""
+        return f"m{self.slots}-c{self.chunk}-k{self.kernel_size}-r{self.hh_keep_rate:g}{depth}"
+
+    def new_compressors(self, model: PreTrainedModel) -> nn.ModuleList:
+        """One untrained compressor per layer, on the model's device, float32."""
+        config = model.config.get_text_config(decoder=True)
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        made = nn.ModuleList(Compressor(self, 2 * width) for _ in range(config.num_hidden_layers))
+        return made.to(next(model.parameters()).device)
+
+    def prepare(self, model: PreTrainedModel) -> nn.ModuleList | None:
+        """The trained compressors of this model in its dtype; None where nothing is fused."""
+        if self.budget == 1 or self.eta == 0:
+            return None
+        made = self.new_compressors(model)
+        shapes = {key: tensor.shape for key, tensor in made.state_dict().items()}
+        make = f"{TRAINER} budget={self.slots}"
+        found = artefacts.load("lococo", self.artefact_name, model, self.artefact, shapes, make)
+        if (act := found.card["hidden_act"]) != self.hidden_act:
+            raise UserError(f"LoCoCo: {artefacts.shown(found.path)} was trained with method.hidden_act={act}, "
+                            f"not {self.hidden_act}")  # fmt: skip
+        made.load_state_dict(found.tensors)
+        return made.to(next(model.parameters()).dtype).requires_grad_(False)
+
+    def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
+        made = spec.prepared
+        return [LoCoCoCache(self, made[i] if made else None, prompt_len) for i in range(spec.n_layers)]
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "slots": None if self.budget == 1 else self.slots}
+
+
+class Compressor(nn.Module):
+    """The weights of one layer, shared by its heads: convolutions over the slots, and the gate."""
+
+    def __init__(self, method: LoCoCo, width: int):
+        """width: channels of a key and a value together."""
+        super().__init__()
+        inner = [method.fused * method.expand] * (method.n_convlayer - 1)
+        sizes = [width, *inner, method.fused]
+        self.convs = nn.ModuleList(
+            nn.Conv1d(a, b, method.kernel_size, padding=method.kernel_size // 2) for a, b in pairwise(sizes)
+        )
+        for conv in self.convs:
+            nn.init.normal_(conv.weight)
+        self.eta = nn.Parameter(torch.tensor(float(method.normalizer_init)))
+        self.activation = ACTIVATIONS[method.hidden_act]
+
+    def forward(self, k: Tensor, v: Tensor) -> Tensor:
+        """Weights of each fused slot over slots k [B, H, N, D], v [B, H, N, Dv]: [B, H, fused, N], float32, sum 1."""
+        x = torch.cat((k, v), dim=-1).flatten(0, 1).transpose(1, 2)  # [B * H, D + Dv, N]
+        for conv in self.convs:
+            x = self.activation(conv(x))
+        return x.float().softmax(-1).view(*k.shape[:2], -1, k.shape[2])
+
+
+@dataclass
+class Slots:
+    """Keys [B, H, S, D], values [B, H, S, Dv], positions and attention received [B, H, S] of some slots."""
+
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    mass: Tensor
+
+    def gather(self, at: Tensor) -> Slots:
+        """The slots at [B, H, n]."""
+        k, v = (x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (self.k, self.v))
+        return Slots(k, v, self.pos.gather(2, at), self.mass.gather(2, at))
+
+
+def compress(held: Slots, method: LoCoCo, compressor: Compressor | None) -> Slots:
+    """`method.slots` slots of the S that are held: the raw ones in their order, then the fused ones in theirs."""
+    S = held.k.shape[2]
+    score = held.mass
+    if method.local_len:
+        score = score.clone()
+        score[:, :, -method.local_len :] = torch.inf
+    keep = top(score, score.new_full((1, 1), method.raw))  # [B, H, S]
+    raw = held.gather(compact(keep, method.raw)[0])
+    others = held.gather(compact(~keep, S - method.raw)[0])  # [B, H, N]
+    # where dropping would go on: the next heaviest, in their order
+    next_best, _ = compact(top(others.mass, score.new_full((1, 1), method.fused)), method.fused)  # [B, H, fused]
+    fused = others.gather(next_best)
+    if compressor is not None:
+        eta = compressor.eta.float() if method.eta is None else method.eta
+        weights = compressor(others.k, others.v) * eta  # [B, H, fused, N]
+        fused.k, fused.v = (
+            ((1 - eta) * one.float() + weights @ all_.float()).to(one.dtype)
+            for one, all_ in ((fused.k, others.k), (fused.v, others.v))
+        )
+        if method.accumulate_scores:
+            fused.mass = (1 - eta) * fused.mass + (weights.detach() @ others.mass[..., None]).squeeze(-1)
+    both = ((raw.k, fused.k), (raw.v, fused.v), (raw.pos, fused.pos), (raw.mass, fused.mass))
+    return Slots(*(torch.cat(pair, dim=2) for pair in both))
+
+
+class Memory:
+    """Rows of one layer that are compressed at the same moments."""
+
+    def __init__(self, method: LoCoCo, compressor: Compressor | None, capacity: int | None):
+        self.method, self.compressor = method, compressor
+        self.store = Store(capacity)
+        self.left = 0  # tokens that the current chunk still lacks; 0: the next one begins a chunk
+        self.prompt = 0  # tokens of the prompt
+        self.step: Step | None = None
+        self.at = self.here = self.last = 0  # tokens of the step done, in this piece, and of them in the last chunk
+        self.fresh = False  # whether the piece begins the last chunk
+
+    def take(self, step: Step) -> None:
+        """Bring in the first piece of the step; its rows hold no padding."""
+        self.step, self.at = step, 0
+        if step.q.shape[2] == 0:
+            return
+        if step.stage in (Stage.MID_PROMPT, Stage.ENDS_PROMPT):
+            self.prompt += step.q.shape[2]
+        self._next_piece(step)
+
+    def attend(self) -> Tensor:
+        """The step's output [B, Hq, T, Dv]; later pieces are brought in when those before have attended."""
+        assert self.step is not None, "a step is taken in before it attends"
+        step, T = self.step, self.step.q.shape[2]
+        if T == 0:
+            return step.q.new_zeros(*step.q.shape[:3], step.v.shape[-1])
+        out = [self._attend_piece(step)]
+        while self.at < T:
+            self._next_piece(step)
+            out.append(self._attend_piece(step))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+    def settle(self, step: Step) -> None:
+        """Only within a prompt does a chunk stay open for the next step's tokens."""
+        self.step = None
+        if step.stage is Stage.MID_PROMPT:
+            return
+        self.left = 0
+        if step.stage is Stage.ENDS_PROMPT and not self.method.lazy_end and len(self.store) > self.method.limit:
+            self._compress()
+
+    def detach(self) -> None:
+        """Let no later gradient reach what is held."""
+        self.store.buffers = {name: buffer.detach() for name, buffer in self.store.buffers.items()}
+
+    def _next_piece(self, step: Step) -> None:
+        """Compress if it is due, then append the rest of a chunk, and further chunks as long as nothing is due."""
+        method, rest = self.method, step.q.shape[2] - self.at
+        if self.left == 0:
+            if len(self.store) > method.limit:
+                self._compress()
+                self._make_room(method.buffer + 1 if step.stage is Stage.DECODE else min(method.chunk, rest))
+            elif step.stage is Stage.DECODE and len(self.store) == method.slots:
+                self._make_room(method.buffer + 1)
+            self.left, self.fresh = method.chunk, True
+        n = self.last = min(self.left, rest)
+        self.left -= n
+        while n < rest and len(self.store) + n <= method.limit:
+            self.last = min(method.chunk, rest - n)
+            n, self.left, self.fresh = n + self.last, method.chunk - self.last, True
+        self.here = n
+        new = slice(self.at, self.at + n)
+        self.store.append(step.k[:, :, new], step.v[:, :, new], step.pos[:, new])
+
+    def _attend_piece(self, step: Step) -> Tensor:
+        piece, n = step, self.here
+        if n < step.q.shape[2]:
+            new = slice(self.at, self.at + n)
+            piece = replace(step, q=step.q[:, :, new], k=step.k[:, :, new], v=step.v[:, :, new], pos=step.pos[:, new])
+        self.at += n
+        if not self._watched(step):
+            return self.store.attend(piece)
+        # the current chunk's queries, or all of them where scores add up over chunks
+        n = n if self.method.accumulate_scores else self.last
+        k, v = self.store.read()
+        out, each = attend_with_mass(
+            piece.q, k, v, piece.rules, n, q_pos=piece.pos, k_pos=self.store.pos, plan="tail"
+        )  # each [B, Hq, S]
+        received = self.store.track("mass")
+        if self.fresh and not self.method.accumulate_scores:
+            received.zero_()
+        received += each.unflatten(1, (received.shape[1], -1)).sum(2)
+        self.fresh = False
+        return out
+
+    def _watched(self, step: Step) -> bool:
+        """Whether the next compression could look at the attention of this piece's queries."""
+        if self.method.budget == 1:
+            return False
+        to_come = self.left if step.stage is Stage.MID_PROMPT else 0
+        return self.method.accumulate_scores or len(self.store) + to_come > self.method.limit
+
+    def _compress(self) -> None:
+        """Fill the store anew, without free places."""
+        old = self.store
+        made = compress(Slots(old.k, old.v, old.pos, old.track("mass")), self.method, self.compressor)
+        self.store = store = Store()
+        store.n, store.buffers, store.fills = self.method.slots, vars(made), dict(old.fills)
+
+    def _make_room(self, places: int) -> None:
+        """Free places for the tokens up to the next compression, unless there are some."""
+        store = self.store
+        if store.buffers["k"].shape[2] > len(store):
+            return
+        store.buffers = {
+            name: torch.cat((x, x.new_empty(*x.shape[:2], places, *x.shape[3:])), dim=2)
+            for name, x in store.buffers.items()
+        }
+
+
+class LoCoCoCache(LayerCache):
+    """One layer: a memory for all rows, or one for each once a row has padding."""
+
+    def __init__(self, method: LoCoCo, compressor: Compressor | None, prompt_len: int | None):
+        self.method, self.compressor = method, compressor
+        most = None if prompt_len is None else min(prompt_len, method.limit + method.chunk)
+        self.memories = [Memory(method, compressor, most)]
+        self.real: list[Tensor] = []  # per row, the columns of the step that are not padding
+
+    @property
+    def pos(self) -> Tensor:
+        """Positions of the slots that are held, [B, H, S], -1 where a row holds fewer."""
+        held = [memory.store.pos for memory in self.memories]
+        most = max(pos.shape[2] for pos in held)
+        return torch.cat([F.pad(pos, (0, most - pos.shape[2]), value=-1) for pos in held])
+
+    def take(self, step: Step) -> None:
+        if step.padded and len(self.memories) < step.q.shape[0]:
+            self.memories = [self._row(row) for row in range(step.q.shape[0])]
+        self.real = []
+        if len(self.memories) == 1 and not step.padded:
+            self.memories[0].take(step)
+            return
+        if step.padded:
+            self.real = [(pos >= 0).nonzero().flatten() for pos in step.pos]
+        for row, memory in enumerate(self.memories):
+            own = step.rows(slice(row, row + 1))
+            if self.real:
+                at = self.real[row]
+                cut = {name: getattr(own, name).index_select(2, at) for name in ("q", "k", "v")}
+                own = replace(own, **cut, pos=own.pos.index_select(1, at), padded=False)
+            memory.take(own)
+
+    def attend(self, step: Step) -> Tensor:
+        parts = [memory.attend() for memory in self.memories]
+        if not self.real:
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        out = step.q.new_zeros(*step.q.shape[:3], step.v.shape[-1])
+        for row, (part, at) in enumerate(zip(parts, self.real, strict=True)):
+            out[row : row + 1, :, at] = part
+        return out
+
+    def settle(self, step: Step) -> None:
+        for memory in self.memories:
+            memory.settle(step)
+
+    def tensors(self) -> Iterable[Tensor]:
+        for memory in self.memories:
+            yield from memory.store.tensors()
+
+    def adapters(self) -> Iterable[Tensor]:
+        return () if self.compressor is None else self.compressor.parameters()
+
+    def overhead(self) -> int:
+        """Positions, scores and free places, and the slots that wait for the next compression."""
+        method, total = self.method, 0
+        for memory in self.memories:
+            store = memory.store
+            waiting = min(len(store) - method.slots, method.buffer + method.chunk * method.lazy_end)
+            total += store.overhead() + max(0, waiting) * (store.k[:, :, :1].nbytes + store.v[:, :, :1].nbytes)
+        return total
+
+    def asked(self, full: int) -> int:
+        longest = max(memory.prompt for memory in self.memories)
+        return min(full, -(-full * min(self.method.slots, longest) // max(1, longest)))
+
+    def reorder(self, rows: Tensor) -> None:
+        if len(self.memories) == 1:
+            self.memories[0].store.reorder(rows)
+        else:
+            self.memories = [self._copy(self.memories[row], slice(None)) for row in rows.tolist()]
+
+    @property
+    def due(self) -> bool:
+        """Whether the next chunk begins with a compression."""
+        return any(memory.left == 0 and len(memory.store) > self.method.limit for memory in self.memories)
+
+    def detach(self) -> None:
+        """Let no later gradient reach what is held: training looks back over one compression."""
+        for memory in self.memories:
+            memory.detach()
+
+    def _row(self, row: int) -> Memory:
+        return self._copy(self.memories[0], slice(row, row + 1))
+
+    def _copy(self, memory: Memory, rows: slice) -> Memory:
+        made = Memory(self.method, self.compressor, memory.store.capacity)
+        made.left, made.prompt = memory.left, memory.prompt
+        made.store.n, made.store.fills = memory.store.n, dict(memory.store.fills)
+        made.store.buffers = {name: buffer[rows].clone() for name, buffer in memory.store.buffers.items()}
+        return made

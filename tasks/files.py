@@ -21,9 +21,14 @@ class Files:
     found: dict[str, tuple[Path, bytes]]
 
     @classmethod
-    def of_text(cls, where: str, name: str, text: str) -> "Files":
+    def of_text(cls, where: str, name: str, text: str, suffix: str = ".txt") -> "Files":
         """One text that is not a file here."""
-        return cls(where, {name: (Path(f"{name}.txt"), text.encode())})
+        return cls(where, {name: (Path(f"{name}{suffix}"), text.encode())})
+
+    @classmethod
+    def of_rows(cls, where: str, name: str, rows: Sequence[dict[str, Any]]) -> "Files":
+        """Rows that are not a file here."""
+        return cls.of_text(where, name, "".join(json.dumps(row) + "\n" for row in rows), ".jsonl")
 
     @property
     def digest(self) -> str:

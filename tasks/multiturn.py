@@ -1,0 +1,231 @@
+"""Several questions on one context, as when a cache is kept and used again.
+
+Paper: Li et al. 2024, SCBench: a KV cache-centric analysis of long-context methods, arXiv:2412.10319.
+Here:  two modes, as there: turns in one conversation, and requests that do not know of each other. The history holds
+       the reference answers unless it is asked to hold the model's own. Bundled are two kinds of our own documents.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from methods.core.errors import UserError
+from tasks import metrics, numerals
+from tasks.base import Example, Task, Turn
+from tasks.files import Files, check_limit, chosen, hub_rows, read_files
+
+VERSION = "1"  # goes into every record; raise it when a score could change
+MODES, HISTORIES, COMPRESS = ("turns", "requests"), ("golden", "own"), ("first_prompt_only", "every_prompt")
+HUB = "microsoft/SCBench"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the answers of a data set are limited and scored. score: of a prediction and its references."""
+
+    max_new_tokens: int
+    score: Callable[[str, Sequence[str]], float]
+
+
+def contains(answer: str, references: Sequence[str]) -> float:
+    """1 if the reference is a part of the answer, character for character."""
+    return float(any(reference.strip() in answer for reference in references))
+
+
+def contains_any_case(answer: str, references: Sequence[str]) -> float:
+    """1 if any reference is a part of the answer, upper and lower case alike."""
+    return float(any(reference.upper() in answer.upper() for reference in references))
+
+
+def share_named(answer: str, references: Sequence[str]) -> float:
+    """The share of the references that the answer contains, upper and lower case alike; two decimal places."""
+    named = [reference.lower() in answer.lower() for reference in references]
+    return round(sum(named) / len(named), 2)
+
+
+def characters(answer: str, references: Sequence[str]) -> float:
+    """F1 of the two bags of characters, the best over the references."""
+    return max((metrics.bag_f1(list(answer), list(reference)) for reference in references), default=0.0)
+
+
+def first_number(answer: str, references: Sequence[str]) -> float:
+    """1 if the first number equals the reference; of a whole-number reference its whole part is compared."""
+    found = numerals.first_number(answer)
+    return float(found is not None and any(numerals.same_number(found, reference) for reference in references))
+
+
+def passkey(answer: str, references: Sequence[str]) -> float:
+    """1 if the first run of digits is the reference."""
+    return float(numerals.first_digits(answer) in references)
+
+
+KINDS: dict[str, Kind] = {
+    "substring": Kind(24, contains),
+    "scbench_kv": Kind(150, contains),
+    "scbench_prefix_suffix": Kind(150, contains),
+    "scbench_vt": Kind(30, share_named),
+    "scbench_qa_eng": Kind(40, contains_any_case),
+    "scbench_qa_chn": Kind(40, characters),
+    "scbench_many_shot": Kind(10, contains_any_case),
+    "scbench_mf": Kind(5, first_number),
+    "passkey": Kind(15, passkey),
+}
+
+
+@dataclass
+class MultiTurn(Task):
+    """Ask several questions about every context.
+
+    data: "bundled", "hub" (SCBench), or a path: .jsonl rows with `context` and `multi_turns`, a list of `input` and
+        `answer`; a row may bring its own `head`, the `kind` of its score, and `max_new_tokens`.
+    subset: names of files, or of SCBench's sets with data=hub; None takes all.
+    mode: "turns": one conversation; "requests": every question is asked of the same stored context, apart.
+    history: what later turns find: "golden" reference answers or the model's "own".
+    compress: "first_prompt_only" leaves later turns as they are; "every_prompt" compresses again after every question.
+    shuffle: draw the order of the questions anew for every sample.
+    turns: questions per context at most.
+    limit: contexts per subset; None takes all.
+    """
+
+    data: str = "bundled"
+    subset: Sequence[str] | str | None = None
+    mode: str = "turns"
+    history: str = "golden"
+    compress: str = "first_prompt_only"
+    shuffle: int | None = None
+    turns: int = 5
+    limit: int | None = None
+    revision: str = "main"
+
+    def __post_init__(self) -> None:
+        check_limit("multiturn", self.limit)
+        for key, allowed in (("mode", MODES), ("history", HISTORIES), ("compress", COMPRESS)):
+            if getattr(self, key) not in allowed:
+                raise UserError(f"multiturn: task.{key}={getattr(self, key)}; give one of {', '.join(allowed)}")
+        if type(self.turns) is not int or self.turns < 1:
+            raise UserError(f"multiturn: task.turns={self.turns}; give a whole number of questions, 1 or more")
+        self.data = str(self.data)
+
+    @property
+    def name(self) -> str:
+        base = "multiturn-mini" if self.data == "bundled" else "scbench" if self.data == "hub" else "multiturn"
+        return base if self.mode == "turns" else f"{base}-requests"
+
+    def source(self) -> str:
+        questions = sum(1 + len(example.turns) for example in self._examples)
+        how = f"history={self.history}, compress={self.compress}" if self.mode == "turns" else "apart from each other"
+        return (
+            f"{self.name} ({self._files.where}), {len(self._examples)} contexts, {questions} questions, {how}, "
+            f"sha256 {self._files.digest[:12]}"
+        )
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        settings = {"task": self.name, "data_sha256": self._files.digest, "scores": VERSION, "turns": self.turns}
+        if self.mode == "turns":
+            settings |= {"history": self.history, "compress": self.compress}
+        return settings | {"shuffle": self.shuffle}
+
+    def examples(self) -> list[Example]:
+        return self._examples
+
+    def score(self, example: Example, prediction: str) -> float:
+        return KINDS[example.tags["score"]].score(prediction, example.answers)
+
+    def remarks(self, rows: Sequence[tuple[Example, Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
+        """What the last turn has lost against the first, beside the full cache's loss; and bytes after every turn."""
+        lines = []
+        if self.mode == "turns":
+            for name in dict.fromkeys(example.tags["subset"] for example, _, _ in rows):
+                own = [(ours, full) for example, ours, full in rows if example.tags["subset"] == name]
+                ours, full = (100 * change([pair[i]["turns"] for pair in own]) for i in (0, 1))
+                lines.append(
+                    f"{name}, first turn to last: {ours:+.2f}, full {full:+.2f}, difference {ours - full:+.2f}"
+                )
+        shares = shares_held([row["turns"] for _, row, _ in rows])
+        lines.append("KV bytes after every question, of a full cache's: " + ", ".join(f"{s:.1%}" for s in shares))
+        return lines
+
+    @cached_property
+    def _files(self) -> Files:
+        if self.data != "hub":
+            return read_files("multiturn", self.data)
+        names = chosen("multiturn", "subset", self.subset, [name for name in KINDS if name.startswith("scbench")])
+        found, where = {}, ""
+        for name in names:
+            rows, where = hub_rows("multiturn", HUB, name, "test", self.revision)
+            found |= Files.of_rows(where, name, rows).found
+        return Files(where, found)
+
+    @cached_property
+    def _examples(self) -> list[Example]:
+        found = []
+        for name in chosen("multiturn", "subset", self.subset, list(self._files.found)):
+            rows = self._files.rows(name)[: self.limit]
+            found += [self._example(f"{name}/{i}", name, row) for i, row in enumerate(rows)]
+        return found
+
+    def _example(self, id: str, name: str, row: dict[str, Any]) -> Example:
+        kind = str(row.get("kind") or (name if name in KINDS else "substring"))
+        category = name if self.mode == "requests" else f"{name}, mean over turns"
+        tags = {"subset": name, "category": category, "score": kind}
+        error = problem(row, kind)
+        if error:
+            return Example(id, "", "", [], 1, tags, error=error)
+        limit = int(row.get("max_new_tokens") or KINDS[kind].max_new_tokens)
+        turns = [Turn(str(turn["input"]), references(turn["answer"]), limit) for turn in row["multi_turns"]]
+        if self.shuffle is not None:
+            random.Random(f"{self.shuffle}/{id}").shuffle(turns)
+        first, *later = turns[: self.turns]
+        head = f"{row['head']}\n\n" if row.get("head") else ""
+        gap = "\n\n"
+        apart = self.mode == "requests"
+        if apart:
+            # every question, also the first, follows the stored context in the same way
+            later = [Turn(gap + turn.question, turn.answers, limit) for turn in later]
+        return Example(
+            id,
+            context=head + row["context"],
+            question=gap + first.question,
+            answers=first.answers,
+            max_new_tokens=limit,
+            tags=tags,
+            turns=tuple(later),
+            history="none" if apart else self.history,  # type: ignore[arg-type]
+            recompress=self.compress == "every_prompt" and not apart,
+        )
+
+
+def references(answer: Any) -> list[str]:
+    """A row's answer, one or several, as strings."""
+    return [str(one) for one in answer] if isinstance(answer, list) else [str(answer)]
+
+
+def problem(row: Mapping[str, Any], kind: str) -> str | None:
+    """Why a row cannot be run or scored, naming its field; None if it can."""
+    turns = row.get("multi_turns")
+    if kind not in KINDS:
+        return f"`kind` is {kind}; there are {', '.join(KINDS)}"
+    if not isinstance(row.get("context"), str) or not row["context"].strip():
+        return "`context` is empty or missing"
+    if not isinstance(turns, list) or not turns:
+        return "`multi_turns` is empty or missing; it is a list of `input` and `answer`"
+    if not all(isinstance(turn, dict) and turn.get("input") and turn.get("answer") for turn in turns):
+        return "`multi_turns` has a question without `input` or `answer`"
+    return None
+
+
+def change(dialogues: Sequence[Sequence[Mapping[str, Any]]]) -> float:
+    """Mean score of the last turns less that of the first ones."""
+    return sum(turns[-1]["score"] - turns[0]["score"] for turns in dialogues) / len(dialogues)
+
+
+def shares_held(dialogues: Sequence[Sequence[Mapping[str, Any]]]) -> list[float]:
+    """After each turn, what was held over what a full cache would hold; dialogues that have ended are left out."""
+    found = []
+    for i in range(max(map(len, dialogues))):
+        own = [turns[i] for turns in dialogues if i < len(turns)]
+        found.append(sum(turn["held"] for turn in own) / sum(turn["full"] for turn in own))
+    return found

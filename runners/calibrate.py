@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,14 +37,15 @@ class Calibrate:
     """The runner behind `python run.py runner=calibrate method=NAME`.
 
     documents, tokens: rows, and tokens per row.  data: null for generated documents and prose, or a file of text.
-    out: folder of the artefact, null for the one where the method looks.  options: what the method's `calibrate` takes.
+    out: folder of the artefact, null for the one where the method looks.  options: what else the method's `calibrate`
+    takes, by name.
     """
 
     documents: int = 20
     tokens: int = 2048
     data: str | None = None
     out: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for key, least in (("documents", 1), ("tokens", 2)):
@@ -107,7 +108,7 @@ class Calibrate:
     def _options(self, method: Method) -> dict[str, Any]:
         """The options, checked by name against what the method's `calibrate` takes."""
         takes = set(inspect.signature(method.calibrate).parameters) - {"model", "rows", "seed", "options"}
-        options = _plain(self.options)
+        options = _plain(self.options) or {}
         for key in options:
             if key not in takes:
                 names = ", ".join(sorted(takes)) or "none"

@@ -108,7 +108,7 @@ def _cell(name: str, folder: Path) -> dict[str, Any]:
         "dtype": identity["dtype"],
         "weights": identity["model"].get("weights", ""),
         "config": json.dumps({k: v for k, v in method["config"].items() if k != "seed"}, sort_keys=True),
-        "metric": {**METRIC, **notes.get("metric", {})},
+        "metric": {**METRIC, **identity["task"].get("metric", {})},
         "conditions": [run["conditions"] for run in runs],
         "commit": notes.get("commit") or "",
         "command": notes.get("command", ""),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from methods import build_method, load_method
@@ -35,12 +36,16 @@ Loads = Callable[[Checkpoint, torch.dtype, torch.device], "PreTrainedModel"]
 
 @dataclass
 class Cell:
-    """A method and its record."""
+    """A method and its record.
+
+    notes: for the record's reader, never compared: commit, command, the method's family, whether it only simulates.
+    """
 
     name: str
     method: Method
     record: Record
     conditions: dict[str, Any]
+    notes: dict[str, Any]
 
 
 class Run:
@@ -65,16 +70,16 @@ class Run:
         self.device = pick_device(str(cfg.device))
         self.dtype = pick_dtype(str(cfg.dtype), self.checkpoint, self.device)
         self.threads = pick_threads(cfg.threads)
-        self.full = self._cell("full", load_method("full"), {})
-        self.cell = self.cell_of(method, cfg)
+        words = list((cfg.hydra if "hydra" in cfg else HydraConfig.get()).overrides.task)
+        self.full = self._cell("full", load_method("full"), {}, words)
+        self.cell = self.cell_of(method, plain(cfg.method), words)
 
-    def cell_of(self, name: str, cfg: DictConfig) -> Cell:
-        """The cell of another method or budget on the same samples. Raises UserError if it cannot work."""
-        if name == "full":
-            cell = self.full
-        else:
-            knobs = _plain(cfg.method)
-            cell = self._cell(name, build_method(name, knobs), knobs)
+    def cell_of(self, name: str, knobs: dict[str, Any], words: Sequence[str]) -> Cell:
+        """The cell of another method or budget on the same samples. Raises UserError if it cannot work.
+
+        knobs: the method's configuration, resolved.  words: the overrides that name the cell, as typed.
+        """
+        cell = self.full if name == "full" else self._cell(name, build_method(name, knobs), knobs, words)
         answer.check(self.examples, self.cfg.protocol, [cell.method])
         return cell
 
@@ -98,7 +103,7 @@ class Run:
             max_length=self.checkpoint.max_length(model.max_length),
             window=self.checkpoint.window,
             chat=bool(model.chat),
-            chat_options=_plain(model.chat_options),
+            chat_options=plain(model.chat_options),
         )
 
     @cached_property
@@ -162,7 +167,7 @@ class Run:
                 show.note(f"{cell.name}: {len(done)} of {len(self.examples)} samples are on disk")
             before = self.rows(cell)
             good = [example for example in todo if not example.error]
-            with cell.record.begin(cell.conditions, {"commit": commit()}) as writer:
+            with cell.record.begin(cell.conditions, cell.notes) as writer:
                 for example in todo:
                     # unless the record already ends with the same failure
                     if example.error and before.get(example.id, {}).get("error") != example.error:
@@ -185,7 +190,7 @@ class Run:
         except Exception as error:  # the samples will tell whether it concerns them
             show.note(f"{method.name}: the warm-up failed: {type(error).__name__}: {error}")
 
-    def _cell(self, name: str, method: Method, knobs: Mapping[str, Any]) -> Cell:
+    def _cell(self, name: str, method: Method, knobs: Mapping[str, Any], words: Sequence[str]) -> Cell:
         identity = {
             "model": {"name": _name(self.checkpoint), "weights": self.checkpoint.weights, **self._prompting()},
             "method": {"name": name, "config": method.config()},
@@ -201,7 +206,13 @@ class Run:
             # they change speeds and, through padding, bytes: what is compared was run the same way
             "passes": {"batch_size": self.cfg.batch_size, "chunk": self.cfg.chunk},
         }
-        return Cell(name, method, Record(self.results, identity), self._conditions(method, knobs))
+        notes = {
+            "commit": commit(),
+            "family": method.family,
+            "simulated": method.simulated,
+            "command": _command(name, words),
+        }
+        return Cell(name, method, Record(self.results, identity), self._conditions(method, knobs), notes)
 
     def _prompting(self) -> dict[str, Any]:
         """The settings of the model that decide what its prompts look like."""
@@ -209,7 +220,7 @@ class Run:
         return {
             "max_length": self.checkpoint.max_length(model.max_length),
             "chat": bool(model.chat),
-            "chat_options": _plain(model.chat_options),
+            "chat_options": plain(model.chat_options),
         }
 
     def _conditions(self, method: Method, knobs: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,6 +236,14 @@ class Run:
         }
 
 
+def _command(name: str, words: Sequence[str]) -> str:
+    """What computes the samples of one cell again, whether it was asked for alone, in a sweep, or as a reference."""
+    left_out = ["method", "results", "resume", "hydra", "plan", "experiment", "cells", *(["budget"] * (name == "full"))]
+    kept = [word for word in words if word.lstrip("+~").split("=")[0].split(".")[0].split("/")[0] not in left_out]
+    knobs = [word for word in words if name != "full" and word.lstrip("+").startswith("method.")]
+    return " ".join(["python run.py", f"method={name}", *knobs, *kept])
+
+
 def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
     for at in range(0, len(examples), size):
         yield examples[at : at + size]
@@ -238,7 +257,7 @@ def _targets(node: Any) -> list[str]:
     return own + [target for value in node.values() for target in _targets(value)]
 
 
-def _plain(node: Any) -> Any:
+def plain(node: Any) -> Any:
     """A configuration node as plain containers."""
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 

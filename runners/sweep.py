@@ -24,13 +24,12 @@ from methods.core.contract import Method
 from methods.core.errors import BudgetMiss, UserError
 from runners import show
 from runners.answer import failed
-from runners.cells import Cell, Run
+from runners.cells import Cell, Run, plain
 from runners.check import check
 from runners.claims import Claims
-from runners.jobs import unpack
+from runners.jobs import NUMBERS, numbers_apart, unpack
 from runners.load import Checkpoint, load_model
 from runners.memory import Size, device_bytes
-from runners.revision import commit
 from runners.shared_record import SharedRecord
 from runners.together import answer_together, can_share
 from tasks.base import Example
@@ -73,7 +72,7 @@ class Sweep:
             return
         task = instantiate(cfg.task)
         show.say(task.source())
-        self._begin(Run(found[0][1], task, results, "full", load=loaded))
+        self._begin(Run(found[0][-1], task, results, "full", load=loaded))
         self.members = self._members(found)
 
     @classmethod
@@ -92,33 +91,43 @@ class Sweep:
         # the largest group that is tried; halved when memory runs out
         self.most = self.cfg.group.max_cells or sys.maxsize
 
-    def _composed(self) -> Iterator[tuple[list[str], DictConfig]]:
-        """Each cell's own words and its configuration; one that cannot work is said and left out."""
+    def _composed(self) -> Iterator[tuple[list[str], str, dict[str, Any], DictConfig]]:
+        """Each cell's own words, its method's name and knobs, and a configuration that it shares with others.
+
+        One that cannot work is said and left out.
+        """
+        settings: dict[tuple[str, ...], DictConfig] = {}
         begun = GlobalHydra.instance().is_initialized()  # not in every launcher's worker
         with contextlib.nullcontext() if begun else initialize_config_dir(str(CONF), version_base="1.3"):
             for cell in self.cfg.cells:
                 words = unpack(str(cell))
+                setting, numbers = numbers_apart(words)
                 try:
-                    cfg = compose("config", overrides=[*self.shared, *words], return_hydra_config=True)
+                    if setting not in settings:
+                        overrides = [*self.shared, *setting]
+                        settings[setting] = compose("config", overrides=overrides, return_hydra_config=True)
+                    cfg = settings[setting]
+                    for key in NUMBERS:
+                        cfg[key] = numbers.get(key, self.cfg[key])
                     check(cfg)
+                    knobs = plain(cfg.method)
                 except (UserError, HydraException, OmegaConfBaseException) as error:
                     self._refuse(words, error)
                     continue
-                yield words, cfg
+                yield words, cfg.hydra.runtime.choices["method"], knobs, cfg
 
     def _refuse(self, words: Sequence[str], error: Exception) -> None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         show.note(f"error: {' '.join(words)}: {'; '.join(lines)}")
         self.code = 2
 
-    def _members(self, found: Sequence[tuple[list[str], DictConfig]]) -> list[Member]:
+    def _members(self, found: Sequence[tuple[list[str], str, dict[str, Any], DictConfig]]) -> list[Member]:
         """One member per record, the full cache first: the others are compared with it."""
         full = Member(self.run.full, ["method=full"], self._record(self.run.full))
         members = {full.cell.record.folder: full}
-        for words, cfg in found:
-            name = cfg.hydra.runtime.choices["method"]
+        for words, name, knobs, _ in found:
             try:
-                cell = self.run.full if name == "full" else self.run.cell_of(name, cfg)
+                cell = self.run.cell_of(name, knobs, [*self.shared, *words])
             except (UserError, HydraException, OmegaConfBaseException) as error:
                 self._refuse(words, error)
                 continue
@@ -126,7 +135,7 @@ class Sweep:
         return list(members.values())
 
     def _record(self, cell: Cell) -> SharedRecord:
-        return SharedRecord(cell.record, cell.conditions, {"commit": commit()}, force=self.cfg.resume == "force")
+        return SharedRecord(cell.record, cell.conditions, cell.notes, force=self.cfg.resume == "force")
 
     @property
     def sharing(self) -> list[Member]:

@@ -14,7 +14,7 @@ class Book:
 
     def cell(
         self, method="full", scores=(1.0,), budget=1.0, *, task="quiz-mini", share=None, seed=0, subsets=None,
-        protocol="aware", config=None, notes=None, conditions=1, model="tiny", predictions=None,
+        protocol="aware", config=None, notes=None, metric=None, conditions=1, model="tiny", predictions=None,
     ) -> Path:  # fmt: skip
         """One cell whose samples have these scores; None is a failed sample. Subsets default to one."""
         folder = self.root / model / task / f"{method}-b{budget:g}-{protocol}-{seed}-{abs(hash(str(config))) % 10000}"
@@ -23,7 +23,7 @@ class Book:
             "model": {"name": model, "weights": "sha256:0"},
             "method": {"name": method, "config": {"budget": budget, "seed": seed, **(config or {})}},
             "budget": budget,
-            "task": {"name": task, "fingerprint": {}},
+            "task": {"name": task, "fingerprint": {}, **({"metric": metric} if metric else {})},
             "protocol": protocol,
             "seed": seed,
             "dtype": "float32",

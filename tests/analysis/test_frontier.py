@@ -49,9 +49,9 @@ def test_seeds_are_pooled_and_settings_are_curves_of_their_own(book):
 
 
 def test_where_lower_is_better_a_higher_value_is_a_loss(book):
-    metric = {"metric": {"name": "nll", "unit": "nats", "better": "lower", "scale": 1, "digits": 3}}
-    book.cell(scores=[2.0, 2.0], notes=metric)
-    book.cell("nacl", [2.5, 2.5], 0.5, notes=metric)
+    metric = {"name": "nll", "unit": "nats", "better": "lower", "scale": 1, "digits": 3}
+    book.cell(scores=[2.0, 2.0], metric=metric)
+    book.cell("nacl", [2.5, 2.5], 0.5, metric=metric)
     p = points(load(book.root)).set_index("label").loc["nacl"]
     assert p["score"] == 2.5 and p["difference"] == pytest.approx(-0.5) and not p["tie"]
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,11 +131,8 @@ def load(
     another model or holds something else.
     """
     command = command_for(method, model, make)
-    if path:
-        files = [Path(path).expanduser(), ROOT / path]
-    else:
-        files = [folder / f"{name}.safetensors" for folder in folders(method, model)]
-    file = next((one for one in files if one.is_file()), None)
+    files = [Path(path)] if path else [folder / f"{name}.safetensors" for folder in folders(method, model)]
+    file = next(filter(None, map(find, files)), None)
     if file is None:
         raise UserError(
             f"{method}: no {name} for the model {model_id(model)} at {shown(files[0])}; make it with {command}"
@@ -158,6 +155,28 @@ def load(
 def folders(method: str, model: PreTrainedModel) -> list[Path]:
     """Where the method's artefacts for this model are looked for, and made in the first of them."""
     return [place / method / model_id(model) for place in PLACES]
+
+
+def state(methods: Iterable[str], model_path: str, given: Iterable[object] = ()) -> str | None:
+    """A hash, for records, of what lies in the methods' folders for the model at `model_path`; None if nothing does.
+
+    given: knobs; those that name a file count with what it holds.
+    """
+    model = _named_by(model_path)[0]
+    folders_ = [place / method / model for method in methods for place in PLACES if model]
+    named = [found for one in given if isinstance(one, str) and one and (found := find(one))]
+    files = [file for folder in folders_ for file in sorted(folder.rglob("*")) if file.is_file()] + named
+    if not files:
+        return None
+    total = hashlib.sha256()
+    for file in files:
+        total.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()[:16]
+
+
+def find(path: str | Path) -> Path | None:
+    """The file of this name, looked for here, then beside run.py."""
+    return next((file for file in (Path(path).expanduser(), ROOT / path) if file.is_file()), None)
 
 
 def command_for(method: str, model: PreTrainedModel, make: str) -> str:
@@ -247,12 +266,17 @@ def _named(model: PreTrainedModel, keys: Sequence[str]) -> dict[str, Any]:
 
 def _source(model: PreTrainedModel) -> tuple[str, str | None]:
     """Name and commit of where the model was loaded from; an empty name when it was not."""
-    path = str(model.config.name_or_path or "")
+    name, commit = _named_by(str(model.config.name_or_path or ""))
+    return name, commit or getattr(model.config, "_commit_hash", None)
+
+
+def _named_by(path: str) -> tuple[str, str | None]:
+    """Name and commit of the checkpoint at a path, or of the hub's repository of that name."""
     if snapshot := re.search(r"models--(.+?)[/\\]snapshots[/\\](\w+)", path):
         return snapshot[1], snapshot[2]
-    if not path or (Path(path).exists() or (ROOT / path).exists()):
-        return Path(path).resolve().name if path else "", None
-    return path.strip("/").replace("/", "--"), getattr(model.config, "_commit_hash", None)
+    if path and (Path(path).exists() or (ROOT / path).exists()):
+        return Path(path).resolve().name, None
+    return path.strip("/").replace("/", "--"), None
 
 
 def _model_argument(model: PreTrainedModel) -> str:

@@ -131,3 +131,18 @@ def test_broken_files_and_cards_of_other_files_are_refused():
 
 def test_a_model_that_was_never_saved_is_named_by_its_weights():
     assert artefacts.model_id(model()) == artefacts.model_id(model()) != artefacts.model_id(model(seed=1))
+
+
+def test_a_record_can_tell_one_state_of_the_artefacts_from_another(tmp_path, assets):
+    model().save_pretrained(tmp_path / "little")
+    here = AutoModelForCausalLM.from_pretrained(tmp_path / "little")
+    at = str(tmp_path / "little")
+    assert artefacts.state(["filt"], at, ["auto", 3, None]) is None
+    path = saved(here)
+    first = artefacts.state(["filt"], at)
+    assert first is not None and first == artefacts.state(["other", "filt"], at, ["auto"])
+    saved(here, seed=8)
+    assert artefacts.state(["filt"], at) not in (None, first)
+    assert artefacts.state(["other"], at) is None
+    # a file that a knob names counts wherever it lies
+    assert artefacts.state(["other"], at, [str(path)]) is not None

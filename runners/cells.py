@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from methods import build_method, load_method
+from methods.core import artefacts
 from methods.core.contract import Method
 from methods.core.errors import UserError
 from runners import answer, show
@@ -227,12 +228,15 @@ class Run:
         """What may change a number without being part of what was asked."""
         modules = [type(method).__module__, *_targets(knobs), type(self.task).__module__]
         own = [f"runners.{name}" for name in ("answer", "generate", "prompt", "bind", "meter", "together")]
+        papers = [name.split(".")[1] for name in modules if name.startswith("methods.")]
+        learned = artefacts.state(papers, str(self.checkpoint.folder), knobs.values())
         return {
             **{name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
             "python": platform.python_version().rpartition(".")[0],
             "dtype": self.dtype_name,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "code": code_revision([*modules, *own]),
+            **({"artefacts": learned} if learned else {}),
         }
 
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from methods.core.errors import UserError
+from tasks import remarks
 from tasks.base import Example, Forced, Metric, Row, Task
 from tasks.files import Files, check_limit, chosen, hub_rows, read_files
 from tasks.tokens import Tokens
@@ -148,12 +149,8 @@ class Perplexity(Task):
             a, b = (math.exp(mean_loss([pair[i] for pair in own])) for i in (0, 1))
             counted = sum(ours["counted"] for ours, _ in own)
             lines.append(f"perplexity of {name}: {a:.3f}, full {b:.3f}, ratio {a / b:.4f}; {counted:,} tokens counted")
-        held = [(ours["ledger"]["mean_decode"] / ours["batch"], full["ledger"]["mean_decode"] / full["batch"])
-                for _, ours, full in rows if full["ledger"]["mean_decode"]]  # fmt: skip
-        if held:
-            share = sum(a for a, _ in held) / sum(b for _, b in held)
-            lines.append(f"KV bytes while the text was fed, mean over steps: {share:.1%} of the full cache's")
-        return lines
+        held = remarks.held(rows)
+        return [*lines, held] if held else lines
 
     def _check_felt(self, rows: Sequence[tuple[Example, Mapping[str, Any], Mapping[str, Any]]]) -> None:
         if any(ours is full or ours["curve"] != full["curve"] for _, ours, full in rows):

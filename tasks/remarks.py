@@ -1,0 +1,39 @@
+"""Lines below a table that tell a broken cache from a worse one: lengths, limits reached, samples that flipped."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tasks.base import Example
+
+Rows = Sequence[tuple[Example, Mapping[str, Any], Mapping[str, Any]]]
+
+
+def sides(rows: Rows) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """The method's records, and the full cache's."""
+    return [ours for _, ours, _ in rows], [full for _, _, full in rows]
+
+
+def lengths(rows: Rows) -> str:
+    """New tokens and the share of answers that ended at their limit, beside the full cache's."""
+    found = []
+    for own in sides(rows):
+        mean = sum(one["tokens_out"] for one in own) / len(own)
+        found.append((mean, sum(one["stop"] == "length" for one in own) / len(own)))
+    (ours, cut), (full, full_cut) = found
+    return f"new tokens per answer: {ours:.1f}, full {full:.1f}; ended at their limit: {cut:.1%}, full {full_cut:.1%}"
+
+
+def held(rows: Rows) -> str | None:
+    """Bytes held after the prompt, mean over steps, of the full cache's; None if nothing was decoded."""
+    ours, full = (sum(row["ledger"]["mean_decode"] / row["batch"] for row in own) for own in sides(rows))
+    if not full:
+        return None
+    share = ours / full
+    return f"KV bytes after the prompt, mean over steps: {share:.1%} of the full cache's"
+
+
+def flips(rows: Rows, right: Callable[[Mapping[str, Any]], bool], what: str) -> str:
+    """How many samples the full cache answers right and the method wrong, and the other way round."""
+    lost = sum(right(full) and not right(ours) for _, ours, full in rows)
+    won = sum(right(ours) and not right(full) for _, ours, full in rows)
+    return f"{what}: {lost} right to wrong, {won} wrong to right, of {len(rows)}"

@@ -2,10 +2,11 @@
 
 `python -m analysis.tables RESULTS --name NAME --command COMMAND` makes such a file from the records below RESULTS: the
 points of all whole tasks, the commits and conditions behind them, and the command. In the README a table stands between
-`<!-- table: NAME -->` and `<!-- end -->`.
+`<!-- table: NAME -->` and `<!-- end -->`; the one called methods is made from conf/method and the docstrings there.
 """
 
 import argparse
+import ast
 import json
 import re
 import sys
@@ -91,6 +92,36 @@ def fill(text: str, folder: Path) -> str:
         return f"{match[1]}\n{grid(book)}\n{said}\n{match[3]}"
 
     return BLOCK.sub(table, text)
+
+
+def methods(home: Path) -> str:
+    """Every method that can be named, what it does and its paper: from its YAML and its module's docstring."""
+    lines = []
+    for path in sorted((home / "conf" / "method").glob("*.yaml")):
+        target = _target(path)
+        module = home / Path(*target.split(".")[:-1]).with_suffix(".py")
+        said = ast.get_docstring(ast.parse(module.read_text())) or ""
+        what = said.split("\n\n")[0].replace("\n", " ").partition(": ")
+        paper = re.search(r"^Paper: +(.*?)(?=\n\S|\Z)", said, re.M | re.S)
+        source = re.sub(r"\s+", " ", paper[1]).rstrip(".") if paper else ""
+        does = what[2] or what[0]
+        if based := re.search(
+            r"^defaults: *\[(\S+),.*?^store: *\{_target_: *methods\.(\w+)", path.read_text(), re.M | re.S
+        ):
+            does = f"`{based[1]}`, its slots stored as in `{based[2]}`"
+        lines.append({"method": f"`{path.stem}`", "what it does": does, "paper": source})
+    return markdown(pd.DataFrame(lines))
+
+
+def _target(path: Path) -> str:
+    """The class that a YAML names, or the one of the YAML that it starts from."""
+    text = path.read_text()
+    if own := re.search(r"^_target_: *(\S+)", text, re.M):
+        store = re.search(r"^store: *\{_target_: *([^\s,]+)", text, re.M)
+        return store[1] if store and own[1].startswith("methods.core.") else own[1]
+    base = re.search(r"^defaults: *\[(\S+),", text, re.M)
+    assert base, f"{path} names no class"
+    return _target(path.with_name(f"{base[1]}.yaml"))
 
 
 def _counts(rows: list[dict[str, Any]]) -> str:

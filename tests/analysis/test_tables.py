@@ -1,6 +1,7 @@
 """Committed tables, and the README made from them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,10 @@ def test_the_command_needs_something_to_do(capsys):
     with pytest.raises(SystemExit):
         tables.main([])
     assert "--readme" in capsys.readouterr().err
+
+
+def test_every_method_is_in_the_list_with_its_paper():
+    text = tables.methods(README.parent)
+    for path in (README.parent / "conf" / "method").glob("*.yaml"):
+        assert f"| `{path.stem}` |" in text
+    assert re.search(r"`snapkv` \| keep the prompt slots .* \| Li et al\. 2024, arXiv:2404\.14469", text)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,28 +33,26 @@ class Grid(Task):
         return names
 
     def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
-        """Subsets, categories of several subsets, lengths, depths, the average: the last three are means of subsets."""
+        """Subsets, categories of several, lengths, depths, the average; all but the first are means of subsets."""
         subsets = self._subsets(rows)
         table = [row for _, row in subsets]
         counted = [(tags, row) for tags, row in subsets if not tags.get("control")]
-        categories = {tags["category"] for tags, _ in counted}
-        if 1 < len(categories) < len(counted):
-            table += mean_by_category(counted)
-        places: dict[tuple[str, float], list[tuple[Example, float]]] = {}
+        members = Counter(tags["category"] for tags, _ in counted)
+        table += mean_by_category([(tags, row) for tags, row in counted if members[tags["category"]] > 1])
+        places: dict[tuple[int, float, str], list[tuple[Example, float]]] = {}
         for example, score in rows:
             if not example.tags.get("control"):
-                for name, value in axes(example.tags):
-                    places.setdefault((name, value), []).append((example, score))
-        axis_names = [name.split()[0] for name, _ in places]
-        for name, value in sorted(places, key=lambda place: (place[0].split()[0] != "length", place[1])):
-            if axis_names.count(name.split()[0]) > 1:
-                members = [row for _, row in self._subsets(places[name, value])]
-                table.append(self._place_row(mean_row(name, "category", members, "subsets")))
+                for axis, (name, value) in enumerate(axes(example.tags)):
+                    places.setdefault((axis, value, name), []).append((example, score))
+        for place in sorted(places):
+            own = [row for _, row in self._subsets(places[place])]
+            table.append(self._place_row(mean_row(place[2], "category", own, "subsets")))
         if len(counted) > 1:
-            table.append(self._place_row(mean_row("average", "average", [row for _, row in counted], "subsets")))
+            table.append(mean_row("average", "average", [row for _, row in counted], "subsets"))
         return table
 
     def _place_row(self, row: Row) -> Row:
+        """The row of a length or a depth, with what is to be said about it."""
         return row
 
 
@@ -158,7 +157,8 @@ def limited(examples: Iterable[Example], limit: int | None) -> list[Example]:
     found = []
     for own in members.values():
         n = len(own) if limit is None else min(limit, len(own))
-        found += [own[i * len(own) // n] for i in range(n)]
+        # one step aside each time: equal steps would meet the same depth again and again
+        found += [own[i * len(own) // n + i % (len(own) // n)] for i in range(n)]
     return found
 
 

@@ -113,8 +113,9 @@ def hide(
             raise UserError("needle: the haystack has no full stop, so that every needle would be at depth 0")
         places.append(at)
         moved = max(moved, wanted - at)
-    for at, needle in sorted(zip(places, between), key=lambda pair: pair[0], reverse=True):
-        text[at:at] = needle
+    # from the end on, so that places stay true and needles of one place keep their order
+    for at, i in sorted(((at, i) for i, at in enumerate(places)), reverse=True):
+        text[at:at] = between[i]
     return Hidden(tokens.decode(text), moved)
 
 

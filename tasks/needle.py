@@ -10,10 +10,11 @@ Here:   no judge: an answer is matched with the needle's phrases. The prompt aro
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from methods.core.errors import UserError
@@ -42,6 +43,8 @@ SEVERAL = {"multi_key": (False, False), "multi_value": (True, True), "multi_quer
 RELAXED = "passkey_relaxed"
 KINDS = (*PLAIN, *SEVERAL, *infinite.VARIANTS, RELAXED)
 NEW_TOKENS = {**dict.fromkeys(PLAIN, 50), **dict.fromkeys(SEVERAL, 128), RELAXED: 32}
+KEPT = 0.99  # of the full cache's score
+FAILED = 0.5  # a cell in which the full cache scores less says nothing about compression
 METRICS = {"contains": PHRASES, "rouge1": [NEEDLE], "rouge_pkg": [NEEDLE]}
 
 
@@ -113,6 +116,24 @@ class Needle(Grid):
         if example.tags["subset"] in PLAIN and not self._written:
             prediction = first_line(prediction)  # what follows would only lower ROUGE's precision
         return super().score(example, prediction)
+
+    def remarks(self, rows: Sequence[tuple[Example, Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
+        """The cells of the grid: the worst, how many keep the full cache's score, where the full cache itself fails."""
+        cells: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+        for example, ours, full in rows:
+            if not example.tags.get("control"):
+                place = example.tags["subset"], example.tags["length"], example.tags["depth"]
+                cells.setdefault(place, []).append((ours["score"], full["score"]))
+        if not cells:
+            return []
+        means = {place: (fmean(a for a, _ in own), fmean(b for _, b in own)) for place, own in cells.items()}
+        (kind, length, depth), (score, _) = min(means.items(), key=lambda item: item[1][0])
+        kept = sum(score >= KEPT * full for score, full in means.values())
+        failed = sum(full < FAILED for _, full in means.values())
+        return [
+            f"{len(means)} cells: {kept} keep {KEPT:.0%} of the full cache's score; worst {100 * score:.1f} "
+            f"({kind}, {length} tokens, depth {depth:g} %); the full cache itself fails in {failed}"
+        ]
 
     @property
     def _official(self) -> bool:

@@ -54,8 +54,8 @@ def test_moves_back_are_reported():
 
 def test_several_needles_keep_their_own_depths():
     tokens = Letters.tokens()
-    made = hide(tokens, tokens.encode(TEXT), 60, [("Y.", 60), ("X.", 40), ("Z.", 100)], 4).text
-    assert made == "aa. bbb.\nX.\n cccc.\nY.\n dddddd. e\nZ.\n"
+    made = hide(tokens, tokens.encode(TEXT), 60, [("Y.", 60), ("X.", 40), ("Z.", 100), ("W.", 40)], 4).text
+    assert made == "aa. bbb.\nX.\n\nW.\n cccc.\nY.\n dddddd. e\nZ.\n"
 
 
 def test_a_text_without_full_stops_is_refused():

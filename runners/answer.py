@@ -12,6 +12,7 @@ import torch
 
 from methods.core.contract import Method
 from methods.core.errors import BudgetMiss, UserError
+from runners.beams import search
 from runners.dialogue import Dialogue, dialogue
 from runners.forced import force
 from runners.generate import Timings, generate, start
@@ -50,6 +51,8 @@ def check(examples: Sequence[Example], protocol: str, methods: Sequence[Method])
             f"protocol={protocol}: questions that are asked apart share a context that was compressed before any of "
             "them was known; give protocol=agnostic"
         )
+    if protocol != "aware" and any(example.beams > 1 for example in examples):
+        raise UserError(f"protocol={protocol}: a beam search reads its whole prompt at once; give protocol=aware")
     one_pass = any(example.forced and example.forced.through == "one_pass" for example in examples)
     for method in methods:
         if one_pass and method.name != "full":
@@ -78,7 +81,7 @@ def _together(example: Example) -> tuple[Any, ...]:
     if example.kind == "turns":
         # a row that goes on from its own answers must end exactly where they do
         return (by_turns, example.history, len(example.turns), example.history == "own" and example.id)
-    return (by_generation,)
+    return (by_beams, example.id) if example.beams > 1 else (by_generation,)
 
 
 def _answer(
@@ -136,6 +139,18 @@ def by_generation(setting: Setting, method: Method, batch: Sequence[Example]) ->
     cache.check_budget()
     costs = _costs(setting, len(batch), cache.report().to_dict(), timings)
     return [answered(setting, *one, costs) for one in zip(batch, encoded, answers)]
+
+
+def by_beams(setting: Setting, method: Method, batch: Sequence[Example]) -> list[dict[str, Any]]:
+    """One question each, answered by beam search."""
+    rows = []
+    for example in batch:
+        encoded = setting.encoder(example)
+        found, cache, timings = search(setting.model, method, encoded.prompt, example.beams, setting.pad_id)
+        cache.check_budget()
+        costs = _costs(setting, 1, cache.report().to_dict(), timings)
+        rows.append(answered(setting, example, encoded, found, costs))
+    return rows
 
 
 def answered(

@@ -1,0 +1,36 @@
+"""summarization-mini: reports with numbered findings among filler; the summary lists the findings."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tasks.documents import KINDS, Pool
+
+SEED = 60913
+COUNT = 36
+CHARACTERS = (2200, 12000)  # of a report, from and to
+POINTS = 3  # findings of a report
+
+
+def rows() -> list[dict[str, Any]]:
+    """The reports, from short to long."""
+    (low, high), found = CHARACTERS, []
+    for i in range(COUNT):
+        pool = Pool(np.random.default_rng([SEED, i]), "held_out")
+        document = KINDS["findings"](pool, low + (high - low) * i // (COUNT - 1), 1, points=POINTS)
+        found.append(
+            {
+                "head": document.head,
+                "report": document.context,
+                "summary": document.turns[0].answer.strip(),
+                "max_new_tokens": 72,
+            }
+        )
+    return found
+
+
+def write(folder: Path) -> None:
+    """findings.jsonl."""
+    (folder / "findings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()), newline="\n")

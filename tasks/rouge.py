@@ -1,0 +1,50 @@
+"""ROUGE as its two Python packages compute it. They differ in tokens, counting and stems: never compare across them."""
+
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+from tasks.metrics import rouge_l
+
+PACKAGES = ("rouge-score", "rouge")
+
+
+def described(package: str) -> str:
+    """The package, its version and stemming."""
+    if package == "rouge-score":
+        return f"rouge-score {metadata.version('rouge-score')}, stemmed"
+    return "rouge 1.0.1 written out, not stemmed"
+
+
+def scores(package: str, prediction: str, reference: str) -> dict[str, float]:
+    """F of ROUGE-1, ROUGE-2 and ROUGE-L, each in [0, 1]; 0 where either text is empty."""
+    if package == "rouge-score":
+        found = _scorer().score(reference, prediction)
+        return {f"ROUGE-{name.removeprefix('rouge')}": one.fmeasure for name, one in found.items()}
+    return {
+        "ROUGE-1": overlap(prediction, reference, 1),
+        "ROUGE-2": overlap(prediction, reference, 2),
+        "ROUGE-L": rouge_l(prediction, reference),
+    }
+
+
+def overlap(prediction: str, reference: str, n: int) -> float:
+    """F of the sets of n-grams, over the words between blanks of all pieces between full stops joined."""
+    predicted, expected = _ngrams(prediction, n), _ngrams(reference, n)
+    if not predicted or not expected:
+        return 0.0
+    common = len(predicted & expected)
+    precision, recall = common / len(predicted), common / len(expected)
+    return 2 * precision * recall / (precision + recall + 1e-8)  # rouge 1.0.1's guard against 0 / 0
+
+
+def _ngrams(text: str, n: int) -> set[tuple[str, ...]]:
+    words = [word for piece in text.split(".") for word in piece.split()]
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)

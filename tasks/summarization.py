@@ -1,0 +1,304 @@
+"""Summaries, in the set-ups that papers on caches have used; each has its own prompt, decoding and ROUGE package.
+
+Papers: Adnan et al. 2024, Keyformer, arXiv:2403.09054 (keyformer: beam 4, rouge-score; 99 % of full is enough);
+        Zhang et al. 2023, H2O, arXiv:2306.14048 (h2o: prepared XSum prompts, the package rouge).
+Here:   `plain` is our own wording; `lm_eval` is lm_eval's CNN/DailyMail. An article that is too long is cut at its
+        end and the frame around it stays, of which the original lost the last words. Samples are drawn without
+        replacement. Everything is greedy unless beams are asked for, also `h2o`, which sampled and had no
+        beginning-of-sequence token.
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from methods.core.errors import UserError
+from tasks import remarks, rouge
+from tasks.base import Example, Row, Task
+from tasks.files import Files, check_limit, chosen, hub_rows, read_files
+from tasks.gsm8k import cut_at
+from tasks.prompts import lm_eval_task
+from tasks.tokens import Tokens
+
+VERSION = "1"  # goes into every record; raise it when a score could change
+ENOUGH, ENOUGH_TOKENS = 0.99, 0.9  # of the full cache's ROUGE and of its tokens: MLPerf's rule
+RESAMPLES, SEED = 2000, 12345
+SOURCES = ("article", "document", "dialogue", "report", "text")
+SUMMARIES = ("highlights", "summary", "summary_gt")
+# name: repository, configuration, split
+HUB: dict[str, tuple[str, str | None, str]] = {
+    "cnn_dailymail": ("abisee/cnn_dailymail", "3.0.0", "validation"),
+    "xsum": ("EdinburghNLP/xsum", None, "validation"),
+    "samsum": ("knkarthick/samsum", None, "test"),
+    "govreport": ("ccdv/govreport-summarization", None, "test"),
+}
+INSTRUCTION = "Summarize the following news article:"
+ONE_SENTENCE = "Provide a one-sentence summary of the following news article:"
+# the Alpaca template with an input, which the fine-tuned models of the paper know
+FRAME = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n",
+    "\n\n### Response:",
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a set-up decodes and scores.
+
+    rouge: a package of tasks.rouge.  prompt_tokens: longest prompt, None: what the model reads.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    rouge: str = "rouge-score"
+    prompt_tokens: int | None = None
+    stops: tuple[str, ...] = ()
+    chat: bool = False
+
+
+SETUPS = {
+    "plain": Setup(128, chat=True),
+    "keyformer": Setup(128, min_new_tokens=30, prompt_tokens=1920),
+    "h2o": Setup(64, rouge="rouge", stops=("###",)),
+    "lm_eval": Setup(128, stops=("\n\n",)),
+}
+
+
+@dataclass
+class Summarization(Task):
+    """Sum up articles, reports and dialogues.
+
+    setup: "plain", "keyformer", "h2o" or "lm_eval".
+    data: "bundled", "hub", or a path: .jsonl rows with a source and a summary, under the names of the public sets.
+    subset: names of files, or with data=hub of the sets there; None takes all, of the hub cnn_dailymail.
+    beams: width of the search; 1 is greedy.
+    max_new_tokens: of a summary; None: the set-up's.
+    shuffle: a seed: take the samples of a seeded permutation instead of the first ones.
+    limit: samples per subset; None takes all.
+    """
+
+    setup: str = "plain"
+    data: str = "bundled"
+    subset: Sequence[str] | str | None = None
+    beams: int = 1
+    max_new_tokens: int | None = None
+    shuffle: int | None = None
+    limit: int | None = None
+    revision: str = "main"
+
+    def __post_init__(self) -> None:
+        check_limit("summarization", self.limit)
+        if self.setup not in SETUPS:
+            raise UserError(f"summarization: task.setup={self.setup}; give one of {', '.join(SETUPS)}")
+        if type(self.beams) is not int or self.beams < 1:
+            raise UserError(f"summarization: task.beams={self.beams}; give a whole number, 1 or more")
+        self.data = str(self.data)
+        self._tokens: Callable[[], Tokens] | None = None
+
+    @property
+    def name(self) -> str:
+        base = "summarization-mini" if self.data == "bundled" else "summarization"
+        return base if self.setup == "plain" else f"{base}-{self.setup}"
+
+    def fit(self, tokens: Callable[[], Tokens]) -> None:
+        self._tokens = tokens
+
+    def source(self) -> str:
+        names = list(self._rows)
+        n = sum(len(rows) for rows in self._rows.values())
+        decoding = f"beam {self.beams}" if self.beams > 1 else "greedy"
+        return (
+            f"{self.name} ({self._files.where}), {', '.join(names)}, {n} samples, {decoding}, "
+            f"{rouge.described(self._setup.rouge)}, sha256 {self._files.digest[:12]}"
+        )
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        frame = hashlib.sha256(repr((FRAME, INSTRUCTION, ONE_SENTENCE)).encode()).hexdigest()[:8]
+        found: dict[str, Any] = {
+            "task": self.name,
+            "data_sha256": self._files.digest,
+            "scores": VERSION,
+            "rouge": rouge.described(self._setup.rouge),
+            "beams": self.beams,
+            "max_new_tokens": self._most_new,
+            "shuffle": self.shuffle,
+        }
+        if self.setup == "keyformer":
+            found["frame"] = frame
+        if self.setup == "lm_eval":
+            found["lm_eval"] = metadata.version("lm_eval")
+        return found
+
+    def examples(self) -> list[Example]:
+        return self._examples
+
+    def score(self, example: Example, prediction: str) -> float:
+        return list(self.parts(example, prediction).values())[-1]
+
+    def parts(self, example: Example, prediction: str) -> dict[str, float]:
+        text = cut_at(prediction, self._setup.stops)
+        if self.setup == "keyformer":
+            text = text.replace("\n", " ").strip()
+        return rouge.scores(self._setup.rouge, text, example.answers[0])
+
+    def groups(self, example: Example) -> list[str]:
+        return [example.tags["subset"]]
+
+    def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
+        """One row per set and kind of ROUGE: a mean of different metrics would mean nothing."""
+        return [row for _, row in self._subsets(rows)]
+
+    def remarks(self, rows: remarks.Rows) -> list[str]:
+        lines = []
+        for name in self._rows:
+            own = [row for row in rows if row[0].tags["subset"] == name]
+            if not own:
+                continue
+            if any(ours is not full for _, ours, full in own):
+                lines.append(f"{name}: {criterion(own)}")
+            lead = [rouge.scores(self._setup.rouge, example.tags["lead"], example.answers[0]) for example, _, _ in own]
+            means = ", ".join(f"{key} {100 * sum(one[key] for one in lead) / len(lead):.2f}" for key in lead[0])
+            lines.append(f"{name}, first three sentences of the source instead: {means}")
+        ours, full = (100 * distinct([row["prediction"] for row in own]) for own in remarks.sides(rows))
+        lines.append(f"distinct pairs of words: {ours:.1f}%, full {full:.1f}%")
+        return [line for line in (*lines, remarks.lengths(rows), remarks.held(rows)) if line]
+
+    @property
+    def _setup(self) -> Setup:
+        return SETUPS[self.setup]
+
+    @property
+    def _most_new(self) -> int:
+        return self.max_new_tokens or self._setup.max_new_tokens
+
+    @cached_property
+    def _files(self) -> Files:
+        if self.data != "hub":
+            return read_files("summarization", self.data)
+        found, where = {}, ""
+        for name in chosen("summarization", "subset", self.subset or "cnn_dailymail", list(HUB)):
+            repo, configuration, split = HUB[name]
+            rows, where = hub_rows(
+                "summarization", repo, configuration, "test" if self.setup == "lm_eval" else split, self.revision
+            )
+            found |= Files.of_rows(where, name, rows).found
+        return Files(where, found)
+
+    @cached_property
+    def _rows(self) -> dict[str, list[dict[str, Any]]]:
+        found = {}
+        for name in chosen("summarization", "subset", self.subset, list(self._files.found)):
+            rows = self._files.rows(name)
+            if self.shuffle is not None:
+                rows = random.Random(self.shuffle).sample(rows, len(rows))
+            found[name] = rows[: self.limit]
+        return found
+
+    @cached_property
+    def _examples(self) -> list[Example]:
+        return [
+            self._example(f"{name}/{i}", name, row) for name, rows in self._rows.items() for i, row in enumerate(rows)
+        ]
+
+    def _example(self, id: str, name: str, row: Mapping[str, Any]) -> Example:
+        source = next((row[key] for key in SOURCES if isinstance(row.get(key), str) and row[key].strip()), None)
+        summary = next((row[key] for key in SUMMARIES if isinstance(row.get(key), str) and row[key].strip()), None)
+        tags: dict[str, Any] = {"subset": name, "category": name, "lead": lead(source or "")}
+        if source is None or summary is None:
+            missing = f"no source ({', '.join(SOURCES)})" if source is None else f"no summary ({', '.join(SUMMARIES)})"
+            return Example(id, "", "", [], 1, tags, error=missing)
+        before, source, after = self._frame(name, row, source)
+        limit = int(row.get("max_new_tokens") or 0) if self.max_new_tokens is None else 0
+        return Example(
+            id,
+            context=before + self._cut(source, before + after),
+            question=after,
+            answers=[summary],
+            max_new_tokens=limit or self._most_new,
+            min_new_tokens=self._setup.min_new_tokens,
+            tags=tags,
+            chat=self._setup.chat,
+            beams=self.beams,
+        )
+
+    def _frame(self, name: str, row: Mapping[str, Any], source: str) -> tuple[str, str, str]:
+        """What stands before the source, the source, and what stands behind it."""
+        if self.setup == "keyformer":
+            instruction = ONE_SENTENCE if "xsum" in name else INSTRUCTION
+            if "gov" in name:  # LongBench's own words for these reports
+                instruction = lm_eval_task("gov_report")["doc_to_text"].split("\n")[0]
+            return FRAME[0].format(instruction=instruction), source, FRAME[1]
+        if self.setup == "lm_eval":
+            before, _, after = lm_eval_task("cnn_dailymail", "cnn_dailymail")["doc_to_text"].partition("{{article}}")
+            return before, source, after
+        if self.setup == "h2o":  # the row holds the whole prompt
+            at = source.rstrip().rfind("\n\n")
+            return "", source[: max(at, 0)], source[max(at, 0) :]
+        return f"{row.get('head') or 'Summarize the following text.'}\n\n", source, "\n\nSummary:"
+
+    def _cut(self, source: str, frame: str) -> str:
+        """The source, cut at its end where the set-up limits the prompt."""
+        if self._setup.prompt_tokens is None or self._tokens is None:
+            return source
+        tokens = self._tokens()
+        room = self._setup.prompt_tokens - tokens.count(frame) - tokens.opening
+        ids = tokens.encode(source)
+        return source if len(ids) <= room else tokens.decode(ids[:room])
+
+
+def lead(source: str) -> str:
+    """The first three sentences."""
+    return " ".join(re.split(r"(?<=[.!?])\s+", source.strip())[:3])
+
+
+def distinct(texts: Sequence[str]) -> float:
+    """The share of different pairs of neighbouring words, mean over texts; low where a text repeats itself."""
+    shares = []
+    for text in texts:
+        words = text.split()
+        pairs = list(pairwise(words))
+        shares.append(len(set(pairs)) / len(pairs) if pairs else 1.0)
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def criterion(rows: remarks.Rows) -> str:
+    """Whether every kind of ROUGE keeps 99 % of the full cache's, and the answers nine tenths of their tokens.
+
+    "passes" needs the lower end of the 95 % interval of every ratio; a point estimate alone says so.
+    """
+    ours, full = remarks.sides(rows)
+    said, points, bounds = [], [], []
+    rng = np.random.default_rng(SEED)
+    drawn = rng.integers(len(ours), size=(RESAMPLES, len(ours)))
+    for name in ours[0]["parts"]:
+        a, b = (np.array([row["parts"][name] for row in own]) for own in (ours, full))
+        ratio, low, high = ratio_interval(a, b, drawn)
+        points.append(ratio)
+        bounds.append(low)
+        said.append(f"{name} {ratio:.3f} ({low:.3f} to {high:.3f})")
+    tokens = sum(row["tokens_out"] for row in ours) / max(1, sum(row["tokens_out"] for row in full))
+    if min(points) < ENOUGH or tokens < ENOUGH_TOKENS:
+        verdict = "fails"
+    else:
+        verdict = "passes" if min(bounds) >= ENOUGH else "passes as a point estimate"
+    return f"99 % of the full cache: {verdict}; ratios {', '.join(said)}, tokens {tokens:.3f}"
+
+
+def ratio_interval(ours: np.ndarray, full: np.ndarray, drawn: np.ndarray) -> tuple[float, float, float]:
+    """The ratio of two means and its 95 % interval over paired resamples drawn [resamples, n]; 1 where both are 0."""
+
+    def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.where(b > 0, a / np.where(b > 0, b, 1.0), np.where(a > 0, np.inf, 1.0))
+
+    low, high = np.percentile(ratio(ours[drawn].mean(axis=1), full[drawn].mean(axis=1)), [2.5, 97.5])
+    return float(ratio(ours.mean(), full.mean())), float(low), float(high)

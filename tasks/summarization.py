@@ -14,8 +14,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from importlib import metadata
+from itertools import pairwise
 from typing import Any
 
 import numpy as np

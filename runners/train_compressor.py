@@ -1,0 +1,338 @@
+"""Train LoCoCo's compressors for one model and one number of slots, with the model frozen.
+
+    python run.py runner=train_compressor method=lococo budget=128
+
+A row of text is read in the method's own chunks. Each chunk's next-token loss is taken back through the compression
+that came before the chunk, and no further: what is held is data. When all rows are read, the artefact is saved where
+the method looks for it, read again, and compared on held-out text with dropping at equal slots. A run that was stopped
+goes on by the same command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from methods import build_method, load_method
+from methods.core import artefacts
+from methods.core.contract import Method
+from methods.core.errors import UserError
+from methods.lococo import TRAINER, LoCoCo
+from runners import show
+from runners.load import find, load_model, load_tokenizer, pick_device, pick_dtype, pick_threads
+from tasks.documents import prose
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HELD_OUT = 0.05  # of a text file: its end
+
+
+@dataclass
+class InTraining(LoCoCo):
+    """LoCoCo with compressors that are being trained instead of saved ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.compressors: nn.ModuleList | None = None
+
+    def prepare(self, model: PreTrainedModel) -> nn.ModuleList | None:
+        return self.compressors
+
+
+@dataclass
+class TrainCompressor:
+    """Every argument is a key of conf/runner/train_compressor.yaml.
+
+    out: folder of checkpoints and logs.  export: folder of the artefact, None for where the method looks for it.
+    text: file to read; None: the prose that every Python carries. length: tokens per row.
+    batch: rows that are read together.  batches: how many of them.  accumulate: chunks per step of the optimizer.
+    lr: of the optimizer, falling to zero over the run.  init_std: of the convolutions' first weights.
+    held_out: rows to measure on.  measure_every: batches between measurements, and between checkpoints.
+    limit: batches of this call, None for all.
+    """
+
+    out: str = "outputs/train/lococo"
+    export: str | None = None
+    text: str | None = None
+    length: int = 2048
+    batch: int = 4
+    batches: int = 60
+    accumulate: int = 1
+    lr: float = 5e-2
+    init_std: float = 1.0
+    held_out: int = 16
+    measure_every: int = 10
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("length", "batch", "batches", "accumulate", "held_out", "measure_every"):
+            if getattr(self, key) < 1:
+                raise UserError(f"train_compressor: runner.{key}={getattr(self, key)}; give a whole number, 1 or more")
+        if self.text is not None and not Path(self.text).expanduser().is_file():
+            raise UserError(f"train_compressor: runner.text={self.text}: no such file; give a text file, or null")
+
+    def run(self, cfg: DictConfig) -> int:
+        """Train or go on training, save, compare; the exit code."""
+        name = HydraConfig.get().runtime.choices["method"]
+        method = build_method(name, cast("dict[str, Any]", OmegaConf.to_container(cfg.method, resolve=True)))
+        if not isinstance(method, LoCoCo) or method.budget == 1 or method.eta == 0:
+            raise UserError(
+                f"method={name}, budget={cfg.budget}: has nothing to train; {TRAINER} makes the compressors of "
+                "method=lococo for one number of slots, such as budget=128"
+            )
+        checkpoint = find(str(cfg.model.path), str(cfg.model.revision))
+        torch.set_num_threads(pick_threads(cfg.threads))
+        device = pick_device(str(cfg.device))
+        tokenizer = load_tokenizer(checkpoint)
+        model = load_model(checkpoint, pick_dtype(str(cfg.dtype), checkpoint, device), device).requires_grad_(False)
+        return self.train(model, tokenizer, method, int(cfg.seed))
+
+    def train(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: LoCoCo, seed: int) -> int:
+        """The same for a loaded model. Raises UserError when the text is too short for one row."""
+        trained, held_out = (
+            rows_of(tokenizer, text, self.length).to(model.device) for text in texts(self.text)
+        )  # [N, length]
+        held_out = held_out[: self.held_out]
+        first = 1 + method.limit // method.chunk  # chunks before the first compression
+        per_row = -(-self.length // method.chunk) - first
+        if min(len(trained), len(held_out)) < 1 or per_row < 1:
+            raise UserError(
+                f"train_compressor: runner.length={self.length}: the text has {len(trained)} rows to train on and "
+                f"{len(held_out)} to measure on, with {max(per_row, 0)} compressions each; give a text of several "
+                f"rows, of more than {first * method.chunk} tokens each"
+            )
+        at = Path(self.out) / artefacts.model_id(model) / method.artefact_name
+        at.mkdir(parents=True, exist_ok=True)
+        student = InTraining(**asdict(method))
+        torch.manual_seed(seed)
+        student.compressors = nets = student.new_compressors(model)
+        for weight in (p for key, p in nets.named_parameters() if key.endswith("weight")):
+            weight.data *= self.init_std
+        optimizer = torch.optim.AdamW(nets.parameters(), lr=self.lr, weight_decay=0.0)
+        steps = self.batches * per_row // self.accumulate
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / max(1, steps)))
+        recipe = {key: value for key, value in asdict(self).items() if key not in ("out", "export", "limit")}
+        recipe |= {"method": method.config(), "seed": seed, "model": artefacts.identity(model), "data": _hash(trained)}
+        state = _resume(at, nets, optimizer, decay, json.loads(json.dumps(recipe)))
+        stop = self.batches if self.limit is None else min(self.batches, state["batch"] + self.limit)
+        with show.Bar(f"train {method.artefact_name}", (stop - state["batch"]) * self.batch) as bar:
+            while state["batch"] < stop:
+                began = time.perf_counter()
+                loss = self._read(model, student, optimizer, decay, _pick(trained, seed, state["batch"], self.batch))
+                state["batch"] += 1
+                state["steps"] = decay.last_epoch
+                state["seconds"] += time.perf_counter() - began
+                _log(at, {"batch": state["batch"], "loss": loss, "seconds": state["seconds"], "eta": _gates(nets)})
+                if state["batch"] % self.measure_every == 0 or state["batch"] == self.batches:
+                    nll = losses(model, student, held_out, self.batch).mean().item()
+                    _log(at, {"batch": state["batch"], "held_out": nll})
+                    _save(at, nets, optimizer, decay, state, recipe)
+                bar.advance(self.batch)
+        _save(at, nets, optimizer, decay, state, recipe)
+        if state["batch"] == self.batches:
+            self._finish(model, method, nets, held_out, state, recipe, at)
+        return 0
+
+    def _read(
+        self,
+        model: PreTrainedModel,
+        student: LoCoCo,
+        optimizer: torch.optim.Optimizer,
+        decay: torch.optim.lr_scheduler.LRScheduler,
+        ids: Tensor,
+    ) -> float:
+        """Train on rows of tokens [B, length], chunk by chunk; the mean loss of the chunks behind a compression."""
+        cache, found = student.cache_for(model, prompt_len=ids.shape[1]), []
+        for chunk in ids.split(student.chunk, dim=1):
+            layers = [layer.inner for layer in cache.layers]
+            due = layers[0].due
+            for layer in layers:
+                layer.detach()
+            with torch.set_grad_enabled(due):
+                logits = model(chunk, past_key_values=cache, use_cache=True).logits
+            if not due or chunk.shape[1] < 2:
+                continue
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), chunk[:, 1:].flatten())
+            (loss / self.accumulate).backward()
+            found.append(loss.item())
+            if len(found) % self.accumulate == 0:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                decay.step()
+        return sum(found) / len(found)
+
+    def _finish(
+        self,
+        model: PreTrainedModel,
+        method: LoCoCo,
+        nets: nn.ModuleList,
+        held_out: Tensor,
+        state: dict[str, Any],
+        recipe: dict[str, Any],
+        at: Path,
+    ) -> None:
+        """Save the artefact with what it is worth on held-out text, and say so."""
+        tensors = {key: tensor.half() for key, tensor in nets.state_dict().items()}
+        facts: dict[str, Any] = {
+            "slots": method.slots,
+            "chunk": method.chunk,
+            "kernel_size": method.kernel_size,
+            "hh_keep_rate": method.hh_keep_rate,
+            "hidden_act": method.hidden_act,
+            "gates": _gates(nets),
+            "steps": state["steps"],
+            "training": {**recipe, "seconds": round(state["seconds"])},
+        }
+        facts["training"].pop("model")
+        export = Path(self.export) if self.export else None
+        path = artefacts.save("lococo", method.artefact_name, model, tensors, facts, export)
+        # measured as it will be loaded: half precision, from the file
+        saved = replace(method, artefact=str(path))
+        facts["held_out"] = compare(model, saved, held_out, self.batch)
+        artefacts.save("lococo", method.artefact_name, model, tensors, facts, export)
+        draw(at / "log.jsonl", facts["held_out"], path.with_suffix(".png"))
+        for name, (nll, *rest) in facts["held_out"]["nll"].items():
+            difference = f", {rest[0]:+.4f} nats against eta=0 ({rest[1]:+.4f} to {rest[2]:+.4f})" if rest else ""
+            show.say(f"{name:>8}: held-out perplexity {2.718281828459045**nll:.3f}{difference}")
+        show.say(f"{state['batch'] * self.batch * self.length:,} tokens in {state['seconds'] / 60:.1f} minutes: "
+                 f"{artefacts.shown(path)}")  # fmt: skip
+
+
+def rivals(method: LoCoCo) -> dict[str, Method]:
+    """What a trained compressor is compared with at equal slots, and the full cache.
+
+    eta=0 drops what the last chunk attends to least. h2o keeps the newest half and, by attention summed over the whole
+    text, the heaviest half: raw slots with local_len of them the newest, and next-heaviest ones instead of fused.
+    """
+    half = method.slots // 2
+    dropping = replace(method, eta=0.0, artefact=None)
+    h2o = replace(dropping, hh_keep_rate=0.75, local_len=half, accumulate_scores=True)
+    return {"full": load_method("full"), "lococo": method, "eta=0": dropping, "h2o": h2o}
+
+
+def compare(model: PreTrainedModel, method: LoCoCo, rows: Tensor, batch: int) -> dict[str, Any]:
+    """Mean losses in nats per token on rows [N, L]: {"nll": {name: [mean, difference to eta=0, low, high]}, …}.
+
+    Differences are of the same rows, with the 95 % interval of a bootstrap over rows.
+    """
+    each = {name: losses(model, one, rows, batch).mean(1) for name, one in rivals(method).items()}  # [N]
+    draws = torch.randint(len(rows), (2000, len(rows)), generator=torch.Generator().manual_seed(0))
+    nll: dict[str, list[float]] = {}
+    for name, means in each.items():
+        nll[name] = [round(means.mean().item(), 5)]
+        if name not in ("eta=0", "full"):
+            gap = (means - each["eta=0"]).cpu()
+            low, high = gap[draws].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
+            nll[name] += [round(x, 5) for x in (gap.mean().item(), low, high)]
+    return {"rows": len(rows), "tokens": rows[:, 1:].numel(), "nll": nll}
+
+
+@torch.no_grad()
+def losses(model: PreTrainedModel, method: Method, rows: Tensor, batch: int) -> Tensor:
+    """Next-token losses [N, L - 1] in nats of rows [N, L], each read through the method's cache."""
+    found = []
+    for ids in rows.split(batch):
+        logits = model(ids, past_key_values=method.cache_for(model), use_cache=True).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+        found.append(loss.view(len(ids), -1))
+    return torch.cat(found)
+
+
+def texts(file: str | None) -> tuple[str, str]:
+    """What is trained on, and what is measured on."""
+    if file is None:
+        return "\n\n".join(prose("train")), "\n\n".join(prose("held_out"))
+    text = Path(file).expanduser().read_text()
+    cut = int(len(text) * (1 - HELD_OUT))
+    return text[:cut], text[cut:]
+
+
+def rows_of(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Tensor:
+    """The text cut into rows [N, length], each begun by BOS where the tokenizer has one; the rest is left out."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    width = length - len(begin)
+    cut = ids[: len(ids) // width * width].view(-1, width)
+    return torch.cat((torch.tensor(begin, dtype=torch.long).expand(len(cut), -1), cut), dim=1)
+
+
+def draw(log: Path, held_out: dict[str, Any], picture: Path) -> None:
+    """Write `picture` (PNG): loss while training, held-out perplexity against dropping at equal slots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    left.plot(*zip(*((e["batch"], e["loss"]) for e in entries if "loss" in e)))
+    left.set(xlabel="batches", ylabel="training loss, nats per token")
+    points = [(e["batch"], 2.718281828459045 ** e["held_out"]) for e in entries if "held_out" in e]
+    right.plot(*zip(*points), marker=".", label="lococo, while training")
+    for name, style in (("full", ":"), ("eta=0", "--"), ("h2o", "-.")):
+        right.axhline(2.718281828459045 ** held_out["nll"][name][0], linestyle=style, color="gray", label=name)
+    right.set(xlabel="batches", ylabel="held-out perplexity")
+    right.legend(fontsize=8)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=90)
+    plt.close(figure)
+
+
+def _pick(rows: Tensor, seed: int, batch: int, size: int) -> Tensor:
+    """The rows of one batch: every row once, in an order drawn anew, before any comes again."""
+    places = torch.arange(batch * size, (batch + 1) * size)
+    orders: dict[int, Tensor] = {}
+    for epoch in (places // len(rows)).unique().tolist():
+        orders[epoch] = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1009 + epoch))
+    return rows[[int(orders[place // len(rows)][place % len(rows)]) for place in places.tolist()]]
+
+
+def _hash(rows: Tensor) -> str:
+    return hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _gates(nets: nn.ModuleList) -> Sequence[float]:
+    return [round(net.eta.item(), 4) for net in nets]
+
+
+def _log(at: Path, entry: dict[str, Any]) -> None:
+    with (at / "log.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def _save(at: Path, nets: Any, optimizer: Any, decay: Any, state: dict[str, Any], recipe: dict[str, Any]) -> None:
+    fresh = at / "checkpoint.new"
+    parts = {"nets": nets.state_dict(), "optimizer": optimizer.state_dict(), "decay": decay.state_dict()}
+    torch.save({**parts, "state": state, "recipe": json.dumps(recipe)}, fresh)
+    os.replace(fresh, at / "checkpoint.pt")
+
+
+def _resume(at: Path, nets: Any, optimizer: Any, decay: Any, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Where the run in this folder stands; one of another recipe is begun anew."""
+    path, log = at / "checkpoint.pt", at / "log.jsonl"
+    saved: dict[str, Any] = torch.load(path, weights_only=True) if path.exists() else {"recipe": "{}"}
+    if json.loads(saved["recipe"]) != recipe:
+        log.unlink(missing_ok=True)
+        return {"batch": 0, "steps": 0, "seconds": 0.0}
+    nets.load_state_dict(saved["nets"])
+    optimizer.load_state_dict(saved["optimizer"])
+    decay.load_state_dict(saved["decay"])
+    done = saved["state"]["batch"]
+    lines = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["batch"] <= done]
+    log.write_text("".join(line + "\n" for line in lines))
+    return saved["state"]

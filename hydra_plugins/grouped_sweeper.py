@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from runners.jobs import group, job_cells, tidy
+from runners.jobs import group, job_cells, numbers_apart, tidy
 
 # runners that take a group; training, or a measurement of speed, does not
 RUNNERS = ("evaluate",)
@@ -60,12 +60,13 @@ class GroupedSweeper(BasicSweeper):
         return [jobs[at : at + n] for at in range(0, len(jobs), n)]
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Compose every cell of every job, so that a mistyped name is said before anything runs."""
+        """Compose every job, and one cell per setting of a method, so that a mistyped name is said before all else."""
         for job in batch:
             for cell in job_cells(job) or [job]:
-                if tuple(cell) not in self._checked:
+                setting, _ = numbers_apart(cell)
+                if setting not in self._checked:
                     self._compose(cell)
-                    self._checked.add(tuple(cell))
+                    self._checked.add(setting)
 
     def _compose(self, cell: Sequence[str]) -> DictConfig:
         assert self.hydra_context is not None and self.config is not None

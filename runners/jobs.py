@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 # what cells of one group may differ in: the prompt's own pass depends on none of them
 OWN = ("method", "method.", "+method.", "++method.", "~method.", "budget", "seed")
+NUMBERS = ("budget", "seed")
 
 
 def tidy(cell: Sequence[str]) -> list[str]:
@@ -54,6 +56,16 @@ def escape(override: str) -> str:
 def unpack(cell: str) -> list[str]:
     """The overrides of one cell."""
     return [word.replace("%20", " ").replace("%25", "%") for word in cell.split()]
+
+
+def numbers_apart(cell: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The overrides that choose and set up a method, and the values of `budget` and `seed`.
+
+    Composing takes a tenth of a second: cells that differ in these two numbers are composed once.
+    """
+    plain = tuple(override for override in cell if override.partition("=")[0] not in NUMBERS)
+    rest = [OverridesParser.create().parse_override(override) for override in cell if override not in plain]
+    return plain, {override.key_or_group: override.value() for override in rest}
 
 
 def quote(text: str) -> str:

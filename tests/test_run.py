@@ -15,7 +15,7 @@ import yaml
 
 import run
 from methods.core.errors import BudgetMiss
-from runners import answer, cells, load
+from runners import answer, cells, load, sweep
 from runners.bind import KVCache
 
 ROOT = Path(run.__file__).parent
@@ -339,9 +339,9 @@ def test_ctrl_c_ends_a_whole_sweep(command, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(answer, "generate", interrupted)
-    code, out, err = command("-m", "budget=0.5,0.25")
-    assert code == 130 and err.count("stopped;") == 1 and "budget=0.25" not in out
+    monkeypatch.setattr(sweep, "answer_together", interrupted)
+    code, out, err = command("-m", "budget=0.5,0.25", "protocol=aware,agnostic")
+    assert code == 130 and err.count("stopped;") == 1 and "protocol=agnostic" not in out
 
 
 def test_a_killed_run_goes_on_with_nothing_lost_or_done_twice(command, tmp_path, tiny_model_dir):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels import gumbel, uniform
+from kernels import Stem, gumbel, uniform
 from kernels.noise import reference
 
 N = 1 << 16
@@ -94,3 +94,24 @@ def test_adding_gumbel_noise_to_log_weights_draws_in_proportion_to_the_weights()
     noise = gumbel(0, torch.arange(N)[:, None], torch.arange(4))
     share = torch.bincount((weights.log() + noise).argmax(-1), minlength=4) / N
     assert ((share - weights).abs() < 5 * (weights * (1 - weights) / N).sqrt()).all()
+
+
+def test_a_stem_gives_the_same_numbers_to_the_last_bit():
+    samples, heads, queries = torch.tensor([7, 2**31 + 5]), torch.arange(3), torch.tensor([0, 9, 2**20])
+    keys = torch.tensor([-1, 0, 1, 4095, 2**31 - 1], dtype=torch.int32)
+    stem = Stem.of(2**33 + 7, samples[:, None, None, None], heads[:, None, None], queries[:, None])
+    whole = uniform(2**33 + 7, samples[:, None, None, None], heads[:, None, None], queries[:, None], keys)
+    assert torch.equal(stem.log_uniform(keys), whole.log())
+    apart = Stem.of(2**33 + 7, samples[:, None, None, None]).then(heads[:, None, None]).then(queries[:, None])
+    assert torch.equal(apart.state, stem.state)
+    many = torch.arange(N, dtype=torch.int32)
+    assert torch.equal(Stem.of(3, torch.tensor(1)).log_uniform(many), uniform(3, torch.tensor(1), many).log())
+
+
+def test_a_stem_works_in_the_buffers_it_is_given():
+    out, spare = torch.full((3, 50), 7, dtype=torch.int32), torch.full((3, 50), 7, dtype=torch.int32)
+    stem, keys = Stem.of(1, torch.arange(3)[:, None]), torch.arange(50, dtype=torch.int32)
+    x = stem.log_uniform(keys, out, spare)
+    assert x.data_ptr() == out.data_ptr()
+    assert torch.equal(x, Stem.of(1, torch.arange(3)[:, None]).log_uniform(keys))
+    assert (x < 0).all() and x.isfinite().all()

@@ -1,0 +1,76 @@
+"""Column sums of a softmax whose logits carry Gumbel noise, without an [n, n] matrix of anything."""
+
+import torch
+from torch import Tensor
+
+from kernels.attend import Rules
+from kernels.attend.reference import logits
+from kernels.mass.reference import _block_rows
+from kernels.noise import Stem
+
+
+def noisy_mass(
+    q: Tensor,
+    k: Tensor,
+    rules: Rules,
+    stem: Stem | None,
+    *,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    tau: float | Tensor = 1.0,
+    plan: str = "positions",
+) -> Tensor:
+    """Rows softmax((logits + noise) / tau) summed over the queries: [B, Hq, S], float32.
+
+    q [B, Hq, T, D], k [B, H, S, D], q_pos [B, T], k_pos [B, H or 1, S]. stem: keys of the noise up to the slots'
+    positions, state [B, Hq, T or 1]; None: no noise. tau: above 0, one for all or per query, [B, T]. A query that sees
+    nothing gives nothing. plan="tail": no slot is padding and the queries are the newest slots in order.
+
+    With u uniform, -log(-log u) is Gumbel noise. At tau = 1 a noisy row is the plain one divided by -log u and brought
+    back to sum 1, so that a block costs one logarithm per element beside its attention. Rows are whole within a block:
+    their noise is drawn once, and again wherever the same keys come up.
+    """
+    q, k = q.detach(), k.detach()
+    B, Hq, T, D = q.shape
+    H, S = k.shape[1], k.shape[2]
+    G = Hq // H
+    tail = plan == "tail" and rules.plain and rules.window is None
+    rows = min(T, _block_rows(B * Hq * S))
+    sums = torch.zeros(B * Hq, 1, S, device=q.device)
+    work = [torch.empty(B * Hq * rows * S, dtype=torch.int32, device=q.device) for _ in range(2 if stem else 0)]
+    scores = q.new_empty(B * Hq * rows * S if tail else 0)
+    k_t = k.transpose(-1, -2).reshape(B * H, D, S)
+    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
+    for i in range(0, T, rows):
+        t = min(rows, T - i)
+        n = S - T + i + t if tail else S  # slots that the block's last query may see
+        now = slice(i, i + t)
+        if tail:
+            x = scores[: B * Hq * t * n].view(B * H, G * t, n)
+            torch.bmm((q[:, :, now] * rules.scale).reshape(B * H, G * t, D), k_t[:, :, :n], out=x)
+            x.view(B * Hq, t, n)[..., n - t :].masked_fill_(future[:t, :t], -torch.inf)
+            x = x.view(B, H, G, t, n).float()
+        else:
+            x = logits(q[:, :, now], k, rules, q_pos[:, now], k_pos)  # [B, H, G, t, S]
+        noise = None
+        if stem is not None:
+            state = stem.state.view(B, H, G, -1, 1)
+            part = Stem(state if state.shape[3] == 1 else state[:, :, :, now])
+            shape = (B, H, G, part.state.shape[3], n)
+            places = [w[: B * Hq * shape[3] * n].view(shape) for w in work]
+            noise = part.log_uniform(k_pos[:, :, None, None, :n], *places)
+        block = _rows(x, noise, tau[:, None, None, now, None] if isinstance(tau, Tensor) else tau)
+        total = block.sum(-1)
+        share = torch.where(total == 0, 1, total).reciprocal().view(B * Hq, 1, t)
+        sums[..., :n] += share @ block.view(B * Hq, t, n)
+    return sums.view(B, Hq, S)
+
+
+def _rows(x: Tensor, log_u: Tensor | None, tau: float | Tensor) -> Tensor:
+    """Numbers in proportion to exp((x + noise) / tau), each row with its own factor, which may be negative."""
+    if not isinstance(tau, Tensor) and tau == 1:
+        p = x.softmax(-1).nan_to_num_(0.0)
+        return p if log_u is None else p.div_(log_u)
+    if log_u is not None:
+        x = x - log_u.neg().log()
+    return (x / tau).softmax(-1).nan_to_num_(0.0)

@@ -52,5 +52,5 @@ class H2O(Capped):
         collected = store.track("mass")
         if self.normalise:
             collected = collected / (last - store.pos + 1).clamp_min(1)
-        recent = room - (room * self.heavy + 1e-6).long()
+        recent = room - (room * self.heavy + 1e-6).long()  # a share is not exact in float32
         return collected.masked_fill(store.pos > last - recent, torch.inf)

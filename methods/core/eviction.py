@@ -129,7 +129,7 @@ class EvictionCache(LayerCache):
     def settle(self, step: Step) -> None:
         if self.voters and self.mass is None:  # the output was another cache's
             self.mass = self._shared_mass(step)
-        self.method.observe(self.store, step, self.mass)
+        self._observe(step)
         self._trim(step)
         self._remember(step)
         self._decide(step)
@@ -177,6 +177,9 @@ class EvictionCache(LayerCache):
         seen_next = store.pos > step.pos[:, -1:, None] - window + 1  # [B, H, S]
         n = seen_next.sum(-1)
         store.keep(seen_next, int(n.max()), exact=bool((n == n.max()).all()))
+
+    def _observe(self, step: Step) -> None:
+        self.method.observe(self.store, step, self.mass)
 
     def _decide(self, step: Step) -> None:
         """Drop slots where it is time to."""

@@ -1,0 +1,192 @@
+"""Keyformer: keep recent tokens and key tokens, whose noisy attention adds up to the most.
+
+Paper: Adnan et al. 2024, arXiv:2403.09054, section 3 and Algorithm 1.
+Idea:  dropping tokens shifts the softmax towards those that stay. The sums that choose key tokens are therefore taken
+       over another softmax than the model's: its logits carry Gumbel noise, and its temperature rises from tau_init in
+       the prompt to tau_end after `new_tokens` steps. Once when the prompt ends, then one token per step; the budget is
+       a share of the prompt and generated tokens compete for the same slots.
+Here:  the paper's rule, not the release's masks, which lose every token that leaves the recent window
+       (compat=official_mask does what they amount to). Query heads that share a KV head add their rows. Samples choose
+       for themselves; the release adds up batch and beams. Noise is keyed by (seed, sample, layer, head, query, key),
+       noise=per_token leaves the query out. Beyond `new_tokens` the temperature stays. Keys keep their positions; the
+       variant that numbers slots anew is not here. shared=true adds up all layers and keeps one set, so that a step's
+       slots are freed only when its last layer has run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import Stem, noisy_mass
+from methods.core.capped import Capped, CappedCache
+from methods.core.contract import LayerCache, ModelSpec, Stage, Step
+from methods.core.errors import UserError
+from methods.core.store import Store
+
+NOISE = ("fresh", "per_token", "none")
+
+
+@dataclass
+class Keyformer(Capped):
+    """A cache of fixed size: key tokens and recent tokens.
+
+    recent: share of the budget for the newest tokens, cut to whole slots.
+    noise: "fresh" for every query and key, "per_token", or "none".
+    tau_init, tau_end: temperature in the prompt and after `new_tokens` tokens.
+    shared: one score and one kept set for all layers.
+    compat: "official_mask" or null.
+    """
+
+    recent: float = 0.3
+    noise: str = "fresh"
+    tau_init: float = 1.0
+    tau_end: float = 2.0
+    new_tokens: int = 128
+    shared: bool = False
+    compat: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.recent <= 1:
+            raise UserError(f"Keyformer: method.recent={self.recent}; it is a share of the budget in [0, 1]")
+        if self.noise not in NOISE:
+            raise UserError(f"Keyformer: method.noise={self.noise}; there are {', '.join(NOISE)}")
+        if not 0 < self.tau_init <= self.tau_end or self.new_tokens < 1:
+            raise UserError(
+                f"Keyformer: method.tau_init={self.tau_init}, method.tau_end={self.tau_end}, "
+                f"method.new_tokens={self.new_tokens}; 0 < tau_init <= tau_end, and at least one new token"
+            )
+        if self.compat not in (None, "official_mask"):
+            raise UserError(f"Keyformer: method.compat={self.compat}; it is null or official_mask")
+
+    def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
+        joint = Joint() if self.shared else None
+        return [KeyformerCache(self, prompt_len, joint) for _ in range(spec.n_layers)]
+
+    def slots(self, n: int) -> int:
+        return self._without_gap(super().slots(n))
+
+    def cap(self, n: int) -> int:
+        return self.slots(n) if self.budget <= 1 else self._without_gap(int(self.budget))
+
+    def tau(self, t: Tensor) -> Tensor:
+        """Temperature of the t-th new token, counted from 1; 0 is the prompt."""
+        return self.tau_init + t.clamp(0, self.new_tokens) * ((self.tau_end - self.tau_init) / self.new_tokens)
+
+    def voters(self, store: Store, step: Step) -> int:
+        if self.budget == 1:
+            return 0
+        if step.stage is Stage.DECODE:
+            return 1
+        in_prompt = step.stage in (Stage.MID_PROMPT, Stage.ENDS_PROMPT)
+        return step.q.shape[2] if self.noise == "none" and self.tau_init == 1 and in_prompt else 0
+
+    def rows(self, store: Store, step: Step, mass: Tensor | None, stem: Stem | None, t: Tensor | None) -> Tensor:
+        """Noisy attention of the step's queries, summed over them and over the heads of a group: [B, H, S].
+
+        mass: what `voters` asked for.  stem: keys of the noise but for the slots' positions, [B, Hq, T or 1].
+        t [B, T]: how many tokens after the prompt each query is; None in the prompt.
+        """
+        B, H, S = store.pos.shape
+        if mass is None:
+            tau = self.tau_init if t is None else self.tau(t)
+            plan = "tail" if not store.padded and store.in_order else "positions"
+            at = {"q_pos": step.pos, "k_pos": store.pos}
+            rows = noisy_mass(step.q, store.read()[0], step.rules, stem, **at, tau=tau, plan=plan)
+        elif t is None:
+            rows = mass
+        else:
+            # one query, whose plain softmax p came with its output: exp((x + noise) / tau) ~ (p / -log u) ** (1 / tau)
+            if stem is not None:
+                mass = mass / -stem.log_uniform(store.pos.repeat_interleave(mass.shape[1] // H, dim=1))
+            weight = mass.pow(1 / self.tau(t)[:, :, None])
+            rows = weight / weight.sum(-1, keepdim=True)
+        return rows.view(B, H, -1, S).sum(dim=2)
+
+    def worth(self, store: Store, step: Step, room: Tensor, mass: Tensor | None) -> Tensor:
+        """Noisy attention collected so far; the newest are +inf."""
+        last = step.pos[:, -1:, None]  # [B, 1, 1]
+        if self.compat:
+            room = room + 1
+        recent = (room * self.recent + 1e-6).long()  # 0.3 * 10 is 2.9999998 in float32
+        score = store.track("score")
+        if self.compat:
+            score = score.masked_fill(store.pos == last - recent + 1, torch.finfo(score.dtype).min)
+            recent = recent - 1
+        return score.masked_fill(store.pos > last - recent, torch.inf)
+
+    def _without_gap(self, n: int) -> int:
+        """Slots; the release's masks show one less, the token that is about to leave the recent window."""
+        return max(1, n - 1) if self.compat and self.budget != 1 else n
+
+
+class Joint:
+    """What the layers of one cache share: the rows of the current step, added up, and who waits for the last layer."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+        self.waiting: list[KeyformerCache] = []
+
+
+class KeyformerCache(CappedCache):
+    """One layer of key tokens and recent tokens, which knows how far behind its prompt a token is."""
+
+    method: Keyformer
+
+    def __init__(self, method: Keyformer, prompt_len: int | None, joint: Joint | None):
+        super().__init__(method, prompt_len)
+        self.joint = joint
+        self.began: Tensor | None = None  # tokens of each row's prompt, [B, 1]
+        self.stem: Stem | None = None  # of the noise: seed, sample, layer and head, [B, Hq, 1]
+
+    def reorder(self, rows: Tensor) -> None:
+        super().reorder(rows)
+        if self.began is not None:
+            self.began = self.began.index_select(0, rows)
+        if self.stem is not None:
+            self.stem = Stem(self.stem.state.index_select(0, rows))
+
+    def _observe(self, step: Step) -> None:
+        if self.method.budget == 1:
+            return
+        in_prompt = step.stage in (Stage.MID_PROMPT, Stage.ENDS_PROMPT)
+        t = None if in_prompt or self.began is None else step.pos - self.began + 1
+        rows = self.method.rows(self.store, step, self.mass, self._noise(step), t)
+        if step.stage is Stage.ENDS_PROMPT:
+            self.began = step.pos[:, -1:] + 1
+        if self.joint is None:
+            self.store.add("score", rows)
+            return
+        if step.rules.window is not None:
+            raise UserError(
+                "Keyformer: method.shared=true needs layers that see the same tokens, and some of this model slide; "
+                "method.shared=false works"
+            )
+        self.joint.rows = rows if self.joint.rows is None else self.joint.rows + rows
+
+    def _noise(self, step: Step) -> Stem | None:
+        """Keys of the noise but for the slots' positions."""
+        if self.method.noise == "none":
+            return None
+        if self.stem is None:
+            layer = torch.full_like(step.samples, step.layer)
+            heads = torch.arange(step.q.shape[1], device=step.q.device)[:, None]
+            self.stem = Stem.of(self.method.seed, step.samples[:, None, None], layer[:, None, None], heads)
+        return self.stem.then(step.pos[:, None]) if self.method.noise == "fresh" else self.stem
+
+    def _decide(self, step: Step) -> None:
+        joint = self.joint
+        if joint is None or self.method.budget == 1:
+            super()._decide(step)
+            return
+        joint.waiting.append(self)
+        if len(joint.waiting) < step.n_layers:
+            return
+        assert joint.rows is not None
+        for cache in joint.waiting:
+            cache.store.add("score", joint.rows)
+            CappedCache._decide(cache, step)
+        joint.rows, joint.waiting = None, []

@@ -28,15 +28,17 @@ Packs = Callable[..., Store]
 
 # a relative error is divided by no less than this
 SMALLEST = 1e-6
+RELATIVE = ("elements", "sums")
 # queries whose attention is held at once
-BLOCK_ROWS = 32
+BLOCK_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Shift:
     """What one pair of bits changes in one layer, means over all elements.
 
-    keys, values, output: relative, |x - x'| / |x|.  attention: absolute, over the slots that a query sees.
+    keys, values, output: relative, |x - x'| / |x|, each element by itself or sum by sum.
+    attention: absolute, over the slots that a query sees.
     """
 
     keys: float
@@ -47,50 +49,52 @@ class Shift:
 
 @torch.inference_mode()
 def profile(
-    model: PreTrainedModel, prompts: Iterable[Sequence[int]], packs: Packs, bits: Sequence[int]
+    model: PreTrainedModel, prompts: Iterable[Sequence[int]], packs: Packs, bits: Sequence[int], relative: str
 ) -> list[dict[Pair, Shift]]:
     """The shift of every layer under every pair of `bits`, mean over prompts (token ids).
 
-    Each prompt is run once, whole, by the full model.
+    Each prompt is run once, whole, by the full model. relative: see `shifts`.
     """
     found: dict[int, list[Tensor]] = {}  # per layer, one [pairs, 4] per prompt
     for ids in prompts:
         for layer, step in enumerate(watch(model, torch.tensor([list(ids)]))):
-            found.setdefault(layer, []).append(shifts(step, packs, bits))
+            found.setdefault(layer, []).append(shifts(step, packs, bits, relative))
     pairs = [Pair(key, value) for key, value in product(bits, bits)]
     means = [torch.stack(found[layer]).mean(0).tolist() for layer in sorted(found)]
     return [{pair: Shift(*row) for pair, row in zip(pairs, rows, strict=True)} for rows in means]
 
 
-def shifts(step: Step, packs: Packs, bits: Sequence[int]) -> Tensor:
+def shifts(step: Step, packs: Packs, bits: Sequence[int], relative: str = "elements") -> Tensor:
     """The four means of `Shift` for every pair of `bits`, [pairs, 4], float32; pairs in the order of their product.
 
-    step: a whole prompt without padding.
+    step: a whole prompt without padding.  relative: "elements" divides each error by its own element, as in the paper;
+    "sums" divides the sum of errors by the sum of elements, which channels that are nearly zero do not drown.
     """
     stores = [packs(key_bits=b, value_bits=b) for b in bits]
     for store in stores:
         store.append(step.k, step.v, step.pos)
         store.settle(step)
     packed = [store.read() for store in stores]
-    keys = [_relative(step.k, k) for k, _ in packed]
-    values = [_relative(step.v, v) for _, v in packed]
+    keys = [torch.stack(_relative(step.k, k, relative)) for k, _ in packed]  # error and what it is divided by
+    values = [torch.stack(_relative(step.v, v, relative)) for _, v in packed]
+    every = torch.cat([v for _, v in packed], dim=3)  # [B, H, S, bits * Dv]
     attention = torch.zeros(len(bits), device=step.q.device)
-    output = torch.zeros(len(bits), len(bits), device=step.q.device)
+    output = torch.zeros(len(bits), len(bits), 2, device=step.q.device)
     n = step.q.shape[2]
     seen = 0
     for i in range(0, n, BLOCK_ROWS):
-        rows = slice(i, i + BLOCK_ROWS)
-        q, q_pos, k_pos = step.q[:, :, rows], step.pos[:, rows], step.pos[:, None]
-        p = attention_probs(q, step.k, step.rules, q_pos=q_pos, k_pos=k_pos)  # [B, H, G, T, S]
-        out = _weigh(p, step.v)
+        rows, slots = slice(i, i + BLOCK_ROWS), slice(i + BLOCK_ROWS)  # what comes later is seen by none of these
+        q, q_pos, k_pos = step.q[:, :, rows], step.pos[:, rows], step.pos[:, None, slots]
+        p = attention_probs(q, step.k[:, :, slots], step.rules, q_pos=q_pos, k_pos=k_pos)  # [B, H, G, T, S]
+        out = _weigh(p, step.v[:, :, slots])
         seen += int(visible(q_pos, k_pos, step.rules.window).sum()) * q.shape[1]
         for a, (k, _) in enumerate(packed):
-            p_hat = attention_probs(q, k, step.rules, q_pos=q_pos, k_pos=k_pos)
+            p_hat = attention_probs(q, k[:, :, slots], step.rules, q_pos=q_pos, k_pos=k_pos)
             attention[a] += (p - p_hat).abs().sum()
-            for b, (_, v) in enumerate(packed):
-                output[a, b] += _relative(out, _weigh(p_hat, v)) * out.shape[3] / n
+            for b, out_hat in enumerate(_weigh(p_hat, every[:, :, slots]).split(step.v.shape[3], dim=-1)):
+                output[a, b] += torch.stack(_relative(out, out_hat, relative))
     table = [
-        torch.stack((keys[a], values[b], attention[a] / seen, output[a, b]))
+        torch.stack((_ratio(keys[a]), _ratio(values[b]), attention[a] / seen, _ratio(output[a, b])))
         for a, b in product(range(len(bits)), range(len(bits)))
     ]
     return torch.stack(table)
@@ -101,7 +105,13 @@ def _weigh(p: Tensor, v: Tensor) -> Tensor:
     return p @ v.float()[:, :, None]
 
 
-def _relative(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Mean of |x - x_hat| / |x|, a scalar."""
-    x, x_hat = x.float(), x_hat.float()
-    return ((x - x_hat).abs() / x.abs().clamp_min(SMALLEST)).mean()
+def _relative(x: Tensor, x_hat: Tensor, relative: str) -> tuple[Tensor, Tensor]:
+    """A sum of errors, and what it is to be divided by; both scalars."""
+    size, error = x.float().abs(), (x.float() - x_hat.float()).abs()
+    if relative == "sums":
+        return error.sum(), size.sum()
+    return (error / size.clamp_min(SMALLEST)).sum(), torch.tensor(float(x.numel()), device=x.device)
+
+
+def _ratio(pair: Tensor) -> Tensor:
+    return pair[0] / pair[1].clamp_min(SMALLEST)

@@ -27,7 +27,7 @@ from runners.pairs import Group, group_layers
 from runners.prompt import Encoder
 from runners.record import digest
 from runners.search import SAMPLERS, Trial, best_under, front, search
-from runners.sensitivity import Shift, profile
+from runners.sensitivity import RELATIVE, Shift, profile
 from runners.together import together
 from tasks.base import Example, Task
 
@@ -42,6 +42,7 @@ class Tune:
     """The runner behind `python run.py runner=tune method=kvtuner`; every argument is a key of conf/runner/tune.yaml.
 
     bits: to choose from, for keys and for values.  profile_prompts, samples: of the task, its first ones.
+    relative: see `runners.sensitivity.shifts`.
     eps, min_samples, outliers: see `group_layers`.  limits: average bits, each with a search of its own of `trials`
     tables.  objective: "score" of the task, or "output_error", minus the sum of the layers' errors.
     at_once: tables that share one pass over a prompt.  out: folder, None for the one where the method looks.
@@ -49,6 +50,7 @@ class Tune:
 
     bits: list[int] = field(default_factory=lambda: [8, 4, 2])
     profile_prompts: int = 20
+    relative: str = "elements"
     eps: float = 0.05
     min_samples: int = 2
     outliers: str = "together"
@@ -71,7 +73,12 @@ class Tune:
                 raise UserError(f"tune: runner.{key}={value}; give a whole number, 1 or more")
         if self.eps <= 0:
             raise UserError(f"tune: runner.eps={self.eps}; give a distance above 0")
-        for key, allowed in (("sampler", SAMPLERS), ("objective", OBJECTIVES), ("outliers", ("together", "apart"))):
+        for key, allowed in (
+            ("sampler", SAMPLERS),
+            ("objective", OBJECTIVES),
+            ("outliers", ("together", "apart")),
+            ("relative", RELATIVE),
+        ):
             if getattr(self, key) not in allowed:
                 raise UserError(f"tune: runner.{key}={getattr(self, key)}; it is one of {', '.join(allowed)}")
 
@@ -95,7 +102,7 @@ class Tune:
         model = load_model(checkpoint, dtype, device)
 
         prompts = [encoder(example).prompt.ids for example in examples[: self.profile_prompts]]
-        shifts = profile(model, prompts, method.store, self.bits)
+        shifts = profile(model, prompts, method.store, self.bits, self.relative)
         groups = group_layers(
             [{pair: shift.output for pair, shift in layer.items()} for layer in shifts],
             self.eps,

@@ -4,14 +4,16 @@
 
 A row of text is read in the method's own chunks. Each chunk's next-token loss is taken back through the compression
 that came before the chunk, and no further: what is held is data. When all rows are read, the artefact is saved where
-the method looks for it, read again, and compared on held-out text with dropping at equal slots. A run that was stopped
-goes on by the same command.
+the method looks for it, read again, and compared on held-out text with dropping at equal slots. Saved are the weights
+that did best on a few held-out rows, which the comparison leaves out. A run that was stopped goes on by the same
+command.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -59,8 +61,10 @@ class TrainCompressor:
     out: folder of checkpoints and logs.  export: folder of the artefact, None for where the method looks for it.
     text: file to read; None: the prose that every Python carries. length: tokens per row.
     batch: rows that are read together.  batches: how many of them.  accumulate: chunks per step of the optimizer.
-    lr: of the optimizer, falling to zero over the run.  init_std: of the convolutions' first weights.
-    held_out: rows to measure on.  measure_every: batches between measurements, and between checkpoints.
+    lr: of the optimizer, falling to zero over the run.  init_std: of the convolutions' first weights.  init_gate: the
+    gates' first value, None for method.normalizer_init.
+    chosen_on, held_out: held-out rows that choose among the weights, and that the comparison is made on.
+    measure_every: batches between measurements, and between checkpoints.
     limit: batches of this call, None for all.
     """
 
@@ -73,12 +77,14 @@ class TrainCompressor:
     accumulate: int = 1
     lr: float = 5e-2
     init_std: float = 1.0
-    held_out: int = 16
+    init_gate: float | None = None
+    chosen_on: int = 8
+    held_out: int = 22
     measure_every: int = 10
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("length", "batch", "batches", "accumulate", "held_out", "measure_every"):
+        for key in ("length", "batch", "batches", "accumulate", "chosen_on", "held_out", "measure_every"):
             if getattr(self, key) < 1:
                 raise UserError(f"train_compressor: runner.{key}={getattr(self, key)}; give a whole number, 1 or more")
         if self.text is not None and not Path(self.text).expanduser().is_file():
@@ -105,14 +111,14 @@ class TrainCompressor:
         trained, held_out = (
             rows_of(tokenizer, text, self.length).to(model.device) for text in texts(self.text)
         )  # [N, length]
-        held_out = held_out[: self.held_out]
+        choice, held_out = held_out[: self.chosen_on], held_out[self.chosen_on :][: self.held_out]
         first = 1 + method.limit // method.chunk  # chunks before the first compression
         per_row = -(-self.length // method.chunk) - first
         if min(len(trained), len(held_out)) < 1 or per_row < 1:
             raise UserError(
                 f"train_compressor: runner.length={self.length}: the text has {len(trained)} rows to train on and "
-                f"{len(held_out)} to measure on, with {max(per_row, 0)} compressions each; give a text of several "
-                f"rows, of more than {first * method.chunk} tokens each"
+                f"{len(choice) + len(held_out)} to measure on, with {max(per_row, 0)} compressions each; give a text "
+                f"of several rows, of more than {first * method.chunk} tokens each"
             )
         at = Path(self.out) / artefacts.model_id(model) / method.artefact_name
         at.mkdir(parents=True, exist_ok=True)
@@ -121,6 +127,9 @@ class TrainCompressor:
         student.compressors = nets = student.new_compressors(model)
         for weight in (p for key, p in nets.named_parameters() if key.endswith("weight")):
             weight.data *= self.init_std
+        if self.init_gate is not None:
+            for net in nets:
+                net.eta.data.fill_(self.init_gate)
         optimizer = torch.optim.AdamW(nets.parameters(), lr=self.lr, weight_decay=0.0)
         steps = self.batches * per_row // self.accumulate
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / max(1, steps)))
@@ -137,12 +146,15 @@ class TrainCompressor:
                 state["seconds"] += time.perf_counter() - began
                 _log(at, {"batch": state["batch"], "loss": loss, "seconds": state["seconds"], "eta": _gates(nets)})
                 if state["batch"] % self.measure_every == 0 or state["batch"] == self.batches:
-                    nll = losses(model, student, held_out, self.batch).mean().item()
-                    _log(at, {"batch": state["batch"], "held_out": nll})
+                    nll = losses(model, student, choice, self.batch).mean().item()
+                    _log(at, {"batch": state["batch"], "chosen_on": nll})
+                    if nll < state["best"]:
+                        state |= {"best": nll, "best_batch": state["batch"], "weights": _copy(nets)}
                     _save(at, nets, optimizer, decay, state, recipe)
                 bar.advance(self.batch)
         _save(at, nets, optimizer, decay, state, recipe)
         if state["batch"] == self.batches:
+            nets.load_state_dict(state["weights"])
             self._finish(model, method, nets, held_out, state, recipe, at)
         return 0
 
@@ -194,6 +206,7 @@ class TrainCompressor:
             "hidden_act": method.hidden_act,
             "gates": _gates(nets),
             "steps": state["steps"],
+            "chosen_after": state["best_batch"],
             "training": {**recipe, "seconds": round(state["seconds"])},
         }
         facts["training"].pop("model")
@@ -206,7 +219,7 @@ class TrainCompressor:
         draw(at / "log.jsonl", facts["held_out"], path.with_suffix(".png"))
         for name, (nll, *rest) in facts["held_out"]["nll"].items():
             difference = f", {rest[0]:+.4f} nats against eta=0 ({rest[1]:+.4f} to {rest[2]:+.4f})" if rest else ""
-            show.say(f"{name:>8}: held-out perplexity {2.718281828459045**nll:.3f}{difference}")
+            show.say(f"{name:>14}: held-out perplexity {math.e**nll:.3f}{difference}")
         show.say(f"{state['batch'] * self.batch * self.length:,} tokens in {state['seconds'] / 60:.1f} minutes: "
                  f"{artefacts.shown(path)}")  # fmt: skip
 
@@ -215,26 +228,32 @@ def rivals(method: LoCoCo) -> dict[str, Method]:
     """What a trained compressor is compared with at equal slots, and the full cache.
 
     eta=0 drops what the last chunk attends to least. h2o keeps the newest half and, by attention summed over the whole
-    text, the heaviest half: raw slots with local_len of them the newest, and next-heaviest ones instead of fused.
+    text, the heaviest half: raw slots with local_len of them the newest, and next-heaviest ones instead of fused. The
+    two with a quarter of the newest slots among the raw ones tell what fusing adds where recent text is safe.
     """
-    half = method.slots // 2
     dropping = replace(method, eta=0.0, artefact=None)
-    h2o = replace(dropping, hh_keep_rate=0.75, local_len=half, accumulate_scores=True)
-    return {"full": load_method("full"), "lococo": method, "eta=0": dropping, "h2o": h2o}
+    h2o = replace(dropping, hh_keep_rate=0.75, local_len=method.slots // 2, accumulate_scores=True)
+    them = {"full": load_method("full"), "lococo": method, "eta=0": dropping, "h2o": h2o}
+    if (quarter := method.slots // 4) < method.raw:
+        them |= {"lococo, recent": replace(method, local_len=quarter)}
+        them |= {"eta=0, recent": replace(dropping, local_len=quarter)}
+    return them
 
 
 def compare(model: PreTrainedModel, method: LoCoCo, rows: Tensor, batch: int) -> dict[str, Any]:
-    """Mean losses in nats per token on rows [N, L]: {"nll": {name: [mean, difference to eta=0, low, high]}, …}.
+    """Mean losses in nats per token on rows [N, L]: {"nll": {name: [mean, difference, low, high]}, …}.
 
-    Differences are of the same rows, with the 95 % interval of a bootstrap over rows.
+    Differences are to eta=0 (of "lococo, recent" to "eta=0, recent") on the same rows, with the 95 % interval of a
+    bootstrap over rows.
     """
     each = {name: losses(model, one, rows, batch).mean(1) for name, one in rivals(method).items()}  # [N]
     draws = torch.randint(len(rows), (2000, len(rows)), generator=torch.Generator().manual_seed(0))
     nll: dict[str, list[float]] = {}
     for name, means in each.items():
         nll[name] = [round(means.mean().item(), 5)]
-        if name not in ("eta=0", "full"):
-            gap = (means - each["eta=0"]).cpu()
+        base = "eta=0, recent" if name == "lococo, recent" else "eta=0"
+        if name not in (base, "full"):
+            gap = (means - each[base]).cpu()
             low, high = gap[draws].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
             nll[name] += [round(x, 5) for x in (gap.mean().item(), low, high)]
     return {"rows": len(rows), "tokens": rows[:, 1:].numel(), "nll": nll}
@@ -277,15 +296,15 @@ def draw(log: Path, held_out: dict[str, Any], picture: Path) -> None:
     import matplotlib.pyplot as plt
 
     entries = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-    left.plot(*zip(*((e["batch"], e["loss"]) for e in entries if "loss" in e)))
-    left.set(xlabel="batches", ylabel="training loss, nats per token")
-    points = [(e["batch"], 2.718281828459045 ** e["held_out"]) for e in entries if "held_out" in e]
-    right.plot(*zip(*points), marker=".", label="lococo, while training")
-    for name, style in (("full", ":"), ("eta=0", "--"), ("h2o", "-.")):
-        right.axhline(2.718281828459045 ** held_out["nll"][name][0], linestyle=style, color="gray", label=name)
-    right.set(xlabel="batches", ylabel="held-out perplexity")
-    right.legend(fontsize=8)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
+    left.plot(*zip(*((e["batch"], e["loss"]) for e in entries if "loss" in e)), label="read behind a compression")
+    left.set(xlabel="batches", ylabel="loss, nats per token")
+    left.plot(*zip(*((e["batch"], e["chosen_on"]) for e in entries if "chosen_on" in e)), marker=".", label="held out")
+    left.legend(fontsize=8)
+    names = list(held_out["nll"])
+    right.barh(names, [math.e ** held_out["nll"][name][0] for name in names], color="tab:blue")
+    right.set(xlabel="perplexity of other held-out text")
+    right.set_xlim(0.95 * math.e ** held_out["nll"]["full"][0])
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.tight_layout()
@@ -304,6 +323,10 @@ def _pick(rows: Tensor, seed: int, batch: int, size: int) -> Tensor:
 
 def _hash(rows: Tensor) -> str:
     return hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _copy(nets: nn.ModuleList) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in nets.state_dict().items()}
 
 
 def _gates(nets: nn.ModuleList) -> Sequence[float]:
@@ -328,7 +351,7 @@ def _resume(at: Path, nets: Any, optimizer: Any, decay: Any, recipe: dict[str, A
     saved: dict[str, Any] = torch.load(path, weights_only=True) if path.exists() else {"recipe": "{}"}
     if json.loads(saved["recipe"]) != recipe:
         log.unlink(missing_ok=True)
-        return {"batch": 0, "steps": 0, "seconds": 0.0}
+        return {"batch": 0, "steps": 0, "seconds": 0.0, "best": math.inf}
     nets.load_state_dict(saved["nets"])
     optimizer.load_state_dict(saved["optimizer"])
     decay.load_state_dict(saved["decay"])

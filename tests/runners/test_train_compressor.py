@@ -15,7 +15,7 @@ from methods.core.errors import UserError
 from runners.load import find, load_model, load_tokenizer
 from runners.train_compressor import TrainCompressor, compare, losses, rows_of, texts
 
-WORDS = "the cat sat on a mat and read about a long river in the north where nobody answers questions ".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "read", "about", "long", "rivers", "in", "northern", "woods"]
 NAME = "m16-c16-k5-r0.5"
 
 
@@ -36,7 +36,7 @@ def made(tiny_model_dir, text, tmp_path):
         checkpoint = find(str(tiny_model_dir))
         model = load_model(checkpoint, torch.float32, torch.device("cpu")).requires_grad_(False)
         at = tmp_path / folder
-        settings = dict(length=96, batch=2, batches=4, lr=1e-2, init_std=0.1, held_out=2, measure_every=2)
+        settings = dict(length=96, batch=2, batches=4, lr=1e-2, init_std=0.1, chosen_on=2, held_out=2, measure_every=2)
         runner = TrainCompressor(out=str(at), export=str(at), text=str(text), **{**settings, **changes})
         assert runner.train(model, load_tokenizer(checkpoint), small(), seed=0) == 0
         return model, at
@@ -54,7 +54,7 @@ def test_what_is_trained_is_loaded_by_the_method_and_its_card_says_what_it_is(ma
     assert (card["slots"], card["chunk"], card["kernel_size"], card["hh_keep_rate"]) == (16, 16, 5, 0.5)
     assert card["model"]["id"] == tiny_model_dir.name and len(card["training"]["data"]) == 16
     assert card["steps"] == 16  # 4 batches, 6 chunks each, compressed before the third and those after it
-    assert set(card["held_out"]["nll"]) == {"full", "lococo", "eta=0", "h2o"}
+    assert set(card["held_out"]["nll"]) == {"full", "lococo", "eta=0", "h2o", "lococo, recent", "eta=0, recent"}
     method = small(artefact=str(at / f"{NAME}.safetensors"))
     rows = rows_of(load_tokenizer(find(str(tiny_model_dir))), "the cat sat on a mat " * 40, 96)
     assert torch.equal(losses(model, method, rows, 2), losses(model, method, rows, 1))
@@ -122,7 +122,7 @@ def test_rivals_hold_the_same_slots_and_differences_are_of_the_same_rows(made, t
     found = compare(model, method, rows, batch=4)["nll"]
     means = {name: values[0] for name, values in found.items()}
     for name in ("lococo", "h2o"):
-        mean, difference, low, high = found[name]
+        _, difference, low, high = found[name]
         assert difference == pytest.approx(means[name] - means["eta=0"], abs=2e-5)
         assert low <= difference <= high
     assert means["full"] == pytest.approx(losses(model, load_method("full"), rows, 4).mean().item(), abs=1e-4)
@@ -147,7 +147,15 @@ def command(tmp_path, tiny_model_dir, text, monkeypatch, capfd):
     return run_it
 
 
-SMALL = ("method.buffer=0", "method.kernel_size=5", "runner.length=96", "runner.batches=1", "runner.held_out=2")
+SMALL = (
+    "method.buffer=0",
+    "method.kernel_size=5",
+    "runner.length=96",
+    "runner.batches=1",
+    "runner.chosen_on=2",
+    "runner.held_out=2",
+    "runner.init_gate=null",
+)
 
 
 def test_the_command_puts_the_artefact_where_the_method_looks(command, tmp_path, tiny_model_dir):

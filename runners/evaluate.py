@@ -123,7 +123,7 @@ def cost_rows(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[tu
     Bytes are means per sample, with their share of what a full cache of the same tokens takes; speeds are medians.
     """
     ours, full = _costs([row for row, _ in pairs]), _costs([row for _, row in pairs])
-    return [(what, ours[what], full[what]) for what in ours]
+    return [(what, ours[what], full.get(what, "-")) for what in ours]
 
 
 def _costs(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -135,6 +135,10 @@ def _costs(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     ):
         held, of = (fmean(row["ledger"][name] / row["batch"] for row in rows) for name in (key, whole))
         found[what] = f"{show.size(held)} ({held / of:.1%})"
+    coded = [row["ledger"] for row in rows if row["ledger"].get("nominal_bits") is not None]
+    if coded:
+        nominal, effective = (fmean(ledger[name] for ledger in coded) for name in ("nominal_bits", "effective_bits"))
+        found["bits per number, as codes / in all"] = f"{nominal:.2f} / {effective:.2f}"
     # a group's times are not those of any of its members
     times = [row["timings"] for row in rows if "group" not in row]
     reads = [time["n_prompt"] / time["prompt"] for time in times]

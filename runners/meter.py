@@ -29,7 +29,8 @@ class Report:
     peak_prompt, peak_decode: largest held total of the phase, layer by layer.  read_step: read by the last
     decode step.  workspace: largest held only for scoring.  adapter: the method's own parameters.  host: of all these,
     on the host while the model is on a device.  asked: allowed by the budget.  overhead: documented on top.
-    per_layer: held_prompt per layer.
+    per_layer: held_prompt per layer.  nominal_bits, effective_bits: of a number at the end of the prompt, where numbers
+    are coded: of its code alone, and of all that is held.
     """
 
     n_layers: int
@@ -47,6 +48,8 @@ class Report:
     asked: int = 0
     overhead: int = 0
     per_layer: list[int] = field(default_factory=list)
+    nominal_bits: float | None = None
+    effective_bits: float | None = None
 
     @property
     def share(self) -> float:
@@ -102,6 +105,10 @@ class Meter:
         books.per_layer = [nbytes(x.tensors()) for x in self.layers]
         books.held_prompt = self._held()
         books.overhead = sum(x.overhead() for x in self.layers)
+        bits = [b for x in self.layers if (b := x.nominal_bits()) is not None]
+        if bits:
+            books.nominal_bits = sum(bits) / len(bits)
+            books.effective_bits = 8 * step.k.element_size() * books.share
         books.asked = sum(x.asked(full) for x, full in zip(self.layers, self._full(), strict=True))
 
     def report(self) -> Report:

@@ -93,5 +93,8 @@ class CodecCache(LayerCache):
     def asked(self, full: int) -> int:
         return self.store.asked(full)
 
+    def nominal_bits(self) -> float | None:
+        return self.store.nominal_bits()
+
     def reorder(self, rows: Tensor) -> None:
         self.store.reorder(rows)

@@ -171,6 +171,10 @@ class LayerCache:
         """Bytes of keys and values that the budget allows at the end of the prompt; full: those of the full cache."""
         return full
 
+    def nominal_bits(self) -> float | None:
+        """Bits of a number's code, scales and what is not packed left out; None where numbers are not coded."""
+        return None
+
     def reorder(self, rows: Tensor) -> None:
         """Let row i go on from row rows[i]: beam search. rows [B], long."""
         raise NotImplementedError(f"{type(self).__name__}: rows of this cache cannot be reordered")

@@ -394,6 +394,11 @@ class QuantizedStore(Store):
             return int(share(self.budget, len(self)) * full)
         return sum(part.nbytes() for part in self.parts) if self.parts else full
 
+    def nominal_bits(self) -> float | None:
+        """Bits of a code, of keys and values and over the rows; None before the prompt has ended."""
+        bits = [scheme.bits for pair in self.chosen for scheme in pair]
+        return sum(bits) / len(bits) if bits else None
+
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
         if len(set(self.chosen)) > 1 or len(set(self.counts or ())) > 1:  # else a row's are any row's

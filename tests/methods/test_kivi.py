@@ -458,3 +458,21 @@ def test_a_bfloat16_model_keeps_float16_scales():
     assert part.keys.newest.dtype == torch.bfloat16
     report = cache.report()
     assert report.held_prompt - report.overhead == report.asked
+
+
+def test_nominal_bits_stand_beside_effective_ones():
+    report = _prompted(bits=4).report()
+    assert report.nominal_bits == 4 and report.effective_bits == report.share * 16
+    # codes, a bit per number for scales, what is left in full precision and the positions
+    assert 5 < report.effective_bits < 8
+    assert _prompted(key_bits=8, value_bits=2).report().nominal_bits == 5
+    plain = load_method("snapkv", budget=0.5).cache_for(model := tiny_llama())
+    run(model, plain, tokens(90))
+    assert plain.report().nominal_bits is None and plain.report().effective_bits is None
+
+
+def _prompted(**knobs):
+    model = tiny_llama().to(torch.bfloat16)
+    cache = load_method("kivi", **knobs, store={"residual": 32}).cache_for(model)
+    run(model, cache, tokens(400))
+    return cache

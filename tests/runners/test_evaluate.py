@@ -99,6 +99,15 @@ def test_costs_are_means_of_bytes_with_their_share_and_medians_of_speed():
     ]
 
 
+def test_a_codecs_bits_stand_in_the_costs():
+    ours, full = [ledger_row(400, 500), ledger_row(600, 600)], ledger_row(1000, 1100)
+    for row, nominal, effective in zip(ours, (4.0, 3.0), (6.4, 9.6)):
+        row["ledger"] |= {"nominal_bits": nominal, "effective_bits": effective}
+    rows = cost_rows([(row, full) for row in ours])
+    assert rows[2] == ("bits per number, as codes / in all", "3.50 / 8.00", "-")
+    assert len(rows) == len(cost_rows([(full, full)])) + 1
+
+
 def test_a_batchs_bytes_are_shared_among_its_samples():
     alone, together = ledger_row(400, 500), ledger_row(1600, 2000, batch=4)
     assert cost_rows([(together, alone)])[0][1:] == ("400 B (40.0%)", "400 B (40.0%)")

@@ -364,9 +364,15 @@ class QuantizedStore(Store):
             "only when the prompt ends, such as snapkv"
         )
 
-    def track(self, name: str, fill: float = 0.0) -> Tensor:
+    def track(
+        self, name: str, fill: float = 0.0, width: tuple[int, ...] = (), dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         self._refuse_if_packed("follow single slots")
-        return super().track(name, fill)
+        return super().track(name, fill, width, dtype)
+
+    def forget(self, name: str) -> None:
+        if not self.parts:  # packing has let go of all of them
+            super().forget(name)
 
     def keep_newest(self, n: int) -> None:
         if not self.parts:

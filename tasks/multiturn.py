@@ -169,7 +169,7 @@ class MultiTurn(Task):
 
     def _example(self, id: str, name: str, row: dict[str, Any]) -> Example:
         kind = str(row.get("kind") or (name if name in KINDS else "substring"))
-        category = name if self.mode == "requests" else f"{name}, mean over turns"
+        category = "requests" if self.mode == "requests" else f"{name}, mean over turns"
         tags = {"subset": name, "category": category, "score": kind}
         error = problem(row, kind)
         if error:

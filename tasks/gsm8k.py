@@ -136,7 +136,7 @@ class GSM8K(Task):
                 for own in remarks.sides(rows)
             )
             lines.append(f"no number found, {reading.name}: {a:.1%}, full {b:.1%}")
-        if any(ours is not full for _, ours, full in rows):
+        if remarks.compared(rows):
             lines.append(remarks.flips(rows, _right, self._main))
         return [line for line in (*lines, remarks.lengths(rows), remarks.held(rows)) if line]
 

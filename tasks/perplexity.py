@@ -153,7 +153,7 @@ class Perplexity(Task):
         return [*lines, held] if held else lines
 
     def _check_felt(self, rows: Sequence[tuple[Example, Mapping[str, Any], Mapping[str, Any]]]) -> None:
-        if any(ours is full or ours["curve"] != full["curve"] for _, ours, full in rows):
+        if not remarks.compared(rows) or any(ours["curve"] != full["curve"] for _, ours, full in rows):
             return
         held = [ours["ledger"]["held_end"] / ours["ledger"]["full"] for _, ours, _ in rows]
         if self.through == "prefix" and min(held) > 0.99:

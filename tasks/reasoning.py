@@ -64,7 +64,7 @@ class Reasoning(Task):
 
     def remarks(self, rows: remarks.Rows) -> list[str]:
         lines = [remarks.lengths(rows), remarks.held(rows)]
-        if any(ours is not full for _, ours, full in rows):
+        if remarks.compared(rows):
             lines.append(remarks.flips(rows, _right, "flexible"))
         return [line for line in lines if line]
 

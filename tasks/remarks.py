@@ -8,6 +8,11 @@ from tasks.base import Example
 Rows = Sequence[tuple[Example, Mapping[str, Any], Mapping[str, Any]]]
 
 
+def compared(rows: Rows) -> bool:
+    """Whether a method stands beside the full cache; two runs never take the same time, so equal records are one."""
+    return any(ours != full for _, ours, full in rows)
+
+
 def sides(rows: Rows) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """The method's records, and the full cache's."""
     return [ours for _, ours, _ in rows], [full for _, _, full in rows]

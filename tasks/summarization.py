@@ -164,7 +164,7 @@ class Summarization(Task):
             own = [row for row in rows if row[0].tags["subset"] == name]
             if not own:
                 continue
-            if any(ours is not full for _, ours, full in own):
+            if remarks.compared(own):
                 lines.append(f"{name}: {criterion(own)}")
             lead = [rouge.scores(self._setup.rouge, example.tags["lead"], example.answers[0]) for example, _, _ in own]
             means = ", ".join(f"{key} {100 * sum(one[key] for one in lead) / len(lead):.2f}" for key in lead[0])

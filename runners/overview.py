@@ -35,7 +35,7 @@ def report(sweep: Sweep, resamples: int) -> int:
     for member in sorted(sweep.members, key=lambda m: (m.cell is not run.full, m.cell.name, -m.cell.method.budget)):
         ours = _finished(sweep, member)
         rows = compare(run.task, run.scored(ours, full), resamples, seed=0) if set(ours) & set(full) else []
-        table.add_row(member.cell.name, f"{member.cell.method.budget:g}", *_line(rows, list(ours.values()), lower))
+        table.add_row(_name(member), f"{member.cell.method.budget:g}", *_line(rows, list(ours.values()), lower))
     show.draw(table)
     for line in show.about(run.task.metric):
         show.say(line)
@@ -44,6 +44,13 @@ def report(sweep: Sweep, resamples: int) -> int:
     )
     show.say(f"records: {run.full.record.folder.parent}")
     return max(_failures(sweep), sweep.code)
+
+
+def _name(member: Member) -> str:
+    """The method and the knobs that were typed."""
+    knobs = [word.partition("method.")[2] for word in member.words if word.lstrip("+").startswith("method.")]
+    seed = [word for word in member.words if word.startswith("seed=")]
+    return " ".join([member.cell.name, *knobs, *seed])
 
 
 def _finished(sweep: Sweep, member: Member) -> dict[str, dict[str, Any]]:
@@ -110,7 +117,7 @@ def plan(sweep: Sweep) -> None:
         todo = lacking[id(member)]
         longest = max(todo, key=sweep.tokens, default=None)
         table.add_row(
-            member.cell.name,
+            _name(member),
             f"{member.cell.method.budget:g}",
             str(len(run.examples) - len(todo)),
             str(len(todo)),

@@ -300,6 +300,8 @@ class Sweep:
             if isinstance(rows, BudgetMiss):
                 self._add(member, [failed(example, str(rows)) for example in examples])
                 member.stopped = rows
+            elif isinstance(rows, UserError):
+                member.stopped = rows
             elif isinstance(rows, Exception) or any("error" in row for row in rows):
                 self._alone(member, examples)
             else:

@@ -109,7 +109,8 @@ class Group:
         lead = load_method("full").caches(bind(model), prompt_len)
         shared = _empty(model, self.members, prompt_len, samples)
         for i, layer in enumerate(shared.layers):
-            layer.inner = Shared(lead[i], [member.layers[i] for member in self.members], leader_stays=False)
+            followers = [member.layers[i] for member in self.members if member.error is None]
+            layer.inner = Shared(lead[i], followers, leader_stays=False)
         session = Session(model, shared, self.B, pad_id)
         logits = session.feed(prompts, chunk if in_chunks else None)
         for member in self.members:
@@ -187,9 +188,14 @@ class Member:
 
     def __init__(self, model: PreTrainedModel, method: Method, prompt_len: int | None, samples: Sequence[int]):
         self.method = method
-        self.cache = method.cache_for(model, prompt_len=prompt_len, samples=samples)
-        self.layers = [_Watched(self, layer.inner) for layer in self.cache.layers]
         self.error: Exception | None = None
+        self.layers: list[_Watched] = []
+
+        def begin() -> None:
+            self.cache = method.cache_for(model, prompt_len=prompt_len, samples=samples)
+            self.layers = [_Watched(self, layer.inner) for layer in self.cache.layers]
+
+        self.guard(begin)
 
     def guard(self, act: Callable[[], None]) -> None:
         """Do something that concerns this member only: an error ends the member, not the group."""
@@ -210,9 +216,9 @@ class Member:
 
     def go_on_from(self, shared: KVCache, model: PreTrainedModel) -> None:
         """After the shared prompt: stand there with a cache of its own."""
-        self.cache.go_on_from(shared)
+        self.guard(lambda: self.cache.go_on_from(shared))
         self.guard(lambda: self.method.after_prompt(model, self.cache))
-        self.guard(self.cache.check_budget)
+        self.guard(lambda: self.cache.check_budget())
 
     def free(self) -> None:
         """Let the cache go: others may decode for a long time yet."""

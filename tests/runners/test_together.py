@@ -4,15 +4,17 @@ import pytest
 import torch
 
 from methods import load_method, method_names
+from methods.core.codec import Codec
+from methods.core.errors import UserError
 from methods.core.eviction import Eviction, EvictionCache
 from runners.generate import Prompt, generate
 from runners.session import Answer
 from runners.together import TimeLimit, together
 from tests.methods.conftest import tiny_llama
-from tests.tiny import equip
+from tests.tiny import SIZES, equip
 
 TIE = 1e-4  # logits closer than this may change places: a row of a batch is added up in another order
-BUDGETS = (0.5, 0.2)
+BUDGETS = (0.5, 60)
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +32,11 @@ def prompts(n: int, new: int = 12) -> list[Prompt]:
 
 
 def members() -> list:
-    """Every method that can share a prompt, at each budget it takes."""
+    """Every method that can share a prompt, at two budgets."""
     methods = [load_method("full")]
     for name in method_names():
         if name != "full":
-            methods += [load_method(name, budget=budget) for budget in BUDGETS]
+            methods += [load_method(name, budget=budget, **SIZES.get(name, {})) for budget in BUDGETS]
     return [method for method in methods if not method.changes_prompt]
 
 
@@ -71,7 +73,9 @@ def test_every_method_answers_in_a_group_as_it_does_alone(model, protocol, rows,
             if at is not None:
                 same = False
                 ties += 1
-                assert margin(model, method, prompt, protocol, alone, at) < TIE, (method.name, method.budget, at)
+                # a difference of summation order may become one step of a code
+                near = 2e-3 if isinstance(method, Codec) else TIE
+                assert margin(model, method, prompt, protocol, alone, at) < near, (method.name, method.budget, at)
         if same:
             assert outcome.answers == answers, method.name
             assert outcome.ledger == cache.report().to_dict(), method.name
@@ -128,6 +132,15 @@ def test_a_member_that_fails_leaves_the_others_alone(model, seed, says):
     for i in (0, 2):
         assert outcomes[i].error is None
         assert outcomes[i].answers == generate(model, methods[i], [one])[0]
+
+
+def test_a_member_that_cannot_be_made_leaves_the_others_alone(model):
+    class Unready(Broken):
+        def prepare(self, model):
+            raise UserError("broken: no filters for this model")
+
+    full, unready = together(model, [load_method("full"), Unready(budget=0.5)], prompts(1))
+    assert full.error is None and isinstance(unready.error, UserError)
 
 
 def test_a_group_of_which_every_member_fails_ends_at_once(model):

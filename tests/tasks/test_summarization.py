@@ -1,0 +1,124 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from methods.core.errors import UserError
+from tasks import rouge
+from tasks.summarization import FRAME, Summarization, criterion, distinct, lead, ratio_interval
+from tasks.tokens import Tokens
+
+
+def write(folder: Path, **row: Any) -> str:
+    (folder / "news.jsonl").write_text(json.dumps({"article": "One. Two! Three? Four.", "highlights": "One."} | row))
+    return str(folder)
+
+
+@pytest.mark.parametrize("package", rouge.PACKAGES)
+def test_a_copy_has_everything_and_nothing_has_nothing(package):
+    text = "the cats were running over the mat"
+    assert rouge.scores(package, text, text) == pytest.approx(dict.fromkeys(("ROUGE-1", "ROUGE-2", "ROUGE-L"), 1.0))
+    assert set(rouge.scores(package, "", text).values()) == {0.0}
+    assert set(rouge.scores(package, "dogs", text).values()) == {0.0}
+
+
+def test_rouge_score_stems_counts_and_takes_the_plain_subsequence():
+    # stems: the cat run | the cat were run; 1: 3 of 3 and 3 of 4; 2: "the cat" of 2 and of 3; L: 3
+    found = rouge.scores("rouge-score", "The cat running", "the cats were running")
+    assert found == pytest.approx({"ROUGE-1": 6 / 7, "ROUGE-2": 0.4, "ROUGE-L": 6 / 7})
+    # a word counts as often as both have it
+    assert rouge.scores("rouge-score", "a a a", "a a")["ROUGE-1"] == pytest.approx(0.8)
+
+
+def test_the_package_rouge_takes_sets_and_no_stems():
+    assert rouge.overlap("a a a", "a a", 1) == pytest.approx(1.0)
+    assert rouge.overlap("The cat running", "the cats were running", 1) == pytest.approx(2 / 7, abs=1e-6)
+    # full stops part nothing here: "c d" is a pair also across one
+    assert rouge.overlap("b c. d e", "c d", 2) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_the_frame_of_keyformer_ends_in_its_header_with_nothing_behind(tmp_path):
+    (example,) = Summarization("keyformer", write(tmp_path), beams=4).examples()
+    assert example.prompt.endswith("### Input:\nOne. Two! Three? Four.\n\n### Response:")
+    assert "### Instruction:\nSummarize the following news article:\n\n" in example.context
+    assert (example.min_new_tokens, example.max_new_tokens, example.beams, example.chat) == (30, 128, 4, False)
+
+
+def test_an_article_beyond_the_limit_loses_its_end_and_keeps_its_frame(tmp_path):
+    task = Summarization("keyformer", write(tmp_path, article="w " * 5000))
+    task.fit(lambda: Tokens(lambda text: text.split(), " ".join, opening=1))
+    (example,) = task.examples()
+    assert 1 + len(example.context.split()) + len(example.question.split()) == 1920
+    assert example.question == FRAME[1]
+
+
+def test_h2o_takes_a_prepared_prompt_and_stops_at_its_mark(tmp_path):
+    prompt = "###\nArticle: text.\n\nSummarize the above article in 1 sentence.\n"
+    task = Summarization("h2o", write(tmp_path, article=prompt, summary_gt="a b", highlights=None))
+    (example,) = task.examples()
+    assert example.prompt == prompt and example.question.startswith("\n\nSummarize") and example.max_new_tokens == 64
+    assert task.parts(example, "a b\n###\nmore") == pytest.approx({"ROUGE-1": 1, "ROUGE-2": 1, "ROUGE-L": 1})
+    # without a mark nothing is cut off
+    assert task.parts(example, "a b")["ROUGE-1"] == pytest.approx(1)
+
+
+def test_lm_evals_prompt_is_its_own(tmp_path):
+    (example,) = Summarization("lm_eval", write(tmp_path)).examples()
+    assert example.prompt == "Summarize the following article:\n\nOne. Two! Three? Four.\n\nSummary:"
+
+
+def test_the_first_sentences_are_three():
+    assert lead("One. Two! Three? Four.") == "One. Two! Three?"
+
+
+def test_a_text_that_repeats_itself_has_few_distinct_pairs():
+    assert distinct(["a b c d"]) == 1 and distinct(["a b a b a"]) == 0.5 and distinct([]) == 0
+
+
+def rows(ours: list[float], full: list[float], tokens: int = 10) -> Any:
+    def row(score: float, n: int) -> dict[str, Any]:
+        return {"parts": {"ROUGE-1": score, "ROUGE-L": score}, "tokens_out": n}
+
+    return [(None, row(a, tokens), row(b, 10)) for a, b in zip(ours, full)]
+
+
+def test_99_per_cent_is_asked_of_the_lower_end_and_of_the_length():
+    full = [0.4, 0.5, 0.6, 0.5]
+    assert "passes;" in criterion(rows(full, full))
+    assert "fails" in criterion(rows([0.9 * x for x in full], full))
+    assert "fails" in criterion(rows(full, full, tokens=8))
+    # right on the whole, far off on single samples
+    assert "passes as a point estimate" in criterion(rows([0.6, 0.4, 0.5, 0.5], full))
+
+
+def test_a_ratio_of_means_is_not_a_mean_of_ratios():
+    drawn = np.array([[0, 0], [1, 1]])
+    ratio, low, high = ratio_interval(np.array([1.0, 0.0]), np.array([1.0, 1.0]), drawn)
+    assert ratio == 0.5 and 0 <= low < high <= 1
+    assert ratio_interval(np.zeros(2), np.zeros(2), drawn) == (1, 1, 1)
+
+
+def test_a_row_without_a_summary_is_an_error_of_that_row(tmp_path):
+    (example,) = Summarization(data=write(tmp_path, highlights="")).examples()
+    assert example.error and "highlights" in example.error
+
+
+@pytest.mark.parametrize("knobs", [{"setup": "x"}, {"beams": 0}, {"limit": 0}])
+def test_a_setting_that_cannot_work_is_refused(knobs):
+    with pytest.raises(UserError, match=f"task.{next(iter(knobs))}="):
+        Summarization(**knobs)
+
+
+def test_every_finding_of_a_bundled_summary_stands_in_its_report():
+    for example in Summarization().examples():
+        findings = [part.strip() for part in example.answers[0].split(".") if part.strip()]
+        assert len(findings) == 3 and all(finding in example.context for finding in findings)
+
+
+@pytest.mark.shared
+def test_the_published_articles_are_read(shared_data):
+    folder = shared_data / "summarization"
+    assert len(Summarization("keyformer", str(folder / "cnn_dailymail.jsonl")).examples()) == 80
+    assert len(Summarization("h2o", str(folder / "xsum_0shot.jsonl")).examples()) == 200

@@ -55,7 +55,9 @@ class Needle(Grid):
     data: "bundled"; "prose" or "hub" (essays) to hide needles in that text; or a path: .jsonl prompts, InfiniteBench's
         files, a text, or a folder of texts.
     kinds, lengths, depths: what to take, or to make.  lengths: tokens, or shares of the window up to 1.
-    repeats: prompts per cell; needles: of the kinds with several; metric: of "single".
+    repeats: prompts per cell.  needles: of the kinds with several.
+    metric_name: of "single": "contains", the share of three phrases; "rouge1", ROUGE-1 F with stems, of which published
+        scores are ten times the value; "rouge_pkg", that of the package `rouge`.
     """
 
     data: str = "bundled"

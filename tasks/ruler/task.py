@@ -248,9 +248,9 @@ class Ruler(Grid):
         return [shrink(lambda n, i=i: sized(i, n), units, length, step, who) for i in range(self._count(task))]  # type: ignore[misc]
 
     def _count(self, task: str) -> int:
-        if task in ("qa_1", "qa_2"):
-            return min(self.samples, len(self._collection(task).questions))
-        return self.samples
+        """Samples to make at a length; no more than could be chosen of them."""
+        n = self.samples if self.limit is None else min(self.samples, self.limit)
+        return min(n, len(self._collection(task).questions)) if TASKS[task] == "qa" else n
 
     def _generator(
         self, task: str, family: str, length: int

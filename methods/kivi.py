@@ -5,8 +5,8 @@ Idea:  a few channels of the keys are outliers for all tokens, those of the valu
        tokens of one key channel share a scale, and `group` channels of one token's values. Keys leave full precision
        in whole blocks of `residual` tokens, values one by one when they are `residual` tokens old; what is packed
        stays as it is. The prompt attends to its own keys and values in full precision.
-Here:  groups run along the tokens of one row: padding is never quantized. A constant group has scale 1 and codes 0, so
-       that it is exact; scales and minima are float16 in every model. Heads narrower than `group`, or no multiple of
+Here:  groups run along the tokens of one row: padding is never quantized. A constant group has scale 1 and codes 0 in
+       place of a division by zero; scales and minima are float16 in every model. Heads narrower than `group`, or no multiple of
        it, have narrower groups of channels. values=blocks lets values leave with the keys, as KVTuner's mode does.
        Given a budget in place of bits: 8, 4 or 2 bits for keys and no more for values, and groups of one, two or four
        times `group`, the most bits and then the finest groups that fit; where none does, half the residual, and so on.
@@ -21,7 +21,7 @@ from methods.core.quantized import LADDER, QuantizedStore, Scheme, check_scheme
 class KIVI(QuantizedStore):
     """Slots as low-bit codes, except the newest: keys scaled per channel, values per token.
 
-    key_bits, value_bits: 2, 3, 4, 8, or 16 for none; None: the most that fit the budget.
+    key_bits, value_bits: 2, 3, 4, 8, or 16 for full precision; None: the most that fit the budget.
     group: elements per scale.  residual: full-precision tokens, a multiple of group.
     values: "sliding" packs a value as soon as it is residual tokens old, "blocks" together with the keys.
     zero: "float" puts a group's minimum on its grid, "int" makes zero a grid point.

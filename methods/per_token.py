@@ -19,7 +19,7 @@ from methods.core.quantized import LADDER, QuantizedStore, Scheme, check_scheme
 class PerToken(QuantizedStore):
     """Slots as low-bit codes, one scale per token and head.
 
-    key_bits, value_bits: 2, 3, 4, 8, or 16 for none; None: the most that fit the budget.
+    key_bits, value_bits: 2, 3, 4, 8, or 16 for full precision; None: the most that fit the budget.
     group: channels per scale; None: the whole head.  residual: newest tokens in full precision.
     zero: "float" puts a group's minimum on its grid, "int" makes zero a grid point.
     """

@@ -6,10 +6,11 @@ Idea:  a few channels of the keys are outliers for all tokens, those of the valu
        in whole blocks of `residual` tokens, values one by one when they are `residual` tokens old; what is packed
        stays as it is. The prompt attends to its own keys and values in full precision.
 Here:  groups run along the tokens of one row: padding is never quantized. A constant group has scale 1 and codes 0 in
-       place of a division by zero; scales and minima are float16 in every model. Heads narrower than `group`, or no multiple of
-       it, have narrower groups of channels. values=blocks lets values leave with the keys, as KVTuner's mode does.
-       Given a budget in place of bits: 8, 4 or 2 bits for keys and no more for values, and groups of one, two or four
-       times `group`, the most bits and then the finest groups that fit; where none does, half the residual, and so on.
+       place of a division by zero; scales and minima are float16 in every model. Heads narrower than `group`, or no
+       multiple of it, have narrower groups of channels. values=blocks lets values leave with the keys, as KVTuner's
+       mode does. Given a budget in place of bits: 8, 4 or 2 bits for keys and no more for values, and groups of one,
+       two or four times `group`, the most bits and then the finest groups that fit; where none does, half the
+       residual, and so on.
 """
 
 from __future__ import annotations

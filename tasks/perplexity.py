@@ -46,7 +46,8 @@ class Perplexity(Task):
     subset: names of files; None takes all.
     through: "prefix", "stream" or "chunk" feed the text through the cache; "windows", "strided" and "rolling" are the
         one-pass definitions, for the full cache only.
-    length: tokens of a piece; None: 1024 for the bundled texts, else what the model reads, at most 4096.
+    length: tokens of a piece; None: 1024 for the bundled texts, or as many as the shortest has, else what the model
+        reads, at most 4096.
     prompt: tokens before the first one that "prefix" counts; None: three quarters of the piece.
     stride: tokens per step of "prefix" and "stream" (None: 1), of a block of "chunk" (None: an eighth of the piece),
         of a step of "strided" (None: half a window).
@@ -199,7 +200,11 @@ class Perplexity(Task):
         if self.length is not None:
             return self.length
         longest = self._reading.longest or MOST
-        return min(longest, BUNDLED_LENGTH if self.data == "bundled" else MOST)
+        if self.data != "bundled":
+            return min(longest, MOST)
+        # a large vocabulary needs fewer tokens for the same text
+        shortest = min(self._reading.count(text) for own in self._texts.values() for text in own)
+        return min(longest, BUNDLED_LENGTH, shortest + self._reading.opening)
 
     @property
     def _prompt(self) -> int:

@@ -168,6 +168,14 @@ def test_the_bundled_texts_are_long_enough_for_a_piece_each_and_differ():
     assert len(texts) == len(set(texts)) == 28 and min(map(len, texts)) >= 3000
 
 
+def test_a_vocabulary_that_needs_few_tokens_gets_shorter_pieces_of_the_bundled_texts():
+    task = Perplexity()
+    task.fit(words)
+    texts = [text for own in task._texts.values() for text in own]
+    shortest = min(len(text.split()) for text in texts)
+    assert {e.forced.length for e in task.examples() if e.forced} == {shortest + 1} and shortest < 1024
+
+
 @pytest.mark.shared
 def test_wikitext_has_the_known_size_and_token_count(shared_data):
     from transformers import AutoTokenizer

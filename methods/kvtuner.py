@@ -135,6 +135,12 @@ class KVTuner(Codec):
             stores.append(store)
         return stores
 
+    def effective_bits(self, table: Table, head_dim: int) -> float:
+        """Average bits per element of long prompts: codes, scales and offsets, in a model of 16 bits."""
+        n = 4096  # whole blocks, whatever the residual
+        schemes = [scheme for pair in table for scheme in self._store(pair).schemes[0]]
+        return sum(scheme.nbytes(n, head_dim, 2) for scheme in schemes) * 8 / (n * head_dim * len(schemes))
+
     def _store(self, pair: Pair, capacity: int | None = None) -> QuantizedStore:
         return self.store(key_bits=pair.key, value_bits=pair.value, capacity=capacity)
 

@@ -20,6 +20,7 @@ from methods.core import artefacts
 from methods.core.errors import UserError
 from methods.kvtuner import BITS, CARD, KVTuner, Pair, Table, nominal_bits, table_yaml
 from runners import show
+from runners.bind import bind
 from runners.fronts import draw_front
 from runners.generate import generate
 from runners.load import Checkpoint, find, load_model, load_tokenizer, pick_device, pick_dtype, pick_threads
@@ -42,6 +43,7 @@ class Tune:
     """The runner behind `python run.py runner=tune method=kvtuner`; every argument is a key of conf/runner/tune.yaml.
 
     bits: to choose from, for keys and for values.  profile_prompts, samples: of the task, its first ones.
+    stride: take every so many-th sample of the task only, and leave the others unseen.
     relative: see `runners.sensitivity.shifts`.
     eps, min_samples, outliers: see `group_layers`.  limits: average bits, each with a search of its own of `trials`
     tables.  objective: "score" of the task, or "output_error", minus the sum of the layers' errors.
@@ -58,6 +60,7 @@ class Tune:
     trials: int = 200
     sampler: str = "nsga2"
     samples: int = 200
+    stride: int = 1
     objective: str = "score"
     at_once: int = 16
     out: str | None = None
@@ -68,7 +71,7 @@ class Tune:
             raise UserError(f"tune: runner.bits={self.bits}; give some of {', '.join(map(str, BITS))}")
         if not self.limits or min(self.limits) < min(self.bits):
             raise UserError(f"tune: runner.limits={self.limits}; average bits, none below {min(self.bits)}")
-        for key in ("profile_prompts", "samples", "trials", "at_once", "min_samples"):
+        for key in ("profile_prompts", "samples", "stride", "trials", "at_once", "min_samples"):
             if not isinstance(value := getattr(self, key), int) or value < 1:
                 raise UserError(f"tune: runner.{key}={value}; give a whole number, 1 or more")
         if self.eps <= 0:
@@ -93,7 +96,8 @@ class Tune:
         checkpoint = find(str(cfg.model.path), str(cfg.model.revision))
         encoder = _encoder(checkpoint, cfg)
         task.fit(encoder.tokens)
-        examples = [example for example in task.examples() if not example.error and example.kind == "answer"]
+        asking = [example for example in task.examples() if not example.error and example.kind == "answer"]
+        examples = asking[:: self.stride]
         if not examples:
             raise UserError(f"runner=tune: task={task.name} asks no questions that are answered; give one that does")
         device = pick_device(str(cfg.device))
@@ -139,8 +143,9 @@ class Tune:
             "task": task.name,
             "task_fingerprint": task.fingerprint,
             "protocol": cfg.protocol,
-            "samples": len(asked),
+            "samples": [example.id for example in asked],
             "profile_prompts": len(prompts),
+            "command": f"python run.py {' '.join(HydraConfig.get().overrides.task)}",
             "settings": {key: value for key, value in vars(self).items() if key != "out"},
             "store": method.config()["store"],
             "prefill_attends_dequantised": method.prefill_attends_dequantised,
@@ -150,7 +155,7 @@ class Tune:
             "made_with": {package: metadata.version(package) for package in ("torch", "transformers", "optuna")},
         }
         out = Path(self.out).expanduser() if self.out else artefacts.folders("kvtuner", model)[0] / method.mode
-        write(out, model, facts, shifts, groups, tried, alike, best)
+        write(out, model, method, facts, shifts, groups, tried, alike, best)
         for limit, trial in best.items():
             show.say(f"at most {limit:g} bits: {table_name(trial)}, score {trial.score:.4f}")
         for trial in alike:
@@ -234,6 +239,7 @@ class _Errors:
 def write(
     out: Path,
     model: PreTrainedModel,
+    method: KVTuner,
     facts: dict[str, Any],
     shifts: Sequence[dict[Pair, Shift]],
     groups: Sequence[Group],
@@ -242,6 +248,13 @@ def write(
     best: dict[float, Trial],
 ) -> None:
     """The tables of the front, a card and a figure, in place of what the folder held."""
+    width = bind(model).head_dim
+
+    def row(trial: Trial, name: str) -> dict[str, Any]:
+        effective = method.effective_bits(trial.table, width)
+        numbers = {"bits": trial.bits, "effective_bits": effective, "score": trial.score}
+        return {"name": name, **numbers, "table": str_table(trial.table)}
+
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.yaml"):
         old.unlink()
@@ -251,9 +264,9 @@ def write(
         "method": "kvtuner",
         **facts,
         "groups": [{"layers": list(group.layers), "pairs": list(map(str, group.pairs))} for group in groups],
-        "tables": [_row(trial) for trial in front(tried)],
+        "tables": [row(trial, table_name(trial)) for trial in front(tried)],
         "best": {f"{limit:g} bits": table_name(trial) for limit, trial in best.items()},
-        "uniform": [_row(trial, str(trial.table[0])) for trial in alike],
+        "uniform": [row(trial, str(trial.table[0])) for trial in alike],
         "tables_tried": len({trial.table for trial in tried}),
         "profile": [{str(pair): vars(shift) for pair, shift in layer.items()} for layer in shifts],
         "model": artefacts.identity(model),
@@ -277,15 +290,6 @@ def str_table(table: Table) -> str:
 def as_entries(table: Table) -> dict[int, dict[str, int]]:
     """The table as `method.table` takes it."""
     return {layer: {"nbits_key": pair.key, "nbits_value": pair.value} for layer, pair in enumerate(table)}
-
-
-def _row(trial: Trial, name: str | None = None) -> dict[str, Any]:
-    return {
-        "name": name or table_name(trial),
-        "bits": trial.bits,
-        "score": trial.score,
-        "table": str_table(trial.table),
-    }
 
 
 def _encoder(checkpoint: Checkpoint, cfg: DictConfig) -> Encoder:

@@ -64,6 +64,16 @@ def test_the_published_tables_take_the_published_bytes():
     assert bytes_per_token("kvtuner", bits=2) == 24_576
 
 
+def test_effective_bits_are_the_published_ones():
+    llama = "meta-llama--Llama-3.1-8B-Instruct"
+    for name, mode, table, bits in (
+        ("kvtuner", "kivi", "C3.25", 4.25),
+        ("kvtuner_per_token", "per_token", "C3.59", 3.84),
+    ):
+        entries = parse_table(published(llama, mode, table), "test")
+        assert load_method(name, bits=4).effective_bits(entries, 128) == pytest.approx(bits, abs=0.005)
+
+
 def test_a_published_table_is_found_by_the_models_id_and_its_number_of_layers():
     class Config:
         name_or_path = "meta-llama/Llama-3.1-8B-Instruct"

@@ -23,7 +23,14 @@ from tasks.longbench import LongBench
 
 PROMPT = "Read. {context}\nQuestion: {input}\nAnswer:"
 TEXT = "the cat sat on a mat and read about a long river in the north. "
-QUICK = ("runner.profile_prompts=2", "runner.samples=2", "runner.trials=30", "runner.bits=[8,2]", "runner.limits=[5]")
+QUICK = (
+    "runner.stride=2",
+    "runner.profile_prompts=2",
+    "runner.samples=2",
+    "runner.trials=30",
+    "runner.bits=[8,2]",
+    "runner.limits=[5]",
+)
 
 
 @pytest.fixture
@@ -74,13 +81,15 @@ def test_a_search_writes_tables_that_the_method_then_takes(method, mode, command
     assert code == 0, err
     folder = folder_of(place, tiny_model_dir, mode)
     card = json.loads((folder / "card.json").read_text())
-    assert card["objective"] == "score" and card["samples"] == 2 and card["mode"] == mode
+    assert card["objective"] == "score" and card["samples"] == ["river/0", "river/2"] and card["mode"] == mode
     assert [row["name"] for row in card["tables"]] == sorted(path.stem for path in folder.glob("*.yaml"))
     for row in card["tables"]:
         assert " ".join(map(str, read_table(folder / f"{row['name']}.yaml"))) == row["table"]
     assert (folder / "front.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(layer for group in card["groups"] for layer in group["layers"]) == [0, 1]
-    assert {row["name"] for row in card["uniform"]} == {"KV8", "KV2"}
+    # beside codes: scale and offset for 32 tokens of a key channel and 8 channels of a value; or for 8 channels
+    extra = 32 / 32 / 2 + 32 / 8 / 2 if mode == "kivi" else 32 / 8
+    assert {row["name"]: row["effective_bits"] for row in card["uniform"]} == {"KV8": 8 + extra, "KV2": 2 + extra}
     # the smallest table holds far less than half of the float32 cache, kivi's unpacked rest included
     code, _, err = command(f"method={method}", "budget=0.5", "task.limit=1")
     assert code == 0, err

@@ -9,12 +9,14 @@ import json
 import math
 from collections import Counter, defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from runners.attention_figure import draw_attention
 from runners.curves import draw_curves
 from runners.recall import ABILITIES, fitted_document, recall
 from tasks.documents import prose, prose_hash
@@ -114,10 +116,12 @@ def five_gram_perplexity(train: list[int], test: list[int], vocabulary: int, ord
 
 
 @torch.no_grad()
-def measure_attention(tokenizer: PreTrainedTokenizerFast, folder: Path, length: int = 1024) -> list[dict[str, float]]:
-    """By layer, where the last 64 queries of fact documents look: shares of attention, mean over heads."""
+def measure_attention(
+    tokenizer: PreTrainedTokenizerFast, folder: Path, length: int = 1024
+) -> list[dict[str, list[float]]]:
+    """By layer and query head, where the last 64 queries of fact documents look: shares of attention."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    kinds: dict[str, list[list[float]]] = {"first token": [], "last 16 tokens": [], "top 5 % of slots": []}
+    kinds: dict[str, list[torch.Tensor]] = {"first token": [], "last 16 tokens": [], "top 5 % of slots": []}
     for i in range(6):
         document = fitted_document(tokenizer, "facts", length, 1, [SEED, 2, i])
         ids = torch.tensor([tokenizer(document.prompt()).input_ids])
@@ -127,9 +131,19 @@ def measure_attention(tokenizer: PreTrainedTokenizerFast, folder: Path, length: 
         n = ids.shape[1]
         near = torch.stack([probs[:, :, r, n - 64 + r - 15 : n - 64 + r + 1].sum(-1) for r in range(64)], dim=-1)
         for name, share in zip(kinds, (probs[..., 0], near, top.sum(-1))):
-            kinds[name].append(share.mean(dim=(1, 2)).tolist())
-    layers_n = len(kinds["first token"][0])
-    return [{name: sum(run[i] for run in runs) / len(runs) for name, runs in kinds.items()} for i in range(layers_n)]
+            kinds[name].append(share.mean(dim=2))  # [L, Hq]
+    means = {name: torch.stack(runs).mean(0).tolist() for name, runs in kinds.items()}
+    return [{name: heads[i] for name, heads in means.items()} for i in range(len(means["first token"]))]
+
+
+@torch.no_grad()
+def measure_keys(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, length: int = 1024
+) -> list[list[list[float]]]:
+    """By layer, KV head and channel, the mean absolute value of the keys of one fact document, after RoPE."""
+    document = fitted_document(tokenizer, "facts", length, 1, [SEED, 2, 0])
+    cache = model(input_ids=torch.tensor([tokenizer(document.prompt()).input_ids]), use_cache=True).past_key_values
+    return [[[round(x, 4) for x in head] for head in layer.keys[0].abs().mean(1).tolist()] for layer in cache.layers]
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, paragraph: str) -> list[int]:
@@ -155,8 +169,8 @@ def card(measured: dict[str, Any]) -> str:
         for name, m in measured["bundle"].items()
     ]
     attention = [
-        f"| {i} | " + " | ".join(f"{100 * share:.0f}" for share in layer.values()) + " |"
-        for i, layer in enumerate(measured["attention"])
+        f"| {i} | " + " | ".join(f"{100 * fmean(heads):.0f}" for heads in layer.values()) + f" | {outlier:.1f} |"
+        for i, (layer, outlier) in enumerate(zip(measured["attention"], map(_outlier, measured["keys"])))
     ]
     training, perplexity = measured["training"], measured["perplexity"]
     return TEMPLATE.read_text().format(
@@ -186,13 +200,18 @@ def card(measured: dict[str, Any]) -> str:
     )
 
 
+def _outlier(heads: list[list[float]]) -> float:
+    """The largest channel over the mean of all, of the head where it is largest."""
+    return max(max(channels) / fmean(channels) for channels in heads)
+
+
 def _share(cell: list[int]) -> str:
     right, asked = cell
     return f"{100 * right / asked:.0f} ({right}/{asked})" if asked else "–"
 
 
 def main() -> None:
-    """Measure, write measured.json, README.md and curves.png beside the weights."""
+    """Measure, write measured.json, README.md and the pictures beside the weights."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=ASSETS)
     parser.add_argument("--log", type=Path, default=Path("outputs/train/reference/log.jsonl"))
@@ -216,11 +235,14 @@ def main() -> None:
             "needles": measure_needles(model, tokenizer, 4 * given.documents),
             "bundle": measure_bundle(model, tokenizer),
             "attention": measure_attention(tokenizer, given.model),
+            "keys": measure_keys(model, tokenizer),
             "perplexity": measure_perplexity(model, tokenizer),
         }
         path.write_text(json.dumps(measured, indent=1, default=str) + "\n")
         draw_curves(given.log, given.model / "curves.png")
-    (given.model / "README.md").write_text(card(json.loads(path.read_text())))
+    known = json.loads(path.read_text())
+    draw_attention(known["attention"], known["keys"], given.model / "attention.png")
+    (given.model / "README.md").write_text(card(known))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from torch import Tensor
 
 from kernels.attend import Rules
 from kernels.attend.reference import logits
-from kernels.mass.reference import _block_rows
 from kernels.noise import Stem
+
+# elements of one block's scores, and query rows that it has at least: of 2**18 to 2**21, the largest measured fastest
+BLOCK_ELEMENTS, LEAST_ROWS = 1 << 21, 8
 
 
 def noisy_mass(
@@ -35,7 +37,7 @@ def noisy_mass(
     H, S = k.shape[1], k.shape[2]
     G = Hq // H
     tail = plan == "tail" and rules.plain and rules.window is None
-    rows = min(T, _block_rows(B * Hq * S))
+    rows = min(T, max(LEAST_ROWS, BLOCK_ELEMENTS // max(1, B * Hq * S)))
     sums = torch.zeros(B * Hq, 1, S, device=q.device)
     work = [torch.empty(B * Hq * rows * S, dtype=torch.int32, device=q.device) for _ in range(2 if stem else 0)]
     scores = q.new_empty(B * Hq * rows * S if tail else 0)
@@ -49,7 +51,7 @@ def noisy_mass(
             x = scores[: B * Hq * t * n].view(B * H, G * t, n)
             torch.bmm((q[:, :, now] * rules.scale).reshape(B * H, G * t, D), k_t[:, :, :n], out=x)
             x.view(B * Hq, t, n)[..., n - t :].masked_fill_(future[:t, :t], -torch.inf)
-            x = x.view(B, H, G, t, n).float()
+            x = x.view(B, H, G, t, n).float()  # a query of the tail sees itself at least
         else:
             x = logits(q[:, :, now], k, rules, q_pos[:, now], k_pos)  # [B, H, G, t, S]
         noise = None
@@ -60,6 +62,8 @@ def noisy_mass(
             places = [w[: B * Hq * shape[3] * n].view(shape) for w in work]
             noise = part.log_uniform(k_pos[:, :, None, None, :n], *places)
         block = _rows(x, noise, tau[:, None, None, now, None] if isinstance(tau, Tensor) else tau)
+        if not tail:
+            block.nan_to_num_(0.0)  # of queries that see nothing
         total = block.sum(-1)
         share = torch.where(total == 0, 1, total).reciprocal().view(B * Hq, 1, t)
         sums[..., :n] += share @ block.view(B * Hq, t, n)
@@ -67,10 +71,10 @@ def noisy_mass(
 
 
 def _rows(x: Tensor, log_u: Tensor | None, tau: float | Tensor) -> Tensor:
-    """Numbers in proportion to exp((x + noise) / tau), each row with its own factor, which may be negative."""
-    if not isinstance(tau, Tensor) and tau == 1:
-        p = x.softmax(-1).nan_to_num_(0.0)
-        return p if log_u is None else p.div_(log_u)
-    if log_u is not None:
-        x = x - log_u.neg().log()
-    return (x / tau).softmax(-1).nan_to_num_(0.0)
+    """Numbers in proportion to exp((x + noise) / tau), each row with its own factor, which may be negative; in x."""
+    if isinstance(tau, Tensor) or tau != 1:
+        if log_u is not None:
+            x.sub_(log_u.neg_().log_())
+        return torch.softmax(x.div_(tau), -1, out=x)
+    torch.softmax(x, -1, out=x)
+    return x if log_u is None else x.div_(log_u)

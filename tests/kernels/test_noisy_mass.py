@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels import Rules, Stem, mass, noisy_mass, uniform
-from kernels.mass import reference
+from kernels.mass import noisy
 from tests.kernels.test_mass import HEADS, RULES, D, random
 
 
@@ -78,7 +78,7 @@ def test_blocks_and_chunks_of_queries_draw_the_same_noise(plan, monkeypatch):
     q, k = random(2, 50, 90)
     q_pos, k_pos = torch.arange(40, 90).expand(2, -1), torch.arange(90).expand(2, 1, -1)
     whole = noisy_mass(q, k, Rules(0.3), stem(q, q_pos), q_pos=q_pos, k_pos=k_pos, plan=plan)
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(noisy, "BLOCK_ELEMENTS", 1)
     blocks = noisy_mass(q, k, Rules(0.3), stem(q, q_pos), q_pos=q_pos, k_pos=k_pos, plan=plan)
     assert (blocks - whole).abs().max() < 1e-5
     chunks = torch.zeros_like(whole)

@@ -1,0 +1,109 @@
+"""Perplexity, several turns, reasoning, word problems and summaries from the command line, on a tiny random model."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import run
+
+TEXT = "the cat sat on a mat and read about a long river in the north where nobody answers questions. "
+
+
+@pytest.fixture
+def command(tmp_path, tiny_model_dir, monkeypatch, capfd):
+    """Runs the command line in this process: command("task=...", ...) -> (exit code, stdout, stderr)."""
+
+    def run_it(*overrides: str) -> tuple[int, str, str]:
+        monkeypatch.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0"))
+        monkeypatch.delenv("KVFRONTIER_TRACEBACK", raising=False)
+        argv = ["run.py", f"model.path={tiny_model_dir}", f"results={tmp_path / 'results'}", *overrides]
+        monkeypatch.setattr(sys, "argv", argv)
+        capfd.readouterr()
+        code = run.main()
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run_it
+
+
+def write(path: Path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"task.data={path}"
+
+
+def recorded(tmp_path: Path, method: str) -> list[dict]:
+    (path,) = (tmp_path / "results").glob(f"*/*/{method}-b*/samples.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+SNAPKV = ("method=snapkv", "budget=0.25", "method.window=8")
+
+
+def test_perplexity_prints_nats_and_which_way_is_better(command, tmp_path):
+    data = write(tmp_path / "texts.jsonl", {"text": TEXT * 12}, {"text": TEXT.upper() * 3})
+    code, out, err = command("task=perplexity", data, "task.length=100", "task.stride=8", "task.limit=2", *SNAPKV)
+    assert code == 0, err
+    assert "nats per token, lower is better" in out and "perplexity of texts" in out
+    ours, full = recorded(tmp_path, "snapkv"), recorded(tmp_path, "full")
+    assert [row["counted"] for row in ours] == [row["counted"] for row in full] == [25, 25]
+    assert all(a["score"] != b["score"] and b["score"] > 1 for a, b in zip(ours, full))
+    cell = json.loads(next((tmp_path / "results").glob("*/*/snapkv-b*/cell.json")).read_text())
+    assert cell["identity"]["task"]["metric"]["better"] == "lower"
+
+
+def test_one_pass_is_refused_for_a_cache_method_with_the_reason_and_runs_for_the_full_cache(command, tmp_path):
+    data = write(tmp_path / "texts.jsonl", {"text": TEXT * 6})
+    code, _, err = command("task=perplexity", data, "task.length=60", "task.through=windows", *SNAPKV)
+    assert code == 2 and "before anything is dropped" in err
+    code, out, _ = command("task=perplexity", data, "task.length=60", "task.through=windows", "method=full")
+    assert code == 0 and "perplexity of texts" in out
+
+
+def test_a_cap_is_a_number_of_slots(command, tmp_path):
+    data = write(tmp_path / "texts.jsonl", {"text": TEXT * 6})
+    code, _, err = command("task=perplexity", data, "task.through=stream", "method=streaming_llm", "budget=0.5")
+    assert code == 2 and "budget=0.5" in err
+    more = ("task.length=60", "method=streaming_llm", "budget=16")
+    code, out, err = command("task=perplexity", data, "task.through=stream", *more)
+    assert code == 0 and "perplexity of texts" in out, err
+
+
+def test_turns_and_requests_have_their_tables(command, tmp_path):
+    turns = [{"input": "where is the mat?", "answer": " here."}, {"input": "who sat?", "answer": " the cat."}]
+    data = write(tmp_path / "kept.jsonl", {"context": TEXT * 2, "multi_turns": turns, "max_new_tokens": 4})
+    code, out, err = command("task=multiturn", data, *SNAPKV)
+    assert code == 0 and "kept turn 1" in out and "kept, first turn to last" in out, err
+    (row,) = recorded(tmp_path, "snapkv")
+    assert len(row["turns"]) == 2 and row["turns"][0]["held"] < row["turns"][1]["held"]
+    code, _, err = command("task=multiturn", data, "task.mode=requests", *SNAPKV)
+    assert code == 2 and "protocol=agnostic" in err
+    code, out, _ = command("task=multiturn", data, "task.mode=requests", "protocol=agnostic", *SNAPKV)
+    assert code == 0 and "kept turn 1" not in out
+
+
+def test_reasoning_shows_both_readings(command, tmp_path):
+    row = {"context": TEXT * 2, "question": "\n\nwhere?", "steps": " in the north.", "max_new_tokens": 4}
+    code, out, err = command("task=reasoning", write(tmp_path / "links.jsonl", row), *SNAPKV)
+    assert code == 0 and "links strict" in out and "mean, flexible" in out, err
+
+
+def test_word_problems_run_from_a_folder_and_the_offline_split_stands_in_for_them(command, tmp_path):
+    write(tmp_path / "test.jsonl", {"question": "1 + 1?", "answer": "#### 2"})
+    code, out, err = command(
+        "task=gsm8k", f"task.data={tmp_path / 'test.jsonl'}", "task.variant=gsm8k_cot", "task.shots=1",
+        "task.max_new_tokens=4", *SNAPKV,
+    )  # fmt: skip
+    assert code == 0 and "gsm8k_cot strict" in out and "no number found" in out, err
+    code, out, _ = command("task=gsm8k", "task.limit=1", *SNAPKV)
+    assert code == 0 and out.startswith("reasoning-mini (bundled)")
+
+
+def test_summaries_have_three_kinds_of_rouge_and_a_verdict(command, tmp_path):
+    data = write(tmp_path / "news.jsonl", {"article": TEXT * 2, "highlights": "the cat sat."})
+    code, out, err = command("task=summarization", data, "task.max_new_tokens=4", *SNAPKV)
+    assert code == 0 and "news ROUGE-2" in out and "99 % of the full cache:" in out, err
+    code, out, err = command("task=summarization_keyformer", data, "task.beams=2", "task.max_new_tokens=34", *SNAPKV)
+    assert code == 0 and "beam 2" in out, err

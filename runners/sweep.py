@@ -161,9 +161,11 @@ class Sweep:
         if self.sharing:
             self._work_together()
         if alone := [member for member in self.alone if self.lacking(member, self.run.examples)]:
-            why = "changes the prompt itself" if self._examples_share else "these samples have several parts"
+            if not self._examples_share:
+                show.note(f"samples of several questions, or of a text that is fed: {len(alone)} cells run alone")
             for member in alone:
-                show.note(f"{member.label}: {why}, it runs alone")
+                if self._examples_share:
+                    show.note(f"{member.label}: changes the prompt itself, it runs alone")
                 with self._stops(member):
                     self._own_run(member).complete(member.cell)
         for member in self.members:
@@ -171,7 +173,8 @@ class Sweep:
 
     def _own_run(self, member: Member) -> Run:
         """The run of a member that runs alone; with a model of its own if the method may edit it."""
-        if type(member.cell.method).prepare is Method.prepare:
+        method = member.cell.method
+        if not method.changes_prompt or type(method).prepare is Method.prepare:
             return self.run
         own = copy.copy(self.run)
         own.load = load_model

@@ -145,7 +145,7 @@ class Tune:
             "protocol": cfg.protocol,
             "samples": [example.id for example in asked],
             "profile_prompts": len(prompts),
-            "command": f"python run.py {' '.join(HydraConfig.get().overrides.task)}",
+            "command": _command(),
             "settings": {key: value for key, value in vars(self).items() if key != "out"},
             "store": method.config()["store"],
             "prefill_attends_dequantised": method.prefill_attends_dequantised,
@@ -290,6 +290,13 @@ def str_table(table: Table) -> str:
 def as_entries(table: Table) -> dict[int, dict[str, int]]:
     """The table as `method.table` takes it."""
     return {layer: {"nbits_key": pair.key, "nbits_value": pair.value} for layer, pair in enumerate(table)}
+
+
+def _command() -> str:
+    """What was typed, without what only says where and how fast."""
+    typed = HydraConfig.get().overrides.task
+    elsewhere = ("results=", "threads=", "device=", "runner.out=", "model.path=")
+    return " ".join(["python run.py", *(word for word in typed if not word.startswith(elsewhere))])
 
 
 def _encoder(checkpoint: Checkpoint, cfg: DictConfig) -> Encoder:

@@ -81,6 +81,8 @@ def test_a_search_writes_tables_that_the_method_then_takes(method, mode, command
     assert code == 0, err
     folder = folder_of(place, tiny_model_dir, mode)
     card = json.loads((folder / "card.json").read_text())
+    assert card["command"].startswith("python run.py task.data=") and "runner.stride=2" in card["command"]
+    assert "results=" not in card["command"]
     assert card["objective"] == "score" and card["samples"] == ["river/0", "river/2"] and card["mode"] == mode
     assert [row["name"] for row in card["tables"]] == sorted(path.stem for path in folder.glob("*.yaml"))
     for row in card["tables"]:

@@ -15,7 +15,18 @@ OURS = {"methods", "tasks", "runners", "kernels", "analysis"}
 MAY = {
     "kernels": {"kernels", "torch", "triton"},
     "methods": {"methods", "kernels", "torch", "safetensors", "hydra", "omegaconf", "yaml"},
-    "analysis": {"analysis", "pandas", "numpy", "scipy", "sklearn", "matplotlib", "plotly", "jinja2", "markupsafe", "wandb"},
+    "analysis": {
+        "analysis",
+        "pandas",
+        "numpy",
+        "scipy",
+        "sklearn",
+        "matplotlib",
+        "plotly",
+        "jinja2",
+        "markupsafe",
+        "wandb",
+    },
 }
 NEVER = {
     "tasks": {"torch", "transformers", "methods", "runners", "analysis", "kernels"},

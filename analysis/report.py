@@ -44,12 +44,10 @@ def page(results: Results) -> str:
     return template.render(data=script_text(data), plotly=plotly)
 
 
-def script_text(data: Any) -> Any:
+def script_text(data: Any) -> str:
     """JSON that can stand inside a script element, whatever strings it holds."""
-    from markupsafe import Markup
-
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def contents(results: Results, table: pd.DataFrame) -> dict[str, Any]:

@@ -36,6 +36,8 @@ def pairs(a: Results, b: Results, names: tuple[str, str] | None = None) -> list[
         ours, theirs = by_sample(a, group), by_sample(b, other)
         both = ours.join(theirs[["score"]].rename(columns={"score": "b"}), how="inner").rename(columns={"score": "a"})
         if len(both):
+            if group["mean_over"].iloc[0] == "subsets":
+                both["category"] = ""
             made.append((settings | {"metric": group["metric"].iloc[0]}, both))
     return made
 

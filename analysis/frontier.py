@@ -6,6 +6,7 @@ are a method's cells; the black line is the full cache with its interval; hollow
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def _panel(axis: Any, group: pd.DataFrame, colour: dict[str, str], log: bool) ->
         axis.xaxis.set_major_locator(FixedLocator(ticks))
         axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axis.set_ylabel(f"{full['metric']}, {full['unit']}")
+    axis.set_ylabel(textwrap.fill(f"{full['metric']}, {full['unit']}", 30))
     axis.grid(alpha=0.25, lw=0.4)
 
 

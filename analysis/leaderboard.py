@@ -26,7 +26,10 @@ def ranking(results: Results, model: str, protocol: str, budget: float) -> pd.Da
     tasks = sorted(set(at["task"]) & set(cells[cells["method"] == "full"]["task"]))
     kept: dict[str, list[np.ndarray]] = {}
     for task in tasks:
-        scores = by_sample(results, cells[(cells["task"] == task) & (cells["method"] == "full")])
+        full = cells[(cells["task"] == task) & (cells["method"] == "full")]
+        scores = by_sample(results, full)
+        if full["mean_over"].iloc[0] == "subsets":
+            scores["category"] = ""
         names = sorted(set(at[at["task"] == task]["label"]) - {"full"})
         parts = {name: by_sample(results, at[(at["task"] == task) & (at["label"] == name)]) for name in names}
         shared = scores.index

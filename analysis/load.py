@@ -110,6 +110,7 @@ def _cell(name: str, folder: Path) -> dict[str, Any]:
         "config": json.dumps({k: v for k, v in method["config"].items() if k != "seed"}, sort_keys=True),
         "metric": {**METRIC, **identity["task"].get("metric", {})},
         "conditions": [run["conditions"] for run in runs],
+        "mean_over": notes.get("mean_over", "categories"),
         "commit": notes.get("commit") or "",
         "command": notes.get("command", ""),
     }

@@ -81,6 +81,7 @@ def _task_points(key: dict, cells: pd.DataFrame, results: Results, x: str, resam
     for (label, budget), group in cells.groupby(["label", "budget"]):
         ours = by_sample(results, group, columns).rename(columns={x: "share"})
         both = ours.join(full[["score"]].rename(columns={"score": "full"}), how="inner")
+        both["mean_over"] = both["category"] if group["mean_over"].iloc[0] == "categories" else WHOLE
         if both.empty:
             problems.append(f"{where}: {label} at budget {budget:g} shares no finished sample with the full cache")
             continue
@@ -110,11 +111,11 @@ def _task_points(key: dict, cells: pd.DataFrame, results: Results, x: str, resam
 
 
 def _point(part: pd.DataFrame, metric: dict, drawn: dict[tuple, np.ndarray], resamples: int) -> dict:
-    """Statistics of one cell's samples, which carry `score` and `full`."""
-    own = stats.weights(part["subset"], part["category"])
+    """Statistics of one cell's samples, which carry `score`, `full` and `mean_over`, the category in the average."""
+    own = stats.weights(part["subset"], part["mean_over"])
     key = tuple(part.index)
     if key not in drawn:  # the same draws for all cells that have the same samples
-        drawn[key] = stats.draws(part["subset"], part["category"], resamples)
+        drawn[key] = stats.draws(part["subset"], part["mean_over"], resamples)
     scale, sign = metric["scale"], 1.0 if metric["better"] == "higher" else -1.0
     ours, full = scale * part["score"].to_numpy(), scale * part["full"].to_numpy()
     score = stats.estimate(ours, own, drawn[key])

@@ -47,7 +47,7 @@ def snapshot(results: Results, command: str) -> dict[str, Any]:
 
 
 def grid(book: dict[str, Any]) -> str:
-    """One line per method and budget, one column per task: the score, with the difference's interval where it is lost.
+    """One line per method and budget, one column per task: the score, and the interval of the difference to full.
 
     A score that is no more than noise away from the full cache's is bold.
     """
@@ -70,12 +70,13 @@ def grid(book: dict[str, Any]) -> str:
 
 
 def _entry(point: pd.Series) -> str:
-    digits = 1 if point["better"] == "higher" else int(point["digits"])
+    digits = 1 if point["better"] == "higher" else min(3, int(point["digits"]))
     score = f"{point['score']:.{digits}f}"
     if point["label"] == "full":
         return score + (" (near chance)" if point["near_chance"] else "")
-    low, high = f"{point['difference_low']:+.{digits}f}", f"{point['difference_high']:+.{digits}f}"
-    return f"**{score}**" if point["tie"] else f"{score} ({low} to {high})"
+    coarse = max(0, digits - 1)
+    low, high = f"{point['difference_low']:+.{coarse}f}", f"{point['difference_high']:+.{coarse}f}"
+    return f"**{score}**" if point["tie"] else f"{score} ({low}, {high})"
 
 
 def fill(text: str, folder: Path) -> str:

@@ -47,6 +47,18 @@ class Forced:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """One way for a prompt to go on, of which the likeliest is taken.
+
+    question: the rest of its prompt, after the example's context; the same for all choices in most tasks.
+    text: whose tokens' log-probabilities are summed, the blank before it included.
+    """
+
+    question: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Example:
     """One sample. Its prompt is `context + question + prefill`, cut right after the long context.
 
@@ -67,6 +79,8 @@ class Example:
     shots: earlier user and assistant turns, where the chat template is used.
     beams: width of the beam search; 1 is greedy.
     forced: a text to predict; context and question are empty then.
+    choices: ways to go on from the context, scored by their likelihood; nothing is generated then.
+    stride: tokens of a choice that are fed at once; None: all of them.
     weight: of the score in the mean over its subset.
     """
 
@@ -87,13 +101,17 @@ class Example:
     shots: tuple[tuple[str, str], ...] = ()
     beams: int = 1
     forced: Forced | None = None
+    choices: tuple[Choice, ...] = ()
+    stride: int | None = None
     weight: float = 1
 
     @property
-    def kind(self) -> Literal["answer", "turns", "forced"]:
-        """How it is run: one question, several, or a text that is fed."""
+    def kind(self) -> Literal["answer", "turns", "forced", "choices"]:
+        """How it is run: one question, several, a text that is fed, or choices that are compared."""
         if self.forced is not None:
             return "forced"
+        if self.choices:
+            return "choices"
         return "turns" if self.turns or self.history == "none" else "answer"
 
     @property
@@ -150,9 +168,11 @@ class Task(ABC):
     """A benchmark: knobs at construction, then strings only.
 
     metric: of `score` and of every row of the table.
+    mean_over: what the average over the whole task is a mean of; either is a mean of subset means.
     """
 
     metric: ClassVar[Metric] = Metric()
+    mean_over: ClassVar[Literal["categories", "subsets"]] = "categories"
 
     @property
     @abstractmethod
@@ -178,6 +198,13 @@ class Task(ABC):
     def parts(self, example: Example, prediction: str) -> dict[str, float]:
         """Scores of a prediction that have rows of their own, by name; none: `score` has the only row."""
         return {}
+
+    def rate(self, example: Example, likelihoods: Sequence[tuple[float, bool]]) -> dict[str, float]:
+        """Scores of a sample whose choices were compared, by name; the first one is the sample's own.
+
+        likelihoods: of each choice, in nats, and whether each of its tokens was the likeliest.
+        """
+        raise NotImplementedError(f"{self.name} has no choices")
 
     def remarks(self, rows: Sequence[tuple[Example, Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
         """Lines below the table, from samples (example, the method's record, the full cache's record)."""

@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from methods.core.errors import UserError
 from tasks.base import Example, Row, Task, mean_by_category, mean_row
@@ -21,6 +21,8 @@ class Grid(Task):
 
     A sample with the tag `control` has a row of its own and counts in no average.
     """
+
+    mean_over: ClassVar[Literal["categories", "subsets"]] = "subsets"
 
     def score(self, example: Example, prediction: str) -> float:
         return MATCHING[example.tags["metric"]](prediction, example.answers)

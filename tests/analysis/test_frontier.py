@@ -98,3 +98,12 @@ def test_a_wrong_name_lists_the_right_ones(book, capsys):
     assert frontier.main([str(book.root), "--task", "qiuz"]) == 2
     assert "quiz-mini" in capsys.readouterr().err
     assert frontier.main([str(book.root / "nowhere")]) == 2
+
+
+def test_a_task_may_average_its_subsets_whatever_their_categories(book):
+    subsets = [("a", "x"), ("b", "x"), ("c", "y")]
+    for mean_over, score in (("categories", 75.0), ("subsets", 200 / 3)):
+        notes = {"mean_over": mean_over}
+        book.cell(scores=[1.0, 0.0, 1.0], subsets=subsets, task=f"{mean_over}-mini", notes=notes)
+        table = points(load(book.root))
+        assert table[table["task"] == f"{mean_over}-mini"]["score"].iloc[0] == pytest.approx(score)

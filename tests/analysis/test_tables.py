@@ -26,8 +26,8 @@ def test_a_table_has_a_line_per_method_and_budget_and_ties_in_bold(book):
     assert lines[0] == "| method | budget | bytes held | other-mini | quiz-mini |"
     assert lines[2] == "| full | 1 | 100.0% | 100.0 | 100.0 |"
     assert lines[3] == "| nacl | 0.5 | 50.0% |  | **100.0** |"
-    assert lines[4].startswith("| nacl | 0.25 | 25.0% |  | 12.5 (-100.0 to ")
-    assert lines[5] == "| random | 0.5 | 50.0% | 0.0 (-100.0 to -100.0) |  |"
+    assert lines[4].startswith("| nacl | 0.25 | 25.0% |  | 12.5 (-100, ")
+    assert lines[5] == "| random | 0.5 | 50.0% | 0.0 (-100, -100) |  |"
 
 
 def test_a_readme_is_filled_between_its_marks(book, tmp_path):

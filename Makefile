@@ -4,12 +4,13 @@ ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WA
 PYTEST := $(ONE_THREAD) $(PY) -m pytest -n 2 --timeout 300
 CODE = $(wildcard run.py methods tasks runners kernels analysis scripts benchmarks)
 
-.PHONY: help setup run test test-all lint format
+.PHONY: help setup run test test-all lint format peers
 help:
 	@echo "make run       python run.py method=nacl budget=0.5 task=longbench; more overrides: make run ARGS='budget=0.25'"
 	@echo "make test      the tests, without the slow ones and those that need a cluster"
 	@echo "make test-all  all tests that this machine can run"
 	@echo "make lint      ruff check, ruff format --check, mypy"
+	@echo "make peers     ask kvpress again, in an environment of its own, and compare; the answers in tests/peers/data stay"
 
 setup:
 	@./setup
@@ -31,3 +32,13 @@ lint: setup
 format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+peers: setup .venv-peers/installed
+	$(ONE_THREAD) $(PY) -m tests.peers.inputs
+	$(ONE_THREAD) .venv-peers/bin/python tests/peers/ask_kvpress.py
+	$(PYTEST) -n 0 tests/peers
+
+.venv-peers/installed: tests/peers/requirements.txt
+	$(PY) -m venv --clear .venv-peers
+	.venv-peers/bin/python -m pip install -q -r $<
+	touch $@

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.errors import UserError
+from runners.logs import link_log
 
 FORMAT = 1
 
@@ -124,6 +125,7 @@ class Record:
             runs.append({"conditions": conditions, **(notes or {})})
         try:
             _replace(self.cell_path, {"format": FORMAT, "identity": self.identity, "runs": runs})
+            link_log(self.folder)
             return Writer(self, run=len(runs) - 1)
         except OSError as error:
             raise _unwritable(self.results, error) from error

@@ -22,20 +22,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from methods.core.errors import UserError
 from runners.check import check
+from runners.jobs import Failed
 
 CONF = Path(__file__).resolve().parent / "conf"
 INTERRUPTED = 130
 
 # Hydra's words for a name that no file of a group has
 UNKNOWN_CHOICE = re.compile(r"Could not find '([\w/]+)/([^']*)'\s+Available options in '[^']*':\s*(.*?)(\n\S|$)", re.S)
-
-
-class Failed(Exception):
-    """A cell of a sweep did not end well, and has said so. Hydra goes on with the others before it passes this on."""
-
-    def __init__(self, code: int):
-        super().__init__(code)
-        self.code = code
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")

@@ -12,6 +12,14 @@ OWN = ("method", "method.", "+method.", "++method.", "~method.", "budget", "seed
 NUMBERS = ("budget", "seed")
 
 
+class Failed(Exception):
+    """A job of a sweep did not end well, and has said so. Hydra goes on with the others before it passes this on."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
+
+
 def tidy(cell: Sequence[str]) -> list[str]:
     """Numbers as typed: range(0.1,0.5,0.1) gives 0.30000000000000004."""
     found = []

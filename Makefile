@@ -4,10 +4,11 @@ ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WA
 PYTEST := $(ONE_THREAD) $(PY) -m pytest -n 2 --timeout 300
 CODE = $(wildcard run.py methods tasks runners kernels analysis scripts benchmarks)
 
-.PHONY: help setup run test test-all lint format peers
+.PHONY: help setup run test test-slurm test-all lint format peers
 help:
 	@echo "make run       python run.py method=nacl budget=0.5 task=longbench; more overrides: make run ARGS='budget=0.25'"
 	@echo "make test      the tests, without the slow ones and those that need a cluster"
+	@echo "make test-slurm  sweeps on a SLURM of one node, started for the tests; skipped without slurm-wlm and munge"
 	@echo "make test-all  all tests that this machine can run"
 	@echo "make lint      ruff check, ruff format --check, mypy"
 	@echo "make peers     ask kvpress again, in an environment of its own, and compare; the answers in tests/peers/data stay"
@@ -20,6 +21,9 @@ run: setup
 
 test: setup
 	$(PYTEST) -m "not slow and not slurm" $(ARGS)
+
+test-slurm: setup
+	$(ONE_THREAD) $(PY) -m pytest --timeout 1200 -m slurm tests/slurm $(ARGS)
 
 test-all: setup
 	$(PYTEST) $(ARGS)

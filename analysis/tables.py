@@ -83,11 +83,12 @@ def fill(text: str, folder: Path) -> str:
     """A text with every marked table made again from folder/NAME.json. Raises NothingToRead naming a missing file."""
 
     def table(match: re.Match[str]) -> str:
-        path = folder / f"{match['name']}.json"
+        name = match["name"]
+        if name == "methods":
+            return f"{match[1]}\n{methods(HOME)}\n{match[3]}"
+        path = folder / f"{name}.json"
         if not path.exists():
-            raise NothingToRead(
-                f"{path}: no such file; python -m analysis.tables RESULTS --name {match['name']} makes it"
-            )
+            raise NothingToRead(f"{path}: no such file; python -m analysis.tables RESULTS --name {name} makes it")
         book = json.loads(path.read_text())
         said = f"`{book['command']}`, n = {_counts(book['points'])}\n"
         return f"{match[1]}\n{grid(book)}\n{said}\n{match[3]}"

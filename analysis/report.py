@@ -157,6 +157,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", type=Path, nargs="?", default=Path("results"))
     parser.add_argument("--out", type=Path, help="the file (default: RESULTS/report.html)")
+    parser.add_argument("--wandb", action="store_true", help="a W&B Report as well: its JSON, sent if it can be")
+    parser.add_argument("--project", default="kvfrontier", help="of the W&B Report")
+    parser.add_argument("--entity", default="", help="of the W&B Report (default: the account's own)")
     given = parser.parse_args(arguments)
     try:
         results = load(given.results)
@@ -170,6 +173,10 @@ def main(arguments: list[str] | None = None) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html)
     print(f"{len(results.cells)} cells, {out.stat().st_size / 2**20:.1f} MiB: {out}")
+    if given.wandb:
+        from analysis import wandb_report
+
+        print(wandb_report.make(results, out.with_suffix(".wandb.json"), given.project, given.entity))
     return 0
 
 

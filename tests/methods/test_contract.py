@@ -11,6 +11,7 @@ from methods.core.budget import check_budget, slots
 from methods.core.capped import Capped
 from methods.core.codec import Codec
 from methods.core.errors import UserError
+from methods.core.ragged import RaggedStore
 from runners.bind import unbound
 from tests.methods.conftest import kept, run
 from tests.tiny import SIZES
@@ -70,7 +71,9 @@ def test_measured_bytes_meet_the_request(name, budget, any_heads):
     least = method.slots(LENGTH) / LENGTH if isinstance(method, Capped) else allowed - 4 / LENGTH
     assert isinstance(method, Codec) or report.held_prompt >= least * report.full_prompt
     if name != "full":
-        assert report.held_prompt < 0.75 * report.full_prompt
+        # of a prompt this short, the unused part of a last page in every head is a sixth
+        paged = any(isinstance(getattr(layer.inner, "store", None), RaggedStore) for layer in cache.layers)
+        assert report.held_prompt < (0.9 if paged else 0.75) * report.full_prompt
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,13 +13,16 @@ import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from kvpress import (
     AdaKVPress,
     BasePress,
+    DecodingPress,
     KnormPress,
     ObservedAttentionPress,
+    PrefillDecodingPress,
     QFilterPress,
     SnapKVPress,
     StreamingLLMPress,
@@ -43,10 +46,16 @@ class GivenFilters(QFilterPress):
         """The filters are there already."""
 
 
-def qfilters(ratio: float, folder: Path, n: int) -> BasePress:
+def qfilters(ratio: float, folder: Path, n: int = 0) -> QFilterPress:
     press = GivenFilters(ratio)
     press.q_filters = -load_file(folder / "filters.safetensors")["filters"]  # its own files hold the negative
     return press
+
+
+def qfilters_capped(ratio: float, folder: Path, n: int) -> BasePress:
+    """The same while decoding, one slot for every token."""
+    on = DecodingPress(qfilters(0.0, folder), compression_interval=1, target_size=int(n * (1 - ratio)))
+    return PrefillDecodingPress(qfilters(ratio, folder), on)
 
 
 def adakv(ratio: float, folder: Path, n: int) -> BasePress:
@@ -65,32 +74,32 @@ PRESSES: dict[str, Callable[[float, Path, int], BasePress]] = {
     "observed_attention": lambda ratio, folder, n: ObservedAttentionPress(ratio),
     "knorm": lambda ratio, folder, n: KnormPress(ratio),
     "qfilters": qfilters,
+    "qfilters_capped": qfilters_capped,
     "adakv": adakv,
 }
 
 
 @torch.no_grad()
 def ask(model: PreTrainedModel, press: BasePress, prompt: Tensor, forced: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots kept [L, H, S], bool, and logits [N, V] of the forced tokens [N], for a prompt [S] of token ids."""
-    whole, cache = DynamicCache(), DynamicCache()
+    """Slots kept of a prompt [S] of token ids, [L, H, S], bool, and logits [N, V] of the forced tokens [N] after it."""
+    whole, cache, logits = DynamicCache(), DynamicCache(), []
     model(prompt[None], past_key_values=whole)
     with press(model):
         model(prompt[None], past_key_values=cache)
-    kept = torch.stack([kept_of(layer, held, of) for layer, held, of in zip(layers(model), cache.layers, whole.layers)])
-    logits = []
-    for i, token in enumerate(forced):
-        at = torch.tensor([len(prompt) + i])  # true positions: the cache's own count is of what is left
-        out = model(token[None, None], past_key_values=cache, cache_position=at, position_ids=at[None])
-        logits.append(out.logits[0, 0])
-    return kept, torch.stack(logits)
+        kept = [kept_of(layer, held, of) for layer, held, of in zip(layers(model), cache.layers, whole.layers)]
+        for i, token in enumerate(forced):
+            at = torch.tensor([len(prompt) + i])  # true positions: the cache's own count is of what is left
+            out = model(token[None, None], past_key_values=cache, cache_position=at, position_ids=at[None])
+            logits.append(out.logits[0, 0])
+    return torch.stack(kept), torch.stack(logits)
 
 
 def layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [layer.self_attn for layer in model.model.layers]
 
 
-def kept_of(attention: torch.nn.Module, held: DynamicCache, whole: DynamicCache) -> Tensor:
-    """Slots [H, S] of one layer whose keys are still there and not marked as dropped."""
+def kept_of(attention: torch.nn.Module, held: Any, whole: Any) -> Tensor:
+    """Slots [H, S] of one layer, as cached whole, whose keys are still held and not marked as dropped."""
     kept = (whole.keys[0, :, :, None] == held.keys[0, :, None]).all(-1).any(-1)
     assert (kept.sum(-1) == held.keys.shape[2]).all(), "two slots have the same key"
     dropped = getattr(attention, "masked_key_indices", None)

@@ -1,8 +1,9 @@
 """Our kept slots and logits beside those of kvpress, which `make peers` recorded in data/.
 
 Where a convention differs, ours is set to the peer's by its knobs. What no knob reaches:
-- H2O and StreamingLLM go on dropping while they decode, the peer's presses stop at the prompt. The forced tokens come
-  as one piece here, so that nothing is dropped between them; the peer reads them one by one.
+- H2O and StreamingLLM go on dropping while they decode; the peer's attention scores stop at the prompt, and its sinks
+  are its first slots, which it does not keep in order. The forced tokens come as one piece here, so that nothing is
+  dropped between them; the peer reads them one by one.
 - The peer's AdaKV counts the window into the share of slots that every head is sure of. It was asked with the share
   that leaves the same floor beside the window.
 """
@@ -49,8 +50,15 @@ OURS: dict[str, Callable[[float, Path], Method]] = {
     "observed_attention": lambda budget, _: load_method("h2o", budget=budget, heavy=1.0, normalise=True),
     "knorm": lambda budget, _: KeyNorm(budget=budget),
     "qfilters": lambda budget, at: load_method("qfilters", budget=budget, filters=str(at / "filters.safetensors")),
+    # no slot is safe, not even the newest
+    "qfilters_capped": lambda budget, at: load_method(
+        "qfilters_capped", budget=budget, filters=str(at / "filters.safetensors"), window=0
+    ),
+    "adakv": lambda budget, _: load_method(
+        "adakv", budget=budget, window=WINDOW, kernel=5, pooling="avg", allocator={"alpha": 0.2, "safeguard": "reserve"}
+    ),
 }
-DROPS_WHILE_DECODING = {"streaming_llm", "observed_attention"}
+IN_ONE_PIECE = {"streaming_llm", "observed_attention"}
 CASES = [(name, budget, kind) for name in OURS for budget in BUDGETS for kind in ARCHITECTURES]
 
 
@@ -83,7 +91,7 @@ def answers(method: Method, architecture: str, piece: bool) -> tuple[Tensor, Ten
 @pytest.mark.parametrize(("name", "budget", "architecture"), CASES)
 def test_the_same_slots_are_kept_and_the_logits_agree(name, budget, architecture):
     theirs = load_file(DATA / architecture / "kvpress.safetensors")
-    keep, logits = answers(OURS[name](budget, DATA / architecture), architecture, piece=name in DROPS_WHILE_DECODING)
+    keep, logits = answers(OURS[name](budget, DATA / architecture), architecture, piece=name in IN_ONE_PIECE)
     assert torch.equal(keep, theirs[f"{name}.{budget}.kept"])
     assert (logits - theirs[f"{name}.{budget}.logits"]).abs().max() < 1e-4
 

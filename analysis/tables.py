@@ -55,6 +55,7 @@ def grid(book: dict[str, Any]) -> str:
     table["column"] = table["task"] + table["protocol"].map(lambda p: "" if p == "aware" else f", {p}")
     columns = list(dict.fromkeys(table["column"]))
     lines = []
+    most = table.groupby("column")["n"].max()
     order = table.groupby(["label", "budget"])["share"].mean()
     methods = sorted(set(table["label"]) - {"full"})
     for label in (["full"] if "full" in set(table["label"]) else []) + methods:
@@ -65,11 +66,13 @@ def grid(book: dict[str, Any]) -> str:
                 "budget": f"{budget:g}",
                 "bytes held": f"{own['share'].mean():.1%}",
             }
-            lines.append(line | {c: _entry(own.loc[c]) if c in own.index else "" for c in columns})
+            lines.append(line | {c: _entry(own.loc[c], most[c]) if c in own.index else "" for c in columns})
     return markdown(pd.DataFrame(lines))
 
 
-def _entry(point: pd.Series) -> str:
+def _entry(point: pd.Series, most: int) -> str:
+    if point["n"] < most:
+        return f"stopped after {point['n']}"  # such as a missed budget
     digits = 1 if point["better"] == "higher" else min(3, int(point["digits"]))
     score = f"{point['score']:.{digits}f}"
     if point["label"] == "full":
@@ -127,7 +130,9 @@ def _target(path: Path) -> str:
 
 
 def _counts(rows: list[dict[str, Any]]) -> str:
-    counts = {row["task"]: row["n"] for row in rows}
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["task"]] = max(row["n"], counts.get(row["task"], 0))
     return ", ".join(f"{n} ({task})" for task, n in counts.items())
 
 

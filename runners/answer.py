@@ -13,6 +13,7 @@ import torch
 from methods.core.contract import Method
 from methods.core.errors import BudgetMiss, UserError
 from runners.beams import search
+from runners.choices import Asked, compare, encode
 from runners.dialogue import Dialogue, dialogue
 from runners.forced import force
 from runners.generate import Timings, generate, start
@@ -53,6 +54,11 @@ def check(examples: Sequence[Example], protocol: str, methods: Sequence[Method])
         )
     if protocol != "aware" and any(example.beams > 1 for example in examples):
         raise UserError(f"protocol={protocol}: a beam search reads its whole prompt at once; give protocol=aware")
+    if protocol != "aware" and any(example.choices and not example.context.strip() for example in examples):
+        raise UserError(
+            f"protocol={protocol}: a prompt without solved examples or a document holds nothing but the item itself, "
+            "and nothing can be compressed before it is seen; give protocol=aware, or task.shots"
+        )
     one_pass = any(example.forced and example.forced.through == "one_pass" for example in examples)
     for method in methods:
         if one_pass and method.name != "full":
@@ -81,6 +87,8 @@ def _together(example: Example) -> tuple[Any, ...]:
     if example.kind == "turns":
         # a row that goes on from its own answers must end exactly where they do
         return (by_turns, example.history, len(example.turns), example.history == "own" and example.id)
+    if example.kind == "choices":
+        return (by_choices, example.stride)
     return (by_beams, example.id) if example.beams > 1 else (by_generation,)
 
 
@@ -335,6 +343,44 @@ def by_forcing(setting: Setting, method: Method, batch: Sequence[Example]) -> li
             }
         )
     return rows
+
+
+def by_choices(setting: Setting, method: Method, batch: Sequence[Example]) -> list[dict[str, Any]]:
+    """Ways to go on, compared by their likelihood after the compressed prompt."""
+    asked = [[encode(setting.encoder, example, choice) for choice in example.choices] for example in batch]
+    samples = [setting.encoder.encoded(example, [], 0, False).prompt.sample for example in batch]
+    found, cache, timings = compare(
+        setting.model, method, asked, samples, setting.protocol, setting.chunk, batch[0].stride, setting.pad_id
+    )
+    cache.check_budget()
+    costs = _costs(setting, len(batch), cache.report().to_dict(), timings)
+    return [_compared(setting, *one, costs) for one in zip(batch, asked, found)]
+
+
+def _compared(
+    setting: Setting,
+    example: Example,
+    asked: Sequence[Asked],
+    found: Sequence[tuple[float, bool]],
+    costs: dict[str, Any],
+) -> dict[str, Any]:
+    sums = [total for total, _ in found]
+    if not all(map(math.isfinite, sums)):
+        return failed(example, "the log-likelihoods are not finite")
+    rated = setting.task.rate(example, found)
+    return {
+        **about(example),
+        "prediction": example.choices[sums.index(max(sums))].text,
+        "score": next(iter(rated.values())),
+        "parts": rated,
+        "likelihoods": [round(total, 6) for total in sums],
+        "tokens_in": max(len(one.prompt) for one in asked),
+        "tokens_context": max(len(one.parts(setting.protocol)[0]) for one in asked),
+        "tokens_out": 0,
+        "cut": any(one.cut for one in asked),
+        "bos": asked[0].prompt.count(setting.encoder.tokenizer.bos_token_id),
+        **costs,
+    }
 
 
 def _curve(losses: Sequence[float], counted: Sequence[int]) -> list[tuple[int, int, float]]:

@@ -1,0 +1,188 @@
+"""LongBench v2: four choices after a long document; the letter is read out of a generated sentence.
+
+Paper: Bai et al. 2024, LongBench v2: towards deeper understanding and reasoning on realistic long-context multitasks,
+       arXiv:2412.15204; its prompt without chain of thought.
+Here:  the prompt is lm_eval's brought back to the benchmark's own; decoding is greedy, where the authors sample at
+       temperature 0.1. lm_eval itself compares the likelihoods of the four letters, another metric:
+       task=lm_eval task.tasks=[longbench2] task.data=hub.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import yaml
+
+from methods.core.errors import UserError
+from tasks import remarks
+from tasks.base import Example, Metric, Row, Task
+from tasks.files import Files, check_limit, chosen, hub_rows, read_files
+from tasks.lm_eval_harness import LmEval
+from tasks.prompts import lm_eval_folder, lm_eval_version
+
+VERSION = "1"  # goes into every record; raise it when a score could change
+HUB = ("THUDM/LongBench-v2", None, "train")
+ITEMS = 503
+LETTERS = "ABCD"
+FIELDS = ("domain", "sub_domain", "difficulty", "length", "question", *(f"choice_{x}" for x in LETTERS), "context")
+LEVELS = {"difficulty": ("easy", "hard"), "length": ("short", "medium", "long")}
+MOST_NEW = 128  # of the benchmark's own runs
+CUE = "Answer:"
+FORMAT = 'Format your response as follows: "The correct answer is (insert answer here)".'
+MARK = re.compile(r"\{\{(question)\.strip\(\)\}\}|\{\{choices\[(\d)\]\}\}")
+DIGEST = "fb68fca4"  # of lm_eval's template, whose wording was compared with the benchmark's
+
+
+def longbench_v2(data: str = "bundled", limit: int | None = None, **knobs: Any) -> Task:
+    """LongBench v2 from data of one's own or the hub; `bundled` are lm_eval-mini's documents with four choices."""
+    return LmEval(limit=limit) if str(data) == "bundled" else LongBenchV2(data, limit=limit, **knobs)
+
+
+@dataclass
+class LongBenchV2(Task):
+    """Choose one of four answers to a question on a long text.
+
+    data: "hub", or a path: data.json as the benchmark offers it, or .jsonl rows.
+    subset: domains, such as Single-Document QA; None takes all.
+    limit: samples in all; None takes all.
+    """
+
+    metric: ClassVar[Metric] = Metric("accuracy", digits=1)
+
+    data: str = "hub"
+    subset: Sequence[str] | str | None = None
+    limit: int | None = None
+    revision: str = "main"
+
+    def __post_init__(self) -> None:
+        check_limit("longbench_v2", self.limit)
+        self.data = str(self.data)
+
+    @property
+    def name(self) -> str:
+        return "longbench-v2"
+
+    def source(self) -> str:
+        n = len(self._rows)
+        odd = "" if n == ITEMS else f", not the published {ITEMS}"
+        return (
+            f"{self.name} ({self._files.where}), {n} items{odd}; {len(self._examples)} samples, "
+            f"sha256 {self._files.digest[:12]}"
+        )
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "task": self.name,
+            "data_sha256": self._files.digest,
+            "lm_eval": lm_eval_version(),
+            "template": DIGEST,
+            "scores": VERSION,
+        }
+
+    def examples(self) -> list[Example]:
+        return self._examples
+
+    def score(self, example: Example, prediction: str) -> float:
+        return float(letter(prediction) == example.answers[0])
+
+    def groups(self, example: Example) -> list[str]:
+        return ["overall", *(example.tags[key] for key in LEVELS), example.tags["domain"]]
+
+    def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
+        """Plain means over samples: all of them, by difficulty, by length, by domain."""
+        found = [self._row("overall", "average", rows)]
+        for key, levels in LEVELS.items():
+            found += [self._row(name, "category", [one for one in rows if one[0].tags[key] == name]) for name in levels]
+        for name in dict.fromkeys(example.tags["domain"] for example, _ in rows):
+            found.append(self._row(name, "subset", [one for one in rows if one[0].tags["domain"] == name]))
+        return [row for row in found if row.n]
+
+    def _row(self, name: str, kind: str, rows: Sequence[tuple[Example, float]]) -> Row:
+        return Row(name, kind, len(rows), self.metric.mean([score for _, score in rows]))
+
+    def remarks(self, rows: remarks.Rows) -> list[str]:
+        ours, full = (sum(letter(row["prediction"]) is None for row in own) / len(own) for own in remarks.sides(rows))
+        lines = [f"no letter found: {ours:.1%}, full {full:.1%}", remarks.lengths(rows), remarks.held(rows)]
+        if remarks.compared(rows):
+            lines.append(remarks.flips(rows, _right, "samples"))
+        return [line for line in lines if line]
+
+    @cached_property
+    def _files(self) -> Files:
+        if self.data != "hub":
+            return read_files("longbench_v2", self.data)
+        rows, where = hub_rows("longbench_v2", *HUB, self.revision)
+        return Files.of_rows(where, "data", rows)
+
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        return [row for name in self._files.found for row in self._files.rows(name)]
+
+    @cached_property
+    def _examples(self) -> list[Example]:
+        domains = list(dict.fromkeys(str(row.get("domain")) for row in self._rows))
+        wanted = chosen("longbench_v2", "subset", self.subset, domains)
+        rows = [row for row in self._rows if str(row.get("domain")) in wanted][: self.limit]
+        seen = Counter(row.get("_id") for row in rows)
+        ids = [row.get("_id") if seen[row.get("_id")] == 1 else i for i, row in enumerate(rows)]
+        return [self._example(f"v2/{id}", row) for id, row in zip(ids, rows)]
+
+    def _example(self, id: str, row: Mapping[str, Any]) -> Example:
+        # one subset: every row of the table is a plain mean over samples, and is drawn as one
+        tags = {"subset": self.name, "category": self.name, **{key: row.get(key) for key in ("domain", *LEVELS)}}
+        if error := problem(row):
+            return Example(id, "", "", [], 1, tags, error=error)
+        return Example(id, *prompt(row), [row["answer"]], MOST_NEW, tags)
+
+
+def problem(row: Mapping[str, Any]) -> str | None:
+    """Why a row cannot be a sample, or None."""
+    for field in FIELDS:
+        if not isinstance(row.get(field), str):
+            return f"`{field}` is missing; it is a string"
+    for key, levels in LEVELS.items():
+        if row[key] not in levels:
+            return f"`{key}` is {row[key]}; it is one of {', '.join(levels)}"
+    return None if row.get("answer") in tuple(LETTERS) else f"`answer` is {row.get('answer')}; it is a letter, A to D"
+
+
+def prompt(row: Mapping[str, Any]) -> tuple[str, str]:
+    """The benchmark's own prompt in two parts, cut right after the context; all texts are stripped."""
+    before, after = template()
+
+    def fill(mark: re.Match[str]) -> str:
+        return (row["question"] if mark[1] else row[f"choice_{LETTERS[int(mark[2])]}"]).strip()
+
+    return before + row["context"].strip(), MARK.sub(fill, after)
+
+
+def template() -> tuple[str, str]:
+    """Before and after the context. Raises UserError if the installed lm_eval words it in another way."""
+    path = lm_eval_folder("longbench2") / "_longbench_common_yaml"
+    wanted = "install lm_eval 0.4.13, whose template is known"
+    try:
+        text = yaml.safe_load(path.read_text(encoding="utf-8"))["doc_to_text"]
+    except OSError as error:
+        raise UserError(f"longbench_v2: the installed lm_eval has no {path} ({error.strerror}); {wanted}") from error
+    if hashlib.sha256(text.encode()).hexdigest()[:8] != DIGEST:
+        raise UserError(f"longbench_v2: lm_eval {lm_eval_version()} words the prompt in another way; {wanted}")
+    before, _, after = text.removesuffix(CUE).partition("{{context}}")
+    return before, after + FORMAT
+
+
+def letter(prediction: str) -> str | None:
+    """The letter that an answer names, in brackets or else without; None if it names none."""
+    text = prediction.replace("*", "")
+    for pattern in (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])"):
+        if found := re.search(pattern, text):
+            return found[1]
+    return None
+
+
+def _right(row: Mapping[str, Any]) -> bool:
+    return row["score"] == 1

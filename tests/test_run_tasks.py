@@ -107,3 +107,31 @@ def test_summaries_have_three_kinds_of_rouge_and_a_verdict(command, tmp_path):
     assert code == 0 and "news ROUGE-2" in out and "99 % of the full cache:" in out, err
     code, out, err = command("task=summarization_keyformer", data, "task.beams=2", "task.max_new_tokens=34", *SNAPKV)
     assert code == 0 and "beam 2" in out, err
+
+
+def test_choices_have_both_accuracies_and_what_moved_below_them(command, tmp_path):
+    row = {"context": TEXT * 2, "question": "\n\nwhere?", "choices": ["in the north", "here", "a cat", "on"], "gold": 0}
+    (tmp_path / "facts.jsonl").write_text(json.dumps(row) + "\n")
+    include = Path(run.__file__).parent / "assets" / "lm_eval-mini"
+    more = (f"task.data={tmp_path}", "task.tasks=[facts]", f"task.include={include}")
+    code, out, err = command("task=lm_eval", *more, *SNAPKV)
+    assert code == 0 and "facts acc_norm" in out and "log-likelihood of the right choice" in out, err
+    ours, full = recorded(tmp_path, "snapkv")[0], recorded(tmp_path, "full")[0]
+    assert len(ours["likelihoods"]) == 4 and ours["likelihoods"] != full["likelihoods"]
+    assert ours["ledger"]["held_prompt"] < 0.4 * full["ledger"]["held_prompt"]
+
+
+@pytest.mark.parametrize("method", ["h2o", "kivi"])
+def test_bundled_choices_run_with_a_method_and_agnostic(command, method):
+    code, out, err = command("task=lm_eval", "task.limit=1", "protocol=agnostic", f"method={method}")
+    assert code == 0 and out.startswith("lm_eval-mini (bundled): facts (test, 24 items), list"), err
+    assert "mean, acc" in out
+
+
+def test_the_second_longbench_reads_a_letter(command, tmp_path):
+    row = {f"choice_{letter}": "the cat" for letter in "ABCD"} | {
+        "domain": "Single-Document QA", "sub_domain": "x", "difficulty": "easy", "length": "short", "question": "who?",
+        "answer": "A", "context": TEXT * 2,
+    }  # fmt: skip
+    code, out, err = command("task=longbench_v2", write(tmp_path / "data.jsonl", row), *SNAPKV)
+    assert code == 0 and "overall" in out and "no letter found" in out, err

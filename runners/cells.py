@@ -227,7 +227,7 @@ class Run:
     def _conditions(self, method: Method, knobs: Mapping[str, Any]) -> dict[str, Any]:
         """What may change a number without being part of what was asked."""
         modules = [type(method).__module__, *_targets(knobs), type(self.task).__module__]
-        names = ("answer", "session", "dialogue", "forced", "beams", "prompt", "bind", "meter", "together")
+        names = ("answer", "session", "dialogue", "forced", "choices", "beams", "prompt", "bind", "meter", "together")
         own = [f"runners.{name}" for name in names]
         papers = [name.split(".")[1] for name in modules if name.startswith("methods.")]
         learned = artefacts.state(papers, str(self.checkpoint.folder), knobs.values())

@@ -121,6 +121,8 @@ def methods(home: Path) -> str:
 def _target(path: Path) -> str:
     """The class that a YAML names, or the one of the YAML that it starts from."""
     text = path.read_text()
+    if allocator := re.search(r"^allocator:[\s{]*_target_: *([^\s,}]+)", text, re.M):
+        return allocator[1]  # a paper of its own, on top of another's scores
     if own := re.search(r"^_target_: *(\S+)", text, re.M):
         store = re.search(r"^store: *\{_target_: *([^\s,]+)", text, re.M)
         return store[1] if store and own[1].startswith("methods.core.") else own[1]

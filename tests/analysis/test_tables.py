@@ -61,3 +61,8 @@ def test_every_method_is_in_the_list_with_its_paper():
     for path in (README.parent / "conf" / "method").glob("*.yaml"):
         assert f"| `{path.stem}` |" in text
     assert re.search(r"`snapkv` \| keep the prompt slots .* \| Li et al\. 2024, arXiv:2404\.14469", text)
+
+
+def test_a_method_that_is_an_allocator_cites_the_allocators_paper():
+    row = next(line for line in tables.methods(README.parent).splitlines() if line.startswith("| `adakv`"))
+    assert "arXiv:2407.11550" in row

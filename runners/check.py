@@ -12,6 +12,7 @@ from methods.core.errors import UserError
 PROTOCOLS = ("aware", "agnostic")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 RESUME = ("auto", "force")
+TRACKING = ("disabled", "offline", "online")
 
 
 def check(cfg: DictConfig) -> None:
@@ -23,6 +24,8 @@ def check(cfg: DictConfig) -> None:
     for key, allowed in (("protocol", PROTOCOLS), ("dtype", DTYPES), ("resume", RESUME)):
         if cfg[key] not in allowed:
             raise UserError(f"{key}={cfg[key]}: give one of {', '.join(allowed)}")
+    if cfg.wandb.mode not in TRACKING:
+        raise UserError(f"wandb.mode={cfg.wandb.mode}: give one of {', '.join(TRACKING)}, or wandb=NAME")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(cfg.device)):
         raise UserError(f"device={cfg.device}: give auto, cpu, cuda, or one of several such as cuda:1")
     for key, value, least, may_be_null in (

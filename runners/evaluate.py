@@ -18,6 +18,7 @@ from runners.cells import Run
 from runners.compare import compare
 from runners.record import check_writable
 from runners.sweep import Sweep
+from runners.tracking import track
 from tasks.base import Task
 
 # failed samples that are named on screen; the record has them all
@@ -49,7 +50,7 @@ class Evaluate:
         if cfg.plan:
             return self._sweep(Sweep.of(run))
         try:
-            return self._cells(run)
+            code = self._cells(run)
         except KeyboardInterrupt:
             done = len(run.finished(run.cell)) if run.cell.method is not run.full.method else 0
             kept = f"{len(run.finished(run.full))} samples of the full cache"
@@ -57,6 +58,8 @@ class Evaluate:
                 kept += f" and {done} of {run.cell.name}"
             show.note(f"stopped; {kept} are kept in {results}, the same command goes on from there")
             return 130
+        track(run, run.cells, self.resamples)
+        return code
 
     def _sweep(self, sweep: Sweep) -> int:
         if sweep.cfg.plan:
@@ -69,7 +72,10 @@ class Evaluate:
             show.note(f"stopped; {kept} samples of {len(sweep.members)} cells are kept in {sweep.cfg.results}, "
                       "the same command goes on from there")  # fmt: skip
             return 130
-        return overview.report(sweep, self.resamples)
+        code = overview.report(sweep, self.resamples)
+        if sweep.members:
+            track(sweep.run, [member.cell for member in sweep.members], self.resamples)
+        return code
 
     def _cells(self, run: Run) -> int:
         for cell in run.cells:

@@ -39,7 +39,8 @@ Loads = Callable[[Checkpoint, torch.dtype, torch.device], "PreTrainedModel"]
 class Cell:
     """A method and its record.
 
-    notes: for the record's reader, never compared: commit, command, the method's family, whether it only simulates.
+    notes: for the record's reader, never compared: commit, command, the method's family, whether it only simulates,
+    what the task's average is a mean of.
     """
 
     name: str
@@ -211,6 +212,7 @@ class Run:
             "commit": commit(),
             "family": method.family,
             "simulated": method.simulated,
+            "mean_over": self.task.mean_over,
             "command": _command(name, words),
         }
         return Cell(name, method, Record(self.results, identity), self._conditions(method, knobs), notes)
@@ -243,7 +245,8 @@ class Run:
 
 def _command(name: str, words: Sequence[str]) -> str:
     """What computes the samples of one cell again, whether it was asked for alone, in a sweep, or as a reference."""
-    left_out = ["method", "results", "resume", "hydra", "plan", "experiment", "cells", *(["budget"] * (name == "full"))]
+    left_out = ["method", "results", "resume", "hydra", "plan", "experiment", "cells", "wandb"]
+    left_out += ["budget"] * (name == "full")
     kept = [word for word in words if word.lstrip("+~").split("=")[0].split(".")[0].split("/")[0] not in left_out]
     knobs = [word for word in words if name != "full" and word.lstrip("+").startswith("method.")]
     return " ".join(["python run.py", f"method={name}", *knobs, *kept])

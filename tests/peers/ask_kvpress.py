@@ -124,7 +124,8 @@ def main() -> None:
                 answers |= {f"{name}.{budget}.kept": kept, f"{name}.{budget}.logits": logits}
                 print(f"{folder.name} {name} {budget}: {kept.sum(-1).tolist()} of {len(prompt)} slots")
         read = hashlib.sha256(b"".join((folder / name).read_bytes() for name in INPUTS)).hexdigest()
-        save_file(answers, folder / "kvpress.safetensors", metadata={**versions, "inputs": read})
+        facts = json.dumps({**versions, "inputs": read})  # in one piece: the order of several changes from run to run
+        save_file(answers, folder / "kvpress.safetensors", metadata={"facts": facts})
 
 
 if __name__ == "__main__":

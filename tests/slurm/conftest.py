@@ -70,6 +70,12 @@ def cluster() -> Iterator[None]:
             _start(folder)
             yield
         finally:
+            # what a failed test has left behind, while somebody can still end it
+            subprocess.run(["scancel", "--user=root"], timeout=60)
+            for _ in range(100):
+                if not subprocess.run(["squeue", "-h"], capture_output=True, timeout=60).stdout:
+                    break
+                time.sleep(0.1)
             for daemon in ("slurmd", "slurmctld", "munged"):
                 _end(folder / f"{daemon}.pid")
             shutil.rmtree(folder, ignore_errors=True)

@@ -71,7 +71,8 @@ def test_an_array_of_eight_groups_interrupted_three_times_ends_complete(start, t
     requeued = in_the_middle(results, set())
     subprocess.run(["scontrol", "requeue", requeued], check=True)
     signalled = in_the_middle(results, {requeued})
-    subprocess.run(["scancel", "--signal=USR2", signalled], check=True)
+    # it fails where it tries again and the job has already gone; whether the signal came, the job's restart tells
+    subprocess.run(["scancel", "--signal=USR2", signalled])
     preempted = in_the_middle(results, {requeued, signalled})
     subprocess.run(["srun", "--partition=high", "--exclusive", "--immediate=120", "true"], check=True)
     out, err = sweep.communicate(timeout=PATIENCE)

@@ -1,4 +1,4 @@
-"""How long reading and reporting a large result folder takes: `python benchmarks/analysis.py [--cells 500 --samples 200]`.
+"""How long reading and reporting a large result folder takes: `python benchmarks/analysis.py`.
 
 Makes records of random scores in a temporary folder, then times load (fresh and cached), points, the report and their
 peak memory.

@@ -249,7 +249,8 @@ def _command(name: str, words: Sequence[str]) -> str:
     left_out += ["budget"] * (name == "full")
     kept = [word for word in words if word.lstrip("+~").split("=")[0].split(".")[0].split("/")[0] not in left_out]
     knobs = [word for word in words if name != "full" and word.lstrip("+").startswith("method.")]
-    return " ".join(["python run.py", f"method={name}", *knobs, *kept])
+    # in one order, however they were given
+    return " ".join(["python run.py", f"method={name}", *sorted(knobs), *sorted(kept)])
 
 
 def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:

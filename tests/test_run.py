@@ -188,7 +188,7 @@ def test_batches_and_chunks_give_the_same_predictions_in_a_record_of_their_own(c
         ("method=snapkw", "method=snapkw: unknown; did you mean snapkv?"),
         ("task=longbank", "task=longbank: unknown; did you mean longbench?"),
         ("model=llama", "model=llama: unknown;"),
-        ("runner=nothing", "runner=nothing: unknown; runner is one of evaluate"),
+        ("runner=nothing", "runner=nothing: unknown; runner is one of calibrate"),
         ("task.limitt=1", "task.limitt: no such setting; did you mean task.limit?"),
         ("task.limit=-1", "task.limit=-1; give a whole number"),
         ("method.window=3", "method.window: no such setting; method has budget"),

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Train:
 
     out: folder of checkpoints, log and curves.  export: folder for the finished model, null for `out`/model.
     tokens: tokens to see in all.  cooldown: the last ones, over which the learning rate falls to zero.
-    lr, lr_end: after warm-up and at `lr_tokens` tokens seen.  warmup: steps.
+    rates: learning rates [tokens seen, rate], a line from each to the next.  warmup: steps.
     precision: of the matrix products; auto is bfloat16 where the machine computes in it natively, else float32.
     save_every, recall_every: steps.  limit: steps of this call, null for all; the run can be continued.
     """
@@ -65,9 +66,7 @@ class Train:
     tokens: int = 16_000_000
     cooldown: int = 2_000_000
     stages: list[Any] = field(default_factory=list)
-    lr: float = 1.5e-3
-    lr_end: float = 5e-4
-    lr_tokens: int = 10_000_000
+    rates: list[list[float]] = field(default_factory=lambda: [[0, 1.5e-3], [10_000_000, 5e-4]])
     warmup: int = 30
     weight_decay: float = 0.05
     clip: float = 1.0
@@ -93,6 +92,9 @@ class Train:
         self.stages = [s if isinstance(s, Stage) else Stage(**s) for s in self.stages]
         if not self.stages:
             raise UserError("train: runner.stages is empty; give at least one {until, lengths, batch}")
+        self.rates = [list(point) for point in self.rates]
+        if not self.rates or any(a[0] >= b[0] for a, b in pairwise(self.rates)):
+            raise UserError(f"train: runner.rates={self.rates}; [tokens, rate] in the order of tokens, one at least")
         if self.precision not in PRECISIONS:
             raise UserError(f"train: runner.precision={self.precision}; one of {', '.join(PRECISIONS)}")
         if not 0 <= self.cooldown <= self.tokens:
@@ -160,9 +162,8 @@ class Train:
         )
 
     def learning_rate(self, step: int, tokens: int) -> float:
-        """Warm-up over steps, a line from `lr` to `lr_end` over `lr_tokens`, then down to zero at the very end."""
-        rate = self.lr + (self.lr_end - self.lr) * min(1.0, tokens / self.lr_tokens)
-        rate *= min(1.0, (step + 1) / self.warmup)
+        """Warm-up over steps, lines from rate to rate, then down to zero at the very end."""
+        rate = float(np.interp(tokens, *zip(*self.rates))) * min(1.0, (step + 1) / self.warmup)
         return rate * min(1.0, max(self.tokens - tokens, 0) / self.cooldown if self.cooldown else 1.0)
 
     def stage_at(self, tokens: int) -> Stage:
@@ -228,7 +229,7 @@ class Train:
         matrices = [p for p in model.parameters() if p.dim() > 1]
         vectors = [p for p in model.parameters() if p.dim() == 1]
         groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), fused=True)
+        return torch.optim.AdamW(groups, lr=self.rates[0][1], betas=(0.9, 0.95), fused=True)
 
     def _tokenizer(self, out: Path) -> PreTrainedTokenizerFast:
         folder = out / "tokenizer"
@@ -265,12 +266,10 @@ class Train:
             return {"step": 0, "tokens": 0, "seconds": 0.0}
         saved = torch.load(path, map_location=self.device, weights_only=True)
         asked = self._recipe()
-        for recipe in (asked, saved["recipe"]):  # stages that have not begun may change
-            recipe["stages"] = [
-                s
-                for i, s in enumerate(recipe["stages"])
-                if i == 0 or recipe["stages"][i - 1]["until"] < saved["state"]["tokens"]
-            ]
+        seen = saved["state"]["tokens"]
+        for recipe in (asked, saved["recipe"]):  # what has not begun may change
+            recipe["stages"] = _begun(recipe["stages"], [s["until"] for s in recipe["stages"]], seen)
+            recipe["rates"] = _begun(recipe["rates"], [tokens for tokens, _ in recipe["rates"]], seen)
         other = [k for k in asked if saved["recipe"].get(k) != asked[k]]
         if other:
             raise UserError(f"train: {path} was made with another {', '.join(other)}; choose another runner.out")
@@ -302,6 +301,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _begun(plan: list[Any], ends: list[float], seen: int) -> list[Any]:
+    """The parts of a plan in use until `seen` tokens were seen: the first, and those after an end that has passed."""
+    return [part for i, part in enumerate(plan) if i == 0 or ends[i - 1] < seen]
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:

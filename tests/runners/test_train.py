@@ -110,12 +110,21 @@ def test_a_run_cut_after_two_steps_ends_with_the_same_bytes(tmp_path):
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     small(tmp_path, limit=1).run()
-    with pytest.raises(UserError, match="another lr"):
-        small(tmp_path, lr=1e-4).run()
+    with pytest.raises(UserError, match="another rates"):
+        small(tmp_path, rates=[[0, 1e-4]]).run()
+
+
+def test_what_has_not_begun_may_still_change(tmp_path):
+    small(tmp_path, limit=1).run()
+    later = {"until": 2048, "lengths": [256], "batch": 256}
+    changed = small(tmp_path, rates=[[0, 1.5e-3], [10_000_000, 1e-4], [20_000_000, 0.0]], stages=[*STAGES, later], limit=1)
+    with pytest.raises(UserError, match="another rates"):  # the second point bends the line in use
+        changed.run()
+    assert small(tmp_path, stages=[*STAGES, later], limit=1).run() == 0
 
 
 def test_the_learning_rate_warms_up_and_cools_down_to_zero():
-    train = Train(stages=STAGES, tokens=1000, cooldown=200, lr=1.0, lr_end=0.5, lr_tokens=500, warmup=4)
+    train = Train(stages=STAGES, tokens=1000, cooldown=200, rates=[[0, 1.0], [500, 0.5]], warmup=4)
     assert train.learning_rate(0, 0) == 0.25
     assert train.learning_rate(9, 250) == 0.75
     assert train.learning_rate(9, 700) == 0.5
@@ -129,6 +138,8 @@ def test_the_learning_rate_warms_up_and_cools_down_to_zero():
         ({"stages": []}, "runner.stages"),
         ({"precision": "int3"}, "runner.precision=int3"),
         ({"tokens": 10}, "runner.cooldown"),
+        ({"rates": []}, "runner.rates"),
+        ({"rates": [[100, 1e-3], [100, 1e-4]]}, "in the order of tokens"),
         ({"stages": [{"until": 9, "lengths": [8192], "batch": 8192}]}, "window"),
         ({"stages": [{"until": 9, "lengths": [256], "batch": 300}]}, "multiple"),
     ],

@@ -119,21 +119,38 @@ def five_gram_perplexity(train: list[int], test: list[int], vocabulary: int, ord
 def measure_attention(
     tokenizer: PreTrainedTokenizerFast, folder: Path, length: int = 1024
 ) -> list[dict[str, list[float]]]:
-    """By layer and query head, where the last 64 queries of fact documents look: shares of attention."""
+    """By layer and query head, where the queries of fact documents look: shares of attention.
+
+    "copied token": of a query that predicts a token of the answer, the share on that token where the document says it;
+    all others: means over the queries from the 64th on.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    kinds: dict[str, list[torch.Tensor]] = {"first token": [], "last 16 tokens": [], "top 5 % of slots": []}
+    kinds: dict[str, list[torch.Tensor]] = {
+        name: [] for name in ("first token", "last 16 tokens", "copied token", "top 5 % of slots")
+    }
     for i in range(6):
         document = fitted_document(tokenizer, "facts", length, 1, [SEED, 2, i])
-        ids = torch.tensor([tokenizer(document.prompt()).input_ids])
+        prompt = tokenizer(document.prompt()).input_ids
+        answer = tokenizer(document.turns[0].answer, add_special_tokens=False).input_ids[:-1]  # without the full stop
+        ids = torch.tensor([prompt + answer])
         layers = model(input_ids=ids, output_attentions=True, use_cache=False).attentions
-        probs = torch.stack([layer[0, :, -64:] for layer in layers])  # [L, Hq, 64, S]
-        top = probs.sort(dim=-1, descending=True).values[..., : round(0.05 * probs.shape[-1])]
-        n = ids.shape[1]
-        near = torch.stack([probs[:, :, r, n - 64 + r - 15 : n - 64 + r + 1].sum(-1) for r in range(64)], dim=-1)
-        for name, share in zip(kinds, (probs[..., 0], near, top.sum(-1))):
-            kinds[name].append(share.mean(dim=2))  # [L, Hq]
+        probs = torch.stack([layer[0] for layer in layers])  # [L, Hq, S, S]
+        place = torch.arange(ids.shape[1])
+        near = probs * (place[:, None] - place < 16)
+        heavy = probs.sort(dim=-1, descending=True).values * (place < (0.05 * (place[:, None] + 1)).round())
+        asked = torch.arange(len(prompt) - 1, ids.shape[1] - 1)
+        source = torch.arange(len(answer)) + _said_at(prompt, answer)
+        kinds["first token"].append(probs[:, :, 64:, 0].mean(2))  # [L, Hq], as all of them
+        kinds["last 16 tokens"].append(near[:, :, 64:].sum(-1).mean(2))
+        kinds["copied token"].append(probs[:, :, asked, source].mean(2))
+        kinds["top 5 % of slots"].append(heavy[:, :, 64:].sum(-1).mean(2))
     means = {name: torch.stack(runs).mean(0).tolist() for name, runs in kinds.items()}
     return [{name: heads[i] for name, heads in means.items()} for i in range(len(means["first token"]))]
+
+
+def _said_at(ids: list[int], answer: list[int]) -> int:
+    """Where `answer` stands in `ids` for the last time."""
+    return max(i for i in range(len(ids) - len(answer) + 1) if ids[i : i + len(answer)] == answer)
 
 
 @torch.no_grad()
@@ -169,7 +186,9 @@ def card(measured: dict[str, Any]) -> str:
         for name, m in measured["bundle"].items()
     ]
     attention = [
-        f"| {i} | " + " | ".join(f"{100 * fmean(heads):.0f}" for heads in layer.values()) + f" | {outlier:.1f} |"
+        f"| {i} | "
+        + " | ".join(f"{100 * fmean(heads):.0f} ({100 * max(heads):.0f})" for heads in layer.values())
+        + f" | {outlier:.1f} |"
         for i, (layer, outlier) in enumerate(zip(measured["attention"], map(_outlier, measured["keys"])))
     ]
     training, perplexity = measured["training"], measured["perplexity"]

@@ -117,7 +117,9 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
 def test_what_has_not_begun_may_still_change(tmp_path):
     small(tmp_path, limit=1).run()
     later = {"until": 2048, "lengths": [256], "batch": 256}
-    changed = small(tmp_path, rates=[[0, 1.5e-3], [10_000_000, 1e-4], [20_000_000, 0.0]], stages=[*STAGES, later], limit=1)
+    changed = small(
+        tmp_path, rates=[[0, 1.5e-3], [10_000_000, 1e-4], [20_000_000, 0.0]], stages=[*STAGES, later], limit=1
+    )
     with pytest.raises(UserError, match="another rates"):  # the second point bends the line in use
         changed.run()
     assert small(tmp_path, stages=[*STAGES, later], limit=1).run() == 0

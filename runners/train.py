@@ -163,7 +163,8 @@ class Train:
 
     def learning_rate(self, step: int, tokens: int) -> float:
         """Warm-up over steps, lines from rate to rate, then down to zero at the very end."""
-        rate = float(np.interp(tokens, *zip(*self.rates))) * min(1.0, (step + 1) / self.warmup)
+        seen, rates = zip(*self.rates)
+        rate = float(np.interp(tokens, seen, rates)) * min(1.0, (step + 1) / self.warmup)
         return rate * min(1.0, max(self.tokens - tokens, 0) / self.cooldown if self.cooldown else 1.0)
 
     def stage_at(self, tokens: int) -> Stage:

@@ -22,7 +22,7 @@ from methods.core import artefacts
 from methods.core.contract import Method
 from methods.core.errors import UserError
 from runners import show
-from runners.load import find, load_model, load_tokenizer, pick_device, pick_dtype, pick_threads
+from runners.load import find, load_model, load_tokenizer, pick_backend, pick_device, pick_dtype, pick_threads
 from tasks.documents import KINDS, Pool, prose, prose_hash, sentences
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Calibrate:
         length = min(self.tokens, checkpoint.window or self.tokens)
         rows, source = self.rows(tokenizer, length, cfg.seed)
         device = pick_device(str(cfg.device))
+        pick_backend(str(cfg.kernels.backend), device)
         dtype = pick_dtype(str(cfg.dtype), checkpoint, device)
         torch.set_num_threads(pick_threads(cfg.threads))
         model = load_model(checkpoint, dtype, device)

@@ -22,7 +22,16 @@ from methods.core.contract import Method
 from methods.core.errors import UserError
 from runners import answer, show
 from runners.generate import Prompt, generate
-from runners.load import Checkpoint, find, load_model, load_tokenizer, pick_device, pick_dtype, pick_threads
+from runners.load import (
+    Checkpoint,
+    find,
+    load_model,
+    load_tokenizer,
+    pick_backend,
+    pick_device,
+    pick_dtype,
+    pick_threads,
+)
 from runners.prompt import Encoder
 from runners.record import Record
 from runners.revision import code_revision, commit
@@ -70,6 +79,7 @@ class Run:
         task.fit(lambda: self.encoder.tokens())
         self.examples = task.examples()
         self.device = pick_device(str(cfg.device))
+        self.backend = pick_backend(str(cfg.kernels.backend), self.device)
         self.dtype = pick_dtype(str(cfg.dtype), self.checkpoint, self.device)
         self.threads = pick_threads(cfg.threads)
         words = list((cfg.hydra if "hydra" in cfg else HydraConfig.get()).overrides.task)
@@ -238,6 +248,7 @@ class Run:
             "python": platform.python_version().rpartition(".")[0],
             "dtype": self.dtype_name,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "backend": self.backend,
             "code": code_revision([*modules, *own]),
             **({"artefacts": learned} if learned else {}),
         }

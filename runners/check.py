@@ -12,6 +12,7 @@ from methods.core.errors import UserError
 PROTOCOLS = ("aware", "agnostic")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 RESUME = ("auto", "force")
+BACKENDS = ("auto", "reference", "triton")
 TRACKING = ("disabled", "offline", "online")
 
 
@@ -21,9 +22,14 @@ def check(cfg: DictConfig) -> None:
         if not cfg.get(group):
             raise UserError(f"{group}: nothing is chosen; give {group}=NAME")
     check_budget(cfg.budget)
-    for key, allowed in (("protocol", PROTOCOLS), ("dtype", DTYPES), ("resume", RESUME)):
-        if cfg[key] not in allowed:
-            raise UserError(f"{key}={cfg[key]}: give one of {', '.join(allowed)}")
+    for key, value, allowed in (
+        ("protocol", cfg.protocol, PROTOCOLS),
+        ("dtype", cfg.dtype, DTYPES),
+        ("resume", cfg.resume, RESUME),
+        ("kernels.backend", cfg.kernels.backend, BACKENDS),
+    ):
+        if value not in allowed:
+            raise UserError(f"{key}={value}: give one of {', '.join(allowed)}")
     if cfg.wandb.mode not in TRACKING:
         raise UserError(f"wandb.mode={cfg.wandb.mode}: give one of {', '.join(TRACKING)}, or wandb=NAME")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(cfg.device)):

@@ -148,6 +148,20 @@ def pick_device(device: str) -> "torch.device":
     return chosen
 
 
+def pick_backend(backend: str, device: "torch.device") -> str:
+    """Choose the form of the kernels for this process and name the one that runs on the device.
+
+    Raises UserError if it cannot.
+    """
+    from kernels import backend as kernels_backend
+
+    try:
+        kernels_backend.use(backend)
+        return kernels_backend.name_on(device)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from error
+
+
 @cache
 def pick_threads(asked: int | None) -> int:
     """CPU threads for torch: as asked, else OMP_NUM_THREADS, else as many as there are idle cores.

@@ -33,7 +33,7 @@ from methods.core.contract import Method
 from methods.core.errors import UserError
 from methods.lococo import TRAINER, LoCoCo
 from runners import show
-from runners.load import find, load_model, load_tokenizer, pick_device, pick_dtype, pick_threads
+from runners.load import find, load_model, load_tokenizer, pick_backend, pick_device, pick_dtype, pick_threads
 from tasks.documents import prose
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class TrainCompressor:
         checkpoint = find(str(cfg.model.path), str(cfg.model.revision))
         torch.set_num_threads(pick_threads(cfg.threads))
         device = pick_device(str(cfg.device))
+        pick_backend(str(cfg.kernels.backend), device)
         tokenizer = load_tokenizer(checkpoint)
         model = load_model(checkpoint, pick_dtype(str(cfg.dtype), checkpoint, device), device).requires_grad_(False)
         return self.train(model, tokenizer, method, int(cfg.seed))

@@ -23,7 +23,16 @@ from runners import show
 from runners.bind import bind
 from runners.fronts import draw_front
 from runners.generate import generate
-from runners.load import Checkpoint, find, load_model, load_tokenizer, pick_device, pick_dtype, pick_threads
+from runners.load import (
+    Checkpoint,
+    find,
+    load_model,
+    load_tokenizer,
+    pick_backend,
+    pick_device,
+    pick_dtype,
+    pick_threads,
+)
 from runners.pairs import Group, group_layers
 from runners.prompt import Encoder
 from runners.record import digest
@@ -101,6 +110,7 @@ class Tune:
         if not examples:
             raise UserError(f"runner=tune: task={task.name} asks no questions that are answered; give one that does")
         device = pick_device(str(cfg.device))
+        pick_backend(str(cfg.kernels.backend), device)
         dtype = pick_dtype(str(cfg.dtype), checkpoint, device)
         torch.set_num_threads(pick_threads(cfg.threads))
         model = load_model(checkpoint, dtype, device)

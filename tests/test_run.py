@@ -175,6 +175,19 @@ def test_batches_and_chunks_give_the_same_predictions_in_a_record_of_their_own(c
     assert {r["batch"] for r in other.values()} == {4, 2}
 
 
+def test_the_record_names_the_form_of_the_kernels_that_ran(command, tmp_path):
+    command("method=full", "task.limit=1")
+    cell = json.loads(next((tmp_path / "results").glob("*/*/full-*/cell.json")).read_text())
+    assert cell["runs"][0]["conditions"]["backend"] == "reference"
+
+
+def test_triton_without_a_gpu_is_refused_in_one_line(command, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code, _, err = command("kernels.backend=triton", "device=cpu")
+    assert code == 2 and len(err.splitlines()) == 1
+    assert "kernels.backend=triton: " in err and "kernels.backend=reference works everywhere" in err
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -195,6 +208,7 @@ def test_batches_and_chunks_give_the_same_predictions_in_a_record_of_their_own(c
         ("protocol=blind", "protocol=blind: give one of aware, agnostic"),
         ("dtype=int8", "dtype=int8: give one of auto"),
         ("device=tpu", "device=tpu: give auto"),
+        ("kernels.backend=cuda", "kernels.backend=cuda: give one of auto, reference, triton"),
         ("batch_size=0", "batch_size=0: give a whole number, 1 or more"),
         ("threads=0", "threads=0: give a whole number, 1 or more"),
         ("chunk=half", "chunk=half: give a whole number"),

@@ -29,3 +29,18 @@ def formula(q: Tensor, k: Tensor, v: Tensor, rules: Rules, q_pos: Tensor, k_pos:
             x = x - rules.slopes[h].double() * (at - slot_pos[seen])
         out[b, h, t] = x.softmax(-1) @ v[b, g, seen]
     return out
+
+
+def logits(q: Tensor, k: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor) -> tuple[Tensor, Tensor]:
+    """What the softmax is taken of, [B, Hq, T, S] in float64, and which slots each query sees."""
+    Hq = q.shape[1]
+    k = k.double().repeat_interleave(Hq // k.shape[1], dim=1)
+    k_pos = k_pos.expand(q.shape[0], -1, -1).repeat_interleave(Hq // k_pos.shape[1], dim=1)
+    x = q.double() @ k.mT * rules.scale
+    if rules.softcap is not None:
+        x = rules.softcap * torch.tanh(x / rules.softcap)
+    back = q_pos[:, None, :, None] - k_pos[:, :, None]
+    if rules.slopes is not None:
+        x = x - rules.slopes.double()[:, None, None] * back
+    seen = (back >= 0) & (k_pos >= 0)[:, :, None]
+    return x, seen if rules.window is None else seen & (back < rules.window)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernels import Rules, attend, attend_with_mass, attention_probs, mass
 from kernels.mass import reference
+from tests.kernels.formula import logits
 
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
 RULES = {"plain": {}, "window": {"window": 9}, "softcap": {"softcap": 1.5}, "slopes": {"slopes": SLOPES}}
@@ -15,18 +16,7 @@ D = 8
 
 def dense(q: Tensor, k: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor) -> Tensor:
     """Softmax probabilities [B, Hq, T, S] in float64, 0 where nothing is seen."""
-    k = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    if k_pos.shape[1] > 1:
-        k_pos = k_pos.repeat_interleave(q.shape[1] // k_pos.shape[1], dim=1)
-    x = q.double() @ k.mT * rules.scale
-    if rules.softcap is not None:
-        x = rules.softcap * torch.tanh(x / rules.softcap)
-    back = q_pos[:, None, :, None] - k_pos[:, :, None]
-    if rules.slopes is not None:
-        x = x - rules.slopes.double()[:, None, None] * back
-    seen = (back >= 0) & (k_pos >= 0)[:, :, None]
-    if rules.window is not None:
-        seen = seen & (back < rules.window)
+    x, seen = logits(q, k, rules, q_pos, k_pos)
     weight = (x - x.amax(-1, keepdim=True)).exp() * seen
     return weight / weight.sum(-1, keepdim=True).clamp_min(1e-300)
 

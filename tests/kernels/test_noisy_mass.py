@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernels import Rules, Stem, mass, noisy_mass, uniform
 from kernels.mass import noisy
+from tests.kernels.formula import logits
 from tests.kernels.test_mass import HEADS, RULES, D, random
 
 
@@ -17,20 +18,10 @@ def stem(q: Tensor, q_pos: Tensor | None, seed: int = 5) -> Stem:
 
 def dense_noisy(q, k, rules, q_pos, k_pos, tau, fresh=True, noisy=True):
     """Rows of the noisy softmax [B, Hq, T, S] in float64, noise drawn element by element."""
-    B, Hq = q.shape[:2]
-    k = k.double().repeat_interleave(Hq // k.shape[1], dim=1)
-    k_pos = k_pos.expand(B, k_pos.shape[1], -1).repeat_interleave(Hq // k_pos.shape[1], dim=1)
-    x = q.double() @ k.mT * rules.scale
-    if rules.softcap is not None:
-        x = rules.softcap * torch.tanh(x / rules.softcap)
-    back = q_pos[:, None, :, None] - k_pos[:, :, None]
-    if rules.slopes is not None:
-        x = x - rules.slopes.double()[:, None, None] * back
-    seen = (back >= 0) & (k_pos >= 0)[:, :, None]
-    if rules.window is not None:
-        seen = seen & (back < rules.window)
+    x, seen = logits(q, k, rules, q_pos, k_pos)
+    k_pos = k_pos.repeat_interleave(q.shape[1] // k_pos.shape[1], dim=1)
     if noisy:
-        keys = [torch.arange(B)[:, None, None, None], torch.arange(Hq)[:, None, None]]
+        keys = [torch.arange(len(q))[:, None, None, None], torch.arange(q.shape[1])[:, None, None]]
         keys += [q_pos[:, None, :, None]] if fresh else []
         x = x - (-uniform(5, *keys, k_pos[:, :, None]).double().log()).log()
     x = (x / tau).masked_fill(~seen, -torch.inf)

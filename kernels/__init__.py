@@ -1,11 +1,11 @@
 """Tensor operations under the cache: each op is a folder with its signature, its definition and its fast forms."""
 
-from kernels.attend import Plan, Rules, attend, visible
-from kernels.mass import attend_with_mass, attention_probs, mass, noisy_mass
+from kernels.attend import Plan, Rules, attend, attend_pages, attend_with_lse, visible
+from kernels.mass import attend_with_mass, attention_probs, ema_weights, mass, noisy_mass, weighted_mass
 from kernels.noise import Stem, gumbel, uniform
 from kernels.select import pages, top
 
 __all__ = [
-    "Plan", "Rules", "Stem", "attend", "attend_with_mass", "attention_probs", "gumbel", "mass", "noisy_mass", "pages",
-    "top", "uniform", "visible",
+    "Plan", "Rules", "Stem", "attend", "attend_pages", "attend_with_lse", "attend_with_mass", "attention_probs",
+    "ema_weights", "gumbel", "mass", "noisy_mass", "pages", "top", "uniform", "visible", "weighted_mass",
 ]  # fmt: skip

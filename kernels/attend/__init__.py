@@ -10,7 +10,9 @@ from typing import Literal
 from torch import Tensor
 
 from kernels.attend import reference
+from kernels.attend.lse import log_sum_exp
 from kernels.attend.reference import visible
+from kernels.backend import on_triton
 
 #: what the caller knows about visibility: `all` slots are seen by every query; `causal` means q and k are the same
 #: unpadded tokens; `positions` compares q_pos with k_pos and is always right.
@@ -40,6 +42,10 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, plan: Plan = "positions"
 ) -> Tensor:
     """Attention output [B, Hq, T, Dv] in q's dtype; rows that see no slot give 0."""
+    if on_triton(q, k, v):
+        from kernels.attend import triton
+
+        return triton.attend(q, k, v, rules, q_pos, k_pos, plan)[0]
     if plan == "all" and rules.plain:
         return reference.attend_all(q, k, v, rules)
     if plan == "causal" and rules.plain:
@@ -47,4 +53,36 @@ def attend(
     return reference.attend_positions(q, k, v, rules, q_pos, k_pos)
 
 
-__all__ = ["Plan", "Rules", "attend", "visible"]
+def attend_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, plan: Plan = "positions"
+) -> tuple[Tensor, Tensor]:
+    """What `attend` gives, and each row's log-sum-exp of its logits, [B, Hq, T], float32; -inf where it sees none."""
+    if on_triton(q, k, v):
+        from kernels.attend import triton
+
+        return triton.attend(q, k, v, rules, q_pos, k_pos, plan, lse=True)
+    out = attend(q, k, v, rules, q_pos=q_pos, k_pos=k_pos, plan=plan)
+    return out, log_sum_exp(q, k, rules, q_pos, k_pos)
+
+
+def attend_pages(
+    q: Tensor,
+    stored: tuple[Tensor, Tensor, Tensor, Tensor],
+    tail: tuple[Tensor, Tensor, Tensor],
+    rules: Rules,
+    *,
+    q_pos: Tensor,
+) -> Tensor:
+    """One query per row over ragged pages and a rectangular tail, in one softmax: [B, Hq, 1, Dv].
+
+    q [B, Hq, 1, D]; stored: k [P, page, D], v [P, page, Dv], pos [P, page], page_row [P] with values b * H + h in
+    ascending order; tail: k [B, H, t, D], v [B, H, t, Dv], pos [B, H, t]; q_pos [B, 1].
+    """
+    if on_triton(q, stored[0], stored[1]):
+        from kernels.attend import triton
+
+        return triton.attend_pages(q, stored, tail, rules, q_pos)
+    return reference.attend_pages(q, stored, tail, rules, q_pos)
+
+
+__all__ = ["Plan", "Rules", "attend", "attend_pages", "attend_with_lse", "visible"]

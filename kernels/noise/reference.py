@@ -63,6 +63,11 @@ class Stem:
         """With one key more."""
         return Stem(_with(self.state, key))
 
+    def start(self) -> Tensor:
+        """What the next key is added to, as int32 of the same bits."""
+        start = (self.state * _STEP) & _LOW
+        return torch.where(start >= 1 << 31, start - (1 << 32), start).to(torch.int32)
+
     def log_uniform(self, key: Tensor, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
         """log of `uniform` of the stem's keys and `key`, float32, in 32-bit arithmetic; key broadcasts with the state.
 
@@ -71,9 +76,7 @@ class Stem:
         shape = torch.broadcast_shapes(self.state.shape, key.shape)
         x = torch.empty(shape, dtype=torch.int32, device=key.device) if out is None else out
         y = torch.empty_like(x) if spare is None else spare
-        start = (self.state * _STEP) & _LOW
-        signed = torch.where(start >= 1 << 31, start - (1 << 32), start).to(torch.int32)
-        torch.add(signed, key.to(torch.int32), out=x)
+        torch.add(self.start(), key.to(torch.int32), out=x)
         for shift, factor in ((16, _M1), (15, _M2 - (1 << 32)), (16, 1)):
             torch.bitwise_right_shift(x, shift, out=y)
             x.bitwise_xor_(y.bitwise_and_(_LOW >> shift))  # the shift brought copies of the sign in

@@ -1,0 +1,442 @@
+"""`attend` on a GPU: one pass over the slots with a running softmax; long contexts of few queries are split.
+
+Paper: Dao 2023, arXiv:2307.08691 (tiles with a running maximum and sum); Dao et al. 2023, Flash-Decoding (splitting the
+       slots and merging by log-sum-exp).
+Here:  the query heads of a KV head are rows of one tile, r = t * G + g, so that keys and values are read once per
+       group. Tiles look up first which slots any of their rows may see, so that causal, padded and windowed layouts
+       skip the rest by the same code. What is launched depends on shapes only: a step can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.attend import Rules
+from kernels.backend import interpreted
+from kernels.launch import launch
+from kernels.noise import Stem
+from kernels.noise.triton import log_uniform
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# shared memory for the tiles of keys and values in flight; a block may have 99 KiB on the smallest of the GPUs
+TILE_BYTES = 64 * 1024
+# slots of one split are worth a program of their own from here on
+LEAST_SPLIT = 256
+# slots whose positions are looked at together to find those that a tile needs
+SCAN = tl.constexpr(1024)
+# programs per multiprocessor that hide each other's waits while decoding
+PER_PROCESSOR = 2
+
+
+@triton.jit
+def dot(a, b, UPCAST: tl.constexpr):
+    """a @ b in float32; UPCAST: the interpreter multiplies no bfloat16."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def tanh(x):
+    return 1 - 2 / (tl.exp(2 * x) + 1)
+
+
+@triton.jit
+def scores(
+    x, q_at, k_at, slope, start, tau, scale, cap, window,
+    POSITIONS: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, SLOPE: tl.constexpr,
+    NOISE: tl.constexpr, TAU: tl.constexpr,
+):  # fmt: skip
+    """Products q·k as logits to the base 2, -inf where nothing is seen; all but x broadcast to its shape.
+
+    q_at, k_at: positions or indices.  start: of the noise.
+    """
+    distance = q_at - k_at
+    if CAP:
+        x = tanh(x * (scale / cap)) * cap
+    else:
+        x = x * scale
+    if SLOPE:
+        x -= slope * distance.to(tl.float32)
+    if NOISE:
+        x -= tl.log(-log_uniform(start, k_at))
+    if TAU:
+        x = x / tau
+    x = x * LOG2E
+    if CAUSAL:
+        x = tl.where(distance >= 0, x, -float("inf"))
+    if POSITIONS:
+        x = tl.where(k_at >= 0, x, -float("inf"))
+    if WINDOW:
+        x = tl.where(distance < window, x, -float("inf"))
+    return x
+
+
+@triton.jit
+def seen_range(POS, lo, hi, first, last, window, WINDOW: tl.constexpr):
+    """From the first slot of [lo, hi) that a query in [first, last] sees to behind the last one; empty: (hi, lo)."""
+    low, high = hi, lo
+    for j in range(lo, hi, SCAN):
+        at = j + tl.arange(0, SCAN)
+        pos = tl.load(POS + at, mask=at < hi, other=-1)
+        seen = (pos >= 0) & (pos <= last)
+        if WINDOW:
+            seen &= pos > first - window
+        low = tl.minimum(low, tl.min(tl.where(seen, at, hi)))
+        high = tl.maximum(high, tl.max(tl.where(seen, at + 1, lo)))
+    return low, high
+
+
+@triton.jit
+def sweep(
+    acc, biggest, total, q, q_at, slope, start, tau, K, V, POS, X, x_row, k_ss, v_ss, lo, hi, d, dv, scale, cap, window,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    POSITIONS: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, SLOPE: tl.constexpr,
+    NOISE: tl.constexpr, TAU: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The running softmax over slots [lo, hi): weighted values, largest logit and sum of weights per row.
+
+    V None: no values are read.  X: where logits to the base e go, rows at x_row, or None.
+    """
+    for j in range(lo, hi, BLOCK_N):
+        n = tl.arange(0, BLOCK_N)
+        inside = j + n < hi
+        place = tl.cast(j, tl.int64)
+        k = tl.load(
+            K + place * k_ss + n[:, None] * k_ss + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0
+        )  # [N, D]
+        if POSITIONS:
+            k_at = tl.load(POS + place + n, mask=inside, other=-1).to(tl.int32)
+        else:
+            k_at = j + n
+        x = scores(
+            dot(q, tl.trans(k), UPCAST), q_at[:, None], k_at[None, :], slope[:, None], start[:, None], tau[:, None],
+            scale, cap, window, POSITIONS, CAUSAL, CAP, WINDOW, SLOPE, NOISE, TAU,
+        )  # [M, N]  # fmt: skip
+        x = tl.where(inside[None, :], x, -float("inf"))
+        if X is not None:
+            tl.store(X + x_row[:, None] + (place + n)[None, :], x * LN2, mask=(x_row >= 0)[:, None] & inside[None, :])
+        bigger = tl.maximum(biggest, tl.max(x, 1))
+        # a row that has seen nothing yet: any finite number stands for its largest logit
+        base = tl.where(bigger == -float("inf"), 0.0, bigger)
+        p = tl.exp2(x - base[:, None])
+        shrink = tl.exp2(biggest - base)
+        total = total * shrink + tl.sum(p, 1)
+        biggest = bigger
+        if V is not None:
+            v = tl.load(
+                V + place * v_ss + n[:, None] * v_ss + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0.0
+            )  # [N, DV]
+            acc = acc * shrink[:, None] + dot(p.to(v.dtype), v, UPCAST)
+    return acc, biggest, total
+
+
+@triton.jit
+def finish(acc, biggest, total, OUT, LSE, row, dv, real, DV: tl.constexpr):
+    """Store output rows and their log-sum-exp, to the base e; rows that saw nothing give 0 and -inf."""
+    nothing = total == 0.0
+    if OUT is not None:
+        out = acc / tl.where(nothing, 1.0, total)[:, None]
+        where = OUT + row.to(tl.int64)[:, None] * DV + dv[None, :]
+        tl.store(where, out.to(OUT.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
+    if LSE is not None:
+        lse = tl.where(nothing, -float("inf"), biggest * LN2 + tl.log(tl.where(nothing, 1.0, total)))
+        tl.store(LSE + row, lse, mask=real)
+
+
+@triton.jit(do_not_specialize=["T", "S", "split", "splits", "offset"])
+def rectangular(
+    Q, K, V, QPOS, KPOS, SLOPES, START, TAUS, OUT, LSE, X,
+    q_sb, q_sh, q_st, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, qp_sb, qp_st, kp_sb, kp_sh, s_sb, s_sh, s_st, t_sb, t_st,
+    H, T, S, split, splits, offset, scale, cap, window,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POSITIONS: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr,
+    WINDOW: tl.constexpr, SCANS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Program (i, b * H + h, j): rows i * BLOCK_M on of one KV head over slots [j * split, (j + 1) * split)."""
+    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = r < T * G
+    t, head = r // G, h * G + r % G  # [M]
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    q = tl.load(
+        Q + b * q_sb + head[:, None] * q_sh + t.to(tl.int64)[:, None] * q_st + d[None, :],
+        mask=real[:, None] & (d < D)[None, :], other=0.0,
+    )  # [M, D]  # fmt: skip
+    lo = tl.program_id(2) * split
+    hi = tl.minimum(lo + split, S)
+    kp = KPOS
+    if POSITIONS:
+        kp = KPOS + b * kp_sb + h * kp_sh
+        q_at = tl.load(QPOS + b * qp_sb + t * qp_st, mask=real, other=-1).to(tl.int32)
+        if SCANS:
+            first = tl.min(tl.where(real & (q_at >= 0), q_at, 2147483647))
+            low, high = seen_range(kp, lo, hi, first, tl.max(q_at), window, WINDOW)
+            lo, hi = low // BLOCK_N * BLOCK_N, high
+    else:
+        q_at = t + offset
+        if CAUSAL:
+            hi = tl.minimum(hi, tl.max(tl.where(real, q_at, 0)) + 1)
+        if WINDOW:
+            lo = tl.maximum(lo, (tl.program_id(0) * BLOCK_M // G + offset - window + 1) // BLOCK_N * BLOCK_N)
+    slope = tl.zeros((BLOCK_M,), tl.float32)
+    if SLOPES is not None:
+        slope = tl.load(SLOPES + head, mask=real, other=0.0)
+    start = tl.zeros((BLOCK_M,), tl.int32)
+    if START is not None:
+        start = tl.load(START + b * s_sb + head * s_sh + t * s_st, mask=real, other=0)
+    tau = tl.full((BLOCK_M,), 1.0, tl.float32)
+    if TAUS is not None:
+        tau = tl.load(TAUS + b * t_sb + t * t_st, mask=real, other=1.0)
+    row = (b * H * G + head) * T + t  # [M] of [B, Hq, T]
+    values = V
+    if V is not None:
+        values = V + b * v_sb + h * v_sh
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    biggest, total = tl.full((BLOCK_M,), -float("inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    acc, biggest, total = sweep(
+        acc, biggest, total, q, q_at, slope, start, tau, K + b * k_sb + h * k_sh, values, kp,
+        X, tl.where(real, row * S, -1), k_ss, v_ss, lo, hi, d, dv, scale, cap, window,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, POSITIONS, CAUSAL, CAP, WINDOW, SLOPES is not None,
+        START is not None, TAUS is not None, UPCAST,
+    )  # fmt: skip
+    finish(acc, biggest, total, OUT, LSE, row * splits + tl.program_id(2), dv, real, DV)
+
+
+@triton.jit(do_not_specialize=["tail", "splits"])
+def ragged(
+    Q, K, V, POS, FIRST, TAIL_K, TAIL_V, TAIL_POS, QPOS, SLOPES, OUT, LSE,
+    q_sb, q_sh, k_ss, v_ss, tk_sb, tk_sh, tk_ss, tv_sb, tv_sh, tv_ss, tp_sb, tp_sh, qp_sb,
+    H, page, tail, splits, scale, cap, window,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Program (b * H + h, j): one token's group of heads over part j of the head's own pages; the last has the tail.
+
+    FIRST: the first page of every row and head, and their number behind the last.
+    """
+    r = tl.program_id(0)
+    b, h = (r // H).to(tl.int64), (r % H).to(tl.int64)
+    g = tl.arange(0, BLOCK_M)
+    real = g < G
+    head = h * G + g
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    q = tl.load(
+        Q + b * q_sb + head[:, None] * q_sh + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0
+    )  # [M, D]
+    q_at = tl.load(QPOS + b * qp_sb).to(tl.int32) + tl.zeros((BLOCK_M,), tl.int32)
+    slope = tl.zeros((BLOCK_M,), tl.float32)
+    if SLOPES is not None:
+        slope = tl.load(SLOPES + head, mask=real, other=0.0)
+    begin, end = tl.load(FIRST + r) * page, tl.load(FIRST + r + 1) * page
+    split = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_N) * BLOCK_N
+    lo = tl.program_id(1) * split
+    hi = tl.minimum(lo + split, end - begin).to(tl.int32)
+    lo = lo.to(tl.int32)
+    nothing = tl.zeros((BLOCK_M,), tl.int32)
+    one = tl.full((BLOCK_M,), 1.0, tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    biggest, total = tl.full((BLOCK_M,), -float("inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    acc, biggest, total = sweep(
+        acc, biggest, total, q, q_at, slope, nothing, one, K + begin * k_ss, V + begin * v_ss, POS + begin, None,
+        nothing, k_ss, v_ss, lo, hi, d, dv, scale, cap, window,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, True, CAP, WINDOW, SLOPES is not None, False, False, UPCAST,
+    )  # fmt: skip
+    mine = tl.where(tl.program_id(1) == splits - 1, tail, 0)
+    acc, biggest, total = sweep(
+        acc, biggest, total, q, q_at, slope, nothing, one, TAIL_K + b * tk_sb + h * tk_sh,
+        TAIL_V + b * tv_sb + h * tv_sh, TAIL_POS + b * tp_sb + h * tp_sh, None,
+        nothing, tk_ss, tv_ss, mine - mine, mine, d, dv, scale, cap, window,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, True, CAP, WINDOW, SLOPES is not None, False, False, UPCAST,
+    )  # fmt: skip
+    finish(acc, biggest, total, OUT, LSE, (b * H * G + head) * splits + tl.program_id(1), dv, real, DV)
+
+
+@triton.jit
+def merge(
+    PART, PART_LSE, OUT, LSE, splits,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Program r: row r of [B, Hq, T] from its splits' outputs and log-sum-exps."""
+    r = tl.program_id(0).to(tl.int64)
+    s, dv = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_DV)
+    lse = tl.load(PART_LSE + r * splits + s, mask=s < splits, other=-float("inf"))
+    biggest = tl.max(lse)
+    base = tl.where(biggest == -float("inf"), 0.0, biggest)
+    weight = tl.exp(lse - base)
+    total = tl.sum(weight)
+    safe = tl.where(total == 0.0, 1.0, total)
+    if OUT is not None:
+        at = PART + (r * splits + s)[:, None] * DV + dv[None, :]
+        part = tl.load(at, mask=(s < splits)[:, None] & (dv < DV)[None, :], other=0.0)
+        out = tl.sum(part * weight[:, None], 0) / safe
+        tl.store(OUT + r * DV + dv, out.to(OUT.dtype.element_ty), mask=dv < DV)
+    if LSE is not None:
+        tl.store(LSE + r, tl.where(total == 0.0, -float("inf"), base + tl.log(safe)))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    rules: Rules,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    plan: str,
+    *,
+    lse: bool = False,
+    start: Tensor | None = None,
+    tau: Tensor | None = None,
+    logits: Tensor | None = None,
+    splits: int | None = None,
+) -> tuple[Any, Any]:
+    """Output [B, Hq, T, Dv], None without v, and the log-sum-exp of the logits [B, Hq, T], float32, if lse is set.
+
+    plan: as in `kernels.attend`; "tail": the queries are the newest slots, in order.  start: of the logits' noise
+    (`start_of`), which wants plan "positions".  tau: the logits' divisor, [B or 1, T or 1], float32.
+    logits: [B, Hq, T, S], float32, takes them where they are seen.
+    splits: parts of the slots that run side by side; None: as the device asks for.
+    """
+    q, k, v = packed_rows(q), packed_rows(k), None if v is None else packed_rows(v)
+    (B, Hq, T, D), (H, S) = q.shape, k.shape[1:3]
+    G, DV = Hq // H, D if v is None else v.shape[-1]
+    positions, causal = plan == "positions" or (plan == "all" and rules.slopes is not None), plan != "all"
+    window = rules.window if causal else None
+    tile = tiles(T * G, D, DV, q.dtype)
+    row_tiles = triton.cdiv(T * G, tile["BLOCK_M"])
+    if splits is None:
+        splits = pick_splits(q.device, row_tiles * B * H, S)
+    split = triton.cdiv(triton.cdiv(S, splits), tile["BLOCK_N"]) * tile["BLOCK_N"]
+    splits = max(1, triton.cdiv(S, max(1, split)))
+    out = None if v is None else q.new_empty(B, Hq, T, DV)
+    sums = q.new_empty(B, Hq, T, dtype=torch.float32) if lse else None
+    part, part_lse = out, sums
+    if splits > 1:
+        part = None if v is None else q.new_empty(B, Hq, T, splits, DV, dtype=torch.float32)
+        part_lse = q.new_empty(B, Hq, T, splits, dtype=torch.float32)
+    k_pos = last_contiguous(k_pos)
+    launch(
+        rectangular, (row_tiles, B * H, splits),
+        q, k, v, q_pos, k_pos, rules.slopes, start, tau, part, part_lse, logits,
+        *q.stride()[:3], *k.stride()[:3], *((0, 0, 0) if v is None else v.stride()[:3]),
+        *strides(q_pos, 2), *strides(k_pos, 2), *strides(start, 3), *strides(tau, 2),
+        H, T, S, split, splits, S - T, rules.scale, rules.softcap or 1.0, window or 0,
+        G=G, D=D, DV=DV, POSITIONS=positions, CAUSAL=causal, CAP=rules.softcap is not None, WINDOW=window is not None,
+        SCANS=positions and (T > 1 or window is not None), UPCAST=upcast(q), **tile,
+    )  # fmt: skip
+    if splits > 1:
+        merged(part, part_lse, out, sums, splits, B * Hq * T, DV)
+    return out, sums
+
+
+def attend_pages(
+    q: Tensor,
+    stored: tuple[Tensor, Tensor, Tensor, Tensor],
+    tail: tuple[Tensor, Tensor, Tensor],
+    rules: Rules,
+    q_pos: Tensor,
+    splits: int | None = None,
+) -> Tensor:
+    """What `kernels.attend_pages` gives: every head's pages lie in one piece, from its own offset on."""
+    k, v, pos, page_row = stored
+    k_tail, v_tail, tail_pos = packed_rows(tail[0]), packed_rows(tail[1]), last_contiguous(tail[2])
+    q = packed_rows(q)
+    (B, Hq, _, D), H, DV = q.shape, k_tail.shape[1], v.shape[-1]
+    G, page = Hq // H, k.shape[1]
+    first = torch.searchsorted(page_row, torch.arange(B * H + 1, device=q.device), out_int32=False)
+    tile = tiles(G, D, DV, q.dtype)
+    if splits is None:  # heads differ in length: more parts than for equal ones even that out
+        splits = pick_splits(q.device, triton.cdiv(B * H, 2), triton.cdiv(k.shape[0], B * H) * page)
+    out = q.new_empty(B, Hq, 1, DV)
+    part, part_lse = out, None
+    if splits > 1:
+        part = q.new_empty(B, Hq, 1, splits, DV, dtype=torch.float32)
+        part_lse = q.new_empty(B, Hq, 1, splits, dtype=torch.float32)
+    launch(
+        ragged, (B * H, splits),
+        q, k, v, pos, first, k_tail, v_tail, tail_pos, q_pos, rules.slopes, part, part_lse,
+        q.stride(0), q.stride(1), k.stride(1), v.stride(1), *k_tail.stride()[:3], *v_tail.stride()[:3],
+        *strides(tail_pos, 2), *strides(q_pos, 1),
+        H, page, k_tail.shape[2], splits, rules.scale, rules.softcap or 1.0, rules.window or 0,
+        G=G, D=D, DV=DV, CAP=rules.softcap is not None, WINDOW=rules.window is not None,
+        UPCAST=upcast(q), **tile,
+    )  # fmt: skip
+    if splits > 1:
+        merged(part, part_lse, out, None, splits, B * Hq, DV)
+    return out
+
+
+def merged(
+    part: Tensor | None, part_lse: Tensor, out: Tensor | None, lse: Tensor | None, splits: int, rows: int, DV: int
+) -> None:
+    """Outputs [rows, splits, DV] and log-sum-exps [rows, splits] of the splits into those of all slots."""
+    sizes = {"DV": DV, "BLOCK_DV": triton.next_power_of_2(DV), "BLOCK_SPLITS": triton.next_power_of_2(splits)}
+    launch(merge, (rows,), part, part_lse, out, lse, splits, **sizes, num_warps=4)
+
+
+def tiles(rows: int, D: int, DV: int, dtype: torch.dtype) -> dict[str, int]:
+    """Sizes of a tile, warps and stages: as large as registers and TILE_BYTES of shared memory allow."""
+    width, size = triton.next_power_of_2(max(16, D)), dtype.itemsize
+    wide = triton.next_power_of_2(max(16, DV))
+    most = {2: 128 if max(width, wide) <= 128 else 64, 4: 32 if max(width, wide) <= 128 else 16}[size]
+    M = min(most, max(16, triton.next_power_of_2(rows)))
+    N = min(128, max(16, TILE_BYTES // (2 * size * (width + wide))))
+    if size == 4:
+        N = min(N, 32)
+    return {"BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": width, "BLOCK_DV": wide, "num_warps": 8 if M > 64 else 4}
+
+
+def pick_splits(device: torch.device, programs: int, S: int) -> int:
+    """Parts of S slots, so that `programs` programs of one part each fill the device."""
+    wanted = PER_PROCESSOR * processors(device) // max(1, programs)
+    return max(1, min(wanted, S // LEAST_SPLIT, 128))
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; for the interpreter one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def upcast(x: Tensor) -> bool:
+    """Whether products need float32 operands: the interpreter's of bfloat16 are wrong."""
+    return interpreted() and x.dtype == torch.bfloat16
+
+
+def start_of(stem: Stem, B: int, Hq: int) -> Tensor:
+    """What a slot's key is added to before the last mixing, [B, Hq, T or 1], int32."""
+    return stem.start().view(B, Hq, -1)
+
+
+def packed_rows(x: Tensor) -> Tensor:
+    """x with its last dimension in one piece, as it always lies in a cache."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def last_contiguous(pos: Tensor) -> Tensor:
+    """Positions [B, H or 1, S] in one piece along the slots."""
+    return pos if pos.stride(-1) == 1 or pos.shape[-1] == 1 else pos.contiguous()
+
+
+def strides(x: Tensor | None, n: int) -> tuple[int, ...]:
+    """The strides of the first n dimensions, 0 where one element stands for all or there is no tensor."""
+    return (0,) * n if x is None else tuple(0 if x.shape[i] == 1 else x.stride(i) for i in range(n))
+
+
+def rehearse() -> None:
+    """Call what is here once per kernel variant: types, widths, group sizes, layouts and rules."""
+    for dtype, D, G in ((t, D, G) for t in DTYPES for D in (32, 64, 80, 128, 256) for G in (1, 4, 8)):
+        q, k = torch.empty(1, G, 300, D, dtype=dtype), torch.empty(1, 1, 300, D, dtype=dtype)
+        pos = torch.empty(1, 300, dtype=torch.int32)
+        slopes = torch.empty(G)
+        for plan in ("all", "causal", "positions"):
+            for T in (1, 300):
+                attend(q[:, :, :T], k, k, Rules(1.0), pos[:, :T], pos[:, None], plan, splits=1)

@@ -26,8 +26,8 @@ SlurmdPort={node_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# a requeued job waits for as long as a credential lives
-AuthInfo=socket={folder}/munge.sock,cred_expire=3
+# a requeued job waits for as long as a credential lives: two minutes, or what is given here, 5 at least
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none

@@ -1,43 +1,109 @@
-"""Sweeps on a real SLURM: one array per sweep, jobs that are interrupted in the middle and go on, their logs."""
+"""Sweeps on a real SLURM: one array per sweep, jobs that are interrupted in the middle and go on, their logs.
+
+A job stays in the middle of its work for as long as the test itself holds the claims on its last samples: nothing here
+depends on how fast a job is, or on when the test looks.
+"""
 
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import run
+from runners.claims import Claims
 from tests.test_run import write_split
 from tests.test_sweep import comparable, records
 
 pytestmark = pytest.mark.slurm
 
 ROOT = Path(run.__file__).parent
-GRID = ("-m", "method=full,nacl,snapkv", "budget=0.5")
+GRID = ("-m", "method=full,nacl,snapkv", "budget=0.5", "task.subset=[river]")
 CELLS = 3
 # eight groups: what these differ in changes the prompt's pass
-EIGHT = (*GRID, "task.subset=[river],[mat]", "protocol=aware,agnostic", "batch_size=1,2")
-SAMPLES = 40  # of a subset
+EIGHT = ("-m", "method=full,nacl,snapkv", "budget=0.5", "task.subset=[river],[mat]", "protocol=aware,agnostic",
+         "batch_size=1,2")  # fmt: skip
+SAMPLES, LEFT = 6, 2  # of a subset, and how many of them are held back
 PATIENCE = 600  # seconds; a machine that is busy with other things takes half a minute to import torch
 SLURM = ("hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.cpus_per_task=1",
          "hydra.launcher.array_parallelism=2", "hydra.launcher.timeout_min=60")  # fmt: skip
 
 
 @pytest.fixture
-def start(cluster, tmp_path, tiny_model_dir) -> Callable[..., subprocess.Popen]:
-    """Starts the command line in a process of its own, outside the checkout."""
-    split = write_split(tmp_path / "split", samples=SAMPLES, new_tokens=32)
+def settings(tmp_path, tiny_model_dir) -> list[str]:
+    split = write_split(tmp_path / "split", samples=SAMPLES)
+    return [f"model.path={tiny_model_dir}", f"task.data={split}"]
 
-    def start_it(*overrides: str, results: str = "results") -> subprocess.Popen:
-        settings = [f"model.path={tiny_model_dir}", f"task.data={split}", f"results={tmp_path / results}"]
-        command = [sys.executable, str(ROOT / "run.py"), *overrides, *settings]
-        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    return start_it
+@pytest.fixture
+def start(cluster, tmp_path, settings) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts the command line in a process of its own, outside the checkout; it ends with the test."""
+    started = []
+
+    def start_it(*overrides: str) -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / "run.py"), *overrides, *settings, f"results={tmp_path / 'results'}"]
+        sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(sweep)
+        return sweep
+
+    yield start_it
+    for sweep in started:
+        if sweep.poll() is None:
+            sweep.kill()
+            sweep.communicate()
+
+
+@pytest.fixture
+def here(settings, tmp_path, monkeypatch) -> Callable[..., Path]:
+    """Runs a command line in this process, without a cluster; returns its results."""
+
+    def run_it(*overrides: str) -> Path:
+        results = tmp_path / "undisturbed"
+        monkeypatch.setattr(sys, "argv", ["run.py", *overrides, *settings, f"results={results}"])
+        assert run.main() == 0
+        return results
+
+    return run_it
+
+
+class Held:
+    """The claims on the last samples of some groups of the undisturbed records, in the folder of another sweep."""
+
+    def __init__(self, undisturbed: Path, results: Path, groups: int):
+        folders = sorted(undisturbed.glob("*/*/full-*"))[:groups]
+        self.results = results
+        self.claims = {}
+        for folder in folders:
+            ids = [row["id"] for row in records(undisturbed)[folder.name]][-LEFT:]
+            claims = Claims(results / folder.relative_to(undisturbed))
+            held = claims.claim(ids)
+            assert held.__enter__()
+            self.claims[results / folder.relative_to(undisturbed)] = (claims, held)
+
+    def waits(self) -> tuple[str, Path]:
+        """Waits for a job that runs and has recorded all samples but the held ones: its id and the group's folder."""
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            for folder in self.claims:
+                logs = list(folder.glob("*_0_log.out"))
+                done = all(
+                    path.read_bytes().count(b"\n") == SAMPLES - LEFT for path in folder.glob("samples.jsonl")
+                ) and (folder / "samples.jsonl").exists()  # fmt: skip
+                if logs and done:
+                    id = logs[0].name.removesuffix("_0_log.out")
+                    if job(id).get("JobState") == "RUNNING":
+                        return id, folder
+            time.sleep(0.2)
+        pytest.fail(f"no job was seen in the middle of its work:\n{told(self.results)}")
+
+    def let_go(self, folder: Path) -> None:
+        claims, held = self.claims.pop(folder)
+        held.__exit__(None, None, None)
+        claims.close()
 
 
 def job(id: str) -> dict[str, str]:
@@ -46,50 +112,67 @@ def job(id: str) -> dict[str, str]:
     return dict(re.findall(r"(\w+)=(\S*)", shown))
 
 
-def in_the_middle(results: Path, but: set[str]) -> str:
-    """Waits for a job, none of `but`, that has recorded some samples and has most before it; its id."""
+def restarts(id: str) -> int:
+    return int(job(id).get("Restarts", 0))
+
+
+def starts_again(results: Path, id: str, before: int) -> None:
+    """Waits until a job was taken back to be started once more."""
     until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
-        rows: dict[str, list[int]] = {}
-        for path in results.glob("*/*/*/samples.jsonl"):
-            lines = path.read_bytes().count(b"\n")
-            for log in path.parent.glob("*_log.out"):
-                rows.setdefault(log.name.removesuffix("_0_log.out"), []).append(lines)
-        for id, counts in rows.items():
-            if id not in but and min(counts) > 1 and max(counts) < SAMPLES // 4:
-                return id
-        time.sleep(0.05)
-    pytest.fail(f"no job was seen in the middle of its work: {rows}")
+    while restarts(id) <= before:
+        if time.monotonic() > until:
+            pytest.fail(f"job {id} was not requeued:\n{told(results)}")
+        time.sleep(0.2)
 
 
-def log_of(results: Path, id: str) -> str:
-    return next(results.glob(f"*/*/*/{id}_0_log.out")).read_text()
+def told(results: Path) -> str:
+    """What the cluster and the jobs' logs have to say, for a test that fails."""
+    queue = subprocess.run(["squeue", "--all", "--array"], capture_output=True, text=True).stdout
+    logs = sorted(results.glob(".hydra-runs/.submitit/*/*_log.out"))
+    return "\n".join([queue, *(f"{log.name}:\n{log.read_text()[-1500:]}" for log in logs)])
 
 
-def test_an_array_of_eight_groups_interrupted_three_times_ends_complete(start, tmp_path):
-    sweep, results = start(*EIGHT, *SLURM), tmp_path / "results"
-    requeued = in_the_middle(results, set())
-    subprocess.run(["scontrol", "requeue", requeued], check=True)
-    signalled = in_the_middle(results, {requeued})
-    # it fails where it tries again and the job has already gone; whether the signal came, the job's restart tells
-    subprocess.run(["scancel", "--signal=USR2", signalled])
-    preempted = in_the_middle(results, {requeued, signalled})
-    subprocess.run(["srun", "--partition=high", "--exclusive", "--immediate=120", "true"], check=True)
-    out, err = sweep.communicate(timeout=PATIENCE)
-    assert sweep.returncode == 0, (out, err)
+def end(sweep: subprocess.Popen, results: Path) -> tuple[str, str]:
+    """What a sweep has said, once it is done."""
+    try:
+        return sweep.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"the sweep did not end:\n{told(results)}")
+
+
+def test_an_array_of_eight_groups_interrupted_three_times_ends_complete(start, here, tmp_path):
+    undisturbed, results = here(*EIGHT), tmp_path / "results"
+    held = Held(undisturbed, results, groups=3)
+    sweep = start(*EIGHT, *SLURM)
+    interrupted = []
+
+    def interrupt(*command: str) -> None:
+        id, folder = held.waits()
+        before = restarts(id)
+        # scancel repeats itself for minutes where a job that got its signal has gone at once
+        tool = subprocess.Popen([word.replace("JOB", id) for word in command], stderr=subprocess.DEVNULL)
+        starts_again(results, id, before)
+        if command[0] == "scancel":
+            tool.kill()
+        tool.wait(timeout=PATIENCE)
+        held.let_go(folder)
+        interrupted.append((id, folder))
+
+    interrupt("scontrol", "requeue", "JOB")
+    interrupt("scancel", "--signal=USR2", "JOB")  # what comes before the end of a job's time
+    interrupt("srun", "--partition=high", "--exclusive", "--immediate=120", "true")  # preempts what runs
+    out, err = end(sweep, results)
+    assert sweep.returncode == 0, (out, err, told(results))
 
     array, tasks = re.findall(r"slurm: job (\d+), (\d+) tasks", out)[0]
-    assert tasks == "8" and {requeued, signalled, preempted} <= {f"{array}_{i}" for i in range(8)}
+    assert tasks == "8" and {id for id, _ in interrupted} <= {f"{array}_{i}" for i in range(8)}
     script = next(results.glob(".hydra-runs/.submitit/*/*submission*.sh")).read_text()
     assert "--array=0-7%2" in script and "--requeue" in script and "--partition=low" in script
-    for id in (requeued, signalled, preempted):
-        assert int(job(id)["Restarts"]) >= 1, job(id)
-        text = log_of(results, id)
-        assert "starts again" in text and re.search(rf"\d+ of {SAMPLES} samples are on disk", text)
+    for id, folder in interrupted:
+        text = (folder / f"{id}_0_log.out").read_text()
+        assert "starts again" in text and f"{SAMPLES - LEFT} of {SAMPLES} samples are on disk" in text, text
 
-    undisturbed = start(*EIGHT, results="undisturbed")
-    assert undisturbed.wait(timeout=PATIENCE) == 0
-    assert comparable(results) == comparable(tmp_path / "undisturbed")  # fails for a sample that is there twice
+    assert comparable(results) == comparable(undisturbed)  # fails for a sample that is there twice
     rows = records(results)
     assert len(rows) == 8 * CELLS and {len(own) for own in rows.values()} == {SAMPLES}
     for folder in (path.parent for path in results.glob("*/*/*/samples.jsonl")):
@@ -97,37 +180,41 @@ def test_an_array_of_eight_groups_interrupted_three_times_ends_complete(start, t
 
 
 def test_shards_of_a_group_share_its_samples_in_one_array(start, tmp_path):
-    sweep = start(*GRID, *SLURM, "hydra.sweeper.shards=2", "task.limit=10")
-    out, err = sweep.communicate(timeout=PATIENCE)
-    assert sweep.returncode == 0, (out, err)
+    sweep = start(*GRID, *SLURM, "hydra.sweeper.shards=2")
+    out, err = end(sweep, tmp_path / "results")
+    assert sweep.returncode == 0, (out, err, told(tmp_path / "results"))
     assert re.search(r"slurm: job \d+, 2 tasks", out)
     for cell, rows in records(tmp_path / "results").items():
-        assert len({row["id"] for row in rows}) == len(rows) == 20, cell
+        assert len({row["id"] for row in rows}) == len(rows) == SAMPLES, cell
 
 
-def test_a_cancelled_job_ends_at_once_is_said_and_goes_on_by_the_same_command(start, tmp_path):
-    grid = (*GRID, "batch_size=1,2", *SLURM)
-    sweep, results = start(*grid), tmp_path / "results"
-    cancelled = in_the_middle(results, set())
-    subprocess.run(["scancel", cancelled], check=True)
-    _, err = sweep.communicate(timeout=PATIENCE)
+def test_a_cancelled_job_ends_at_once_is_said_and_goes_on_by_the_same_command(start, here, tmp_path):
+    grid = (*GRID, "batch_size=1,2")
+    undisturbed, results = here(*grid), tmp_path / "results"
+    held = Held(undisturbed, results, groups=1)
+    sweep = start(*grid, *SLURM)
+    cancelled, folder = held.waits()
+    subprocess.run(["scancel", cancelled], check=True, timeout=PATIENCE)
+    _, err = end(sweep, results)
     assert sweep.returncode == 1 and f"failed: slurm job {cancelled} (CANCELLED)" in err and "Traceback" not in err
-    assert job(cancelled)["Restarts"] == "0"
+    assert restarts(cancelled) == 0
     kept = {cell: len(rows) for cell, rows in records(results).items()}
-    assert set(kept.values()) > {2 * SAMPLES} and min(kept.values()) > 1
-    again = start(*grid)
-    assert again.wait(timeout=PATIENCE) == 0
-    assert {len({row["id"] for row in rows}) for rows in records(results).values()} == {2 * SAMPLES}
+    assert set(kept.values()) == {SAMPLES, SAMPLES - LEFT} and kept[folder.name] == SAMPLES - LEFT
+    held.let_go(folder)
+    again = start(*grid, *SLURM)
+    _, err = end(again, results)
+    assert again.returncode == 0, (err, told(results))
+    assert comparable(results) == comparable(undisturbed)
 
 
-def test_a_mistake_is_said_in_one_line(start):
+def test_a_mistake_is_said_in_one_line(start, tmp_path):
     sweep = start(*GRID, *SLURM, "hydra.launcher.partition=nowhere")
-    _, err = sweep.communicate(timeout=PATIENCE)
+    _, err = end(sweep, tmp_path / "results")
     assert sweep.returncode == 2 and "invalid partition" in err and "Traceback" not in err
 
 
 def test_a_plan_is_made_without_a_job(start, tmp_path):
     sweep = start(*GRID, *SLURM, "plan=true", "task.limit=1")
-    out, err = sweep.communicate(timeout=PATIENCE)
+    out, err = end(sweep, tmp_path / "results")
     assert sweep.returncode == 0 and f"read once for {CELLS} cells" in out, err
     assert not list((tmp_path / "results").glob(".hydra-runs/.submitit/*"))

@@ -22,7 +22,7 @@ from methods.core import artefacts
 from methods.core.contract import Method
 from methods.core.errors import UserError
 from runners import show
-from runners.load import find, load_model, load_tokenizer, pick_backend, pick_device, pick_dtype, pick_threads
+from runners.load import checkpoint_of, load_model, load_tokenizer, pick_backend, pick_device, pick_dtype, pick_threads
 from tasks.documents import KINDS, Pool, prose, prose_hash, sentences
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Calibrate:
         name = HydraConfig.get().runtime.choices["method"]
         method = build_method(name, _plain(cfg.method))
         options = self._options(method)
-        checkpoint = find(str(cfg.model.path), str(cfg.model.revision))
+        checkpoint = checkpoint_of(cfg.model)
         tokenizer = load_tokenizer(checkpoint)
         length = min(self.tokens, checkpoint.window or self.tokens)
         rows, source = self.rows(tokenizer, length, cfg.seed)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,6 +24,8 @@ TWICE = ["original/*", "consolidated*", "onnx/*"]
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # LongBench leaves about this many tokens of a model's window to the template and the answer
 MARGIN = 500
+INITS = ("pretrained", "random")
+RANDOM_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,29 @@ class Checkpoint:
     """A checkpoint on this machine.
 
     path: as typed. folder: where it lies. commit: of the hub's repository, None for a folder.
+    random: of the folder only the configuration is used, and the weights are drawn; resize: settings of the
+    configuration that are changed then, as JSON.
     """
 
     path: str
     folder: Path
     commit: str | None = None
+    random: bool = False
+    resize: str = "{}"
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json; of a model of several parts, its text part laid over the rest."""
         config = json.loads((self.folder / "config.json").read_text())
-        return {**config, **config.get("text_config", {})}
+        return {**config, **config.get("text_config", {}), **json.loads(self.resize)}
+
+    @property
+    def name(self) -> str:
+        """The folder or repository, without what stands above it; random weights say so."""
+        name = os.path.basename(os.path.normpath(self.path if self.commit or self.random else self.folder))
+        if not self.random:
+            return name
+        return f"{name}-random" if self.resize == "{}" else f"{name}-random-{self.weights[-6:]}"
 
     @property
     def window(self) -> int | None:
@@ -58,7 +73,10 @@ class Checkpoint:
 
     @cached_property
     def weights(self) -> str:
-        """The hub's commit, or a hash of the weights and of the tokenizer."""
+        """The hub's commit, or a hash of the weights and of the tokenizer; of the shape where they are drawn."""
+        if self.random:
+            drawn = (self.folder / "config.json").read_bytes() + f"{self.resize} {RANDOM_SEED}".encode()
+            return f"random:{hashlib.sha256(drawn).hexdigest()[:16]}"
         if self.commit:
             return self.commit
         total = hashlib.sha256()
@@ -99,10 +117,38 @@ def find(path: str, revision: str = "main") -> Checkpoint:
     return _from_hub(path, revision)
 
 
+def checkpoint_of(model: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint that the settings of a model name: `path` and `revision`; or, with init=random, only its shape.
+
+    Raises UserError as `find` does, and if `init`, `shape` or `resize` cannot work.
+    """
+    path, init = str(model["path"]), model.get("init", "pretrained")
+    resize = {str(key): value for key, value in (model.get("resize") or {}).items()}
+    if init not in INITS:
+        raise UserError(f"model.init={init}: give one of {', '.join(INITS)}")
+    if init == "pretrained":
+        if resize:
+            raise UserError(f"model.resize={resize}: weights that are loaded have their sizes; give model.init=random")
+        return find(path, str(model.get("revision", "main")))
+    shape = str(model.get("shape") or path)
+    for folder in (Path(shape).expanduser(), ROOT / shape):
+        if (folder / "config.json").is_file():
+            return Checkpoint(path, folder.resolve(), random=True, resize=json.dumps(resize, sort_keys=True))
+    raise UserError(
+        f"model.init=random: no config.json in {shape}; give model.shape=DIR, a folder with the config.json of the "
+        "shape that is wanted"
+    )
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> "PreTrainedTokenizerBase":
-    """Raises UserError if the files are broken."""
+    """Raises UserError if the files are broken, or a shape has none."""
     from transformers import AutoTokenizer
 
+    if checkpoint.random and not _tokenizer(checkpoint.folder):
+        raise UserError(
+            f"model.init=random: {checkpoint.folder} has no tokenizer ({TOKENIZERS[0]}), without which a model takes "
+            "no text; task=latency needs none"
+        )
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each tokenizer class fails in its own way
@@ -116,6 +162,8 @@ def load_model(checkpoint: Checkpoint, dtype: "torch.dtype", device: "torch.devi
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    if checkpoint.random:
+        return _drawn(checkpoint, dtype, device)
     logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -133,6 +181,27 @@ def load_model(checkpoint: Checkpoint, dtype: "torch.dtype", device: "torch.devi
         raise UserError(
             f"model.path={checkpoint.path}: the weights lack {len(names)} tensors of the model, such as {names[0]}"
         )
+    return model.to(device).eval()
+
+
+def _drawn(checkpoint: Checkpoint, dtype: "torch.dtype", device: "torch.device") -> "PreTrainedModel":
+    """A model with weights drawn on the device, the same at every call. Raises UserError for a shape that cannot be."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        for key, value in json.loads(checkpoint.resize).items():
+            if not hasattr(config, key):
+                raise UserError(f"model.resize: {type(config).__name__} has no {key}")
+            setattr(config, key, value)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+            torch.manual_seed(RANDOM_SEED)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # each configuration class checks its sizes in its own way
+        raise UserError(f"model.init=random: no model of this shape can be made: {_first_line(error)}") from error
     return model.to(device).eval()
 
 

@@ -33,7 +33,7 @@ from methods.core.contract import Method
 from methods.core.errors import UserError
 from methods.lococo import TRAINER, LoCoCo
 from runners import show
-from runners.load import find, load_model, load_tokenizer, pick_backend, pick_device, pick_dtype, pick_threads
+from runners.load import checkpoint_of, load_model, load_tokenizer, pick_backend, pick_device, pick_dtype, pick_threads
 from tasks.documents import prose
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class TrainCompressor:
                 f"method={name}, budget={cfg.budget}: has nothing to train; {TRAINER} makes the compressors of "
                 "method=lococo for one number of slots, such as budget=128"
             )
-        checkpoint = find(str(cfg.model.path), str(cfg.model.revision))
+        checkpoint = checkpoint_of(cfg.model)
         torch.set_num_threads(pick_threads(cfg.threads))
         device = pick_device(str(cfg.device))
         pick_backend(str(cfg.kernels.backend), device)

@@ -25,7 +25,7 @@ from runners.fronts import draw_front
 from runners.generate import generate
 from runners.load import (
     Checkpoint,
-    find,
+    checkpoint_of,
     load_model,
     load_tokenizer,
     pick_backend,
@@ -102,7 +102,7 @@ class Tune:
             raise UserError(f"runner=tune: method={name} has no tables of bits; give method=kvtuner")
         task: Task = instantiate(cfg.task)
         show.say(task.source())
-        checkpoint = find(str(cfg.model.path), str(cfg.model.revision))
+        checkpoint = checkpoint_of(cfg.model)
         encoder = _encoder(checkpoint, cfg)
         task.fit(encoder.tokens)
         asking = [example for example in task.examples() if not example.error and example.kind == "answer"]

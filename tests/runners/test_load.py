@@ -8,7 +8,16 @@ import torch
 
 from methods.core.errors import UserError
 from runners import load
-from runners.load import Checkpoint, find, load_model, load_tokenizer, pick_device, pick_dtype, pick_threads
+from runners.load import (
+    Checkpoint,
+    checkpoint_of,
+    find,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    pick_threads,
+)
 
 
 @pytest.fixture
@@ -149,3 +158,44 @@ def test_a_device_that_is_not_there_is_refused():
     assert pick_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="device=cuda:99: this machine has"):
         pick_device("cuda:99")
+
+
+def test_random_weights_need_only_a_configuration_and_are_the_same_every_time(tmp_path, tiny_model_dir):
+    shutil.copy(tiny_model_dir / "config.json", tmp_path / "config.json")
+    settings = {"path": "someone/some-model", "init": "random", "shape": str(tmp_path), "resize": None}
+    checkpoint = checkpoint_of(settings)
+    assert checkpoint.name == "some-model-random" and checkpoint.weights.startswith("random:")
+    one, two = (load_model(checkpoint, torch.bfloat16, torch.device("cpu")) for _ in range(2))
+    assert one.dtype == torch.bfloat16 and not one.training
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    with pytest.raises(UserError, match="no tokenizer"):
+        load_tokenizer(checkpoint)
+
+
+def test_a_shape_can_be_resized_and_is_another_model_then(tmp_path, tiny_model_dir):
+    shutil.copy(tiny_model_dir / "config.json", tmp_path / "config.json")
+    settings = {"path": "some-model", "init": "random", "shape": str(tmp_path)}
+    resized = checkpoint_of({**settings, "resize": {"num_hidden_layers": 1, "max_position_embeddings": 99}})
+    assert load_model(resized, torch.float32, torch.device("cpu")).config.num_hidden_layers == 1
+    assert resized.window == 99
+    assert resized.weights != checkpoint_of(settings).weights and resized.name != checkpoint_of(settings).name
+    with pytest.raises(UserError, match=r"LlamaConfig has no depth"):
+        load_model(checkpoint_of({**settings, "resize": {"depth": 1}}), torch.float32, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"give model.init=random"):
+        checkpoint_of({"path": str(tiny_model_dir), "resize": {"num_hidden_layers": 1}})
+    with pytest.raises(UserError, match=r"model.init=zeros"):
+        checkpoint_of({"path": str(tiny_model_dir), "init": "zeros"})
+    with pytest.raises(UserError, match=r"model.shape=DIR"):
+        checkpoint_of({"path": "someone/some-model", "init": "random"})
+
+
+def test_the_shape_of_llama_8b_ships_with_the_project():
+    checkpoint = checkpoint_of(
+        {"path": "meta-llama/Llama-3.1-8B", "init": "random", "shape": "assets/shapes/llama3.1-8b"}
+    )
+    assert checkpoint.window == 131072
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.folder))
+    assert sum(p.numel() for p in model.parameters()) == 8_030_261_248

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from methods import load_method
 from methods.core.contract import Method
 from methods.core.errors import BudgetMiss, UserError
 from runners.beams import search
@@ -17,6 +19,7 @@ from runners.choices import Asked, compare, encode
 from runners.dialogue import Dialogue, dialogue
 from runners.forced import force
 from runners.generate import Timings, generate, start
+from runners.latency import measure
 from runners.prompt import Encoded, Encoder
 from runners.session import Answer, Session, now
 from tasks.base import Example, Task, Turn
@@ -31,14 +34,18 @@ PROMPT_END = 300  # characters of a prompt that a record repeats
 
 @dataclass(frozen=True)
 class Setting:
-    """What all samples of a run share."""
+    """What all samples of a run share. tokenizes: the encoder, which only samples that have a text ask for."""
 
     model: PreTrainedModel
     task: Task
-    encoder: Encoder
+    tokenizes: Callable[[], Encoder]
     protocol: str
     chunk: int | None
     threads: int
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.tokenizes()
 
     @property
     def pad_id(self) -> int:
@@ -59,6 +66,8 @@ def check(examples: Sequence[Example], protocol: str, methods: Sequence[Method])
             f"protocol={protocol}: a prompt without solved examples or a document holds nothing but the item itself, "
             "and nothing can be compressed before it is seen; give protocol=aware, or task.shots"
         )
+    if protocol != "aware" and any(example.timed for example in examples):
+        raise UserError(f"protocol={protocol}: random tokens hold no question; give protocol=aware")
     one_pass = any(example.forced and example.forced.through == "one_pass" for example in examples)
     for method in methods:
         if one_pass and method.name != "full":
@@ -82,6 +91,8 @@ def answer(
 
 def _together(example: Example) -> tuple[Any, ...]:
     """The function that runs an example, and what else the rows of one pass must have in common."""
+    if example.kind == "timed":
+        return (by_timing, example.id)
     if example.forced is not None:
         return (by_forcing, example.forced.through, example.forced.length, example.forced.prompt, example.forced.stride)
     if example.kind == "turns":
@@ -381,6 +392,35 @@ def _compared(
         "bos": asked[0].prompt.count(setting.encoder.tokenizer.bos_token_id),
         **costs,
     }
+
+
+def by_timing(setting: Setting, method: Method, batch: Sequence[Example]) -> list[dict[str, Any]]:
+    """Random tokens that are read and decoded with the method and, in turns, with the full cache."""
+    rows = []
+    for example in batch:
+        timed = example.timed
+        assert timed is not None
+        full = load_method("full")
+        methods = [method] if method.name == full.name else [method, full]
+        ours, *others = measure(setting.model, methods, timed, setting.chunk)
+        timings = Timings(ours.prompt, 0.0, ours.step * timed.steps, timed.length * timed.batch, timed.steps)
+        rows.append(
+            {
+                **about(example),
+                "prediction": "",
+                "score": 1000 * ours.step,
+                "times": ours.to_dict(),
+                **({"full_times": others[0].to_dict()} if others else {}),
+                "load": round(os.getloadavg()[0], 2),
+                "tokens_in": timed.length,
+                "tokens_context": timed.length,
+                "tokens_out": timed.steps,
+                "cut": False,
+                "bos": 0,
+                **_costs(setting, timed.batch, ours.ledger, timings),
+            }
+        )
+    return rows
 
 
 def _curve(losses: Sequence[float], counted: Sequence[int]) -> list[tuple[int, int, float]]:

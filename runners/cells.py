@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ from methods import build_method, load_method
 from methods.core import artefacts
 from methods.core.contract import Method
 from methods.core.errors import UserError
-from runners import answer, show
+from runners import answer, latency, show
 from runners.generate import Prompt, generate
 from runners.load import (
     Checkpoint,
-    find,
+    checkpoint_of,
     load_model,
     load_tokenizer,
     pick_backend,
@@ -75,9 +74,10 @@ class Run:
     ):
         self.load = load or load_model
         self.cfg, self.task, self.results = cfg, task, results
-        self.checkpoint = find(str(cfg.model.path), str(cfg.model.revision))
+        self.checkpoint = checkpoint_of(cfg.model)
         task.fit(lambda: self.encoder.tokens())
         self.examples = task.examples()
+        latency.check(self.examples, self.checkpoint.window)
         self.device = pick_device(str(cfg.device))
         self.backend = pick_backend(str(cfg.kernels.backend), self.device)
         self.dtype = pick_dtype(str(cfg.dtype), self.checkpoint, self.device)
@@ -97,8 +97,15 @@ class Run:
 
     @property
     def cells(self) -> list[Cell]:
-        """The full cache first: the others are compared with it."""
+        """The full cache first: the others are compared with it; what is timed is compared within every sample."""
+        if self.timed:
+            return [self.cell]
         return [self.full] if self.cell is self.full else [self.full, self.cell]
+
+    @property
+    def timed(self) -> bool:
+        """Whether the task takes times and nothing else."""
+        return any(example.kind == "timed" for example in self.examples)
 
     @property
     def dtype_name(self) -> str:
@@ -125,7 +132,9 @@ class Run:
 
     @cached_property
     def setting(self) -> answer.Setting:
-        return answer.Setting(self.model, self.task, self.encoder, self.cfg.protocol, self.cfg.chunk, self.threads)
+        return answer.Setting(
+            self.model, self.task, lambda: self.encoder, self.cfg.protocol, self.cfg.chunk, self.threads
+        )
 
     def settings(self, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
         """What the numbers depend on besides method and budget; samples may differ in their number of threads."""
@@ -184,7 +193,7 @@ class Run:
                     # unless the record already ends with the same failure
                     if example.error and before.get(example.id, {}).get("error") != example.error:
                         writer.append(answer.failed(example, example.error))
-                if good:
+                if good and not self.timed:  # which warms up by itself, and needs no tokenizer
                     self._warm_up(cell.method)
                 with show.Bar(cell.name, len(good)) as bar:
                     for batch in _batches(good, self.cfg.batch_size):
@@ -204,7 +213,7 @@ class Run:
 
     def _cell(self, name: str, method: Method, knobs: Mapping[str, Any], words: Sequence[str]) -> Cell:
         identity = {
-            "model": {"name": _name(self.checkpoint), "weights": self.checkpoint.weights, **self._prompting()},
+            "model": {"name": self.checkpoint.name, "weights": self.checkpoint.weights, **self._prompting()},
             "method": {"name": name, "config": method.config()},
             "budget": method.budget,
             "task": {
@@ -241,6 +250,8 @@ class Run:
         modules = [type(method).__module__, *_targets(knobs), type(self.task).__module__]
         names = ("answer", "session", "dialogue", "forced", "choices", "beams", "prompt", "bind", "meter", "together")
         own = [f"runners.{name}" for name in names]
+        if self.timed:
+            own.append("runners.latency")
         papers = [name.split(".")[1] for name in modules if name.startswith("methods.")]
         learned = artefacts.state(papers, str(self.checkpoint.folder), knobs.values())
         return {
@@ -280,8 +291,3 @@ def _targets(node: Any) -> list[str]:
 def plain(node: Any) -> Any:
     """A configuration node as plain containers."""
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-
-
-def _name(checkpoint: Checkpoint) -> str:
-    """The checkpoint's folder or repository, without what stands above it."""
-    return os.path.basename(os.path.normpath(checkpoint.path if checkpoint.commit else checkpoint.folder))

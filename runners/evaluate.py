@@ -16,6 +16,7 @@ from methods.core.errors import BudgetMiss
 from runners import overview, show
 from runners.cells import Run
 from runners.compare import compare
+from runners.latency_report import show_times
 from runners.record import check_writable
 from runners.sweep import Sweep
 from runners.tracking import track
@@ -87,6 +88,23 @@ class Evaluate:
         return self._report(run)
 
     def _report(self, run: Run) -> int:
+        if run.timed:
+            self._show_times(run)
+        else:
+            self._show_scores(run)
+        if run.cell.method.simulated:
+            show.say(f"{run.cell.name} only simulates its saving: bytes and speeds are not those of a real one")
+        show.say(f"record: {run.cell.record.folder}")
+        return self._failures(run)
+
+    def _show_times(self, run: Run) -> None:
+        rows = list(run.finished(run.cell).values())
+        if rows:
+            label = run.cell.name if run.cell is run.full else f"{run.cell.name} {run.cell.method.budget:g}"
+            show_times([(label, rows, run.cell.record.folder)], run.checkpoint.name)
+            show.say(f"{run.settings([(row, row) for row in rows])}, kernels={run.backend}")
+
+    def _show_scores(self, run: Run) -> None:
         ours, full = run.finished(run.cell), run.finished(run.full)
         both = [example for example in run.examples if example.id in ours and example.id in full]
         label = "" if run.cell is run.full else run.cell.name
@@ -102,10 +120,6 @@ class Evaluate:
             show.draw(show.costs(cost_rows(pairs), label))
             cut = sum(row["cut"] for row, _ in pairs)
             show.say(f"{run.settings(pairs)}; {cut} of {len(both)} samples cut in the middle")
-            if run.cell.method.simulated:
-                show.say(f"{run.cell.name} only simulates its saving: bytes and speeds are not those of a real one")
-        show.say(f"record: {run.cell.record.folder}")
-        return self._failures(run)
 
     def _failures(self, run: Run) -> int:
         code = 0

@@ -14,6 +14,7 @@ from rich.table import Table
 from methods.core.errors import BudgetMiss
 from runners import show
 from runners.compare import Compared, compare
+from runners.latency_report import show_times
 
 if TYPE_CHECKING:
     from runners.sweep import Member, Sweep
@@ -27,6 +28,9 @@ def report(sweep: Sweep, resamples: int) -> int:
     if not sweep.members:
         return sweep.code
     run = sweep.run
+    if run.timed:
+        _report_times(sweep)
+        return max(_failures(sweep), sweep.code)
     full = _finished(sweep, sweep.members[0])
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("method", "budget", "n", "score", "difference", "95 % interval", "KV bytes", "worst"):
@@ -44,6 +48,16 @@ def report(sweep: Sweep, resamples: int) -> int:
     )
     show.say(f"records: {run.full.record.folder.parent}")
     return max(_failures(sweep), sweep.code)
+
+
+def _report_times(sweep: Sweep) -> None:
+    """One line per cell, length and batch."""
+    cells = []
+    for member in sweep.members:
+        label = _name(member) if member.cell is sweep.run.full else f"{_name(member)} {member.cell.method.budget:g}"
+        cells.append((label, list(_finished(sweep, member).values()), member.cell.record.folder))
+    show_times(cells, sweep.run.checkpoint.name)
+    show.say(f"records: {sweep.run.full.record.folder.parent}")
 
 
 def _name(member: Member) -> str:

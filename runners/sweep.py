@@ -161,7 +161,9 @@ class Sweep:
         if self.sharing:
             self._work_together()
         if alone := [member for member in self.alone if self.lacking(member, self.run.examples)]:
-            if not self._examples_share:
+            if self.run.timed:
+                show.note(f"times are taken of one cell after the other: {len(alone)} cells run alone")
+            elif not self._examples_share:
                 show.note(f"samples of several questions, or of a text that is fed: {len(alone)} cells run alone")
             for member in alone:
                 if self._examples_share:
@@ -269,6 +271,8 @@ class Sweep:
 
     def tokens(self, example: Example) -> int:
         """Tokens of the prompt; as many as fit where it cannot be encoded."""
+        if example.timed is not None:
+            return example.timed.length * example.timed.batch
         if example.id not in self._known:
             try:
                 self._known[example.id] = len(self.run.encoder(example).prompt.ids)

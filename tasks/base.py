@@ -47,6 +47,21 @@ class Forced:
 
 
 @dataclass(frozen=True)
+class Timed:
+    """Random tokens that are read and decoded to be timed, in turns with the full cache.
+
+    length: tokens of a prompt.  batch: rows.  steps: passes of the decoding, one token per row each.
+    rounds: how often all of it is repeated.  seed: of the tokens.
+    """
+
+    length: int
+    batch: int
+    steps: int
+    rounds: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Choice:
     """One way for a prompt to go on, of which the likeliest is taken.
 
@@ -81,6 +96,7 @@ class Example:
     forced: a text to predict; context and question are empty then.
     choices: ways to go on from the context, scored by their likelihood; nothing is generated then.
     stride: tokens of a choice that are fed at once; None: all of them.
+    timed: random tokens to be timed on; there are no strings then.
     weight: of the score in the mean over its subset.
     """
 
@@ -103,11 +119,14 @@ class Example:
     forced: Forced | None = None
     choices: tuple[Choice, ...] = ()
     stride: int | None = None
+    timed: Timed | None = None
     weight: float = 1
 
     @property
-    def kind(self) -> Literal["answer", "turns", "forced", "choices"]:
-        """How it is run: one question, several, a text that is fed, or choices that are compared."""
+    def kind(self) -> Literal["answer", "turns", "forced", "choices", "timed"]:
+        """How it is run: one question, several, a text that is fed, choices to compare, tokens to time."""
+        if self.timed is not None:
+            return "timed"
         if self.forced is not None:
             return "forced"
         if self.choices:

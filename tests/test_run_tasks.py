@@ -135,3 +135,41 @@ def test_the_second_longbench_reads_a_letter(command, tmp_path):
     }  # fmt: skip
     code, out, err = command("task=longbench_v2", write(tmp_path / "data.jsonl", row), *SNAPKV)
     assert code == 0 and "overall" in out and "no letter found" in out, err
+
+
+def test_times_are_taken_beside_the_full_cache_and_go_on_from_the_record(command, tmp_path):
+    more = ("task=latency", "task.batches=[1,2]", "task.new_tokens=3", "task.rounds=2", *SNAPKV)
+    code, out, err = command(*more, "task.lengths=[32]")
+    assert code == 0 and out.startswith("latency (random tokens, seed 42), prompts of 32 tokens"), err
+    code, out, err = command(*more, "task.lengths=[32,64]")
+    assert code == 0 and "against full" in out, err
+    rows = recorded(tmp_path, "snapkv")
+    assert [row["id"] for row in rows] == ["32x1", "32x2", "64x1", "64x2"]  # the first two were not taken again
+    assert all(len(row["times"]["steps"]) == len(row["full_times"]["steps"]) == 2 for row in rows)
+    (folder,) = (tmp_path / "results").glob("*/latency/snapkv-b*")
+    assert (folder / "latency.png").is_file()
+    backend = json.loads((folder / "cell.json").read_text())["runs"][0]["conditions"]["backend"]
+    assert backend and f"kernels={backend}" in out
+    assert not list((tmp_path / "results").glob("*/latency/full-*"))
+
+
+def test_a_sweep_of_times_runs_one_cell_after_the_other(command, tmp_path):
+    code, out, err = command(
+        "-m", "task=latency", "task.lengths=[32]", "task.batches=[1]", "task.new_tokens=3", "task.rounds=1",
+        "method=h2o,random", "budget=0.5",
+    )  # fmt: skip
+    assert code == 0 and "h2o 0.5" in out and "random 0.5" in out, err
+    assert "one cell after the other" in err
+    assert all("group" not in row for method in ("full", "h2o", "random") for row in recorded(tmp_path, method))
+
+
+def test_times_of_a_shape_need_no_download(command, tmp_path):
+    code, out, err = command(
+        "task=latency", "model=llama3.1-8b", "model.path=meta-llama/Llama-3.1-8B-Instruct", "model.init=random",
+        "model.resize={num_hidden_layers: 1, vocab_size: 320, hidden_size: 64, intermediate_size: 64, head_dim: 4}",
+        "task.lengths=[32]", "task.batches=[1]", "task.new_tokens=3", "task.rounds=1", *SNAPKV,
+    )  # fmt: skip
+    assert code == 0 and "snapkv 0.25" in out, err
+    assert list((tmp_path / "results").glob("Llama-3.1-8B-Instruct-random-*/latency/snapkv-b*"))
+    code, _, err = command("task=latency", "task.lengths=[32]", "protocol=agnostic")
+    assert code == 2 and "give protocol=aware" in err

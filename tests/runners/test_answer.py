@@ -42,7 +42,7 @@ def model(tiny_model_dir):
 
 @pytest.fixture
 def setting(model, tiny_tokenizer):
-    return Setting(model, Echo(), Encoder(tiny_tokenizer, ends=[2], window=2048), "aware", None, 1)
+    return Setting(model, Echo(), lambda: Encoder(tiny_tokenizer, ends=[2], window=2048), "aware", None, 1)
 
 
 def talk(id: str = "a/0", **knobs: Any) -> Example:

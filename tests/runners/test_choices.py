@@ -180,7 +180,7 @@ def test_a_nan_is_a_failed_sample_and_not_the_first_choice(model, encoder, tmp_p
     broken = copy.deepcopy(model)
     broken.lm_head.weight.data.fill_(torch.nan)
     task = LmEval("piqa", write(tmp_path), limit=1)
-    setting = Setting(broken, task, encoder, "aware", None, 1)
+    setting = Setting(broken, task, lambda: encoder, "aware", None, 1)
     rows: list[dict[str, Any]] = []
     answer(setting, load_method("full"), task.examples(), rows.append)
     assert [row["error"] for row in rows] == ["the log-likelihoods are not finite"]

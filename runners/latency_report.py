@@ -1,0 +1,182 @@
+"""The times of task=latency as a table and as a picture: `python -m runners.latency_report RECORD... --out FILE` draws
+the records of one model in one picture.
+
+A ratio is formed inside a round, of the method's time and the full cache's, which took turns: what else the machine did
+hits both. Shown are the median of the rounds' ratios, and their lowest and highest.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.table import Table
+
+from methods.core.errors import UserError
+from runners import show
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Point(NamedTuple):
+    """prompts, steps: seconds of every round.  held: bytes at the end of the prompt."""
+
+    length: int
+    prompts: list[float]
+    steps: list[float]
+    held: int
+
+
+def table(cells: Sequence[tuple[str, Rows]]) -> Table:
+    """One line per cell, length and batch; cells: labels and recorded samples."""
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in (
+        "method", "tokens", "batch", "prompt, ms", "against full", "decode, ms/token", "against full", "tokens/s",
+        "KV held", "of full", "KV read", "KV peak",
+    ):  # fmt: skip
+        shown.add_column(name, no_wrap=True, justify="left" if name == "method" else "right")
+    for label, rows in cells:
+        for row in rows:
+            times, book, batch = row["times"], row["ledger"], row["batch"]
+            step = median(times["steps"])
+            shown.add_row(
+                label,
+                f"{row['tokens_in']:,}",
+                str(batch),
+                f"{1000 * median(times['prompts']):,.1f}",
+                against(row, "prompts"),
+                f"{1000 * step:.2f}",
+                against(row, "steps"),
+                f"{batch / step:,.0f}",
+                show.size(book["held_prompt"]),
+                f"{book['held_prompt'] / book['full_prompt']:.1%}",
+                show.size(book["read_step"]),
+                show.size(max(book["peak_prompt"], book["peak_decode"])),
+            )
+        shown.add_section()
+    return shown
+
+
+def show_times(cells: Sequence[tuple[str, Rows, Path]], title: str) -> None:
+    """Print the table of cells (label, samples, folder of the record), and draw each into its folder."""
+    show.draw(table([(label, rows) for label, rows, _ in cells]))
+    show.say("against full: time over the full cache's, taken in turns; median of the rounds, lowest to highest")
+    for label, rows, folder in cells:
+        if rows:
+            draw([(label, rows)], folder / "latency.png", f"{title}, {label}")
+
+
+def against(row: Mapping[str, Any], what: str) -> str:
+    """The method's time over the full cache's, of "prompts" or "steps": median (lowest to highest) of the rounds."""
+    if "full_times" not in row:
+        return "-"
+    found = ratios(row, what)
+    return f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+
+
+def ratios(row: Mapping[str, Any], what: str) -> list[float]:
+    """Of every round, the method's time over the full cache's in the same round."""
+    return [ours / full for ours, full in zip(row["times"][what], row["full_times"][what], strict=True)]
+
+
+def draw(cells: Sequence[tuple[str, Rows]], path: Path, title: str = "") -> None:
+    """Write the picture: one line of panels per batch size, one column each for prompt, decoding and bytes.
+
+    Points are medians of the rounds, bars their lowest and highest. The full cache's line is that of the first cell.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    batches = sorted({row["batch"] for _, rows in cells for row in rows})
+    panels = ("prompt, s", "decode, ms per token", "KV cache at the end of the prompt, MiB")
+    figure, axes = plt.subplots(
+        len(batches), 3, figsize=(11, 0.6 + 2.7 * len(batches)), squeeze=False, layout="constrained"
+    )
+    for line, batch in zip(axes, batches):
+        for axis, what in zip(line, panels):
+            axis.set_title(f"{what}, batch {batch}", fontsize=9)
+            axis.set_xlabel("prompt, tokens", fontsize=8)
+            axis.tick_params(labelsize=8)
+            axis.set_ylim(bottom=0)
+        for label, points in curves(cells, batch).items():
+            look: dict[str, Any] = {"label": label, "marker": "o", "markersize": 3}
+            look |= {"color": "black", "linestyle": "--"} if label == "full" else {}
+            lengths = [point.length for point in points]
+            _bars(line[0], lengths, [point.prompts for point in points], look)
+            _bars(line[1], lengths, [[1000 * step for step in point.steps] for point in points], look)
+            line[2].plot(lengths, [point.held / 2**20 for point in points], **look)
+        for axis in line:
+            axis.set_ylim(bottom=0)
+            axis.set_xlim(left=0)
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _bars(axis: Any, lengths: Sequence[int], rounds: Sequence[Sequence[float]], look: Mapping[str, Any]) -> None:
+    """A line through the medians of the rounds, with bars from the lowest to the highest."""
+    middle = [median(values) for values in rounds]
+    below = [m - min(values) for m, values in zip(middle, rounds)]
+    above = [max(values) - m for m, values in zip(middle, rounds)]
+    axis.errorbar(lengths, middle, yerr=[below, above], capsize=2, **look)
+
+
+def curves(cells: Sequence[tuple[str, Rows]], batch: int) -> dict[str, list[Point]]:
+    """What is drawn for one batch size, by label; the full cache's points are those of the first cell that has them."""
+    found: dict[str, dict[int, Point]] = {}
+    for label, rows in cells:
+        for row in rows:
+            if row["batch"] != batch:
+                continue
+            length, book = row["tokens_in"], row["ledger"]
+            own = Point(length, row["times"]["prompts"], row["times"]["steps"], book["held_prompt"])
+            found.setdefault(label, {}).setdefault(length, own)
+            if "full_times" in row:
+                full = Point(length, row["full_times"]["prompts"], row["full_times"]["steps"], book["full_prompt"])
+                found.setdefault("full", {}).setdefault(length, full)
+    return {label: sorted(points.values()) for label, points in found.items()}
+
+
+def read(folder: Path) -> tuple[str, Rows, str]:
+    """A record's label, its finished samples, and its model. Raises UserError if it is none of task=latency."""
+    try:
+        identity = json.loads((folder / "cell.json").read_text())["identity"]
+        lines = (folder / "samples.jsonl").read_text().splitlines()
+        rows = {row["id"]: row for row in (json.loads(line) for line in lines if line.endswith("}"))}
+        label = identity["method"]["name"]
+        if label != "full":
+            label = f"{label} {identity['budget']:g}"
+        finished = [row for row in rows.values() if "times" in row]
+        model = f"{identity['model']['name']}, {identity['dtype']}"
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: not a record that can be read ({error})") from error
+    if not finished:
+        raise UserError(f"{folder}: holds no times; give a record of task=latency")
+    return label, finished, f"{model}, {finished[0]['threads']} threads"
+
+
+def main() -> None:
+    """Draw records, of one model, into one picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path, nargs="+", metavar="RECORD")
+    parser.add_argument("--out", type=Path, help="the picture; by default latency.png in the first record's folder")
+    given = parser.parse_args()
+    path = given.out or given.records[0] / "latency.png"
+    try:
+        found = [read(folder) for folder in given.records]
+        if len({model for *_, model in found}) > 1:
+            raise UserError(f"{', '.join(sorted({model for *_, model in found}))}: give records of one model")
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
+    draw([(label, rows) for label, rows, _ in found], path, found[0][2])
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Which form of the ops runs: the definition in PyTorch, or its fast form in Triton."""
+"""Which form of the ops runs: the definition in PyTorch, or a fast form: Triton on a GPU, C++ on a CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-#: auto: Triton for tensors on a GPU that it works on, else the reference.
+#: auto: Triton for tensors on a GPU that it works on, C++ on a CPU where it can be built, else the reference.
 BACKENDS = ("auto", "reference", "triton")
 
 # what the kernels are written for and compiled for in the tests: Ampere and later, and these element types
@@ -50,10 +50,14 @@ def on_triton(*tensors: Tensor) -> bool:
 
 
 def name_on(device: torch.device) -> str:
-    """What a record says of ops on this device: reference, triton, or triton (interpreted).
+    """What a record says of ops on this device: reference, compiled (C++ on a CPU), triton, or triton (interpreted).
 
-    Raises RuntimeError where Triton was asked for and cannot run.
+    Builds the C++ forms if they have not been yet. Raises RuntimeError where Triton was asked for and cannot run.
     """
+    if _chosen == "auto" and device.type == "cpu":
+        from kernels import compiled  # which asks what is chosen
+
+        return "reference" if compiled.library() is None else "compiled"
     if _chosen == "reference" or (_chosen == "auto" and device.type != "cuda") or not _runs_on(device):
         return "reference"
     return "triton (interpreted)" if interpreted() else "triton"

@@ -8,7 +8,7 @@ grouped along tokens or channels, values along channels. Positions as in `attend
 from torch import Tensor
 
 from kernels.attend import Plan, Rules
-from kernels.attend_quantized import reference
+from kernels.attend_quantized import compiled, reference
 from kernels.quantize import Packed
 
 
@@ -23,7 +23,8 @@ def attend_quantized(
     plan: Plan = "positions",
 ) -> Tensor:
     """Attention output [B, Hq, T, Dv] in q's dtype; rows that see no slot give 0. plan: "all" or "positions"."""
-    return reference.attend_quantized(q, keys, values, rules, q_pos, k_pos, plan)
+    form = compiled.products() if compiled.serves(q, keys, values) else None
+    return reference.attend_quantized(q, keys, values, rules, q_pos, k_pos, plan, form)
 
 
 __all__ = ["attend_quantized"]

@@ -6,8 +6,8 @@ group; where they run along channels, each group's part of q·code is scaled onc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 UNPACKED = 1 << 20
 
 
+class Products(NamedTuple):
+    """What is done with codes.
+
+    dot: q·k of q [B, H, R, D] float32 and packed keys, into a given [B, H, R, n].
+    mix: p [B, H, R, n] float32 over packed values: [B, H, R, Dv].
+    """
+
+    dot: Callable[[Tensor, Packed, Tensor], None]
+    mix: Callable[[Tensor, Packed], Tensor]
+
+
 def attend_quantized(
     q: Tensor,
     keys: tuple[Packed | None, Tensor],
@@ -30,22 +41,30 @@ def attend_quantized(
     q_pos: Tensor,
     k_pos: Tensor,
     plan: Plan,
+    products: Products | None = None,
 ) -> Tensor:
-    """Blocks of queries, so that a long turn needs no [T, S] matrix."""
+    """Blocks of queries, so that a long turn needs no [T, S] matrix. products: another form of those with codes."""
+    products = products or Products(dot_codes, mix_codes)
     B, Hq, T, _ = q.shape
     rows = max(1, BLOCK_ELEMENTS // max(1, k_pos.shape[-1] * B * Hq))
     out = q.new_empty(B, Hq, T, values[1].shape[-1])
     for i in range(0, T, rows):
         part = q[:, :, i : i + rows]
-        p = logits(part, keys, rules, q_pos[:, i : i + rows], k_pos, plan).softmax(-1)  # [B, H, G * t, S]
+        p = logits(part, keys, rules, q_pos[:, i : i + rows], k_pos, plan, products).softmax(-1)  # [B, H, G * t, S]
         if plan != "all":
             p = p.nan_to_num(0.0)  # a query that sees nothing
-        out[:, :, i : i + rows] = mix(p, values).view(*part.shape[:-1], -1)
+        out[:, :, i : i + rows] = mix(p, values, products).view(*part.shape[:-1], -1)
     return out
 
 
 def logits(
-    q: Tensor, keys: tuple[Packed | None, Tensor], rules: Rules, q_pos: Tensor, k_pos: Tensor, plan: Plan
+    q: Tensor,
+    keys: tuple[Packed | None, Tensor],
+    rules: Rules,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    plan: Plan,
+    products: Products,
 ) -> Tensor:
     """Scores before the softmax, [B, H, G * T, S], float32; unseen slots are -inf."""
     B, _, T, D = q.shape
@@ -54,8 +73,7 @@ def logits(
     q = q.reshape(B, H, -1, D).float() * rules.scale  # [B, H, G * T, D]
     x = q.new_empty(*q.shape[:-1], S)
     if packed is not None:
-        dot = _dot_token_groups if packed.dim == 2 else _dot_channel_groups
-        dot(q, packed, x[..., : len(packed)])
+        products.dot(q, packed, x[..., : len(packed)])
     for at, block in _blocks(recent):
         x[..., S - recent.shape[2] + at :][..., : block.shape[2]] = q @ block.float().transpose(-1, -2)
     if rules.softcap is not None:
@@ -69,15 +87,21 @@ def logits(
     return x.view(B, H, -1, S)
 
 
-def mix(p: Tensor, values: tuple[Packed | None, Tensor]) -> Tensor:
+def mix(p: Tensor, values: tuple[Packed | None, Tensor], products: Products) -> Tensor:
     """Values weighted by p [B, H, R, S]: [B, H, R, Dv], float32."""
     packed, recent = values
     out = p.new_zeros(*p.shape[:-1], recent.shape[-1])
     if packed is not None:
-        out += _mix_channel_groups(p[..., : len(packed)], packed)
+        out += products.mix(p[..., : len(packed)], packed)
     for at, block in _blocks(recent):
         out += p[..., p.shape[-1] - recent.shape[2] + at :][..., : block.shape[2]] @ block.float()
     return out
+
+
+def dot_codes(q: Tensor, packed: Packed, out: Tensor) -> None:
+    """q·k of keys, q [B, H, R, D], into out [B, H, R, n]."""
+    dot = _dot_token_groups if packed.dim == 2 else _dot_channel_groups
+    dot(q, packed, out)
 
 
 def _dot_token_groups(q: Tensor, packed: Packed, out: Tensor) -> None:
@@ -113,7 +137,7 @@ def _dot_channel_groups(q: Tensor, packed: Packed, out: Tensor) -> None:
         out[..., at : at + len(part)] = x.sum(3) + sums @ part.offset.float().transpose(-1, -2)
 
 
-def _mix_channel_groups(p: Tensor, packed: Packed) -> Tensor:
+def mix_codes(p: Tensor, packed: Packed) -> Tensor:
     """p [B, H, R, n] over values grouped along channels: [B, H, R, Dv]."""
     assert packed.dim == 3, "values are grouped along channels"
     B, H, R, _ = p.shape

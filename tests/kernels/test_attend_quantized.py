@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Rules
+from kernels import Rules, backend
 from kernels.attend_quantized import attend_quantized, reference
 from kernels.quantize import Packed, dequantize, quantize
 from tests.kernels.formula import formula
@@ -19,6 +19,15 @@ RULES = {
     "all rules": {"window": 41, "softcap": 1.5, "slopes": SLOPES},
 }
 D, DV = 32, 16
+
+
+@pytest.fixture(autouse=True)
+def definition():
+    """The plain form; test_compiled.py holds the other one to it."""
+    chosen = backend.chosen()
+    backend.use("reference")
+    yield
+    backend.use(chosen)
 
 
 class Case:

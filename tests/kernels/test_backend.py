@@ -33,7 +33,7 @@ def on_a_gpu(dtype=torch.float32, wants_gradient=False):
 
 def test_tensors_on_a_cpu_take_the_reference_unless_told_otherwise():
     assert not backend.on_triton(torch.ones(1))
-    assert backend.name_on(CPU) == "reference"
+    assert backend.name_on(CPU) in ("reference", "compiled")  # where there is a C++ compiler
 
 
 def test_an_unknown_name_is_refused_under_the_name_the_user_typed():

@@ -1,0 +1,245 @@
+// q·k and p·v over packed codes: a tile of them becomes numbers in the first-level cache and is used there at once.
+// Layouts as in kernels/quantize; the pairs (row, head) are counted through, each with its own stride.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int TILE = 32;    // tokens that are numbers at once: a multiple of the codes that fill whole bytes
+constexpr int WIDEST = 512; // channels of a head
+
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef int16_t Shorts __attribute__((vector_size(2 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+inline Lanes load(const float *at) { return *reinterpret_cast<const Lanes *>(at); }
+inline Lanes twice(const float *at) {
+    const float a = at[0], b = at[1];
+    return Lanes{a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
+}
+inline Ints widen(const uint8_t *at) { // in two steps: some compilers take a single one apart
+    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes *>(at), Shorts), Ints);
+}
+inline void store(float *at, Lanes x) { *reinterpret_cast<Lanes *>(at) = x; }
+
+struct Packed {
+    const uint8_t *codes;
+    const uint16_t *scale, *offset; // float16
+    int64_t codes_stride, scale_stride, offset_stride;
+    int64_t n, width;
+    int32_t bits, group, dim;
+};
+
+// Finite numbers only. Halves that are subnormal come out right too.
+inline float from_half(uint16_t half) {
+    uint32_t bits = static_cast<uint32_t>(half & 0x7fff) << 13, sign = static_cast<uint32_t>(half & 0x8000) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    x *= 0x1p112f;
+    std::memcpy(&bits, &x, 4);
+    bits |= sign;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline float sum(Lanes x) {
+    float total = 0;
+    for (int i = 0; i < LANES; ++i) total += x[i];
+    return total;
+}
+
+template <int BITS> struct Pack {
+    static constexpr int CODES = BITS == 3 ? 8 : 8 / BITS, BYTES = CODES * BITS / 8, MASK = (1 << BITS) - 1;
+    // code j of the pack whose bytes lie `apart` from each other
+    static inline int code(const uint8_t *pack, int64_t apart, int j) {
+        const int at = BITS * j / 8, shift = BITS * j % 8;
+        int x = pack[at * apart] >> shift;
+        if (shift + BITS > 8) x |= pack[(at + 1) * apart] << (8 - shift);
+        return x & MASK;
+    }
+};
+
+// Tokens that share scale and offset per channel, [tokens, width].
+template <int BITS>
+void numbers_of_tokens(const uint8_t *codes, const float *scale, const float *offset, int tokens, int width,
+                       float *tile) {
+    using P = Pack<BITS>;
+    for (int i = 0; i < tokens / P::CODES; ++i, codes += P::BYTES * width, tile += P::CODES * width)
+#pragma GCC unroll 8
+        for (int j = 0; j < P::CODES; ++j)
+            for (int d = 0; d < width; ++d)
+                tile[j * width + d] = static_cast<float>(P::code(codes + d, width, j)) * scale[d] + offset[d];
+}
+
+// Tokens with scales per group of channels, [tokens, width]: channel CODES * i + j comes to j * width / CODES + i.
+template <int BITS>
+void numbers_of_channels(const uint8_t *codes, const uint16_t *scales, const uint16_t *offsets, int tokens, int width,
+                         int group, float *tile) {
+    using P = Pack<BITS>;
+    const int plane = width / P::CODES, step = group / P::CODES, groups = width / group;
+    float a[TILE * WIDEST], b[TILE * WIDEST]; // of groups
+    for (int i = 0; i < tokens * groups; ++i) a[i] = from_half(scales[i]), b[i] = from_half(offsets[i]);
+    const float *scale = a, *offset = b;
+    const bool whole = P::BYTES == 1 && step % LANES == 0;
+    const bool halves = P::BYTES == 1 && step == LANES / 2 && groups % 2 == 0;
+    const int used = halves ? 2 : 1, places = used * step; // groups that are taken together
+    for (int t = 0; t < tokens; ++t, tile += width)
+        for (int w = 0; w < groups; w += used, scale += used, offset += used, codes += places * P::BYTES) {
+            float *out = tile + w * step;
+            if (whole || halves) {
+                const Lanes x = halves ? twice(scale) : *scale + Lanes{};
+                const Lanes y = halves ? twice(offset) : *offset + Lanes{};
+                for (int i = 0; i < places; i += LANES) {
+                    const Ints all = widen(codes + i);
+#pragma GCC unroll 8
+                    for (int j = 0; j < P::CODES; ++j)
+                        store(out + j * plane + i, __builtin_convertvector(all >> BITS * j & P::MASK, Lanes) * x + y);
+                }
+            } else {
+                const float x = *scale, y = *offset;
+                for (int i = 0; i < places; ++i)
+#pragma GCC unroll 8
+                    for (int j = 0; j < P::CODES; ++j)
+                        out[j * plane + i] = static_cast<float>(P::code(codes + i * P::BYTES, 1, j)) * x + y;
+            }
+        }
+}
+
+// Tokens [t, t + n) of one head as numbers; they share a scale where scales are of tokens.
+template <int BITS> __attribute__((noinline)) void numbers(const Packed &x, int64_t head, int64_t t, int n, float *tile) {
+    using P = Pack<BITS>;
+    const int width = x.width, group = x.group;
+    const uint8_t *codes = x.codes + head * x.codes_stride;
+    const uint16_t *scales = x.scale + head * x.scale_stride, *offsets = x.offset + head * x.offset_stride;
+    if (x.dim == 2) {
+        alignas(64) float scale[WIDEST], offset[WIDEST];
+        const uint16_t *a = scales + t / group * width, *b = offsets + t / group * width;
+        for (int d = 0; d < width; ++d) scale[d] = from_half(a[d]), offset[d] = from_half(b[d]);
+        return numbers_of_tokens<BITS>(codes + t / P::CODES * P::BYTES * width, scale, offset, n, width, tile);
+    }
+    const int groups = width / group;
+    codes += t * (width / P::CODES * P::BYTES), scales += t * groups, offsets += t * groups;
+    numbers_of_channels<BITS>(codes, scales, offsets, n, width, group, tile);
+}
+
+void any_numbers(const Packed &x, int64_t head, int64_t t, int n, float *tile) {
+    switch (x.bits) {
+    case 1: return numbers<1>(x, head, t, n, tile);
+    case 2: return numbers<2>(x, head, t, n, tile);
+    case 3: return numbers<3>(x, head, t, n, tile);
+    case 4: return numbers<4>(x, head, t, n, tile);
+    default: return numbers<8>(x, head, t, n, tile);
+    }
+}
+
+// Tokens from t on that are numbers at once.
+inline int tokens_at(const Packed &x, int64_t t, int64_t to) {
+    const int64_t end = x.dim == 2 ? std::min(to, (t / x.group + 1) * x.group) : to;
+    return std::min<int64_t>(TILE, end - t);
+}
+
+// out[r * stride + t] = q[r]·tile[t] for ROWS rows of q
+template <int ROWS>
+void dots(const float *q, const float *tile, int tokens, int width, float *out, int64_t stride) {
+    for (int t = 0; t < tokens; ++t, tile += width) {
+        Lanes total[ROWS] = {};
+        for (int d = 0; d < width; d += LANES) {
+            const Lanes x = load(tile + d);
+            for (int r = 0; r < ROWS; ++r) total[r] += x * load(q + r * width + d);
+        }
+        for (int r = 0; r < ROWS; ++r) out[r * stride + t] = sum(total[r]);
+    }
+}
+
+// out[r] += sum over t of p[r * stride + t] * tile[t], for VECTORS * LANES channels
+template <int VECTORS>
+void mixes(const float *p, int64_t stride, int64_t rows, const float *tile, int tokens, int width, float *out) {
+    for (int64_t r = 0; r < rows; ++r, p += stride, out += width) {
+        Lanes total[VECTORS] = {};
+        for (int t = 0; t < tokens; ++t)
+            for (int i = 0; i < VECTORS; ++i)
+                total[i] += p[t] * load(tile + t * width + i * LANES);
+        for (int i = 0; i < VECTORS; ++i) store(out + i * LANES, load(out + i * LANES) + total[i]);
+    }
+}
+
+// Where channel d of a head lies in the tiles.
+inline int place(const Packed &x, int d) {
+    if (x.dim == 2) return d;
+    const int codes = x.bits == 3 ? 8 : 8 / x.bits;
+    return d % codes * (x.width / codes) + d / codes;
+}
+
+// Tokens per piece when every head is cut into so many: whole groups.
+inline int64_t piece(const Packed &x, int64_t pieces) {
+    const int64_t unit = x.dim == 2 ? x.group : TILE, units = (x.n + unit - 1) / unit;
+    return (units + pieces - 1) / pieces * unit;
+}
+
+} // namespace
+
+extern "C" {
+
+// out [heads, rows, *], whose rows lie `stride` apart: q [heads, rows, width] times the n packed keys of each head.
+void packed_dot(const float *q, int64_t heads, int64_t rows, const Packed *keys, float *out, int64_t stride,
+                int64_t pieces, int threads) {
+    const Packed &x = *keys;
+    const int64_t size = piece(x, pieces);
+#pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
+    for (int64_t head = 0; head < heads; ++head)
+        for (int64_t i = 0; i < pieces; ++i) {
+            const int64_t from = std::min(x.n, i * size), to = std::min(x.n, from + size);
+            alignas(64) float tile[TILE * WIDEST];
+            std::vector<float> own(rows * x.width);
+            for (int64_t r = 0; r < rows; ++r)
+                for (int d = 0; d < x.width; ++d)
+                    own[r * x.width + place(x, d)] = q[(head * rows + r) * x.width + d];
+            for (int64_t t = from, tokens; t < to; t += tokens) {
+                tokens = tokens_at(x, t, to);
+                any_numbers(x, head, t, tokens, tile);
+                for (int64_t r = 0; r < rows; r += 4) {
+                    const float *mine = own.data() + r * x.width;
+                    float *result = out + (head * rows + r) * stride + t;
+                    switch (std::min<int64_t>(4, rows - r)) {
+                    case 1: dots<1>(mine, tile, tokens, x.width, result, stride); break;
+                    case 2: dots<2>(mine, tile, tokens, x.width, result, stride); break;
+                    case 3: dots<3>(mine, tile, tokens, x.width, result, stride); break;
+                    default: dots<4>(mine, tile, tokens, x.width, result, stride);
+                    }
+                }
+            }
+        }
+}
+
+// out [pieces, heads, rows, width]: p [heads, rows, *], whose rows lie `stride` apart, times the n packed values.
+void packed_mix(const float *p, int64_t stride, int64_t heads, int64_t rows, const Packed *values, float *out,
+                int64_t pieces, int threads) {
+    const Packed &x = *values;
+    const int64_t size = piece(x, pieces);
+#pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
+    for (int64_t head = 0; head < heads; ++head)
+        for (int64_t i = 0; i < pieces; ++i) {
+            const int64_t from = std::min(x.n, i * size), to = std::min(x.n, from + size);
+            alignas(64) float tile[TILE * WIDEST];
+            std::vector<float> total(rows * x.width);
+            for (int64_t t = from, tokens; t < to; t += tokens) {
+                tokens = tokens_at(x, t, to);
+                any_numbers(x, head, t, tokens, tile);
+                const float *weights = p + head * rows * stride + t;
+                int d = 0;
+                for (; d + 4 * LANES <= x.width; d += 4 * LANES)
+                    mixes<4>(weights, stride, rows, tile + d, tokens, x.width, total.data() + d);
+                for (; d < x.width; d += LANES)
+                    mixes<1>(weights, stride, rows, tile + d, tokens, x.width, total.data() + d);
+            }
+            float *result = out + (i * heads + head) * rows * x.width;
+            for (int64_t r = 0; r < rows; ++r)
+                for (int d = 0; d < x.width; ++d) result[r * x.width + d] = total[r * x.width + place(x, d)];
+        }
+}
+}

@@ -1,0 +1,121 @@
+"""C++ forms of hot loops on a CPU: built once by the machine's own compiler, kept, and called on tensors' memory.
+
+PyTorch stays the definition: it runs where there is no compiler, where building fails (one warning says why), for
+tensors that the loops are not written for, and under kernels.backend=reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import backend
+
+SOURCES = sorted(Path(__file__).parent.glob("*/compiled.cpp"))
+# sums may be taken in any order, as PyTorch's are; infinities keep their meaning
+FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -fPIC"
+BUILD_SECONDS = 120
+
+
+def on_compiled(*tensors: Tensor) -> bool:
+    """Whether an op over these tensors runs in C++, should it have a form for them: on a CPU, without gradients."""
+    if backend.chosen() != "auto" or any(x.device.type != "cpu" for x in tensors):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return library() is not None
+
+
+def pieces(heads: int) -> int:
+    """Into how many pieces each head's slots are cut, so that every thread has work."""
+    threads = torch.get_num_threads()
+    return 1 if heads % threads == 0 else -(-4 * threads // heads)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """All C++ forms, built if they have not been yet; None: they cannot be."""
+    compiler = _compiler()
+    if compiler is None:
+        return None
+    try:
+        folder = _folder()
+        path = folder / f"kernels-{_key(compiler)}.so"
+        if not path.exists():
+            _build(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        warnings.warn(f"kernels run in PyTorch, their C++ forms cannot be built: {reason}", stacklevel=2)
+        return None
+
+
+def _compiler() -> list[str] | None:
+    """The C++ compiler's command: the environment's CXX, or the first that is found."""
+    given = shlex.split(os.environ.get("CXX", ""))
+    for command in [given] if given else [["g++"], ["clang++"], ["c++"]]:
+        if shutil.which(command[0]):
+            return command
+    return None
+
+
+def _folder() -> Path:
+    """Where built libraries are kept: the user's own cache, or a folder that ends with the process."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfrontier"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return _temporary()
+
+
+@cache
+def _temporary() -> Path:
+    return Path(tempfile.mkdtemp(prefix="kvfrontier-"))
+
+
+def _key(compiler: list[str]) -> str:
+    """What a built library is for: sources, flags, compiler and processor, as homes are shared between machines."""
+    found = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
+    parts = [source.read_bytes() for source in SOURCES]
+    parts += [FLAGS.encode(), " ".join(compiler).encode(), str((found, found.stat().st_mtime_ns)).encode()]
+    return hashlib.sha256(b"\0".join([*parts, _processor().encode()])).hexdigest()[:16]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    own = {line for line in lines if line.partition(":")[0].strip() in ("model name", "flags", "Features", "CPU part")}
+    return "\n".join([platform.machine(), platform.processor(), *sorted(own)])
+
+
+def _build(compiler: list[str], path: Path) -> None:
+    """Compile to a file of its own, then move it there: another process may be doing the same."""
+    handle, made = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    os.close(handle)
+    try:
+        # without OpenMP (Apple's compiler has none) the loops run on one thread
+        for threads in (["-fopenmp"], []):
+            command = [*compiler, *FLAGS.split(), *threads, "-shared", *map(str, SOURCES), "-o", made]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
+            if done.returncode == 0:
+                os.replace(made, path)
+                return
+        errors = [line for line in done.stderr.splitlines() if "error" in line]
+        raise RuntimeError(f"{compiler[0]}: {errors[0] if errors else done.stderr.strip() or 'failed'}")
+    finally:
+        Path(made).unlink(missing_ok=True)

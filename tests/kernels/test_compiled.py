@@ -1,0 +1,183 @@
+"""The C++ forms agree with the definition, are built once, and are done without where they cannot be built."""
+
+import shutil
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import Rules, backend, compiled
+from kernels.attend_quantized import attend_quantized
+from kernels.attend_quantized import compiled as form
+from kernels.quantize import Packed, dequantize, quantize
+
+needs_compiler = pytest.mark.skipif(compiled._compiler() is None, reason="needs a C++ compiler")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    chosen = backend.chosen()
+    backend.use("auto")
+    yield
+    backend.use(chosen)
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """A user who has built nothing yet; what is found out here is forgotten afterwards."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled.library.cache_clear()
+    yield tmp_path / "kvfrontier"
+    compiled.library.cache_clear()
+
+
+def packed(n: int, D: int, bits: int, group: int, dim: int, B: int = 2, H: int = 2, spare: int = 0) -> Packed:
+    """Random codes of n tokens, in buffers with places for more, as a cache holds them."""
+    x = torch.randn(B, H, n + spare, D, generator=torch.Generator().manual_seed(n + D)) * 3 + 1
+    return quantize(x, bits, group, dim).narrow(0, n)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [2, 3, 9])
+@pytest.mark.parametrize(("D", "group"), [(64, 32), (64, 16), (128, 128), (80, 40), (32, 8), (256, 64)])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_products_with_codes_are_products_with_what_they_stand_for(bits, D, group, rows):
+    for dim, n in ((2, group), (2, 7 * group), (3, 1), (3, 63), (3, 1000)):
+        codes = packed(n, D, bits, group, dim, spare=group)
+        x = dequantize(codes, torch.float64)
+        g = torch.Generator().manual_seed(rows)
+        q, whole = torch.randn(2, 2, rows, D, generator=g), torch.full((2, 2, rows, n + 5), torch.nan)
+        form.dot(q, codes, whole[..., :n])
+        torch.testing.assert_close(whole[..., :n].double(), q.double() @ x.mT, atol=2e-4, rtol=1e-5)
+        assert whole[..., n:].isnan().all()  # what belongs to other slots is not touched
+        p = torch.rand(2, 2, rows, n + 5, generator=g)[..., :n]
+        torch.testing.assert_close(form.mix(p, codes).double(), p.double() @ x, atol=2e-4, rtol=2e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_heads_are_cut_into_pieces_where_there_are_more_threads(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for dim, n in ((2, 96), (3, 1), (3, 100)):
+        codes, q, p = packed(n, 64, 4, 32, dim, B=1), torch.randn(1, 2, 3, 64), torch.rand(1, 2, 3, n)
+        out = torch.full((1, 2, 3, n), torch.nan)
+        form.dot(q, codes, out)
+        torch.testing.assert_close(out, q @ dequantize(codes).mT, atol=2e-4, rtol=1e-5)
+        torch.testing.assert_close(form.mix(p, codes), p @ dequantize(codes), atol=2e-4, rtol=1e-5)
+
+
+@needs_compiler
+def test_scales_of_any_size_come_out_exactly():
+    halves = torch.tensor([6e-8, 3e-5, -3e-5, 6.1e-5, 1.0, -65504.0, 65504.0, 0.0]).half().repeat(2)
+    codes = Packed(torch.full((1, 1, 8, 16), 255, dtype=torch.uint8), halves.expand(1, 1, 1, -1).contiguous(),
+                   halves.flip(0).expand(1, 1, 1, -1).contiguous(), 8, 8, 2)  # fmt: skip
+    out = torch.empty(1, 1, 16, 8)
+    form.dot(torch.eye(16)[None, None], codes, out)
+    assert torch.equal(out.mT, dequantize(codes))
+
+
+@needs_compiler
+def test_both_forms_give_the_same_attention():
+    keys, values = packed(512, 64, 4, 32, 2), packed(500, 64, 2, 32, 3)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, 64, generator=g) for h, n in ((6, 3), (2, 20), (2, 32)))
+    pos = {"q_pos": torch.arange(529, 532).expand(2, -1), "k_pos": torch.arange(532).expand(2, 1, -1)}
+    rules, outs = Rules(0.125, softcap=20.0, window=300), []
+    for name in ("auto", "reference"):
+        backend.use(name)
+        assert form.serves(q, (keys, k), (values, v)) is (name == "auto")
+        outs.append(attend_quantized(q, (keys, k), (values, v), rules, **pos))
+    torch.testing.assert_close(*outs, atol=2e-5, rtol=1e-4)
+    assert not torch.equal(*outs)  # two forms ran
+
+
+@needs_compiler
+def test_what_the_loops_are_not_written_for_stays_in_pytorch():
+    k, v = torch.randn(1, 2, 4, 64), torch.randn(1, 2, 4, 24)
+    codes, q = packed(32, 64, 4, 32, 2, B=1), torch.randn(1, 2, 1, 64)
+    assert form.serves(q, (codes, k), (None, v))
+    assert not form.serves(q, (codes, k), (packed(32, 24, 4, 8, 3, B=1), v))  # half a vector is left over
+    assert not form.serves(q.requires_grad_(), (codes, k), (None, v))
+    turned = Packed(codes.codes.mT, codes.scale, codes.offset, 4, 32, 2)
+    assert not form.serves(q.detach(), (turned, k), (None, v))
+
+
+@needs_compiler
+def test_a_library_is_built_once_and_found_again(fresh, monkeypatch):
+    assert compiled.library() is not None
+    (built,) = fresh.iterdir()
+    compiled.library.cache_clear()
+    monkeypatch.setattr(compiled, "_build", lambda *_: pytest.fail("it was there"))
+    assert compiled.library() is not None and list(fresh.iterdir()) == [built]
+
+
+@needs_compiler
+def test_another_processor_gets_a_library_of_its_own(fresh, monkeypatch):
+    command = compiled._compiler()
+    before = compiled._key(command)
+    monkeypatch.setattr(compiled, "_processor", lambda: "one without these vectors")
+    assert compiled._key(command) != before
+
+
+@needs_compiler
+def test_two_at_once_do_not_spoil_each_other(fresh, monkeypatch):
+    monkeypatch.setattr(compiled, "FLAGS", "-std=c++17 -O0 -fPIC")
+    fresh.mkdir()
+    path, command = fresh / "kernels.so", compiled._compiler()
+    both = [threading.Thread(target=compiled._build, args=(command, path)) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert list(fresh.iterdir()) == [path]
+
+
+def test_without_a_compiler_all_runs_in_pytorch_without_a_word(fresh, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiled.library() is None
+    assert backend.name_on(CPU) == "reference"
+    codes, k = packed(32, 64, 4, 32, 2, B=1), torch.randn(1, 2, 4, 64)
+    assert not form.serves(torch.randn(1, 2, 1, 64), (codes, k), (None, k))
+
+
+def test_a_compiler_that_fails_is_told_of_once(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", shutil.which("false") or "false")
+    with pytest.warns(UserWarning, match=r"kernels run in PyTorch, their C\+\+ forms cannot be built: .*false"):
+        assert compiled.library() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiled.library() is None
+    assert list(fresh.iterdir()) == []
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written_does_not_matter(fresh, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert compiled.library() is not None
+
+
+@needs_compiler
+def test_the_record_names_the_form():
+    assert backend.name_on(CPU) == "compiled"
+    backend.use("reference")
+    assert backend.name_on(CPU) == "reference"
+
+
+@needs_compiler
+def test_the_process_keeps_its_small_numbers():
+    """Flags that flush them to zero would change every other number of the process."""
+    code = (
+        "import torch; from kernels import compiled; assert compiled.library() is not None; "
+        "x = torch.tensor(1e-40); print(float(x * 1.0) > 0)"
+    )
+    root = Path(compiled.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=100)
+    assert done.stdout.strip() == "True", done.stderr

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attend import Rules
-from kernels.backend import interpreted
+from kernels.backend import DTYPES, interpreted
 from kernels.launch import launch
 from kernels.noise import Stem
 from kernels.noise.triton import log_uniform
@@ -391,7 +391,9 @@ def tiles(rows: int, D: int, DV: int, dtype: torch.dtype) -> dict[str, int]:
     N = min(128, max(16, TILE_BYTES // (2 * size * (width + wide))))
     if size == 4:
         N = min(N, 32)
-    return {"BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": width, "BLOCK_DV": wide, "num_warps": 8 if M > 64 else 4}
+    # few rows leave registers and shared memory for one more stage, and decoding waits for memory alone
+    launched = {"num_warps": 8 if M > 64 else 4, "num_stages": 3 if M == 16 else 2}
+    return {"BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": width, "BLOCK_DV": wide, **launched}
 
 
 def pick_splits(device: torch.device, programs: int, S: int) -> int:
@@ -431,12 +433,27 @@ def strides(x: Tensor | None, n: int) -> tuple[int, ...]:
     return (0,) * n if x is None else tuple(0 if x.shape[i] == 1 else x.stride(i) for i in range(n))
 
 
-def rehearse() -> None:
-    """Call what is here once per kernel variant: types, widths, group sizes, layouts and rules."""
-    for dtype, D, G in ((t, D, G) for t in DTYPES for D in (32, 64, 80, 128, 256) for G in (1, 4, 8)):
+def rehearse(brief: bool = False) -> None:
+    """Call what is here for types, widths, group sizes, layouts and rules; brief: for one of each."""
+    kinds = [(torch.bfloat16, 128, 4)]
+    if not brief:
+        kinds += [(dtype, D, 4) for dtype in DTYPES for D in (32, 64, 80, 128, 256)]
+        kinds += [(torch.float16, 128, 1), (torch.float16, 128, 8)]
+    for dtype, D, G in kinds:
         q, k = torch.empty(1, G, 300, D, dtype=dtype), torch.empty(1, 1, 300, D, dtype=dtype)
         pos = torch.empty(1, 300, dtype=torch.int32)
-        slopes = torch.empty(G)
-        for plan in ("all", "causal", "positions"):
-            for T in (1, 300):
-                attend(q[:, :, :T], k, k, Rules(1.0), pos[:, :T], pos[:, None], plan, splits=1)
+        for T, splits in ((1, 2), (300, 1)):
+            attend(q[:, :, :T], k, k, Rules(1.0), pos[:, :T], pos[:, None], "positions", splits=splits)
+        pages = k.view(-1, 15, D), k.view(-1, 15, D), pos.view(-1, 15), torch.zeros(20, dtype=torch.long)
+        attend_pages(q[:, :, :1], pages, (k, k, pos[:, None]), Rules(1.0), pos[:, :1], splits=2)
+    # the rules and layouts at one width, where the query and key of the last kind are small
+    at = (pos[:, :300], pos[:, None])
+    every = Rules(1.0, softcap=1.0, window=9, slopes=torch.empty(G))
+    attend(q, k, k, every, *at, "causal")
+    attend(q[:, :, :1], k, k, Rules(1.0), at[0][:, :1], at[1], "all", lse=True)
+    if not brief:
+        for rules in (Rules(1.0), Rules(1.0, softcap=1.0), Rules(1.0, window=9), every):
+            for plan in ("all", "causal", "positions"):
+                attend(q, k, k, rules, *at, plan, lse=True)
+                attend(q[:, :, :1], k, k, rules, at[0][:, :1], at[1], plan, splits=2)
+            attend_pages(q[:, :, :1], pages, (k, k, pos[:, None]), rules, pos[:, :1], splits=2)

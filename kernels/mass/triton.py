@@ -21,6 +21,7 @@ from kernels.attend.triton import (
     tiles,
     upcast,
 )
+from kernels.backend import DTYPES
 from kernels.launch import launch
 from kernels.noise import Stem
 
@@ -157,3 +158,25 @@ def attend_with_mass(
     out, lse = attend(q, k, v, rules, q_pos, k_pos, plan, lse=True)
     rest = T - n
     return out, mass(q[:, :, rest:], k, rules, q_pos[:, rest:], k_pos, plan, lse=lse[:, :, rest:])
+
+
+def rehearse(brief: bool = False) -> None:
+    """Call what is here for types, widths, layouts and rules; brief: for one of each."""
+    kinds = [(torch.bfloat16, 128)]
+    if not brief:
+        kinds += [(dtype, D) for dtype in DTYPES for D in (32, 64, 80, 128, 256)]
+    for dtype, D in kinds:
+        q, k = torch.empty(1, 4, 300, D, dtype=dtype), torch.empty(1, 1, 300, D, dtype=dtype)
+        pos = torch.empty(1, 300, dtype=torch.int32)
+        mass(q, k, Rules(1.0), pos, pos[:, None], "tail")
+        mass(q[:, :, :1], k, Rules(1.0), pos[:, :1], pos[:, None], "positions")
+    at = (pos, pos[:, None], "positions")
+    every = Rules(1.0, softcap=1.0, window=9, slopes=torch.empty(4))
+    stem, tau = Stem(torch.zeros(1, 4, 300, dtype=torch.long)), torch.ones(1, 300)
+    mass(q, k, every, *at, stem=stem, tau=tau)
+    mass(q, k, Rules(1.0), *at, weights=tau, squared=True)
+    attend_with_mass(q[:, :, :1], k, k, Rules(1.0), 1, pos[:, :1], *at[1:])
+    if not brief:
+        for rules in (Rules(1.0), Rules(1.0, softcap=1.0), Rules(1.0, window=9), every):
+            for noise, temperature in ((None, 1.0), (stem, 1.0), (stem, 2.0), (None, tau)):
+                mass(q, k, rules, *at, stem=noise, tau=temperature)

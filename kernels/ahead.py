@@ -1,0 +1,84 @@
+"""Compile every Triton kernel for GPUs that need not be here: `python -m kernels.ahead [--brief] [OP ...]`.
+
+Each op's `triton.py` has `rehearse(brief)`, which calls the op for the layouts, widths and types that it serves, or for
+one of each; what these calls would start is compiled to PTX and machine code, and the shared memory of each block is
+held against SHARED_LIMIT.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kernels.backend import interpreted
+from kernels.launch import Variant, noting
+
+CAPABILITIES = (80, 90)
+
+# bytes of shared memory that a block may have on every GPU since compute capability 8.0; 8.6 and 8.9 have the least
+SHARED_LIMIT = 99 * 1024
+
+
+def ops() -> list[str]:
+    """The ops with a Triton form that is started by itself."""
+    here = Path(__file__).parent
+    found = sorted(path.parent.name for path in here.glob("*/triton.py"))
+    return [op for op in found if hasattr(importlib.import_module(f"kernels.{op}.triton"), "rehearse")]
+
+
+def variants(op: str, brief: bool = False) -> list[Variant]:
+    """What the calls that the op rehearses would start, each once."""
+    with noting() as found:
+        importlib.import_module(f"kernels.{op}.triton").rehearse(brief)
+    return list(dict.fromkeys(found))
+
+
+def compiled(variant: Variant, capability: int) -> Any:
+    """The compiled kernel, with `asm["ptx"]`, `asm["cubin"]` and `metadata.shared`. Raises what the compiler raises."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    assert not interpreted(), "kernels that were defined for the interpreter cannot be compiled"
+    kernel, known = variant.kernel, dict(variant.constants)
+    # pointers and strides of real tensors are multiples of 16, which lets loads be wide and asynchronous
+    even = [i for i, (_, kind) in enumerate(variant.signature) if kind.startswith("*")]
+    even += [i for i, (name, kind) in enumerate(variant.signature) if kind == "i32" and "_s" in name]
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(variant.signature),
+        constexprs=known,
+        attrs={(i,): [["tt.divisibility", 16]] for i in even},
+    )
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def main(words: Sequence[str]) -> int:
+    """Compile, a line per kernel and what is wrong with it if anything; returns 1 if anything is."""
+    brief, wrong = "--brief" in words, 0
+    for op in [word for word in words if word != "--brief"] or ops():
+        for variant in variants(op, brief):
+            began, trouble, shared = time.perf_counter(), [], []
+            for capability in CAPABILITIES:
+                try:
+                    made = compiled(variant, capability)
+                except Exception as error:  # a compiler pass fails in its own way
+                    trouble.append(f"sm_{capability}: {type(error).__name__}: {error}")
+                    continue
+                shared.append(made.metadata.shared)
+                if not (made.asm["ptx"] and made.asm["cubin"]):
+                    trouble.append(f"sm_{capability}: no code came out")
+                if made.metadata.shared > SHARED_LIMIT:
+                    trouble.append(f"sm_{capability}: {made.metadata.shared} bytes of shared memory")
+            wrong += bool(trouble)
+            seconds = time.perf_counter() - began
+            print(f"{op} {variant.name}: shared {shared}, {seconds:.1f} s", *trouble, sep="\n  ", flush=True)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

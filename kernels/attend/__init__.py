@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from kernels.attend import reference
+from kernels.attend import compiled, reference
 from kernels.attend.lse import log_sum_exp
 from kernels.attend.reference import visible
 from kernels.backend import on_triton
@@ -82,6 +82,8 @@ def attend_pages(
         from kernels.attend import triton
 
         return triton.attend_pages(q, stored, tail, rules, q_pos)
+    if compiled.serves(q, stored, tail, rules):
+        return compiled.attend_pages(q, stored, tail, rules, q_pos)
     return reference.attend_pages(q, stored, tail, rules, q_pos)
 
 

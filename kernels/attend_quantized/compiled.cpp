@@ -6,18 +6,16 @@
 #include <cstring>
 #include <vector>
 
+#include "../lanes.h"
+
 namespace {
 
-constexpr int LANES = 16;
 constexpr int TILE = 32;    // tokens that are numbers at once: a multiple of the codes that fill whole bytes
 constexpr int WIDEST = 512; // channels of a head
 
-typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef int16_t Shorts __attribute__((vector_size(2 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
-inline Lanes load(const float *at) { return *reinterpret_cast<const Lanes *>(at); }
 inline Lanes twice(const float *at) {
     const float a = at[0], b = at[1];
     return Lanes{a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
@@ -25,7 +23,6 @@ inline Lanes twice(const float *at) {
 inline Ints widen(const uint8_t *at) { // in two steps: some compilers take a single one apart
     return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes *>(at), Shorts), Ints);
 }
-inline void store(float *at, Lanes x) { *reinterpret_cast<Lanes *>(at) = x; }
 
 struct Packed {
     const uint8_t *codes;
@@ -45,12 +42,6 @@ inline float from_half(uint16_t half) {
     bits |= sign;
     std::memcpy(&x, &bits, 4);
     return x;
-}
-
-inline float sum(Lanes x) {
-    float total = 0;
-    for (int i = 0; i < LANES; ++i) total += x[i];
-    return total;
 }
 
 template <int BITS> struct Pack {
@@ -143,31 +134,6 @@ inline int tokens_at(const Packed &x, int64_t t, int64_t to) {
     return std::min<int64_t>(TILE, end - t);
 }
 
-// out[r * stride + t] = q[r]·tile[t] for ROWS rows of q
-template <int ROWS>
-void dots(const float *q, const float *tile, int tokens, int width, float *out, int64_t stride) {
-    for (int t = 0; t < tokens; ++t, tile += width) {
-        Lanes total[ROWS] = {};
-        for (int d = 0; d < width; d += LANES) {
-            const Lanes x = load(tile + d);
-            for (int r = 0; r < ROWS; ++r) total[r] += x * load(q + r * width + d);
-        }
-        for (int r = 0; r < ROWS; ++r) out[r * stride + t] = sum(total[r]);
-    }
-}
-
-// out[r] += sum over t of p[r * stride + t] * tile[t], for VECTORS * LANES channels
-template <int VECTORS>
-void mixes(const float *p, int64_t stride, int64_t rows, const float *tile, int tokens, int width, float *out) {
-    for (int64_t r = 0; r < rows; ++r, p += stride, out += width) {
-        Lanes total[VECTORS] = {};
-        for (int t = 0; t < tokens; ++t)
-            for (int i = 0; i < VECTORS; ++i)
-                total[i] += p[t] * load(tile + t * width + i * LANES);
-        for (int i = 0; i < VECTORS; ++i) store(out + i * LANES, load(out + i * LANES) + total[i]);
-    }
-}
-
 // Where channel d of a head lies in the tiles.
 inline int place(const Packed &x, int d) {
     if (x.dim == 2) return d;
@@ -202,16 +168,7 @@ void packed_dot(const float *q, int64_t heads, int64_t rows, const Packed *keys,
             for (int64_t t = from, tokens; t < to; t += tokens) {
                 tokens = tokens_at(x, t, to);
                 any_numbers(x, head, t, tokens, tile);
-                for (int64_t r = 0; r < rows; r += 4) {
-                    const float *mine = own.data() + r * x.width;
-                    float *result = out + (head * rows + r) * stride + t;
-                    switch (std::min<int64_t>(4, rows - r)) {
-                    case 1: dots<1>(mine, tile, tokens, x.width, result, stride); break;
-                    case 2: dots<2>(mine, tile, tokens, x.width, result, stride); break;
-                    case 3: dots<3>(mine, tile, tokens, x.width, result, stride); break;
-                    default: dots<4>(mine, tile, tokens, x.width, result, stride);
-                    }
-                }
+                dots(own.data(), rows, tile, tokens, x.width, out + head * rows * stride + t, stride);
             }
         }
 }
@@ -230,12 +187,7 @@ void packed_mix(const float *p, int64_t stride, int64_t heads, int64_t rows, con
             for (int64_t t = from, tokens; t < to; t += tokens) {
                 tokens = tokens_at(x, t, to);
                 any_numbers(x, head, t, tokens, tile);
-                const float *weights = p + head * rows * stride + t;
-                int d = 0;
-                for (; d + 4 * LANES <= x.width; d += 4 * LANES)
-                    mixes<4>(weights, stride, rows, tile + d, tokens, x.width, total.data() + d);
-                for (; d < x.width; d += LANES)
-                    mixes<1>(weights, stride, rows, tile + d, tokens, x.width, total.data() + d);
+                mixes(p + head * rows * stride + t, stride, rows, tile, tokens, x.width, total.data());
             }
             float *result = out + (i * heads + head) * rows * x.width;
             for (int64_t r = 0; r < rows; ++r)

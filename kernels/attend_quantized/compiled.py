@@ -32,7 +32,8 @@ def serves(q: Tensor, keys: tuple[Packed | None, Tensor], values: tuple[Packed |
     """Whether the loops take these codes, for these queries."""
     sides = [(packed, recent.shape[-1]) for packed, recent in (keys, values) if packed is not None]
     fit = all(
-        width % LANES == 0 and width <= WIDEST and all(map(_evenly_apart, packed.tensors())) for packed, width in sides
+        width % LANES == 0 and width <= WIDEST and all(map(compiled.evenly_apart, packed.tensors()))
+        for packed, width in sides
     )
     return fit and compiled.on_compiled(q, *(packed.codes for packed, _ in sides))
 
@@ -61,12 +62,6 @@ def mix(p: Tensor, packed: Packed) -> Tensor:
         p.data_ptr(), p.stride(2), B * H, R, _view(packed, width), out.data_ptr(), pieces, torch.get_num_threads()
     )
     return out[0] if pieces == 1 else out.sum(0)
-
-
-def _evenly_apart(x: Tensor) -> bool:
-    """Whether the heads of all rows of x [B, H, n, m] lie equally far apart, each of them without gaps."""
-    apart, row, element = x.stride()[1:]
-    return (len(x) == 1 or x.stride(0) == x.shape[1] * apart) and (row, element) == (x.shape[3], 1)
 
 
 def _view(packed: Packed, width: int) -> _Packed:

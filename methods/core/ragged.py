@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import attend
-from kernels.attend.reference import attend_pages
+from kernels.attend import attend, attend_pages
 from kernels.select import pages
 from methods.core.contract import Step
 from methods.core.store import Store
@@ -110,7 +109,7 @@ class RaggedStore(Store):
             (self.pages["k"], self.pages["v"], self.pages["pos"], self.page_row),
             (self.k, self.v, super().pos),
             step.rules,
-            step.pos,
+            q_pos=step.pos,
         )
 
     def _mass_layout(self, step: Step, q_pos: Tensor) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from kernels import Rules, backend, compiled
+from kernels.attend import attend_pages
+from kernels.attend import compiled as attend_compiled
 from kernels.attend_quantized import attend_quantized
 from kernels.attend_quantized import compiled as form
 from kernels.quantize import Packed, dequantize, quantize
@@ -181,3 +183,63 @@ def test_the_process_keeps_its_small_numbers():
     root = Path(compiled.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=100)
     assert done.stdout.strip() == "True", done.stderr
+
+
+def slots(counts: list[int], t: int, H: int, D: int, Dv: int, page: int = 16) -> tuple:
+    """Ragged pages and a tail of random slots: counts per row and head; places that are not used hold anything."""
+    g = torch.Generator().manual_seed(sum(counts) + t)
+    owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor([-(-n // page) for n in counts]))
+    k, v = (torch.randn(len(owner), page, d, generator=g) for d in (D, Dv))
+    pos = torch.full((len(owner), page), -1, dtype=torch.int32)
+    for row, n in enumerate(counts):
+        places = pos[owner == row].flatten()
+        places[:n] = torch.randperm(900, generator=g)[:n].sort().values
+        pos[owner == row] = places.view(-1, page)
+    B = len(counts) // H
+    tail = *(torch.randn(B, H, t + 7, d, generator=g)[:, :, :t] for d in (D, Dv)), torch.arange(900, 900 + t)
+    return (k, v, pos, owner), (*tail[:2], tail[2].int().expand(B, H, -1))
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(
+    ("counts", "t", "H", "G", "D", "Dv"),
+    [
+        ([16, 1, 40, 0], 5, 2, 3, 64, 64),
+        ([0, 0], 1, 2, 1, 32, 16),
+        ([700, 3], 0, 2, 4, 128, 128),
+        ([63, 17, 16, 1, 0, 200], 20, 3, 8, 80, 80),
+    ],
+)
+def test_pages_and_tail_are_one_softmax(counts, t, H, G, D, Dv, window, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    stored, tail = slots(counts, t, H, D, Dv)
+    B, rules = len(counts) // H, Rules(D**-0.5, window=window)
+    q, q_pos = torch.randn(B, H * G, 1, D) * 3, torch.tensor([[900 + t, 905]])[:, :B].int().T
+    assert attend_compiled.serves(q, stored, tail, rules)
+    out = attend_pages(q, stored, tail, rules, q_pos=q_pos)
+    assert torch.equal(out, attend_pages(q, stored, tail, rules, q_pos=q_pos))  # whichever thread comes first
+    backend.use("reference")
+    torch.testing.assert_close(out, attend_pages(q, stored, tail, rules, q_pos=q_pos), atol=1e-5, rtol=1e-5)
+
+
+@needs_compiler
+def test_a_huge_logit_and_a_query_that_sees_nothing_stay_finite():
+    stored, tail = slots([40, 0], 3, 1, 64, 64)
+    stored[0][1, 2] = 1e4
+    q, q_pos = torch.ones(2, 2, 1, 64), torch.tensor([[902], [-1]], dtype=torch.int32)
+    out = attend_pages(q, stored, tail, Rules(1.0), q_pos=q_pos)
+    torch.testing.assert_close(out[0, :, 0], stored[1][1, 2].expand(2, -1))
+    assert (out[1] == 0).all()
+
+
+@needs_compiler
+def test_pages_under_rules_that_the_loops_do_not_know_stay_in_pytorch():
+    stored, tail = slots([40, 20], 3, 2, 64, 64)
+    q = torch.randn(1, 4, 1, 64)
+    assert attend_compiled.serves(q, stored, tail, Rules(1.0, window=7))
+    assert not attend_compiled.serves(q, stored, tail, Rules(1.0, softcap=5.0))
+    assert not attend_compiled.serves(q, stored, tail, Rules(1.0, slopes=torch.ones(4)))
+    assert not attend_compiled.serves(q.double(), stored, tail, Rules(1.0))
+    assert not attend_compiled.serves(q, stored, tuple(x.mT.contiguous().mT for x in tail[:2]) + tail[2:], Rules(1.0))

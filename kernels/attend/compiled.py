@@ -1,0 +1,76 @@
+"""`attend_pages` on a CPU in C++: pages are read where they lie, one pass over keys and one over values."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kernels import compiled
+
+if TYPE_CHECKING:
+    from kernels.attend import Rules
+
+# channels of a head come in whole vectors
+LANES = 16
+
+
+class _Pages(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in "q k v pos owner tail_k tail_v tail_pos q_pos out".split()),
+        *((name, c_int64) for name in "rows heads group width value_width pages page tail".split()),
+        *((name, c_int64) for name in "tail_k_stride tail_v_stride tail_pos_batch tail_pos_head window".split()),
+        ("scale", c_float),
+        ("threads", c_int32),
+    ]
+
+
+def serves(
+    q: Tensor, stored: tuple[Tensor, Tensor, Tensor, Tensor], tail: tuple[Tensor, Tensor, Tensor], rules: Rules
+) -> bool:
+    """Whether the loops take these slots and rules; layouts as in `attend_pages`."""
+    k, v, pos, _ = stored
+    return (
+        rules.plain
+        and all(x.dtype == torch.float32 for x in (q, k, v, *tail[:2]))
+        and all(x.shape[-1] % LANES == 0 for x in (k, v))
+        and all(x.is_contiguous() for x in stored)
+        and all(compiled.evenly_apart(x) for x in tail[:2])
+        and pos.dtype == tail[2].dtype == torch.int32
+        and tail[2].stride(2) == 1
+        and compiled.on_compiled(q, k, v)
+    )
+
+
+def attend_pages(
+    q: Tensor,
+    stored: tuple[Tensor, Tensor, Tensor, Tensor],
+    tail: tuple[Tensor, Tensor, Tensor],
+    rules: Rules,
+    q_pos: Tensor,
+) -> Tensor:
+    """What `kernels.attend.attend_pages` gives, of pages whose owners ascend."""
+    (k, v, pos, owner), (k_tail, v_tail, tail_pos) = stored, tail
+    B, Hq, _, D = q.shape
+    H = k_tail.shape[1]
+    q, q_pos = q.contiguous(), q_pos.to(torch.int32).contiguous()
+    out = q.new_empty(B, Hq, 1, v.shape[-1])
+    pointers = [x.data_ptr() for x in (q, k, v, pos, owner, k_tail, v_tail, tail_pos, q_pos, out)]
+    sizes = B * H, H, Hq // H, D, v.shape[-1], *pos.shape, tail_pos.shape[2]
+    strides = k_tail.stride(1), v_tail.stride(1), tail_pos.stride(0), tail_pos.stride(1)
+    _library().attend_pages(
+        _Pages(*pointers, *sizes, *strides, rules.window or 0, rules.scale, torch.get_num_threads())
+    )
+    return out
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    found = compiled.library()
+    assert found is not None, "asked before"
+    found.attend_pages.argtypes, found.attend_pages.restype = [ctypes.POINTER(_Pages)], None
+    return found

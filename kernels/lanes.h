@@ -1,0 +1,86 @@
+// Vectors of floats for the C++ forms, and the two products that attention is made of.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int LANES = 16;
+
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+inline Lanes load(const float *at) { return *reinterpret_cast<const Lanes *>(at); }
+inline void store(float *at, Lanes x) { *reinterpret_cast<Lanes *>(at) = x; }
+
+inline float sum(Lanes x) {
+    float total = 0;
+    for (int i = 0; i < LANES; ++i) total += x[i];
+    return total;
+}
+
+// out[r * stride + t] = q[r]·k[t] for ROWS rows of q
+template <int ROWS>
+inline void dots_of(const float *q, const float *k, int tokens, int width, float *out, int64_t stride) {
+    for (int t = 0; t < tokens; ++t, k += width) {
+        Lanes total[ROWS] = {};
+        for (int d = 0; d < width; d += LANES) {
+            const Lanes x = load(k + d);
+            for (int r = 0; r < ROWS; ++r) total[r] += x * load(q + r * width + d);
+        }
+        for (int r = 0; r < ROWS; ++r) out[r * stride + t] = sum(total[r]);
+    }
+}
+
+// out[r * stride + t] = q[r]·k[t], k [tokens, width]
+inline void dots(const float *q, int64_t rows, const float *k, int tokens, int width, float *out, int64_t stride) {
+    for (int64_t r = 0; r < rows; r += 4, q += 4 * width, out += 4 * stride) switch (rows - r) {
+        case 1: dots_of<1>(q, k, tokens, width, out, stride); break;
+        case 2: dots_of<2>(q, k, tokens, width, out, stride); break;
+        case 3: dots_of<3>(q, k, tokens, width, out, stride); break;
+        default: dots_of<4>(q, k, tokens, width, out, stride);
+        }
+}
+
+// out[r] += sum over t of p[r * stride + t] * v[t], for VECTORS * LANES channels
+template <int VECTORS>
+inline void mixes_of(const float *p, int64_t stride, int64_t rows, const float *v, int tokens, int width, float *out) {
+    for (int64_t r = 0; r < rows; ++r, p += stride, out += width) {
+        Lanes total[VECTORS] = {};
+        for (int t = 0; t < tokens; ++t)
+            for (int i = 0; i < VECTORS; ++i) total[i] += p[t] * load(v + t * width + i * LANES);
+        for (int i = 0; i < VECTORS; ++i) store(out + i * LANES, load(out + i * LANES) + total[i]);
+    }
+}
+
+// out[r] += sum over t of p[r * stride + t] * v[t], v [tokens, width]
+inline void mixes(const float *p, int64_t stride, int64_t rows, const float *v, int tokens, int width, float *out) {
+    int d = 0;
+    for (; d + 4 * LANES <= width; d += 4 * LANES) mixes_of<4>(p, stride, rows, v + d, tokens, width, out + d);
+    for (; d < width; d += LANES) mixes_of<1>(p, stride, rows, v + d, tokens, width, out + d);
+}
+
+// e to the power of x for x <= 0, to about 1e-7 of itself; 0 below -87
+inline Lanes exponential(Lanes x) {
+    const Ints small = x < -87.0f;
+    const Lanes y = x * 1.44269504f; // in powers of two
+    const Ints whole = __builtin_convertvector(y - 0.5f, Ints); // towards zero, so the rest lies in -1/2 … 1/2
+    const Lanes n = __builtin_convertvector(whole, Lanes);
+    const Lanes rest = (x - n * 0.693359375f) - n * -2.12194440e-4f; // ln 2 in two parts, the first one exact
+    // Taylor's series: |rest| is at most ln 2 / 2, where the next term is 6e-9
+    Lanes power = rest * (1.0f / 5040) + 1.0f / 720;
+    power = power * rest + 1.0f / 120;
+    power = power * rest + 1.0f / 24;
+    power = power * rest + 1.0f / 6;
+    power = power * rest + 0.5f;
+    power = power * rest + 1.0f;
+    power = power * rest + 1.0f;
+    const Ints bits = (whole + 127) << 23; // 2 to the power of n
+    Lanes scale;
+    std::memcpy(&scale, &bits, sizeof scale);
+    const Lanes result = power * scale, zero = {};
+    return small ? zero : result;
+}
+
+} // namespace

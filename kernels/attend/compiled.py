@@ -21,12 +21,13 @@ LANES = 16
 
 class _Pages(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in "q k v pos owner tail_k tail_v tail_pos q_pos out".split()),
-        *((name, c_int64) for name in "rows heads group width value_width pages page tail".split()),
-        *((name, c_int64) for name in "tail_k_stride tail_v_stride tail_pos_batch tail_pos_head window".split()),
-        ("scale", c_float),
-        ("threads", c_int32),
-    ]
+        ("q", c_void_p), ("k", c_void_p), ("v", c_void_p), ("pos", c_void_p), ("owner", c_void_p),
+        ("tail_k", c_void_p), ("tail_v", c_void_p), ("tail_pos", c_void_p), ("q_pos", c_void_p), ("out", c_void_p),
+        ("rows", c_int64), ("heads", c_int64), ("group", c_int64), ("width", c_int64), ("value_width", c_int64),
+        ("pages", c_int64), ("page", c_int64), ("tail", c_int64), ("tail_k_stride", c_int64),
+        ("tail_v_stride", c_int64), ("tail_pos_batch", c_int64), ("tail_pos_head", c_int64), ("window", c_int64),
+        ("scale", c_float), ("threads", c_int32),
+    ]  # fmt: skip
 
 
 def serves(

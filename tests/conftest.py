@@ -15,6 +15,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Triton asks when it is first imported, and models import it: without a GPU its kernels run in its interpreter
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 WORDS = "the cat sat on a mat and read about a long river in the north where nobody answers questions"
 

@@ -1,0 +1,73 @@
+"""Running an op in Triton beside its reference: natively on a GPU, in Triton's interpreter elsewhere."""
+
+import os
+import random
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import backend
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# what rounding inputs and weights to a type costs an output of size one
+TOLERANCE = {torch.float32: 3e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
+
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the same test runs natively")
+on_each_device = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=needs_interpreter), pytest.param("cuda", marks=pytest.mark.cuda)]
+)
+
+
+@contextmanager
+def using(name: str):
+    """Inside, ops run in this form."""
+    before = backend.chosen()
+    backend.use(name)
+    try:
+        yield
+    finally:
+        backend.use(before)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Memory that an op asks for holds NaN, or a number that no result is, until the op writes it."""
+
+    def filled(make):
+        def made(*args, **kwargs) -> Tensor:
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(77)
+
+        return made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty", filled(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """Fresh numbers in every run; a failing test shows the seed, KVFRONTIER_TEST_SEED brings it back."""
+    seed = int(os.environ.get("KVFRONTIER_TEST_SEED", random.SystemRandom().getrandbits(31)))
+    print(f"KVFRONTIER_TEST_SEED={seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+def moved(device: str, *things):
+    """Tensors, and those in tuples, on the device; anything else as it is."""
+    out = []
+    for one in things:
+        if isinstance(one, Tensor):
+            one = one.to(device)
+        elif isinstance(one, tuple):
+            one = moved(device, *one)
+        out.append(one)
+    return tuple(out)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float) -> None:
+    """Finite where b is, equal where b is infinite, and as near as the tolerance allows in units of b."""
+    a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)

@@ -1,0 +1,213 @@
+"""`attend` in Triton against its definition; poisoned outputs, fresh numbers, odd sizes."""
+
+import itertools
+
+import pytest
+import torch
+
+from kernels import Rules, attend, attend_pages, attend_with_lse
+from tests.kernels.both_forms import DTYPES, TOLERANCE, close, generator, moved, on_each_device, poison, using
+from tests.kernels.formula import formula
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("poison")
+__all__ = ["generator", "poison"]
+
+RULES = {
+    "plain": {},
+    "window": {"window": 5},
+    "softcap": {"softcap": 1.5},
+    "slopes": {"slopes": True},
+    "all rules": {"window": 5, "softcap": 1.5, "slopes": True},
+}
+
+
+class Case:
+    """Random inputs, queries of T newest tokens over S slots."""
+
+    def __init__(self, g, heads=(4, 2), T=1, S=63, D=32, B=1, dtype=torch.float32, DV=None):
+        Hq, H = heads
+        shapes = ((B, Hq, T, D), (B, H, S, D), (B, H, S, DV or D))
+        self.q, self.k, self.v = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
+        self.q_pos = torch.arange(S - T, S, dtype=torch.int32).expand(B, -1)
+        self.k_pos = torch.arange(S, dtype=torch.int32).expand(B, 1, -1)
+        self.slopes = torch.rand(Hq, generator=g)
+
+    def rules(self, name, device="cpu"):
+        given = dict(RULES[name])
+        if given.get("slopes"):
+            given["slopes"] = self.slopes.to(device)
+        return Rules(self.q.shape[-1] ** -0.5, **given)
+
+    def check(self, device, rules="plain", plan="positions", splits=None):
+        q, k, v, q_pos, k_pos = moved(device, self.q, self.k, self.v, self.q_pos, self.k_pos)
+        with using("triton"):
+            if splits is None:
+                out = attend(q, k, v, self.rules(rules, device), q_pos=q_pos, k_pos=k_pos, plan=plan)
+            else:
+                from kernels.attend import triton
+
+                out = triton.attend(q, k, v, self.rules(rules, device), q_pos, k_pos, plan, splits=splits)[0]
+        assert out.dtype == self.q.dtype
+        expected = formula(self.q, self.k, self.v, self.rules(rules), self.q_pos, self.k_pos)
+        close(out, expected, TOLERANCE[self.q.dtype])
+        return out
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [32, 64, 80, 128, 256])
+def test_a_turn_of_any_width_type_and_group_is_the_formula(D, dtype, device, generator):
+    for G in (1, 4, 8):
+        Case(generator, (G, 1), T=3, S=63, D=D, dtype=DTYPES[dtype]).check(device)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("G", [1, 4, 8])
+@pytest.mark.parametrize("S", [1, 63, 1000])
+def test_a_decoded_token_is_the_formula_however_the_slots_are_split(S, G, dtype, device, generator):
+    case = Case(generator, (G, 1), S=S, D=64, dtype=DTYPES[dtype])
+    for plan, splits in (("all", 3), ("positions", 1)):
+        case.check(device, plan=plan, splits=splits)
+
+
+@on_each_device
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
+@pytest.mark.parametrize("T", [1, 63])
+def test_the_causal_plan_is_the_formula(T, heads, rules, device, generator):
+    Case(generator, heads, T=T, S=T, DV=16).check(device, rules, "causal")
+
+
+@on_each_device
+@pytest.mark.parametrize("rules", ["plain", "softcap", "slopes"])  # under a window not all slots are seen
+def test_all_slots_are_the_formula(rules, device, generator):
+    Case(generator, B=2).check(device, rules, "all", splits=2)
+
+
+@on_each_device
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 150), (20, 63)])
+def test_positions_with_padding_and_a_set_per_head_are_the_formula(T, S, rules, device, generator):
+    case = Case(generator, T=T, S=S, B=2)
+    k_pos = torch.rand(2, 2, 3 * S, generator=generator).argsort(-1)[..., :S].int()  # any order, any gaps
+    k_pos[torch.rand(k_pos.shape, generator=generator) < 0.2] = -1
+    q_pos = torch.randint(S, 3 * S, (2, T), generator=generator)
+    q_pos[1, 0] = -1
+    case.q_pos, case.k_pos = q_pos, k_pos
+    for splits in (1, 2):
+        out = case.check(device, rules, splits=splits)
+        assert (out[1, :, 0] == 0).all()
+
+
+@on_each_device
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("rules", ["plain", "all rules"])
+def test_rows_that_see_nothing_give_zero_and_spoil_no_other(rules, splits, device, generator):
+    case = Case(generator, T=3, S=300, B=2)
+    case.k_pos = torch.full((2, 1, 300), -1)
+    case.k_pos[1, 0, :20] = torch.arange(7, 27)  # row 0 all padding, row 1 all in the future at first
+    case.q_pos = torch.tensor([[0, 1, 2], [5, 6, 9]])
+    out = case.check(device, rules, splits=splits)
+    assert (out[0] == 0).all() and (out[1, :, :2] == 0).all() and (out[1, :, 2] != 0).any()
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plan", ["all", "positions"])
+def test_one_huge_logit_takes_all_and_nothing_overflows(plan, dtype, device, generator):
+    case = Case(generator, S=150, dtype=DTYPES[dtype])
+    case.q, case.k[:, :, 60] = case.q.abs() + 0.1, 1e4
+    out = case.check(device, plan=plan, splits=2)
+    close(out, case.v[:, :, 60:61].repeat_interleave(2, 1), TOLERANCE[DTYPES[dtype]])
+
+
+@on_each_device
+def test_equal_keys_give_the_mean_of_the_values(device, generator):
+    case = Case(generator, S=300)
+    case.k = torch.ones_like(case.k)
+    out = case.check(device, plan="all", splits=2)
+    close(out, case.v.double().mean(2, keepdim=True).repeat_interleave(2, 1), 1e-6)
+
+
+@on_each_device
+def test_tensors_that_are_views_of_larger_ones_are_read_where_they_lie(device, generator):
+    case = Case(generator, T=2, S=63, B=2)
+    nan = torch.full((2, 2, 40, 32), torch.nan)
+    # buffers with free places behind the slots, queries from a fused projection
+    case.k, case.v = (torch.cat((x, nan), 2)[:, :, :63] for x in (case.k, case.v))
+    case.q = case.q.transpose(1, 2).contiguous().transpose(1, 2)
+    case.k_pos = torch.cat((case.k_pos, case.k_pos), -1)[..., :63].expand(2, 2, -1)
+    case.check(device)
+    case.check(device, plan="positions", splits=2)
+
+
+@on_each_device
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("rules", ["plain", "all rules"])
+def test_the_log_sum_exp_is_the_reference_s(rules, splits, device, generator):
+    from kernels.attend import triton
+
+    case = Case(generator, T=3, S=150, B=2)
+    case.k_pos = case.k_pos.repeat(1, 2, 1)
+    case.k_pos[1, 0] = -1
+    at = {"q_pos": case.q_pos, "k_pos": case.k_pos}
+    with using("reference"):
+        _, expected = attend_with_lse(case.q, case.k, case.v, case.rules(rules), **at)
+    given = moved(device, case.q, case.k, case.v)
+    at = moved(device, case.q_pos, case.k_pos)
+    out, lse = triton.attend(*given, case.rules(rules, device), *at, "positions", lse=True, splits=splits)
+    close(lse, expected, 1e-5)
+    assert (lse[1, :2] == -torch.inf).all()
+    alone = triton.attend(*given[:2], None, case.rules(rules, device), *at, "positions", lse=True, splits=splits)
+    assert alone[0] is None
+    close(alone[1], expected, 1e-5)
+    assert not out.isnan().any()
+
+
+def test_the_reference_s_log_sum_exp_is_the_formula_s(generator):
+    case = Case(generator, T=7, S=40, B=2)
+    case.v = torch.ones_like(case.v)
+    out, lse = attend_with_lse(case.q, case.k, case.v, case.rules("plain"), q_pos=case.q_pos, k_pos=case.k_pos)
+    x = (case.q.double() @ case.k.double().repeat_interleave(2, 1).mT) * 32**-0.5
+    seen = case.q_pos[:, None, :, None] >= case.k_pos[:, :, None]
+    close(lse, x.masked_fill(~seen, -torch.inf).logsumexp(-1), 1e-6)
+    close(out, torch.ones_like(out), 1e-6)
+
+
+@on_each_device
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize(("t", "splits"), [(0, 1), (1, 3), (9, 2)])
+def test_pages_and_tail_are_one_softmax(t, splits, rules, device, generator):
+    B, (Hq, H), page, S = 2, (4, 2), 16, 112
+    counts = [9, 0, 100, 31]
+    case = Case(generator, (Hq, H), S=S + t, B=B)
+    case.k_pos = torch.arange(S + t).repeat(B, H, 1)
+    for r, n in enumerate(counts):
+        case.k_pos[r // H, r % H, n:S] = -1
+    case.q_pos = torch.full((B, 1), S + t)
+    rows = torch.cat([torch.full((-(-n // page),), r) for r, n in enumerate(counts)]).long()
+    first = torch.cat([torch.arange(-(-n // page)) * page for n in counts]).long()
+    at = first[:, None] + torch.arange(page)
+    stored = tuple(x.flatten(0, 1)[rows[:, None], at] for x in (case.k, case.v, case.k_pos))
+    tail = tuple(x[:, :, S:] for x in (case.k, case.v, case.k_pos))
+    expected = formula(case.q, case.k, case.v, case.rules(rules), case.q_pos, case.k_pos)
+    q, stored, tail, q_pos = moved(device, case.q, (*stored, rows), tail, case.q_pos)
+    with using("triton"):
+        close(attend_pages(q, stored, tail, case.rules(rules, device), q_pos=q_pos), expected, 3e-5)
+    from kernels.attend import triton
+
+    close(triton.attend_pages(q, stored, tail, case.rules(rules, device), q_pos, splits=splits), expected, 3e-5)
+
+
+def test_splits_fill_the_device_and_never_fall_below_what_is_worth_a_program(monkeypatch):
+    from kernels.attend import triton
+
+    monkeypatch.setattr(triton, "processors", lambda device: 132)
+    gpu = torch.device("cuda")
+    assert triton.pick_splits(gpu, 8, 32_768) == 33  # one sequence of eight KV heads
+    assert triton.pick_splits(gpu, 128, 32_768) == 2
+    assert triton.pick_splits(gpu, 4096, 32_768) == 1
+    for programs, S in itertools.product((1, 7, 100), (0, 1, 255, 256, 1000, 131_072)):
+        assert 1 <= triton.pick_splits(gpu, programs, S) <= max(1, S // triton.LEAST_SPLIT)

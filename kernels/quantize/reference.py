@@ -56,13 +56,8 @@ def codes_per_pack(bits: int) -> int:
     return 8 if bits == 3 else 8 // bits
 
 
-def quantize(x: Tensor, bits: int, group: int, dim: int, zero: str = "float") -> Packed:
-    """x [B, H, n, D] as codes, rounded to the nearest, halves to even.
-
-    dim: 2 for groups of tokens of one channel, 3 for groups of channels of one token; `group` divides its length and
-    is a multiple of codes_per_pack(bits). zero: "float" puts a group's minimum on the grid; "int" takes the grid of
-    multiples of the scale. Offsets and scales beyond float16 are cut to its largest number.
-    """
+def quantize(x: Tensor, bits: int, group: int, dim: int, zero: str) -> Packed:
+    """Groups in blocks of tokens."""
     assert x.shape[dim] % group == 0 and group % codes_per_pack(bits) == 0, "codes and groups fill whole bytes"
     size = BLOCK if dim == 3 else max(1, BLOCK // group) * group
     parts = [_quantize(x[:, :, i : i + size], bits, group, dim, zero) for i in range(0, max(1, x.shape[2]), size)]
@@ -70,8 +65,8 @@ def quantize(x: Tensor, bits: int, group: int, dim: int, zero: str = "float") ->
     return Packed(codes, scale, offset, bits, group, dim)
 
 
-def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What the codes stand for, [B, H, n, D]."""
+def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """Whole groups of tokens at a time."""
     n, size = len(packed), max(1, BLOCK // packed.group) * packed.group
     blocks = [_dequantize(packed.narrow(i, min(size, n - i))).to(dtype) for i in range(0, max(1, n), size)]
     return torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]

@@ -2,14 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from methods.core.errors import UserError
-from tasks.sources import expand, parse_rows, unreachable
+from tasks.sources import cached_only, expand, hub_trouble, parse_rows
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 ASSETS = Path(__file__).parent.parent / "assets"
 
 
@@ -82,25 +84,35 @@ def read_files(task: str, data: str, suffixes: Sequence[str] = (".jsonl", ".json
 
 
 def hub_rows(task: str, repo: str, name: str | None, split: str, revision: str) -> tuple[list[dict[str, Any]], str]:
-    """The rows of a dataset of the hub, and where they are from.
+    """The rows of a dataset of the hub, and where they are from: repository, split, revision and its commit.
 
-    Raises UserError within seconds if it is neither in the cache nor to be had.
+    Without a way to the hub, what was downloaded before. Raises UserError within seconds if it is not there either.
     """
-    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+    from huggingface_hub.constants import ENDPOINT
 
-    trouble = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else unreachable(ENDPOINT)
-    if trouble is None:
+    trouble = hub_trouble()
+    with cached_only(trouble is not None):
         import datasets
 
         try:
-            rows = [dict(row) for row in datasets.load_dataset(repo, name, split=split, revision=revision)]
-            return rows, f"hub, {repo}, {split}, revision {revision}"
+            found = datasets.load_dataset(repo, name, split=split, revision=revision)
+            commit = commit_of(found.cache_files)
+            if trouble and COMMIT.fullmatch(revision) and commit != revision:
+                raise FileNotFoundError(f"{trouble}, and in the cache is {commit or 'another commit'}")
+            where = f"hub, {repo}, {split}, revision {revision}"
+            return [dict(row) for row in found], f"{where} ({commit[:12]})" if commit not in ("", revision) else where
         except (OSError, ValueError) as error:
-            trouble = str(error).strip().split("\n")[0]
+            problem = trouble or str(error).strip().split("\n")[0]
     raise UserError(
-        f"{task}: task.data=hub: {repo} at task.revision={revision} cannot be fetched from {ENDPOINT} ({trouble}); "
-        "offline, give task.data=PATH of its rows as JSONL, or task.data=bundled"
+        f"{task}: task.data=hub: {repo} at task.revision={revision} cannot be fetched from {ENDPOINT} ({problem}), and "
+        "was not before; offline, give task.data=PATH of its rows as JSONL, or task.data=bundled"
     )
+
+
+def commit_of(cache_files: Sequence[Mapping[str, str]]) -> str:
+    """The commit that a dataset of the hub's cache belongs to: the folder of its files; "" if it has another name."""
+    name = Path(cache_files[0]["filename"]).parent.name if cache_files else ""
+    return name if COMMIT.fullmatch(name) else ""
 
 
 def check_limit(task: str, limit: int | None) -> None:

@@ -12,7 +12,8 @@ from functools import cached_property
 
 from methods.core.errors import UserError
 from tasks.documents import prose
-from tasks.sources import expand, unreachable
+from tasks.files import hub_rows
+from tasks.sources import expand
 from tasks.tokens import Tokens
 
 BUFFER = 200  # tokens that the original keeps free for instructions, question and answer
@@ -49,7 +50,8 @@ def read_haystack(data: str, revision: str = "main") -> Haystack:
     if data == "prose":
         return Haystack("\n".join([*prose("held_out"), *prose("train")]), "bundled prose")
     if data == "hub":
-        return Haystack("\n".join(_essays(revision)), f"hub, {ESSAYS}")
+        rows, where = hub_rows("essays", ESSAYS, None, "train", revision)
+        return Haystack("\n".join(row["text"] for row in rows), where)
     path = expand(data)
     files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md")) if path.is_dir() else [path]
     try:
@@ -59,23 +61,6 @@ def read_haystack(data: str, revision: str = "main") -> Haystack:
     if not text.strip():
         raise UserError(f"task.data={data}: no text; give a text file, or a folder with .txt or .md files")
     return Haystack(text, data)
-
-
-def _essays(revision: str) -> list[str]:
-    from huggingface_hub import constants
-
-    trouble = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable(constants.ENDPOINT)
-    try:
-        from datasets import load_dataset
-
-        if trouble:
-            raise OSError(trouble)
-        return list(load_dataset(ESSAYS, split="train", revision=revision)["text"])
-    except Exception as error:  # the library has many ways to fail
-        raise UserError(
-            f"task.data=hub: {ESSAYS} cannot be loaded ({str(error).strip().splitlines()[0]}); offline, give "
-            "task.data=DIR with texts, or task.data=prose"
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from methods.core.errors import UserError
 from tasks import remarks
 from tasks.base import Choice, Example, Row, Task, mean_by_category
 from tasks.choice_rows import read_rows
-from tasks.files import ASSETS, check_limit
+from tasks.files import ASSETS, check_limit, commit_of
 from tasks.prompts import lm_eval_folder, lm_eval_version
-from tasks.sources import expand
+from tasks.sources import cached_only, expand, hub_trouble
 
 VERSION = "1"  # goes into every record; raise it when a score could change
 FEW_SHOT_SEED = 1234  # of lm_eval's own runs
@@ -66,6 +66,7 @@ class LmEval(Task):
     include: a folder with task files of one's own, as lm_eval's include_path; "bundled" data are then what they name.
     stride: tokens of a choice that are fed at once; None: all. 1 is exact for methods that drop while they decode.
     limit: items per task; None takes all.
+    revision: of the data on the hub, the same for all tasks; None: what each task names, which is mostly the newest.
     """
 
     tasks: Sequence[str] | str | None = None
@@ -74,6 +75,7 @@ class LmEval(Task):
     include: str | None = None
     stride: int | None = None
     limit: int | None = None
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         check_limit("lm_eval", self.limit)
@@ -84,6 +86,8 @@ class LmEval(Task):
         self.data = str(self.data)
         if self.tasks is None and self.data != "bundled" and self.include is None:
             raise UserError(f"lm_eval: task.data={self.data}: which tasks? Give task.tasks, such as [piqa,copa]")
+        if self.revision is not None and self.data != "hub":
+            raise UserError(f"lm_eval: task.revision={self.revision} with task.data={self.data}; give task.data=hub")
 
     @property
     def name(self) -> str:
@@ -96,9 +100,16 @@ class LmEval(Task):
         for name, task in self._loaded.items():
             n, split = len(task.eval_docs), task.config.test_split or task.config.validation_split
             odd = f", not the published {ITEMS[name]}" if ITEMS.get(name, n) != n else ""
-            found.append(f"{name} ({split}, {n} items{odd})")
+            found.append(f"{name} ({self._repository(task)}{split}, {n} items{odd})")
         where = "bundled" if self._bundled else self.data
         return f"{self.name} ({where}): {', '.join(found)}; {len(self._examples)} samples, lm_eval {lm_eval_version()}"
+
+    def _repository(self, task: Any) -> str:
+        """The repository and the commit of a task's data, where they are from the hub."""
+        if self.data != "hub":
+            return ""
+        found = commit_of(next(iter(task.dataset.values())).cache_files)
+        return f"{task.config.dataset_path}{f' at {found[:12]}' if found else ''}, "
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -218,12 +229,16 @@ class LmEval(Task):
             # lm_eval looks into its training split even where it draws nothing from it
             rows = {"train": [], **read_rows(name, BUNDLED if self._bundled else expand(self.data))}
             own |= {"custom_dataset": lambda **_: _data_sets(rows), "dataset_kwargs": None}
+        if self.revision is not None:
+            own["dataset_kwargs"] = {"revision": self.revision}
+        trouble = hub_trouble() if self.data == "hub" else None
         try:
-            # what `load` does with a name, but with settings of our own
-            built = manager._factory.build(manager.task_index[name], overrides=own, registry=manager.task_index)
-            return list(manager.load(built)["tasks"].values())
+            with cached_only(trouble is not None):
+                # what `load` does with a name, but with settings of our own
+                built = manager._factory.build(manager.task_index[name], overrides=own, registry=manager.task_index)
+                return list(manager.load(built)["tasks"].values())
         except (OSError, ValueError, KeyError, IndexError, AssertionError) as error:
-            problem = str(error).strip().split("\n")[0]
+            problem = trouble or str(error).strip().split("\n")[0]
             raise UserError(
                 f"lm_eval: task.tasks={name}: task.data={self.data} does not give its items ({problem}); "
                 "offline, give task.data=DIR with <task>/<split>.jsonl, or task.data=bundled"

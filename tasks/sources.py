@@ -7,7 +7,8 @@ import threading
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,7 @@ def from_hub(revision: str) -> Path:
         return get(cached=True)
     except OSError:
         pass  # not in the cache
-    # the client's own retries take 23 s, and cannot be turned down
-    trouble = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable(constants.ENDPOINT)
+    trouble = hub_trouble()
     if trouble is None:
         try:
             return get(cached=False)
@@ -135,6 +135,30 @@ def from_hub(revision: str) -> Path:
 def hub_commit(path: Path) -> str:
     """The commit that a file of the hub's cache belongs to: the folder it lies in."""
     return path.parent.name
+
+
+def hub_trouble() -> str | None:
+    """Why nothing can be fetched from the hub, or None; within seconds, of which its client's own retries take 23."""
+    from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable(constants.ENDPOINT)
+
+
+@contextmanager
+def cached_only(on: bool) -> Iterator[None]:
+    """While it lasts and `on`, the libraries of the hub look into their caches and ask nobody."""
+    if not on:
+        yield
+        return
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def unreachable(url: str, timeout_s: float = HUB_PROBE_S) -> str | None:

@@ -104,5 +104,5 @@ def test_a_path_without_text_says_what_would_work(tmp_path):
 
 
 def test_the_hub_offline_says_what_works_instead(monkeypatch):
-    with pytest.raises(UserError, match=r"task\.data=hub: .* cannot be loaded \(HF_HUB_OFFLINE is set\); offline"):
+    with pytest.raises(UserError, match=r"task\.data=hub: .* cannot be fetched .*\(HF_HUB_OFFLINE is set\).*; offline"):
         read_haystack("hub")

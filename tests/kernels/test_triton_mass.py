@@ -1,0 +1,225 @@
+"""Column sums in Triton against their definition, the noise bit by bit; poisoned outputs, fresh numbers, odd sizes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import Rules, Stem, attend_with_mass, ema_weights, mass, noisy_mass, uniform, weighted_mass
+from tests.kernels.both_forms import DTYPES, close, generator, moved, on_each_device, poison, using
+from tests.kernels.formula import formula
+from tests.kernels.test_mass import dense
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+drawn = pytest.importorskip("kernels.noise.triton").uniform
+pytestmark = pytest.mark.usefixtures("poison")
+__all__ = ["generator", "poison"]
+
+RULES = {
+    "plain": {},
+    "window": {"window": 9},
+    "softcap": {"softcap": 1.5},
+    "slopes": {"slopes": True},
+    "all rules": {"window": 9, "softcap": 1.5, "slopes": True},
+}
+# what the references lose where products are rounded to the type before the softmax
+LOSS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+
+class Case:
+    """Random inputs, queries of T newest tokens over S slots."""
+
+    def __init__(self, g, heads=(4, 2), T=20, S=63, D=32, B=1, dtype=torch.float32):
+        Hq, H = heads
+        shapes = ((B, Hq, T, D), (B, H, S, D), (B, H, S, D))
+        self.q, self.k, self.v = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
+        self.q_pos = torch.arange(S - T, S, dtype=torch.int32).expand(B, -1)
+        self.k_pos = torch.arange(S, dtype=torch.int32).expand(B, 1, -1)
+        self.slopes = torch.rand(Hq, generator=g)
+
+    def rules(self, name, device="cpu"):
+        given = dict(RULES[name])
+        if given.get("slopes"):
+            given["slopes"] = self.slopes.to(device)
+        return Rules(self.q.shape[-1] ** -0.5, **given)
+
+    def check(self, op, device, rules="plain", tolerance=1e-4, **more) -> Tensor:
+        """Runs the op in both forms on the same inputs, the reference in float32."""
+        at = {"q_pos": self.q_pos, "k_pos": self.k_pos}
+        with using("reference"):
+            expected = op(self.q.float(), self.k.float(), self.rules(rules), **at, **more)
+        at, more = ({k: moved(device, v)[0] for k, v in given.items()} for given in (at, more))
+        if isinstance(more.get("stem"), Stem):
+            more["stem"] = Stem(more["stem"].state.to(device))
+        with using("triton"):
+            out = op(*moved(device, self.q, self.k), self.rules(rules, device), **at, **more)
+        assert out.dtype == torch.float32
+        close(out, expected, tolerance)
+        return out.cpu()
+
+    def stem(self, fresh: bool = True) -> Stem:
+        B, Hq = self.q.shape[:2]
+        keys = [torch.arange(B)[:, None, None], torch.arange(Hq)[:, None]]
+        return Stem.of(2**33 + 5, *keys, *([self.q_pos[:, None]] if fresh else []))
+
+
+@on_each_device
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("heads", [(2, 2), (2, 1)])
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 63), (63, 63), (20, 70)])
+def test_mass_is_the_reference_s_under_both_plans(T, S, heads, rules, device, generator):
+    case = Case(generator, heads, T, S)
+    for plan in ("positions", "tail"):
+        out = case.check(mass, device, rules, plan=plan)
+        assert torch.allclose(out.sum(-1), torch.tensor(float(T)), rtol=1e-5)  # every query gives one in all
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [32, 64, 80, 128, 256])
+def test_mass_of_any_width_and_type_is_the_dense_sum(D, dtype, device, generator):
+    for G in (1, 8):
+        case = Case(generator, (G, 1), T=7, S=40, D=D, dtype=DTYPES[dtype])
+        out = case.check(mass, device, plan="tail")
+        expected = dense(case.q.float(), case.k.float(), case.rules("plain"), case.q_pos, case.k_pos).sum(2)
+        close(out, expected, 1e-4)
+
+
+@on_each_device
+def test_a_thousand_slots_get_what_they_are_due(device, generator):
+    case = Case(generator, (2, 1), T=63, S=1000, D=64, dtype=torch.float16)
+    case.check(mass, device, plan="tail", tolerance=1e-3)
+
+
+@on_each_device
+@pytest.mark.parametrize("rules", ["plain", "all rules"])
+def test_padding_gives_and_receives_nothing(rules, device, generator):
+    case = Case(generator, T=20, S=63, B=2)
+    case.q_pos, case.k_pos = case.q_pos.clone(), case.k_pos.repeat(1, 2, 1)
+    case.q_pos[1, :7] = -1
+    case.k_pos[1, :, :30] = -1
+    case.k_pos[0, 1, 5:50] = -1  # one head holds less than the other
+    case.k_pos[0, 0] = case.k_pos[0, 0].flip(-1)  # and has its slots in another order
+    out = case.check(mass, device, rules)
+    assert (out[1, :, :30] == 0).all() and (out[0, 2:, 5:50] == 0).all()
+    noisy = case.check(noisy_mass, device, rules, stem=case.stem(), tau=1.7)
+    assert (noisy[1, :, :30] == 0).all()
+
+
+@on_each_device
+def test_a_query_that_sees_nothing_gives_nothing(device, generator):
+    case = Case(generator, T=3, S=40, B=2)
+    case.k_pos = torch.full((2, 1, 40), -1)
+    assert (case.check(mass, device) == 0).all()
+    assert (case.check(noisy_mass, device, stem=case.stem()) == 0).all()
+    case.k_pos[:, :, 3] = 38
+    assert case.check(mass, device).sum() == 2 * 4 * 2  # the last two of three queries see it
+
+
+@on_each_device
+def test_one_huge_logit_takes_all_the_mass_and_equal_ones_share_it(device, generator):
+    case = Case(generator, T=8, S=63)
+    case.q, case.k[:, :, 11] = case.q.abs() + 0.1, 1e4
+    for plan in ("positions", "tail"):
+        out = case.check(mass, device, plan=plan)
+        assert torch.allclose(out[:, :, 11], torch.tensor(8.0))
+    case.check(noisy_mass, device, stem=case.stem())
+    case = Case(generator, T=1, S=63)
+    case.k = torch.ones_like(case.k)
+    assert torch.allclose(case.check(mass, device), torch.tensor(1 / 63))
+
+
+@on_each_device
+@pytest.mark.parametrize("squared", [False, True])
+def test_weighted_and_squared_sums_are_the_reference_s(squared, device, generator):
+    case = Case(generator, (2, 1), T=20, S=63, B=2)
+    for weights in (None, torch.rand(2, 20, generator=generator), ema_weights(20, 0.9)):
+        case.check(weighted_mass, device, weights=weights, squared=squared)
+    case.check(weighted_mass, device, weights=weights, squared=squared, plan="tail")
+
+
+def test_the_reference_s_weighted_and_squared_sums_are_the_dense_ones(generator):
+    case = Case(generator, T=20, S=63, B=2)
+    case.q_pos = case.q_pos.clone()
+    case.q_pos[1, :5] = -1
+    at, weights = {"q_pos": case.q_pos, "k_pos": case.k_pos}, torch.rand(2, 20, generator=generator)
+    for rules in map(case.rules, RULES):
+        p = dense(case.q, case.k, rules, **at)  # [B, Hq, T, S]
+        for squared in (False, True):
+            power = p.square() if squared else p
+            out = weighted_mass(case.q, case.k, rules, **at, weights=weights, squared=squared)
+            close(out, (power * weights.double()[:, None, :, None]).sum(2), 1e-5)
+            close(weighted_mass(case.q, case.k, rules, **at, squared=squared), power.sum(2), 1e-5)
+
+
+def test_blocks_of_queries_change_no_weighted_sum(generator, monkeypatch):
+    from kernels.mass import weighted
+
+    case = Case(generator, T=20, S=63, B=2)
+    weights = torch.rand(2, 20, generator=generator)
+    at = {"q_pos": case.q_pos, "k_pos": case.k_pos, "weights": weights}
+    whole = weighted_mass(case.q, case.k, case.rules("plain"), **at)
+    monkeypatch.setattr(weighted, "BLOCK_ELEMENTS", 7 * 2 * 4 * 63)
+    close(weighted_mass(case.q, case.k, case.rules("plain"), **at), whole, 1e-6)
+
+
+def test_ema_weights_are_what_the_recurrence_gives():
+    p, decay = torch.tensor([0.3, 0.9, 0.1, 0.7]), 0.8
+    s = 0.0
+    for x in p.tolist():
+        s = decay * s + (1 - decay) * x
+    assert (ema_weights(4, decay)[0] * p).sum().item() == pytest.approx(s, rel=1e-6)
+
+
+@on_each_device
+@pytest.mark.parametrize("rules", ["plain", "all rules"])
+@pytest.mark.parametrize(("T", "S"), [(1, 63), (40, 63)])
+def test_noisy_mass_is_the_reference_s(T, S, rules, device, generator):
+    case = Case(generator, (2, 1), T=T, S=S, B=2)
+    per_query = (1 + torch.arange(T) / T).expand(2, -1)
+    for stem, tau in ((case.stem(), 1.0), (case.stem(), per_query), (case.stem(fresh=False), 1.7), (None, per_query)):
+        out = case.check(noisy_mass, device, rules, stem=stem, tau=tau)
+        assert torch.allclose(out.sum(-1), torch.tensor(float(T)), rtol=1e-5)
+    case.check(noisy_mass, device, rules, stem=case.stem(), tau=per_query, plan="tail")
+
+
+@on_each_device
+@pytest.mark.parametrize("rules", ["plain", "all rules"])
+@pytest.mark.parametrize(("n", "T", "S"), [(1, 1, 63), (0, 1, 63), (5, 20, 63), (20, 20, 20), (40, 40, 70)])
+def test_output_and_mass_together_are_those_of_each_alone(n, T, S, rules, device, generator):
+    case = Case(generator, T=T, S=S, B=2)
+    q, k, v, q_pos, k_pos = moved(device, case.q, case.k, case.v, case.q_pos, case.k_pos)
+    p = dense(case.q, case.k, case.rules(rules), case.q_pos, case.k_pos)
+    expected = formula(case.q, case.k, case.v, case.rules(rules), case.q_pos, case.k_pos)
+    for plan in ("positions", "tail"):
+        with using("triton"):
+            out, sums = attend_with_mass(q, k, v, case.rules(rules, device), n, q_pos=q_pos, k_pos=k_pos, plan=plan)
+        close(out, expected, 3e-5)
+        close(sums, p[:, :, T - n :].sum(2), 1e-4)
+
+
+@on_each_device
+def test_a_decoded_token_that_sees_nothing_has_neither_output_nor_mass(device, generator):
+    case = Case(generator, T=1, S=63, B=2)
+    case.k_pos = case.k_pos.repeat(2, 1, 1)[:2].clone()
+    case.k_pos[1] = -1
+    q, k, v, q_pos, k_pos = moved(device, case.q, case.k, case.v, case.q_pos, case.k_pos)
+    with using("triton"):
+        out, sums = attend_with_mass(q, k, v, case.rules("plain", device), 1, q_pos=q_pos, k_pos=k_pos)
+    assert (out[1] == 0).all() and (sums[1] == 0).all()
+    assert torch.allclose(sums[0].sum(-1).cpu(), torch.ones(4), rtol=1e-5)
+
+
+@triton.jit
+def draw(START, KEYS, OUT, N: tl.constexpr):
+    n = tl.arange(0, N)
+    tl.store(OUT + tl.program_id(0) * N + n, drawn(tl.load(START + tl.program_id(0)), tl.load(KEYS + n)))
+
+
+@on_each_device
+def test_noise_has_the_reference_s_bits(device):
+    rows = torch.tensor([0, 1, 2**31 - 1, 2**31 + 5])
+    keys = torch.cat((torch.tensor([-1, 0, 1, 2**31 - 1, -(2**31)]), torch.arange(10**6, 10**6 + 1019))).int()
+    out = torch.zeros(4, 1024, device=device)
+    draw[(4,)](*moved(device, Stem.of(2**33 + 7, rows).start(), keys), out, N=1024)
+    assert torch.equal(out.cpu(), uniform(2**33 + 7, rows[:, None], keys))

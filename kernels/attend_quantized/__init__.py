@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.attend import Plan, Rules
 from kernels.attend_quantized import compiled, reference
+from kernels.backend import on_triton
 from kernels.quantize import Packed
 
 
@@ -23,6 +24,11 @@ def attend_quantized(
     plan: Plan = "positions",
 ) -> Tensor:
     """Attention output [B, Hq, T, Dv] in q's dtype; rows that see no slot give 0. plan: "all" or "positions"."""
+    if on_triton(q, keys[1], values[1]):
+        from kernels.attend_quantized import triton
+
+        if triton.works_on(keys, values):
+            return triton.attend_quantized(q, keys, values, rules, q_pos, k_pos, plan)
     form = compiled.products() if compiled.serves(q, keys, values) else None
     return reference.attend_quantized(q, keys, values, rules, q_pos, k_pos, plan, form)
 

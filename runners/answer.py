@@ -22,6 +22,7 @@ from runners.generate import Timings, generate, start
 from runners.latency import measure
 from runners.prompt import Encoded, Encoder
 from runners.session import Answer, Session, now
+from runners.time_limit import within
 from tasks.base import Example, Task, Turn
 
 if TYPE_CHECKING:
@@ -34,7 +35,10 @@ PROMPT_END = 300  # characters of a prompt that a record repeats
 
 @dataclass(frozen=True)
 class Setting:
-    """What all samples of a run share. tokenizes: the encoder, which only samples that have a text ask for."""
+    """What all samples of a run share.
+
+    tokenizes: the encoder, which only samples that have a text ask for.  limit: seconds that a batch may take.
+    """
 
     model: PreTrainedModel
     task: Task
@@ -42,6 +46,7 @@ class Setting:
     protocol: str
     chunk: int | None
     threads: int
+    limit: float | None = None
 
     @property
     def encoder(self) -> Encoder:
@@ -111,7 +116,8 @@ def _answer(
     record: Callable[[dict[str, Any]], None],
 ) -> None:
     try:
-        rows = run(setting, method, batch)
+        with within(setting.model, setting.limit):
+            rows = run(setting, method, batch)
     except UserError:
         raise
     except BudgetMiss as miss:
@@ -156,7 +162,7 @@ def by_generation(setting: Setting, method: Method, batch: Sequence[Example]) ->
         pad_id=setting.pad_id,
     )
     cache.check_budget()
-    costs = _costs(setting, len(batch), cache.report().to_dict(), timings)
+    costs = spent(setting, len(batch), cache.report().to_dict(), timings)
     return [answered(setting, *one, costs) for one in zip(batch, encoded, answers)]
 
 
@@ -167,7 +173,7 @@ def by_beams(setting: Setting, method: Method, batch: Sequence[Example]) -> list
         encoded = setting.encoder(example)
         found, cache, timings = search(setting.model, method, encoded.prompt, example.beams, setting.pad_id)
         cache.check_budget()
-        costs = _costs(setting, 1, cache.report().to_dict(), timings)
+        costs = spent(setting, 1, cache.report().to_dict(), timings)
         rows.append(answered(setting, example, encoded, found, costs))
     return rows
 
@@ -200,7 +206,7 @@ def by_turns(setting: Setting, method: Method, batch: Sequence[Example]) -> list
     talks = [dialogue(setting.encoder, example) for example in batch]
     talk = _Talk(setting, method, batch, talks)
     talk.cache.check_budget()
-    costs = _costs(setting, len(batch), talk.cache.report().to_dict(), talk.timings)
+    costs = spent(setting, len(batch), talk.cache.report().to_dict(), talk.timings)
     return [talk.row(i, costs) for i in range(len(batch))]
 
 
@@ -326,7 +332,7 @@ def by_forcing(setting: Setting, method: Method, batch: Sequence[Example]) -> li
     samples = [setting.encoder.encoded(example, [], 0, False).prompt.sample for example in batch]
     losses, cache, timings = force(setting.model, method, pieces, plan, samples)
     cache.check_budget()
-    costs = _costs(setting, len(batch), cache.report().to_dict(), timings)
+    costs = spent(setting, len(batch), cache.report().to_dict(), timings)
     rows = []
     for example, piece, own in zip(batch, pieces, losses.tolist()):
         assert example.forced is not None
@@ -364,7 +370,7 @@ def by_choices(setting: Setting, method: Method, batch: Sequence[Example]) -> li
         setting.model, method, asked, samples, setting.protocol, setting.chunk, batch[0].stride, setting.pad_id
     )
     cache.check_budget()
-    costs = _costs(setting, len(batch), cache.report().to_dict(), timings)
+    costs = spent(setting, len(batch), cache.report().to_dict(), timings)
     return [_compared(setting, *one, costs) for one in zip(batch, asked, found)]
 
 
@@ -417,7 +423,7 @@ def by_timing(setting: Setting, method: Method, batch: Sequence[Example]) -> lis
                 "tokens_out": timed.steps,
                 "cut": False,
                 "bos": 0,
-                **_costs(setting, timed.batch, ours.ledger, timings),
+                **spent(setting, timed.batch, ours.ledger, timings),
             }
         )
     return rows
@@ -436,7 +442,7 @@ def _parts(parts: dict[str, float]) -> dict[str, Any]:
     return {"parts": parts} if parts else {}
 
 
-def _costs(setting: Setting, batch: int, ledger: dict[str, Any], timings: Timings) -> dict[str, Any]:
+def spent(setting: Setting, batch: int, ledger: dict[str, Any], timings: Timings) -> dict[str, Any]:
     """What a batch took, as every one of its rows records it; seconds to the microsecond."""
     seconds = {key: round(value, 6) if isinstance(value, float) else value for key, value in vars(timings).items()}
     return {"batch": batch, "threads": setting.threads, "ledger": ledger, "timings": seconds}

@@ -133,7 +133,13 @@ class Run:
     @cached_property
     def setting(self) -> answer.Setting:
         return answer.Setting(
-            self.model, self.task, lambda: self.encoder, self.cfg.protocol, self.cfg.chunk, self.threads
+            self.model,
+            self.task,
+            lambda: self.encoder,
+            self.cfg.protocol,
+            self.cfg.chunk,
+            self.threads,
+            self.cfg.time_limit,
         )
 
     def settings(self, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:

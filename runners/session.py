@@ -91,7 +91,7 @@ class Session:
 
         exact: stop at once when all rows have ended, so that nothing is fed behind a single row's answer.
         """
-        rows, n = _Rows(limits, logits.device), self.mask.shape[1]
+        rows, n = NewTokens(limits, logits.device), self.mask.shape[1]
         steps = max(0, rows.most - 1)
         mask = torch.cat((self.mask, self.mask.new_ones(len(limits), steps)), dim=1)
         pos = self.counts + torch.arange(steps, device=logits.device)
@@ -126,7 +126,7 @@ class Session:
         ).logits
 
 
-class _Rows:
+class NewTokens:
     """The new tokens of a batch, and which rows have ended, without waiting for the device."""
 
     def __init__(self, limits: Sequence[Limits], device: torch.device):

@@ -19,19 +19,16 @@ from torch import Tensor
 from methods import load_method
 from methods.core.contract import LayerCache, Method, ModelSpec, Step
 from methods.core.group import Rows, Shared
-from runners.answer import Setting, _costs, answered
+from runners.answer import Setting, answered, spent
 from runners.bind import KVCache, bind
 from runners.generate import Prompt, Timings
 from runners.meter import Meter
-from runners.session import LOOK_EVERY, Answer, Session, _Rows, now
+from runners.session import LOOK_EVERY, Answer, NewTokens, Session, now
+from runners.time_limit import TimeLimit
 from tasks.base import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class TimeLimit(RuntimeError):
-    """A sample took longer than it may."""
 
 
 @dataclass
@@ -315,7 +312,7 @@ class _RowsSession(Session):
         return super()._forward(ids, pos, None if self.alone else mask, every)
 
 
-class _Tokens(_Rows):
+class _Tokens(NewTokens):
     """The new tokens of all members' rows, B per member."""
 
     def ended(self, B: int) -> list[bool]:
@@ -359,6 +356,6 @@ def answer_together(
         if outcome.error is not None:
             found.append(outcome.error)
             continue
-        costs = {**_costs(setting, len(batch), outcome.ledger, outcome.timings), "group": len(methods)}
+        costs = {**spent(setting, len(batch), outcome.ledger, outcome.timings), "group": len(methods)}
         found.append([answered(setting, *one, costs) for one in zip(batch, encoded, outcome.answers)])
     return found

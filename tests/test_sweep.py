@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ from tests.test_run import write_split
 
 ROOT = Path(run.__file__).parent
 GRID = ("-m", "method=full,nacl,snapkv", "budget=0.5,0.2")
+PATIENCE = 120  # seconds for a sweep of a process of its own
 
 
 @pytest.fixture(autouse=True)
@@ -213,6 +215,14 @@ def test_a_sample_over_the_time_limit_is_recorded(command, tmp_path):
     assert command(*GRID, "task.limit=1")[0] == 0
 
 
+def test_the_time_limit_holds_for_cells_that_run_alone(command):
+    alone = ("-m", "method=streaming_llm", "budget=0.5", "method.prefill=streaming")
+    for words in [("method=snapkv",), alone]:
+        code, _, err = command(*words, "task.limit=1", "time_limit=0.000001")
+        assert code == 1 and "TimeLimit: was not done within time_limit=1e-06 seconds" in err, words
+        assert command(*words, "task.limit=1", "time_limit=1000")[0] == 0
+
+
 def test_a_missed_budget_ends_its_cell_and_no_other(command, tmp_path, monkeypatch):
     def miss(self):
         if self.method.name == "nacl" and self.method.budget == 0.2:
@@ -298,14 +308,18 @@ def test_ctrl_c_keeps_what_is_done(command, tmp_path, monkeypatch):
     assert all(len(own) == 6 for own in records(tmp_path / "results").values())
 
 
-def start(tiny_model_dir, split, results, *overrides) -> int:
-    """The sweep in a process of its own, which needs no imports any more; its process id."""
+def start(tiny_model_dir, split, results, *overrides, room: int | None = None) -> int:
+    """The sweep in a process of its own, which needs no imports any more; its process id.
+
+    room: bytes that a file of its may have; what it says stands in `said` beside the results.
+    """
     child = os.fork()
     if child:
         return child
     try:
-        for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        sys.stdout = sys.stderr = (results.parent / "said").open("w", buffering=1)
+        if room is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
         settings = [f"model.path={tiny_model_dir}", f"task.data={split}", f"results={results}"]
         sys.argv = ["run.py", *GRID, *settings, *overrides]
         os._exit(run.main())
@@ -314,7 +328,27 @@ def start(tiny_model_dir, split, results, *overrides) -> int:
 
 
 def end(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    """The exit code of a process, which is ended if it takes longer than anything here may."""
+    until = time.monotonic() + PATIENCE
+    while (found := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail(f"process {child} did not end within {PATIENCE} seconds")
+        time.sleep(0.02)
+    return os.waitstatus_to_exitcode(found[1])
+
+
+def lines(results: Path) -> dict[str, list[str]]:
+    """Every file of records as text, line by line, without times and without who shared a pass."""
+    return {
+        cell: [json.dumps({k: v for k, v in row.items() if k not in ("timings", "group")}) for row in rows]
+        for cell, rows in records(results).items()
+    }
+
+
+def cell_files(results: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in results.glob("*/*/*/cell.json")}
 
 
 def test_two_processes_share_a_sweep_without_duplicates(command, tmp_path, tiny_model_dir):
@@ -325,24 +359,51 @@ def test_two_processes_share_a_sweep_without_duplicates(command, tmp_path, tiny_
     assert comparable(tmp_path / "shared") == comparable(tmp_path / "undisturbed")
 
 
+def test_a_full_disk_stops_a_sweep_with_a_clear_error_and_loses_nothing(command, tmp_path, tiny_model_dir):
+    split = write_split(tmp_path / "long", samples=10)
+    assert command(*GRID, f"task.data={split}", results=tmp_path / "undisturbed")[0] == 0
+    whole = [path.stat().st_size for path in (tmp_path / "undisturbed").glob("*/*/*/samples.jsonl")]
+    results = tmp_path / "results"
+    assert end(start(tiny_model_dir, split, results, room=min(whole) * 2 // 3)) == 2
+    said = (tmp_path / "said").read_text()
+    assert "cannot write on (File too large); finished samples are kept" in said and "Traceback" not in said, said
+    kept = lines(results)
+    assert kept and all(0 < len(rows) < 20 for rows in kept.values())
+    assert all(path.read_bytes().endswith(b"\n") for path in results.glob("*/*/*/samples.jsonl"))
+    assert end(start(tiny_model_dir, split, results)) == 0
+    assert lines(results) == lines(tmp_path / "undisturbed")
+    assert all(rows[: len(kept[cell])] == kept[cell] for cell, rows in lines(results).items())
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_sweep_killed_twenty_times_ends_as_if_undisturbed(command, tmp_path, tiny_model_dir):
     split = write_split(tmp_path / "long", samples=20, new_tokens=16)
     assert command(*GRID, f"task.data={split}", results=tmp_path / "undisturbed")[0] == 0
     chance, results = random.Random(0), tmp_path / "killed"
 
-    def written() -> int:
-        return sum(path.stat().st_size for path in results.glob("*/*/*/samples.jsonl"))
+    def files() -> list[Path]:
+        return sorted(results.glob("*/*/*/samples.jsonl"))
 
-    for _ in range(20):
+    def written() -> int:
+        return sum(path.stat().st_size for path in files())
+
+    for kill in range(20):
         before, child = written(), start(tiny_model_dir, split, results)
-        # let it begin to write, then kill it at any moment of its work
-        while written() <= before and os.waitpid(child, os.WNOHANG) == (0, 0):
-            time.sleep(0.001)
-        time.sleep(chance.random() * 0.02)
+        if kill % 4 == 3:  # while it composes, reads records, loads the model
+            time.sleep(chance.random())
+        else:  # once it has begun to write
+            until = time.monotonic() + PATIENCE
+            while written() <= before and time.monotonic() < until:
+                time.sleep(0.001)
+            time.sleep(chance.random() * 0.02)
         os.kill(child, signal.SIGKILL)
         assert end(child) == -signal.SIGKILL, "the sweep was done before it had been killed often enough"
+        if kill % 5 == 4:  # and in the middle of a line
+            torn = chance.choice([path for path in files() if path.stat().st_size])
+            os.truncate(torn, torn.stat().st_size - 1 - chance.randrange(200))
     assert end(start(tiny_model_dir, split, results)) == 0
-    assert comparable(results) == comparable(tmp_path / "undisturbed")
+    assert lines(results) == lines(tmp_path / "undisturbed")
+    assert cell_files(results) == cell_files(tmp_path / "undisturbed")
     names = {path.name for path in results.rglob("*") if path.is_file()}
     assert {name for name in names if not name.startswith(".")} == {"samples.jsonl", "cell.json", "multirun.yaml"}

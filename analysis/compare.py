@@ -7,69 +7,108 @@ correction.
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis import stats
 from analysis.frontier import markdown
 from analysis.load import NothingToRead, Results, load
-from analysis.points import by_sample, labels
+from analysis.names import at, bits, labels
+from analysis.paired import PLACE, by_sample, subset_means
 
-SETTINGS = ["model", "task", "protocol", "budget"]
+SETTINGS = ["model", "task", "protocol", "budget", "bits"]
+SAME = {"weights": "the model's weights", "dtype": "dtype", "passes": "the passes"}
 
 
-def pairs(a: Results, b: Results, names: tuple[str, str] | None = None) -> list[tuple[dict, pd.DataFrame]]:
-    """What is the same on both sides, and the samples that both have: columns a, b, subset, category.
+@dataclass
+class Pair:
+    """What is the same on both sides, and the samples that both have: columns a, b, and where they belong."""
+
+    settings: dict[str, Any]
+    first: pd.Series
+    samples: pd.DataFrame
+
+
+def pairs(a: Results, b: Results, names: tuple[str, str] | None = None) -> tuple[list[Pair], list[str]]:
+    """Cells of both sides at the same settings, and what kept others from being compared, one line each.
 
     names: compare these two curves; None compares each curve with itself.
     """
-    made = []
-    left, right = (r.cells.assign(label=labels(r.cells)) for r in (a, b))
-    for key, group in left.groupby([*SETTINGS, "label"], sort=True):
+    made, problems = [], []
+    left, right = _named(a, b)
+    for key, group in left.groupby([*SETTINGS, "label", "config"], sort=True):
         settings = dict(zip([*SETTINGS, "label"], key))
         if names and settings["label"] != names[0]:
             continue
         other = right[right["label"] == (names[1] if names else settings["label"])]
-        for column in SETTINGS:
-            other = other[other[column] == settings[column]]
-        ours, theirs = by_sample(a, group), by_sample(b, other)
+        for column in [*SETTINGS, *([] if names else ["config"])]:
+            other = other[other[column] == (group["config"].iloc[0] if column == "config" else settings[column])]
+        if other.empty:
+            continue
+        where = f"{settings['task']}, {settings['label']} at {at(settings)}"
+        first, second = group.iloc[0], other.iloc[0]
+        if first["paired"] != second["paired"]:
+            problems.append(f"{where}: left out, the task's samples or scores are not the same on both sides")
+            continue
+        problems += [f"{where}: {what} differ" for column, what in SAME.items() if first[column] != second[column]]
+        ours, theirs = by_sample(a, list(group["cell"])), by_sample(b, list(other["cell"]))
         both = ours.join(theirs[["score"]].rename(columns={"score": "b"}), how="inner").rename(columns={"score": "a"})
         if len(both):
-            if group["mean_over"].iloc[0] == "subsets":
-                both["category"] = ""
-            made.append((settings | {"metric": group["metric"].iloc[0]}, both))
-    return made
+            made.append(Pair(settings, first, both))
+        else:
+            problems.append(f"{where}: left out, no sample is finished on both sides")
+    return made, problems
 
 
-def table(found: list[tuple[dict, pd.DataFrame]]) -> pd.DataFrame:
-    """One row per pair: scores, difference with interval, flips, p."""
+def _named(a: Results, b: Results) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The cells of both sides with `label` and `bits`, a curve's name being the same on both."""
+    sides = [r.cells.assign(side=i, bits=r.cells["config"].map(bits)) for i, r in enumerate((a, b))]
+    both = pd.concat(sides, ignore_index=True)
+    both["label"] = labels(both)
+    return both[both["side"] == 0], both[both["side"] == 1]
+
+
+def table(found: list[Pair]) -> pd.DataFrame:
+    """One row per pair and measure: scores, difference with interval, flips, p."""
     rows = []
-    for settings, both in found:
-        metric = settings["metric"]
-        scale, digits = metric["scale"], metric["digits"]
-        own = stats.weights(both["subset"], both["category"])
-        drawn = stats.draws(both["subset"], both["category"])
-        a, b = scale * both["a"].to_numpy(), scale * both["b"].to_numpy()
-        gain = stats.estimate(b - a, own, drawn)
-        lost, won, _ = stats.flips(both["b"].to_numpy(), both["a"].to_numpy())
-        better = gain.value > 0 if metric["better"] == "higher" else gain.value < 0
-        rows.append(
-            {
-                **{k: v for k, v in settings.items() if k != "metric"},
-                "n": len(both),
-                "A": f"{float(own @ a):.{digits}f}",
-                "B": f"{float(own @ b):.{digits}f}",
-                "B - A": f"{gain.value:+.{digits}f} [{gain.low:+.{digits}f}, {gain.high:+.{digits}f}]",
-                "lost/won": f"{lost}/{won}",
-                "p": stats.p_value(b - a, own),
-                "verdict": "tie" if gain.is_tie else "B is better" if better else "A is better",
-            }
-        )
+    for pair in found:
+        for measure, both in pair.samples.groupby("measure", sort=False):
+            several = pair.samples["measure"].nunique() > 1
+            rows.append(_row(pair, both[["a", "b", *PLACE]], f", {measure}" if several else ""))
     made = pd.DataFrame(rows)
     if len(made):
         made["p (Holm)"] = [f"{p:.3f}" for p in stats.holm(list(made.pop("p")))]
+        if not made["bits"].any():
+            made = made.drop(columns="bits")
     return made
+
+
+def _row(pair: Pair, both: pd.DataFrame, measure: str) -> dict[str, Any]:
+    metric, over = pair.first["metric"], pair.first["mean_over"]
+    scale, digits = metric["scale"], metric["digits"]
+    a, b = scale * both["a"].to_numpy(), scale * both["b"].to_numpy()
+    means = subset_means(both, np.stack([a, b, b - a], axis=1), over)
+    found = means.average()
+    signed = subset_means(both, (b - a)[:, None], over, stats.signed).average()[:, 0]
+    squares = float(((means.sample_weights() * (b - a)) ** 2).sum())
+    gain = stats.estimate(found[:, 2])
+    higher = metric["better"] == "higher"
+    lost, won, _ = stats.flips(both["b"].to_numpy(), both["a"].to_numpy())
+    return {
+        **pair.settings,
+        "task": pair.settings["task"] + measure,
+        "n": len(both),
+        "A": f"{found[0, 0]:.{digits}f}",
+        "B": f"{found[0, 1]:.{digits}f}",
+        "B - A": f"{gain.value:+.{digits}f} [{gain.low:+.{digits}f}, {gain.high:+.{digits}f}]",
+        "lost/won": f"{lost}/{won}" if higher else "",
+        "p": stats.p_value(signed, squares),
+        "verdict": "tie" if gain.is_tie else "B is better" if (gain.value > 0) == higher else "A is better",
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         folders = [Path(x) for x in (given.a, given.b)]
-        if all(f.is_dir() for f in folders):
+        if all(f.exists() for f in folders):
             sides, names = [load(f) for f in folders], None
         else:
             one = load(given.results)
@@ -90,9 +129,10 @@ def main(arguments: list[str] | None = None) -> int:
             for name in names:
                 if name not in known:
                     raise NothingToRead(f"{name}: neither a folder nor a method in {given.results}; {', '.join(known)}")
-        for problem in {p for side in sides for p in side.problems}:
+        found, problems = pairs(sides[0], sides[1], names)
+        for problem in dict.fromkeys([p for side in sides for p in side.problems] + problems):
             print(problem, file=sys.stderr)
-        made = table(pairs(sides[0], sides[1], names))
+        made = table(found)
         if made.empty:
             raise NothingToRead("no cell at the same model, task, protocol and budget has samples on both sides")
     except NothingToRead as error:

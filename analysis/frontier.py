@@ -1,7 +1,8 @@
 """Accuracy against memory: `python -m analysis.frontier RESULTS` draws the frontiers of all records below a folder.
 
 Writes frontier.png and frontier.svg (a panel per task), frontier.csv, frontier.md and frontier.tex. A curve's points
-are a method's cells; the black line is the full cache with its interval; hollow points only simulate their saving.
+are a method's cells; the black line is the full cache with its interval; hollow points only simulate their saving; the
+wide grey line is the front, which no point beats.
 """
 
 import argparse
@@ -12,69 +13,85 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import stats, style
+from analysis import style
+from analysis.area import areas
 from analysis.load import NothingToRead, load
-from analysis.points import AXES, WHOLE, curves, on_front, points
+from analysis.paired import WHOLE
+from analysis.points import AXES, curves, on_front, points
 
 AXIS_NAMES = {
     "held": "share of the full cache's bytes held",
     "read": "share of the full cache's bytes read per step",
     "peak": "peak share of the full cache's bytes",
 }
+TICKS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
+LEGEND = 4  # columns of the legend below one column of panels
 
 
-def draw(table: pd.DataFrame, x: str, log: bool = True, columns: int = 2) -> Any:
-    """A matplotlib figure with one panel per task and protocol; table as `points` makes it, whole tasks only."""
+def draw(table: pd.DataFrame, x: str, log: bool = True, columns: int = 2, categories: bool = False) -> Any:
+    """A matplotlib figure with one panel per task and protocol, or per category of them; table as `points` makes it."""
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
-    table = table[(table["category"] == WHOLE) & ~table["near_chance"]]
-    panels = list(table.groupby(["model", "task", "protocol"], sort=True))
+    table = table[(table["category"] != WHOLE) if categories else (table["category"] == WHOLE)]
+    table = table[~table["near_chance"]]
+    panels = list(table.groupby(["model", "task", "protocol", "category"], sort=True))
     if not panels:
-        raise NothingToRead("no task with a full cache's score above chance")
+        what = "no task has several categories" if categories else "no task has a full cache's score above chance"
+        raise NothingToRead(f"nothing to draw: {what}")
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    names = sorted(set(table["label"]) - {"full"})
-    colour = style.colours(names)
+    families = table[table["method"] != "full"].groupby("label")["family"].first().to_dict()
+    looks = style.looks(families)
     with plt.rc_context(style.RC):
-        size = (style.COLUMN * columns, 2.3 * rows + 0.17 * -(-len(names) // (3 * columns)) + 0.25)
+        lines = -(-(len(looks) + 2) // (LEGEND * columns))
+        size = (style.COLUMN * columns, 2.2 * rows + 0.15 * lines + 0.25)
         figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-        for axis, ((model, task, protocol), group) in zip(axes.flat, panels):
-            _panel(axis, group, colour, log)
-            models = table["model"].nunique() > 1
-            axis.set_title(f"{model}, {task} ({protocol})" if models else f"{task} ({protocol})")
+        named = ""
+        for place, (axis, ((model, task, protocol, category), group)) in enumerate(zip(axes.flat, panels)):
+            _panel(axis, group, looks, log)
+            title = f"{task} ({protocol})" + ("" if category == WHOLE else f": {category}")
+            if table["model"].nunique() > 1:
+                title = f"{model}\n{title}"
+            axis.set_title("\n".join(textwrap.fill(part, 48) for part in title.split("\n")))
+            measured = f"{group['metric'].iloc[0]}, {group['unit'].iloc[0]}"
+            if place % columns == 0 or measured != named:
+                axis.set_ylabel(textwrap.fill(measured, 30))
+            named = measured
         for axis in list(axes.flat)[len(panels) :]:
             axis.set_visible(False)
-        for axis in axes[-1]:
+        for axis in list(axes.flat)[max(0, len(panels) - columns) : len(panels)]:
             axis.set_xlabel(AXIS_NAMES[x])
-        handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3 * columns, frameon=False)
+        hollow = set(table[table["simulated"]]["label"])
+        handles = [Line2D([], [], color="black", lw=0.9, label="full"), Line2D([], [], **style.FRONT, label="front")]
+        for label, look in looks.items():
+            said = f"{label} (simulated)" if label in hollow else label
+            handles.append(Line2D([], [], **style.line(look, label in hollow), label=said))
+        figure.legend(handles=handles, loc="outside lower center", ncols=LEGEND * columns, frameon=False)
     return figure
 
 
-def _panel(axis: Any, group: pd.DataFrame, colour: dict[str, str], log: bool) -> None:
+def _panel(axis: Any, group: pd.DataFrame, looks: dict[str, style.Look], log: bool) -> None:
     from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
     full = group.iloc[0]
-    axis.axhspan(full["full_low"], full["full_high"], color="black", alpha=0.08, lw=0)
-    axis.axhline(full["full"], color="black", lw=0.9, label="full")
+    axis.axhspan(full["full_low"], full["full_high"], color="black", alpha=0.08, lw=0, zorder=0)
+    axis.axhline(full["full"], color="black", lw=0.9, zorder=1)
+    front = group[on_front(group)].sort_values("share")
+    axis.step(front["share"], front["score"], where="post", **style.FRONT)
     for label, line in curves(group[group["method"] != "full"]):
-        marker, stroke = style.family(line["family"].iloc[0])
-        hollow = bool(line["simulated"].iloc[0])
         low, high = line["score"] - line["score_low"], line["score_high"] - line["score"]
-        axis.errorbar(
-            line["share"], line["score"], yerr=[low.clip(lower=0), high.clip(lower=0)], label=label,
-            color=colour[label], marker=marker, linestyle=stroke, elinewidth=0.6, capsize=1.5,
-            markerfacecolor="none" if hollow else colour[label],
-        )  # fmt: skip
+        drawn = style.line(looks[label], bool(line["simulated"].iloc[0]))
+        bars = [low.clip(lower=0), high.clip(lower=0)]
+        _, _, (bar,) = axis.errorbar(line["share"], line["score"], yerr=bars, **drawn, elinewidth=0.6, zorder=3)
+        bar.set_alpha(0.55)
     if log:
         axis.set_xscale("log")
-        smallest = group["share"].min()
-        ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0) if t >= 0.7 * smallest]
-        axis.xaxis.set_major_locator(FixedLocator(ticks))
+        axis.xaxis.set_major_locator(FixedLocator([t for t in TICKS if t >= 0.7 * group["share"].min()]))
         axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axis.set_ylabel(textwrap.fill(f"{full['metric']}, {full['unit']}", 30))
     axis.grid(alpha=0.25, lw=0.4)
+    axis.set_axisbelow(True)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -82,39 +99,31 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     whole = table[table["category"] == WHOLE].assign(front=on_front(table))
     rows = []
     for _, p in whole.sort_values(["model", "task", "protocol", "label", "share"]).iterrows():
-        digits = p["digits"]
+        digits, full = p["digits"], p["method"] == "full"
+        notes = [word for word in ("front", "simulated", "near_chance", "partial") if p[word]]
         rows.append(
             {
+                **({"model": p["model"]} if table["model"].nunique() > 1 else {}),
                 "task": p["task"],
                 "protocol": p["protocol"],
                 "method": p["label"],
-                "budget": f"{p['budget']:g}",
+                "budget": p["bits"] or f"{p['budget']:g}",
                 "bytes held": f"{p['share']:.1%}",
                 "n": p["n"],
                 "score": f"{p['score']:.{digits}f}",
                 "full": f"{p['full']:.{digits}f}",
-                "difference": _difference(p),
+                "difference": "" if full else _difference(p),
                 "retained": "" if pd.isna(p["retained"]) else f"{p['retained']:.0%}",
-                "worst subset": f"{p['worst']} {p['worst_difference']:+.{digits}f}",
-                "lost/won": f"{p['lost']}/{p['won']}",
-                "p (Holm)": f"{p['p_holm']:.3f}",
-                "note": ", ".join(
-                    word
-                    for word, said in (
-                        ("front", p["front"]),
-                        ("simulated", p["simulated"]),
-                        ("near chance", p["near_chance"]),
-                    )
-                    if said
-                ),
+                "worst subset": "" if full else f"{p['worst']} {p['worst_difference']:+.{digits}f}",
+                "lost/won": "" if full or p["better"] == "lower" else f"{p['lost']}/{p['won']}",
+                "p (Holm)": "" if full else f"{p['p_holm']:.3f}",
+                "note": ", ".join(notes).replace("_", " "),
             }
         )
     return pd.DataFrame(rows)
 
 
 def _difference(p: pd.Series) -> str:
-    if p["method"] == "full":
-        return ""
     text = f"{p['difference']:+.{p['digits']}f} [{p['difference_low']:+.{p['digits']}f}, "
     text += f"{p['difference_high']:+.{p['digits']}f}]"
     return text + " tie" if p["tie"] else text
@@ -130,29 +139,85 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-def areas(table: pd.DataFrame, low: float | None = None) -> pd.DataFrame:
-    """One number per curve: the mean best score over shares from `low` (the smallest one measured) to 1."""
-    rows = []
-    whole = table[(table["category"] == WHOLE) & ~table["simulated"] & ~table["near_chance"]]
-    for (model, task, protocol), group in whole.groupby(["model", "task", "protocol"]):
-        start = low or max(0.01, float(group["share"].min()))
-        higher = group["better"].iloc[0] == "higher"
-        for label, line in curves(group):
-            value = stats.area(line["share"].to_numpy(), line["score"].to_numpy(), start, higher)
-            rows.append(
-                {"model": model, "task": task, "protocol": protocol, "method": label, "from": start, "area": value}
-            )
-    return pd.DataFrame(rows)
+def page(table: pd.DataFrame, under: pd.DataFrame) -> str:
+    """frontier.md: the tasks' points, the areas under their frontiers, and apart from them what is near chance."""
+    lines = summary(table[~table["near_chance"]]) if not table["near_chance"].all() else pd.DataFrame()
+    parts = [markdown(lines)] if len(lines) else []
+    if len(under):
+        shown = under[["model", "task", "protocol", "method", "n"]].assign(
+            **{
+                "from": [f"{share:.1%}" for share in under["from"]],
+                "area": [f"{p['area']:.{p['digits']}f}" for _, p in under.iterrows()],
+                "95 % interval": [
+                    f"{p['area_low']:.{p['digits']}f} to {p['area_high']:.{p['digits']}f}" for _, p in under.iterrows()
+                ],
+            }
+        )
+        shown = shown.sort_values(["model", "task", "protocol"], kind="stable")
+        parts += ["Area under the frontier: the mean best score over the shares of bytes from `from` to 1, on a "
+                  "logarithmic axis.\n", markdown(shown)]  # fmt: skip
+    if table["near_chance"].any():
+        parts += ["Near chance with the full cache, so that no method can lose anything:\n",
+                  markdown(summary(table[table["near_chance"]]))]  # fmt: skip
+    return "\n".join(parts)
+
+
+def latex(table: pd.DataFrame) -> str:
+    """A table for a paper (booktabs): a line per method and budget, a column per task.
+
+    Ties with the full cache are bold; in brackets is the interval of the difference to it.
+    """
+    whole = table[(table["category"] == WHOLE) & ~table["near_chance"]]
+    columns = whole[["model", "task", "protocol"]].drop_duplicates().sort_values(["model", "task", "protocol"])
+    several = columns["model"].nunique() > 1
+    heads = [
+        _tex(f"{m}, {t}" if several else t) + ("" if p == "aware" else f" ({_tex(p)})")
+        for m, t, p in columns.itertuples(index=False)
+    ]
+    lines = [
+        rf"\begin{{tabular}}{{llr{'r' * len(heads)}}}", r"\toprule",
+        " & ".join(["method", "budget", "bytes", *heads]) + r" \\", r"\midrule",
+    ]  # fmt: skip
+    places = list(columns.itertuples(index=False, name=None))
+    order = whole.assign(first=whole["method"] != "full").sort_values(["first", "label", "share"])
+    for (label, _, _), group in order.groupby(["label", "budget", "bits"], sort=False):
+        p = group.iloc[0]
+        entries = {(row["model"], row["task"], row["protocol"]): _entry(row) for _, row in group.iterrows()}
+        budget = p["bits"] or f"{p['budget']:g}"
+        name = _tex(label) + (r"\textsuperscript{*}" if p["simulated"] else "")
+        cells = [name, _tex(budget), _tex(f"{group['share'].mean():.1%}"), *(entries.get(key, "") for key in places)]
+        lines.append(" & ".join(cells) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    if whole["simulated"].any():
+        lines.append("% * the saving is simulated")
+    return "\n".join(lines) + "\n"
+
+
+def _entry(p: pd.Series) -> str:
+    digits = 1 if p["better"] == "higher" else p["digits"]
+    score = f"{p['score']:.{digits}f}"
+    if p["method"] == "full":
+        return score
+    low, high = (f"{p[end]:+.{digits}f}".replace("-", "$-$") for end in ("difference_low", "difference_high"))
+    return (rf"\textbf{{{score}}}" if p["tie"] else score) + rf" {{\scriptsize ({low}, {high})}}"
+
+
+def _tex(text: str) -> str:
+    for sign in ("\\", "&", "%", "$", "#", "_", "{", "}"):
+        text = text.replace(sign, r"\textbackslash " if sign == "\\" else f"\\{sign}")
+    return text.replace("~", r"\textasciitilde ").replace("^", r"\textasciicircum ")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 when there is nothing to draw."""
     parser = argparse.ArgumentParser(prog="python -m analysis.frontier", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, help="a folder of records, or a file of them from benchmarks/")
     parser.add_argument("--task", action="append", help="only this task; may be repeated")
     parser.add_argument("--model", action="append", help="only this model; may be repeated")
     parser.add_argument("--x", choices=AXES, default="held", help="what the horizontal axis shows")
     parser.add_argument("--linear", action="store_true", help="a linear horizontal axis instead of a logarithmic one")
+    parser.add_argument("--by", choices=("task", "category"), default="task", help="what has a panel of its own")
+    parser.add_argument("--columns", type=int, default=2, help="panels side by side, each as wide as a paper's column")
     parser.add_argument("--out", type=Path, help="folder for the files (default: RESULTS)")
     given = parser.parse_args(arguments)
     try:
@@ -160,18 +225,17 @@ def main(arguments: list[str] | None = None) -> int:
         table = chosen(points(results, given.x), given.task, given.model)
         for problem in results.problems:
             print(problem, file=sys.stderr)
-        figure = draw(table, given.x, log=not given.linear)
+        figure = draw(table, given.x, not given.linear, max(1, given.columns), given.by == "category")
     except NothingToRead as error:
         print(f"frontier: {error}", file=sys.stderr)
         return 2
-    out = given.out or given.results
+    out = given.out or (given.results if given.results.is_dir() else given.results.parent)
     out.mkdir(parents=True, exist_ok=True)
-    for kind in ("png", "svg"):
-        figure.savefig(out / f"frontier.{kind}")
-    table.drop(columns="cells").to_csv(out / "frontier.csv", index=False)
-    lines = summary(table)
-    (out / "frontier.md").write_text(markdown(lines))
-    (out / "frontier.tex").write_text(lines.to_latex(index=False, escape=True))
+    style.save(figure, out / "frontier")
+    fronts = table.assign(front=on_front(table), family_front=on_front(table, "family"))
+    fronts.drop(columns=["cells", "full_cells"]).to_csv(out / "frontier.csv", index=False)
+    (out / "frontier.md").write_text(page(table, areas(results, table, given.x)))
+    (out / "frontier.tex").write_text(latex(table))
     print(f"{len(table[table['category'] == WHOLE])} points of {table['task'].nunique()} tasks in {out}/frontier.*")
     return 0
 

@@ -1,11 +1,13 @@
 """Methods ranked per budget: `python -m analysis.leaderboard RESULTS`.
 
 Methods are ranked by the mean over tasks of the share of the full cache's score that is left (tasks with scores out of
-100 only; tasks near chance are left out). Those whose difference to the best is no more than noise share its rank.
+100 only; tasks near chance are named and left out). Those whose difference to the best is no more than noise, after
+Holm's correction for as many methods, share its rank.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,62 +15,76 @@ import pandas as pd
 
 from analysis import stats
 from analysis.frontier import markdown
-from analysis.load import NothingToRead, Results, load
-from analysis.points import NEAR_CHANCE, by_sample, labels
+from analysis.load import NothingToRead, load
+from analysis.paired import Cells, Compared, gathered, near_chance, subset_means
+
+SURE = 0.05  # corrected p below which a method is behind the best one
 
 
-def ranking(results: Results, model: str, protocol: str, budget: float) -> pd.DataFrame:
-    """One row per method that has every task at this budget: retained share with interval, rank."""
-    cells = results.cells.assign(label=labels(results.cells))
-    cells = cells[(cells["model"] == model) & (cells["protocol"] == protocol)]
-    cells = cells[[m["better"] == "higher" for m in cells["metric"]]]
-    at = cells[cells["budget"] == budget]
-    tasks = sorted(set(at["task"]) & set(cells[cells["method"] == "full"]["task"]))
-    kept: dict[str, list[np.ndarray]] = {}
+def ranking(tasks: Sequence[Compared], model: str, protocol: str, budget: float) -> tuple[pd.DataFrame, list[str]]:
+    """One row per method that has every task at this budget: retained share with interval, rank; and tasks left out."""
+    kept: dict[str, dict[str, np.ndarray]] = {}
+    apart, samples = [], 0
     for task in tasks:
-        full = cells[(cells["task"] == task) & (cells["method"] == "full")]
-        scores = by_sample(results, full)
-        if full["mean_over"].iloc[0] == "subsets":
-            scores["category"] = ""
-        names = sorted(set(at[at["task"] == task]["label"]) - {"full"})
-        parts = {name: by_sample(results, at[(at["task"] == task) & (at["label"] == name)]) for name in names}
-        shared = scores.index
-        for part in parts.values():
-            shared = shared.intersection(part.index)
-        if not len(shared):
+        if (task.key["model"], task.key["protocol"]) != (model, protocol):
             continue
-        scores = scores.loc[shared]
-        own = stats.weights(scores["subset"], scores["category"])
-        if 100 * float(own @ scores["score"].to_numpy()) < NEAR_CHANCE:
+        at = [one for one in task.cells if one.first["budget"] == budget and one.first["method"] != "full"]
+        if not at or at[0].first["metric"]["better"] != "higher":
             continue
-        both = np.vstack([own, stats.draws(scores["subset"], scores["category"])])  # the score itself, then resamples
-        whole = np.maximum(both @ scores["score"].to_numpy(), 1e-9)
-        for name, part in parts.items():
-            kept.setdefault(name, []).append(both @ part.loc[shared, "score"].to_numpy() / whole)
-    complete = {name: np.mean(shares, axis=0) for name, shares in kept.items() if len(shares) == _most(kept)}
-    if not complete:
-        return pd.DataFrame()
-    best = max(complete, key=lambda name: complete[name][0])
+        shares, n = _retained(at)
+        samples += n
+        if shares is None:
+            apart.append(task.key["task"])
+        for name, share in (shares or {}).items():
+            kept.setdefault(name, {})[task.key["task"]] = share
+    most = max(map(len, kept.values()), default=0)
+    complete = {name: np.mean(list(own.values()), axis=0) for name, own in kept.items() if len(own) == most}
+    order = sorted(complete, key=lambda name: -complete[name][0])
+    behind = _behind([complete[name] for name in order])
     rows = []
-    for name in sorted(complete, key=lambda name: -complete[name][0]):
-        share = complete[name]
-        low, high = stats.interval(share[1:])
-        behind = stats.interval((complete[best] - share)[1:])[0] > 0
-        rank = 1 if not behind else 1 + sum(other[0] > share[0] for other in complete.values())
+    for place, name in enumerate(order):
+        low, high = stats.interval(complete[name][1:])
+        worst = min(kept[name], key=lambda task: kept[name][task][0])
         rows.append(
             {
-                "rank": rank,
+                "rank": place + 1 if behind[place] else 1,
                 "method": name,
-                "retained": f"{share[0]:.1%}",
+                "retained": f"{complete[name][0]:.1%}",
                 "95 % interval": f"{low:.1%} to {high:.1%}",
-                "tasks": _most(kept),
+                "worst task": f"{worst} {kept[name][worst][0]:.1%}",
+                "tasks": most,
+                "n": samples,
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows), apart
 
 
-def _most(kept: dict[str, list[np.ndarray]]) -> int:
-    return max(len(shares) for shares in kept.values())
+def _retained(cells: Sequence[Cells]) -> tuple[dict[str, np.ndarray] | None, int]:
+    """By method, the share of the full cache's score on the samples that all have, [1 + R]; None near chance."""
+    shared = cells[0].samples.index
+    for one in cells[1:]:
+        shared = shared.intersection(one.samples.index)
+    if shared.empty:
+        return {}, 0
+    first = cells[0].samples.loc[shared]
+    columns = [one.samples.loc[shared, "score"] for one in cells] + [first["full"], first["chance"]]
+    found = subset_means(first, np.stack(columns, axis=1), cells[0].first["mean_over"]).average()  # [1 + R, k + 2]
+    full, chance = found[:, -2], found[0, -1]
+    metric = cells[0].first["metric"]
+    if near_chance(stats.estimate(metric["scale"] * full), metric["scale"] * chance, metric):
+        return None, 0
+    whole = np.maximum(full, 1e-9)
+    names = [" ".join(filter(None, (one.first["label"], one.first["bits"]))) for one in cells]
+    return {name: found[:, i] / whole for i, name in enumerate(names)}, len(shared)
+
+
+def _behind(shares: Sequence[np.ndarray]) -> list[bool]:
+    """Which methods, best first, are worse than the best by more than noise; shares are [1 + R] each."""
+    if len(shares) < 2:
+        return [False] * len(shares)
+    best = shares[0]
+    p = [min(1.0, 2 * (1 + int((share[1:] >= best[1:]).sum())) / len(share)) for share in shares[1:]]
+    return [False, *(corrected < SURE for corrected in stats.holm(p))]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,15 +97,18 @@ def main(arguments: list[str] | None = None) -> int:
     except NothingToRead as error:
         print(f"leaderboard: {error}", file=sys.stderr)
         return 2
+    tasks = list(gathered(results))
     for problem in results.problems:
         print(problem, file=sys.stderr)
     found = results.cells[results.cells["method"] != "full"][["model", "protocol", "budget"]].drop_duplicates()
     shown = 0
     for model, protocol, budget in sorted(found.itertuples(index=False, name=None)):
-        ranks = ranking(results, model, protocol, budget)
-        if len(ranks):
+        ranks, apart = ranking(tasks, model, protocol, budget)
+        if len(ranks) or apart:
             shown += 1
-            print(f"{model}, {protocol}, budget {budget:g}\n\n{markdown(ranks)}")
+            print(f"{model}, {protocol}, budget {budget:g}\n\n{markdown(ranks) if len(ranks) else ''}")
+        if apart:
+            print(f"near chance with the full cache, not counted: {', '.join(apart)}\n")
     if not shown:
         print("leaderboard: no method has finished samples in common with the full cache", file=sys.stderr)
     return 0 if shown else 2

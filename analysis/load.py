@@ -1,26 +1,39 @@
 """Result folders as two tables: one row per cell, one row per sample of a cell.
 
 A record is read once: what was read is kept in `RESULTS/.analysis.parquet` and read again only where a file has
-changed. What cannot be read is named in `problems`, and the rest is given.
+changed. What cannot be read is named in `problems`, and the rest is given. `Results.pack` writes both tables as one
+file that `load` reads like a folder: records for committing, without their texts.
 """
 
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from analysis.names import told_apart
+
 FORMAT = 1  # of the records
 CACHE = ".analysis.parquet"
 METRIC = {"name": "score", "unit": "points of 100", "better": "higher", "scale": 100.0, "digits": 2}
-#: columns of `Results.samples` that hold no text; the texts are read by `texts`
+#: columns of `Results.samples` that hold no text; the texts are read by `texts`, from byte `at` on, `size` bytes
 SAMPLE = {
-    "id": "", "subset": "", "category": "", "score": float("nan"), "error": "", "tokens_in": 0, "tokens_out": 0,
-    "held": float("nan"), "held_end": float("nan"), "read": float("nan"), "peak": float("nan"), "bytes": float("nan"),
-    "bytes_full": float("nan"), "length": float("nan"), "depth": float("nan"), "prompt_s": float("nan"),
-    "n_prompt": 0, "decode_s": float("nan"), "steps": 0,
+    "id": "", "subset": "", "category": "", "measure": "", "weight": 1.0, "chance": 0.0, "control": False,
+    "score": float("nan"), "error": "", "tokens_in": 0, "tokens_out": 0, "held": float("nan"), "held_end": float("nan"),
+    "read": float("nan"), "peak": float("nan"), "bytes": float("nan"), "bytes_full": float("nan"),
+    "length": float("nan"), "depth": float("nan"), "prompt_s": float("nan"), "n_prompt": 0, "decode_s": float("nan"),
+    "steps": 0, "alone": True, "at": 0, "size": 0,
 }  # fmt: skip
+#: of a record's ledger, bytes
+LEDGER = (
+    "full_prompt", "full", "held_prompt", "held_end", "peak_prompt", "peak_decode", "read_step", "workspace", "adapter",
+    "host",
+)  # fmt: skip
 
 
 class NothingToRead(ValueError):
@@ -31,9 +44,11 @@ class NothingToRead(ValueError):
 class Results:
     """cells: one row per record, by `cell`, its folder below the results folder.
 
-    samples: one row per finished or failed sample; `held`, `held_end`, `read` and `peak` are shares of the full cache's
-    bytes, `bytes` and `bytes_full` those at the end of the prompt; `length` and `depth` are set where a
-    sample is tagged with numbers.  problems: what was left out, one line each.
+    samples: one row per finished or failed sample, those of a cell side by side; `held`, `held_end`, `read` and `peak`
+    are shares of the full cache's bytes, `bytes` and `bytes_full` those at the end of the prompt; `length` and `depth`
+    are set where a sample is tagged with numbers; `weight` counts in the mean over its subset, `chance` is what a guess
+    scores, `control` samples count in no average, `measure` names the score where a task has several; `alone` is false
+    where the prompt's pass was shared, which has no speed.  problems: what was left out, one line each.
     """
 
     root: Path
@@ -41,52 +56,106 @@ class Results:
     samples: pd.DataFrame
     problems: list[str]
 
-    @property
+    @cached_property
     def finished(self) -> pd.DataFrame:
         """Samples with a score."""
         return self.samples[self.samples["error"] == ""]
 
+    @cached_property
+    def by_cell(self) -> dict[str, pd.DataFrame]:
+        """The finished samples of every cell that has one, by id in order."""
+        return {cell: own.set_index("id").sort_index() for cell, own in _slices(self.finished)}
+
+    @cached_property
+    def failed(self) -> dict[str, int]:
+        """How many samples failed, by cell."""
+        return self.samples[self.samples["error"] != ""].groupby("cell").size().to_dict()
+
+    @cached_property
+    def errors(self) -> dict[str, list[str]]:
+        """The first few different errors of failed samples, by cell."""
+        wrong = self.samples[self.samples["error"] != ""]
+        return {str(cell): list(own.unique()[:3]) for cell, own in wrong.groupby("cell")["error"]}
+
+    def pack(self, path: Path) -> None:
+        """Both tables as one parquet file."""
+        table = self.samples.drop(columns=["at", "size"])
+        table.attrs = {"cells": json.loads(self.cells.to_json(orient="records")), "problems": self.problems}
+        table.to_parquet(path, compression="zstd", index=False)
+
 
 def load(results: str | Path) -> Results:
-    """Everything below `results`. Raises NothingToRead when there is no record at all."""
+    """Everything below `results`, or in a packed file. Raises NothingToRead when there is no record at all."""
     root = Path(results)
+    if root.is_file():
+        return _unpack(root)
     if not root.is_dir():
         raise NothingToRead(f"{root}: no such folder; give the folder that results=... named (default: results)")
     found = sorted(path.parent for path in root.rglob("cell.json"))
     if not found:
         raise NothingToRead(f"{root}: holds no cell.json; run python run.py results={root} first")
-    cached, stamps = _cache(root)
-    cells, tables, problems, new_stamps = [], [], [], {}
+    kept, books = _cache(root)
+    cells, tables, problems, new_books = [], [], [], {}
     for folder in found:
         name = folder.relative_to(root).as_posix()
         try:
             cell = _cell(name, folder)
             stamp = _stamp(folder / "samples.jsonl")
-            if stamps.get(name) == stamp:
-                table = cached[cached["cell"] == name]
+            if books.get(name, {}).get("stamp") == stamp:
+                table, book = kept.get(name, _table([])), books[name]
             else:
-                table, torn = _samples(name, folder / "samples.jsonl")
-                problems += torn
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                table, book = _samples(name, folder / "samples.jsonl")
+                book["stamp"] = stamp
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             problems.append(f"{name}: left out, {_why(error)}")
             continue
+        problems += book["problems"]
         if len(cell["conditions"]) > 1:
             problems.append(f"{name}: mixed, computed under {len(cell['conditions'])} different conditions")
-        new_stamps[name] = stamp
-        cells.append(cell)
+        new_books[name] = book
+        cells.append({**cell, "ledger": book["ledger"], "layers": book["layers"]})
         tables.append(table)
     if not cells:
         raise NothingToRead(f"{root}: no record can be read; {problems[0]}")
     samples = pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
-    if new_stamps != stamps:
-        _keep(root, samples, new_stamps)
-    return Results(root, pd.DataFrame(cells).set_index("cell", drop=False), samples, problems)
+    if new_books != books:
+        _keep(root, samples, new_books)
+    return Results(root, told_apart(pd.DataFrame(cells).set_index("cell", drop=False)), samples, problems)
 
 
 def texts(results: Results, cell: str, ids: set[str]) -> dict[str, dict[str, Any]]:
-    """What the table leaves out of some samples of one cell: prompt end, references, prediction."""
-    lines, _ = _lines(results.root / cell / "samples.jsonl", cell)
-    return {row["id"]: row for row in lines if row["id"] in ids}
+    """What the table leaves out of some samples of one cell: prompt end, references, prediction.
+
+    A packed file has none.
+    """
+    own = results.by_cell.get(cell)
+    if own is None or results.root.is_file() or not ids:
+        return {}
+    found = {}
+    with (results.root / cell / "samples.jsonl").open("rb") as file:
+        for name, at, size in zip(own.index, own["at"], own["size"]):
+            if name in ids:
+                file.seek(at)
+                found[name] = json.loads(file.read(size))
+    return found
+
+
+def _slices(samples: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The rows of every cell; they stand side by side."""
+    cells = samples["cell"].to_numpy()
+    edges = [0, *((cells[1:] != cells[:-1]).nonzero()[0] + 1), len(cells)] if len(cells) else []
+    for start, end in pairwise(edges):
+        yield str(cells[start]), samples.iloc[start:end]
+
+
+def _unpack(path: Path) -> Results:
+    try:
+        samples = pd.read_parquet(path)
+        cells, problems = samples.attrs["cells"], samples.attrs["problems"]
+    except (OSError, ValueError, KeyError) as error:
+        raise NothingToRead(f"{path}: not a file that python -m analysis.tables wrote, {_why(error)}") from error
+    samples.attrs = {}
+    return Results(path, pd.DataFrame(cells).set_index("cell", drop=False), samples, list(problems))
 
 
 def _cell(name: str, folder: Path) -> dict[str, Any]:
@@ -94,11 +163,12 @@ def _cell(name: str, folder: Path) -> dict[str, Any]:
     if book["format"] != FORMAT:
         raise ValueError(f"format {book['format']} is not {FORMAT}")
     identity, runs = book["identity"], book["runs"]
-    method, notes = identity["method"], runs[-1]
+    method, model, task, notes = identity["method"], identity["model"], identity["task"], runs[-1]
+    passes = {name: value for name, value in model.items() if name not in ("name", "weights")}
     return {
         "cell": name,
-        "model": identity["model"]["name"],
-        "task": identity["task"]["name"],
+        "model": model["name"],
+        "task": task["name"],
         "method": method["name"],
         "family": notes.get("family", "other"),
         "simulated": bool(notes.get("simulated", False)),
@@ -106,9 +176,11 @@ def _cell(name: str, folder: Path) -> dict[str, Any]:
         "protocol": identity["protocol"],
         "seed": identity["seed"],
         "dtype": identity["dtype"],
-        "weights": identity["model"].get("weights", ""),
+        "weights": model.get("weights", ""),
+        "passes": json.dumps({**passes, **identity.get("passes", {})}, sort_keys=True),
+        "fingerprint": json.dumps(task.get("fingerprint", {}), sort_keys=True),
         "config": json.dumps({k: v for k, v in method["config"].items() if k != "seed"}, sort_keys=True),
-        "metric": {**METRIC, **identity["task"].get("metric", {})},
+        "metric": {**METRIC, **task.get("metric", {})},
         "conditions": [run["conditions"] for run in runs],
         "mean_over": notes.get("mean_over", "categories"),
         "commit": notes.get("commit") or "",
@@ -116,28 +188,34 @@ def _cell(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _lines(path: Path, name: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """The latest line of each sample, and what could not be read."""
+def _samples(name: str, path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The latest line of each sample of one cell, and the cell's means and problems."""
     rows: dict[str, dict[str, Any]] = {}
-    problems = []
-    text = path.read_bytes().split(b"\n") if path.exists() else []
-    for number, line in enumerate(text, 1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-            rows[row["id"]] = row
-        except (ValueError, KeyError, TypeError):
-            problems.append(f"{name}: line {number} of samples.jsonl is no sample, left out")
-    return list(rows.values()), problems
-
-
-def _samples(name: str, path: Path) -> tuple[pd.DataFrame, list[str]]:
-    lines, problems = _lines(path, name)
-    rows = [_row(line) for line in lines]
-    table = pd.DataFrame(rows, columns=list(SAMPLE)).astype({k: type(v) for k, v in SAMPLE.items()})
+    ledgers: dict[str, dict[str, Any]] = {}
+    problems, at = [], 0
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
+        if line:
+            try:
+                read = json.loads(line)
+                rows[read["id"]] = _row(read) | {"at": at, "size": len(line)}
+                ledgers[read["id"]] = _per_sample(read)
+            except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+                problems.append(f"{name}: line {number} of samples.jsonl is no sample, left out ({_why(error)})")
+        at += len(line) + 1
+    table = _table(list(rows.values()))
     table.insert(0, "cell", name)
-    return table, problems
+    own = [ledger for ledger in ledgers.values() if ledger]
+    layers = [ledger["layers"] for ledger in own]
+    alike = len({len(one) for one in layers}) == 1
+    return table, {
+        "problems": problems,
+        "ledger": {key: round(sum(one[key] for one in own) / len(own)) for key in LEDGER} if own else {},
+        "layers": [round(sum(layer) / len(layers)) for layer in zip(*layers)] if alike else [],
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=list(SAMPLE)).astype({k: type(v) for k, v in SAMPLE.items()})
 
 
 def _row(line: dict[str, Any]) -> dict[str, Any]:
@@ -145,23 +223,46 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
     subset = tags.get("subset", line["id"].rpartition("/")[0])
     row = {**SAMPLE, "id": line["id"], "subset": subset, "category": tags.get("category", subset)}
     row |= {name: float(tags[name]) for name in ("length", "depth") if isinstance(tags.get(name), int | float)}
+    row["control"] = bool(tags.get("control", False))
+    row["chance"] = float(tags["chance"]) if "chance" in tags else 1 / tags["n"] if tags.get("gold", -1) >= 0 else 0.0
     if "error" in line:
-        return {**row, "error": str(line["error"])}
+        return {**row, "error": str(line["error"]) or "failed"}
     ledger, times = line["ledger"], line["timings"]
+    full, full_prompt = ledger["full"] or float("nan"), ledger["full_prompt"] or float("nan")
     return row | {
         "score": float(line["score"]),
+        "measure": _measure(line),
+        "weight": float(line.get("weights", {}).get("", 1.0)),
         "tokens_in": line["tokens_in"],
         "tokens_out": line["tokens_out"],
-        "held": ledger["held_prompt"] / ledger["full_prompt"],
-        "held_end": ledger["held_end"] / ledger["full"],
-        "read": ledger["read_step"] / ledger["full"],
-        "peak": max(ledger["peak_prompt"], ledger["peak_decode"]) / ledger["full"],
+        "held": ledger["held_prompt"] / full_prompt,
+        "held_end": ledger["held_end"] / full,
+        "read": ledger["read_step"] / full,
+        "peak": max(ledger["peak_prompt"], ledger["peak_decode"]) / full,
         "bytes": ledger["held_prompt"] / line["batch"],
         "bytes_full": ledger["full_prompt"] / line["batch"],
         "prompt_s": times["prompt"],
         "n_prompt": times["n_prompt"],
         "decode_s": times["decode"],
         "steps": times["steps"],
+        "alone": "group" not in line,
+    }
+
+
+def _measure(line: dict[str, Any]) -> str:
+    """Which of several scores is the sample's own: the first. Turns and places in a text are no measures."""
+    parts = line.get("parts") or {}
+    return "" if "turns" in line or "curve" in line else next(iter(parts), "")
+
+
+def _per_sample(line: dict[str, Any]) -> dict[str, Any]:
+    """Bytes of one sample, layer by layer and in all; empty for a failed one."""
+    if "error" in line:
+        return {}
+    ledger, batch = line["ledger"], line["batch"]
+    return {
+        **{name: ledger.get(name, 0) / batch for name in LEDGER},
+        "layers": [layer / batch for layer in ledger.get("per_layer", [])],
     }
 
 
@@ -172,21 +273,23 @@ def _stamp(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _cache(root: Path) -> tuple[pd.DataFrame, dict[str, list[int]]]:
-    """The kept table and the stamp of every file behind it; nothing where it cannot be used."""
+def _cache(root: Path) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
+    """The kept samples of each cell, and what else was kept of it; nothing where it cannot be used."""
     try:
         table = pd.read_parquet(root / CACHE)
-    except (OSError, ValueError):
-        return pd.DataFrame(), {}
+        books = table.attrs["books"]
+    except (OSError, ValueError, KeyError):
+        return {}, {}
     if list(table.columns) != ["cell", *SAMPLE]:  # kept by another version
-        return pd.DataFrame(), {}
-    return table, table.attrs["stamps"]
+        return {}, {}
+    table.attrs = {}
+    return dict(_slices(table)), books
 
 
-def _keep(root: Path, table: pd.DataFrame, stamps: dict[str, list[int]]) -> None:
+def _keep(root: Path, table: pd.DataFrame, books: dict[str, dict[str, Any]]) -> None:
     table = table.copy(deep=False)
-    table.attrs = {"stamps": stamps}
-    draft = root / (CACHE + ".new")
+    table.attrs = {"books": books}
+    draft = root / f"{CACHE}.{os.getpid()}"
     try:
         table.to_parquet(draft)
         draft.replace(root / CACHE)
@@ -196,4 +299,4 @@ def _keep(root: Path, table: pd.DataFrame, stamps: dict[str, list[int]]) -> None
 
 def _why(error: Exception) -> str:
     text = str(error).splitlines()[0] if str(error) else ""
-    return f"{type(error).__name__}: {text}" if not isinstance(error, KeyError) else f"cell.json lacks {text}"
+    return f"{type(error).__name__}: {text}" if not isinstance(error, KeyError) else f"it lacks {text}"

@@ -1,6 +1,7 @@
 """One self-contained page of everything in a result folder: `python -m analysis.report RESULTS` writes report.html.
 
-The page needs no network: plotly is inside, compressed. Model output and data are text for it, never markup.
+The page needs no network: plotly and the data are inside, compressed. Model output and data are text for it, never
+markup.
 """
 
 import argparse
@@ -14,20 +15,23 @@ from typing import Any
 import pandas as pd
 
 from analysis import style
-from analysis.load import NothingToRead, Results, load, texts
-from analysis.points import KEYS, WHOLE, on_front, points
+from analysis.area import areas
+from analysis.load import LEDGER, NothingToRead, Results, load, texts
+from analysis.paired import KEYS, WHOLE
+from analysis.points import on_front, points
 from analysis.stats import RIGHT
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
-TEXT_BYTES = 1_500_000  # of all flipped samples together
+TEXT_BYTES = 4_000_000  # of all flipped samples together, before they are compressed
 TEXT_CHARACTERS = 400  # of one text
 FLIPS = 20  # samples per cell, at most
 NUMBERS = [
-    "budget", "n", "share", "bytes", "score", "score_low", "score_high", "full", "difference", "difference_low",
-    "difference_high", "retained", "lost", "won", "p_holm", "worst_difference",
+    "budget", "n", "seeds", "share", "bytes", "score", "score_low", "score_high", "full", "difference",
+    "difference_low", "difference_high", "retained", "retained_low", "retained_high", "lost", "won", "p_flips",
+    "p_holm", "worst_difference", "digits",
 ]  # fmt: skip
-WORDS = ["model", "task", "protocol", "category", "label", "family", "unit", "metric", "better", "worst"]
-SWITCHES = ["simulated", "tie", "near_chance", "front"]
+WORDS = [*KEYS, "category", "label", "method", "bits", "family", "unit", "metric", "better", "worst"]
+SWITCHES = ["simulated", "tie", "near_chance", "partial", "front"]
 
 
 def page(results: Results) -> str:
@@ -39,55 +43,58 @@ def page(results: Results) -> str:
     if table.empty:
         raise NothingToRead("no finished cell with a full cache beside it")
     data = contents(results, table.assign(front=on_front(table)))
-    plotly = base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9)).decode()
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE.read_text())
-    return template.render(data=script_text(data), plotly=plotly)
-
-
-def script_text(data: Any) -> str:
-    """JSON that can stand inside a script element, whatever strings it holds."""
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE.read_text())
+    return template.render(data=packed(text), plotly=packed(get_plotlyjs()))
+
+
+def packed(text: str) -> str:
+    """Letters, digits, + and / only, whatever the text: it can stand anywhere in a page."""
+    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 
 def contents(results: Results, table: pd.DataFrame) -> dict[str, Any]:
-    """What the page shows: points by column, cells, ledgers, speeds, maps and flipped samples."""
+    """What the page shows: points by column, areas, cells with ledgers, speeds and maps, samples that flipped."""
     columns: dict[str, list] = {name: table[name].tolist() for name in WORDS + SWITCHES}
-    columns |= {name: [None if pd.isna(v) else round(float(v), 4) for v in table[name]] for name in NUMBERS}
-    columns["cell"] = [cells[0] for cells in table["cells"]]
-    labels = sorted(set(table["label"]))
+    columns |= {name: _rounded(table[name]) for name in NUMBERS}
+    columns["cells"], columns["full_cells"] = table["cells"].tolist(), table["full_cells"].tolist()
+    named = sorted({cell for column in ("cells", "full_cells") for cells in table[column] for cell in cells})
+    looks = style.looks(dict(zip(table["label"], table["family"])))
+    looks["full"] = style.Look("#888888", "o", "-", False)
+    under = areas(results, table)
     return {
         "points": columns,
-        "colours": style.colours(labels),
-        "markers": {f: _plotly_marker(f) for f in sorted(set(table["family"]))},
-        "cells": {cell: _cell(results, cell) for cell in sorted({c for cells in table["cells"] for c in cells})},
-        "flips": _flips(results, table),
+        "areas": [] if under.empty else under.assign(**{"from": under["from"].round(4)}).to_dict(orient="records"),
+        "looks": {label: _plotly(look) for label, look in looks.items()},
+        "cells": {cell: _cell(results, cell) for cell in named},
+        **_flips(results, table),
         "problems": results.problems,
         "whole": WHOLE,
     }
 
 
+def _rounded(column: pd.Series) -> list[float | None]:
+    return [None if pd.isna(v) else round(float(v), 4) for v in column]
+
+
 def _cell(results: Results, cell: str) -> dict[str, Any]:
-    """The command and fingerprints of one cell, its ledger by layer, its speeds, its heat map."""
+    """The command and fingerprints of one cell, its ledger in all and by layer, its speeds, its heat map."""
     book = results.cells.loc[cell]
-    own = results.finished[results.finished["cell"] == cell]
-    first = texts(results, cell, set(own["id"][:1]))
-    layers = next((row["ledger"].get("per_layer", []) for row in first.values()), [])
-    alone = own[own["prompt_s"] > 0]
+    own = results.by_cell.get(cell, results.finished.iloc[:0])
+    alone = own[own["alone"] & (own["prompt_s"] > 0)]
     steps = alone[alone["steps"] > 0]
+    told = ("command", "commit", "weights", "dtype", "passes", "fingerprint", "config")
     return {
-        "command": book["command"],
-        "commit": book["commit"],
-        "weights": book["weights"],
-        "config": book["config"],
+        **{name: book[name] for name in told},
         "conditions": [json.dumps(c, sort_keys=True) for c in book["conditions"]],
         "seed": int(book["seed"]),
-        "failed": int((results.samples[results.samples["cell"] == cell]["error"] != "").sum()),
-        "layers": [int(b) for b in layers],
+        "failed": results.failed.get(cell, 0),
+        "errors": results.errors.get(cell, []),
+        "ledger": {name: book["ledger"].get(name, 0) for name in LEDGER} if book["ledger"] else {},
+        "layers": book["layers"],
         "prompt": None if alone.empty else round(float((alone["n_prompt"] / alone["prompt_s"]).median()), 1),
         "decode": None if steps.empty else round(float((1000 * steps["decode_s"] / steps["steps"]).median()), 3),
-        "held_end": round(float(own["held_end"].mean()), 4) if len(own) else None,
-        "peak": round(float(own["peak"].mean()), 4) if len(own) else None,
+        "timed": len(alone),
         "map": _map(own),
     }
 
@@ -105,35 +112,46 @@ def _map(own: pd.DataFrame) -> dict[str, Any] | None:
     }
 
 
-def _flips(results: Results, table: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
-    """By cell, samples that the full cache solves and the method does not, or the other way round."""
-    whole = table[(table["category"] == WHOLE) & (table["better"] == "higher")]
-    finished = results.finished.set_index(["cell", "id"])["score"]
-    full_of = {tuple(row[k] for k in KEYS): row["cells"][0] for _, row in whole[whole["method"] == "full"].iterrows()}
+def _flips(results: Results, table: pd.DataFrame) -> dict[str, Any]:
+    """By cell, samples that the full cache solves and the method does not, or the other way round.
+
+    `samples` has by the full cache's cell what they share: prompt end, references, the full cache's answer and score.
+    """
+    whole = table[(table["category"] == WHOLE) & (table["better"] == "higher") & (table["method"] != "full")]
     found: dict[str, tuple[str, list[str]]] = {}
-    for _, row in whole[whole["method"] != "full"].iterrows():
-        full = full_of[tuple(row[k] for k in KEYS)]
+    for _, row in whole.iterrows():
+        full = next(cell for cell in row["full_cells"] if cell in results.by_cell)
+        theirs = results.by_cell[full]["score"]
         for cell in row["cells"]:
-            both = pd.concat([finished[cell], finished[full]], axis=1, keys=["ours", "full"], join="inner")
-            flipped = both[(both["ours"] >= RIGHT) != (both["full"] >= RIGHT)]
-            found[cell] = (full, sorted(flipped.index)[:FLIPS])
-    each = min(TEXT_CHARACTERS, TEXT_BYTES // max(1, 4 * sum(len(ids) for _, ids in found.values())))
-    made = {}
-    for cell, (full, ids) in found.items():
-        ours, theirs = texts(results, cell, set(ids)), texts(results, full, set(ids))
-        made[cell] = [
-            {
-                "id": i,
-                "prompt": _end(ours[i].get("prompt_end", ""), each),
-                "answers": [_start(str(a), each) for a in ours[i].get("answers", [])[:3]],
-                "full": _start(str(theirs[i].get("prediction", "")), each),
-                "ours": _start(str(ours[i].get("prediction", "")), each),
-                "score": round(float(ours[i]["score"]), 3),
-                "full_score": round(float(theirs[i]["score"]), 3),
+            ours = results.by_cell[cell]["score"]
+            both = theirs.reindex(ours.index)
+            flipped = ours.index[both.notna() & ((ours >= RIGHT) != (both >= RIGHT))]
+            found[cell] = (full, [str(i) for i in flipped[:FLIPS]])
+    shared = {full: {i for other, ids in found.values() if other == full for i in ids} for full, _ in found.values()}
+    count = sum(len(ids) for _, ids in found.values()) + 3 * sum(map(len, shared.values()))
+    each = min(TEXT_CHARACTERS, TEXT_BYTES // max(1, count))
+    flips, samples = {}, {}
+    for full, ids in shared.items():
+        samples[full] = {
+            i: {
+                "prompt": _end(row.get("prompt_end", ""), each),
+                "answers": [_start(str(a), each) for a in row.get("answers", [])[:3]],
+                "full": _start(str(row.get("prediction", "")), each),
+                "score": round(float(row["score"]), 3),
             }
-            for i in ids
-        ]
-    return made
+            for i, row in texts(results, full, ids).items()
+        }
+    for cell, (full, names) in found.items():
+        ours = texts(results, cell, set(names))
+        flips[cell] = {
+            "of": full,
+            "samples": [
+                [i, round(float(ours[i]["score"]), 3), _start(str(ours[i].get("prediction", "")), each)]
+                for i in names
+                if i in ours and i in samples[full]
+            ],
+        }
+    return {"flips": flips, "samples": samples}
 
 
 def _start(text: str, most: int) -> str:
@@ -144,12 +162,13 @@ def _end(text: str, most: int) -> str:
     return text if len(text) <= most else "…" + text[-most:]
 
 
-def _plotly_marker(family: str) -> dict[str, str]:
-    marker, line = style.family(family)
+def _plotly(look: style.Look) -> dict[str, Any]:
     symbols = {"o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down", "P": "cross",
-               "X": "x", "*": "star", ".": "circle-dot"}  # fmt: skip
+               "X": "x", "*": "star", "d": "diamond-tall", "p": "pentagon"}  # fmt: skip
     dashes = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}
-    return {"symbol": symbols[marker], "dash": dashes[line]}
+    return {
+        "colour": look.colour, "symbol": symbols[look.marker], "dash": dashes[look.stroke], "ringed": look.ringed,
+    }  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -169,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for problem in results.problems:
         print(problem, file=sys.stderr)
-    out = given.out or given.results / "report.html"
+    out = given.out or (given.results if given.results.is_dir() else given.results.parent) / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html)
     print(f"{len(results.cells)} cells, {out.stat().st_size / 2**20:.1f} MiB: {out}")

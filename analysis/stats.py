@@ -1,19 +1,20 @@
 """Paired statistics of cells against the full cache, on the same samples.
 
-A score is the mean over categories of the mean over subsets of the mean over samples: a weighted sum with one weight
-per sample. All intervals are percentile intervals of a bootstrap that draws samples inside each subset, with the same
-draws for every cell that has the same samples, so that differences are paired.
+A score is a mean of subset means: over all subsets, or over the categories' means of theirs. Inside a subset samples
+count by their weight, such as a text's tokens. All intervals are percentile intervals of a bootstrap that draws samples
+inside each subset, with the same draws for every cell that has the same samples, so that differences are paired.
 """
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 RESAMPLES = 2000
 LEVEL = 0.95
 RIGHT = 0.5  # a sample's score from which on it counts as solved, for flips
+ROOM = 2**22  # numbers that are drawn at once
 
 
 @dataclass(frozen=True)
@@ -30,61 +31,93 @@ class Estimate:
         return self.low <= 0 <= self.high
 
 
-def weights(subsets: Sequence[str], categories: Sequence[str]) -> np.ndarray:
-    """Each sample's share in the score, [n]; they add up to 1."""
-    frame = pd.DataFrame({"subset": list(subsets), "category": list(categories)})
-    in_subset = frame.groupby(["category", "subset"])["subset"].transform("size")
-    subsets_in_category = frame.groupby("category")["subset"].transform("nunique")
-    return (1.0 / (in_subset * subsets_in_category * frame["category"].nunique())).to_numpy()
+def subset_weights(categories: Sequence[str], over: str = "categories") -> np.ndarray:
+    """Each subset's share in the average, [subsets], from their categories: of category means, or of `subsets`."""
+    if over == "subsets":
+        return np.full(len(categories), 1 / len(categories))
+    names, place, size = np.unique(np.asarray(categories), return_inverse=True, return_counts=True)
+    return 1 / (size[place] * len(names))
 
 
-def draws(subsets: Sequence[str], categories: Sequence[str], resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Weights of `resamples` bootstrap samples, [resamples, n]: a sample drawn twice counts twice in its subset."""
-    own = weights(subsets, categories)
-    rng = np.random.default_rng(seed)
-    drawn = np.empty((resamples, len(own)))
-    for rows in pd.DataFrame({"s": list(subsets), "c": list(categories)}).groupby(["c", "s"]).indices.values():
-        n = len(rows)
-        drawn[:, rows] = rng.multinomial(n, np.full(n, 1 / n), size=resamples) * own[rows]
-    return drawn
+def bootstrap(
+    values: np.ndarray, weights: np.ndarray, key: str, resamples: int = RESAMPLES, seed: int = 0
+) -> np.ndarray:
+    """Weighted means of one subset's samples, [1 + resamples, k]: the mean itself, then of as many drawn with
+    replacement.
+
+    values [n, k], weights [n]. key: the subset's name; the same name, n and seed give the same draws.
+    """
+    found = [(weights @ values / weights.sum())[None]]
+    for counts in _counts(len(values), key, resamples, seed):  # [r, n]
+        own = counts * weights
+        found.append(own @ values / own.sum(axis=1, keepdims=True))
+    return np.concatenate(found)
 
 
-def estimate(values: np.ndarray, own: np.ndarray, drawn: np.ndarray, level: float = LEVEL) -> Estimate:
-    """The weighted sum of per-sample values [n] with its interval; own [n] and drawn [R, n] as from the above."""
-    low, high = interval(drawn @ values, level)
-    return Estimate(float(own @ values), low, high)
+def _counts(n: int, key: str, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
+    step = max(1, ROOM // n)
+    for at in range(0, resamples, step):
+        rows = min(step, resamples - at)
+        drawn = rng.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
 
 
-def interval(resampled: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """The middle `level` of resampled values [R]."""
-    low, high = np.percentile(resampled, [50 * (1 - level), 50 * (1 + level)])
-    return float(low), float(high)
+def signed(
+    differences: np.ndarray, weights: np.ndarray, key: str, resamples: int = RESAMPLES, seed: int = 0
+) -> np.ndarray:
+    """Weighted means of one subset's paired differences, [1 + resamples, k]: itself, then with random signs.
+
+    differences [n, k], weights [n]; key as in `bootstrap`.
+    """
+    parts = weights[:, None] * differences / weights.sum()
+    rng = np.random.default_rng([seed, zlib.crc32(key.encode()), 1])
+    found, step = [parts.sum(axis=0)[None]], max(1, ROOM // len(parts))
+    for at in range(0, resamples, step):
+        signs = rng.integers(2, size=(min(step, resamples - at), len(parts)), dtype=np.int8)
+        found.append((2.0 * signs - 1.0) @ parts)
+    return np.concatenate(found)
 
 
-def retained(ours: np.ndarray, full: np.ndarray, own: np.ndarray, drawn: np.ndarray) -> Estimate | None:
-    """The share of the full cache's score that is left; None where the full cache scores nothing."""
-    whole = float(own @ full)
-    if whole <= 0:
+def interval(resampled: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper end of the middle `level` of resampled values [R, ...], each [...]."""
+    low, high = np.percentile(resampled, [50 * (1 - level), 50 * (1 + level)], axis=0)
+    return low, high
+
+
+def estimate(resampled: np.ndarray, level: float = LEVEL) -> Estimate:
+    """A value with its interval, from [1 + R]: the value itself, then resampled ones."""
+    low, high = interval(resampled[1:], level)
+    return Estimate(float(resampled[0]), float(low), float(high))
+
+
+def retained(ours: np.ndarray, full: np.ndarray) -> Estimate | None:
+    """The share of the full cache's score that is left, from two [1 + R]; None where the full cache scores nothing."""
+    if full[0] <= 0:
         return None
-    below = drawn @ full
-    low, high = interval((drawn @ ours)[below > 0] / below[below > 0])
-    return Estimate(float(own @ ours) / whole, low, high)
+    some = full > 0
+    return estimate(ours[some] / full[some])
 
 
 def flips(ours: np.ndarray, full: np.ndarray) -> tuple[int, int, float]:
     """Samples lost and samples won against the full cache, and the exact two-sided McNemar p-value."""
-    from scipy.stats import binomtest
+    from scipy.special import bdtr
 
     lost, won = int(((full >= RIGHT) & (ours < RIGHT)).sum()), int(((full < RIGHT) & (ours >= RIGHT)).sum())
-    return lost, won, float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+    return lost, won, min(1.0, 2 * float(bdtr(min(lost, won), lost + won, 0.5)))
 
 
-def p_value(difference: np.ndarray, own: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> float:
-    """Two-sided p of "no difference": how often random signs of the paired differences [n] give as large a sum."""
-    signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(resamples, len(difference)))
-    parts = own * difference
-    at_least = np.abs(signs @ parts) >= abs(parts.sum()) - 1e-12
-    return float((1 + at_least.sum()) / (1 + resamples))
+def p_value(signed: np.ndarray, squares: float) -> float:
+    """Two-sided p of "no difference", from [1 + R]: the difference, then with random signs.
+
+    How often random signs of the paired differences give as large a sum. squares: of the differences' parts in the sum.
+    Hoeffding's bound, 2 exp(-d^2 / 2 squares), takes over where it is smaller than the few signs drawn can say.
+    """
+    if squares == 0:
+        return 1.0
+    at_least = np.abs(signed[1:]) >= abs(signed[0]) - 1e-12
+    drawn = (1 + int(at_least.sum())) / len(signed)
+    return float(min(1.0, drawn, 2 * np.exp(-(signed[0] ** 2) / (2 * squares))))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -96,19 +129,19 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(x) for x in corrected]
 
 
-def area(share: np.ndarray, score: np.ndarray, low: float, higher: bool = True) -> float:
-    """Mean best score over the shares from `low` to 1, shares on a logarithmic axis.
+def area(share: np.ndarray, score: np.ndarray, low: float, higher: bool = True) -> np.ndarray:
+    """Mean best score over the shares from `low` to 1, shares on a logarithmic axis; [...].
 
-    share [k], score [k]: the points of one curve. Between points the best score of what fits counts (a step, because
-    only cells that were run exist); below the smallest point its score counts as 0, or as the worst one where lower is
-    better.
+    share [k], score [..., k]: the points of one curve, and its resamples. Between points the best score of what fits
+    counts (a step, because only cells that were run exist); below the smallest point its score counts as 0, or as the
+    worst one where lower is better.
     """
     order = np.argsort(share)
-    share, score = np.clip(share[order], low, 1.0), score[order]
-    best = np.maximum.accumulate(score) if higher else np.minimum.accumulate(score)
-    floor = 0.0 if higher else float(score.max())
+    share, score = np.clip(share[order], low, 1.0), score[..., order]
+    best = np.maximum.accumulate(score, axis=-1) if higher else np.minimum.accumulate(score, axis=-1)
+    floor = np.zeros_like(score[..., :1]) if higher else score.max(axis=-1, keepdims=True)
     edges = np.log(np.concatenate(([low], share, [1.0])))
-    return float(np.diff(edges) @ np.concatenate(([floor], best)) / -np.log(low))
+    return np.concatenate((floor, best), axis=-1) @ np.diff(edges) / -np.log(low)
 
 
 def pareto(share: np.ndarray, score: np.ndarray, higher: bool = True) -> np.ndarray:

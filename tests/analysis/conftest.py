@@ -15,22 +15,32 @@ class Book:
     def cell(
         self, method="full", scores=(1.0,), budget=1.0, *, task="quiz-mini", share=None, seed=0, subsets=None,
         protocol="aware", config=None, notes=None, metric=None, conditions=1, model="tiny", predictions=None,
+        fingerprint=None, weights="sha256:0", dtype="float32", torch="", rows=None,
     ) -> Path:  # fmt: skip
-        """One cell whose samples have these scores; None is a failed sample. Subsets default to one."""
-        folder = self.root / model / task / f"{method}-b{budget:g}-{protocol}-{seed}-{abs(hash(str(config))) % 10000}"
+        """One cell whose samples have these scores; None is a failed sample. Subsets default to one.
+
+        rows: for every sample, what its line has besides or instead.
+        """
+        own = hash(str((config, fingerprint, weights, dtype)))
+        folder = self.root / model / task / f"{method}-b{budget:g}-{protocol}-{seed}-{abs(own) % 10**8}"
         folder.mkdir(parents=True)
         identity = {
-            "model": {"name": model, "weights": "sha256:0"},
+            "model": {"name": model, "weights": weights},
             "method": {"name": method, "config": {"budget": budget, "seed": seed, **(config or {})}},
             "budget": budget,
-            "task": {"name": task, "fingerprint": {}, **({"metric": metric} if metric else {})},
+            "task": {"name": task, "fingerprint": fingerprint or {}} | ({"metric": metric} if metric else {}),
             "protocol": protocol,
             "seed": seed,
-            "dtype": "float32",
+            "dtype": dtype,
         }
         family = {"full": "baseline", "kivi": "quantization"}.get(method, "eviction")
         runs = [
-            {"conditions": {"torch": str(i)}, "commit": "abc", "family": family, **(notes or {})}
+            {
+                "conditions": {"torch": torch or str(i), "code": method},
+                "commit": "abc",
+                "family": family,
+                **(notes or {}),
+            }
             for i in range(conditions)
         ]
         (folder / "cell.json").write_text(json.dumps({"format": 1, "identity": identity, "runs": runs}))
@@ -39,6 +49,8 @@ class Book:
         for i, score in enumerate(scores):
             subset, category = (subsets or [("qa", "QA")] * len(scores))[i]
             row = {"id": f"{subset}/{i}", "tags": {"subset": subset, "category": category}}
+            other = dict(rows[i]) if rows else {}
+            row["tags"] |= other.pop("tags", {})
             if score is None:
                 lines.append(row | {"error": "no memory"})
                 continue
@@ -53,7 +65,7 @@ class Book:
                     "prediction": (predictions or ["yes"] * len(scores))[i], "score": score, "tokens_in": 100,
                     "tokens_out": 5, "batch": 1, "ledger": ledger, "timings": times, "prompt_end": "Who?",
                     "answers": ["me"],
-                }
+                } | other
             )  # fmt: skip
         (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return folder

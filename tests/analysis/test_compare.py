@@ -1,6 +1,7 @@
 """Two methods or two folders, sample by sample."""
 
 from analysis import compare
+from tests.analysis.conftest import Book
 
 
 def test_two_methods_are_compared_at_the_same_budget(book, capsys):
@@ -14,8 +15,6 @@ def test_two_methods_are_compared_at_the_same_budget(book, capsys):
 
 
 def test_two_folders_are_compared_cell_by_cell(book, tmp_path, capsys):
-    from tests.analysis.conftest import Book
-
     a, b = Book(tmp_path / "a"), Book(tmp_path / "b")
     for side, scores in ((a, [0.0] * 8), (b, [1.0] * 8)):
         side.cell(scores=[1.0] * 8)
@@ -38,3 +37,35 @@ def test_an_unknown_name_lists_what_there_is(book, capsys):
     book.cell("nacl", [1.0], 0.5)
     assert compare.main(["nacl", "snapvk", "--results", str(book.root)]) == 2
     assert "snapvk: neither a folder nor a method" in capsys.readouterr().err
+
+
+def test_a_curve_has_one_name_on_both_sides_whatever_else_one_of_them_holds(tmp_path, capsys):
+    a, b = Book(tmp_path / "a"), Book(tmp_path / "b")
+    for side in (a, b):
+        side.cell("snapkv", [1.0, 0.0], 0.5, config={"kernel": 7})
+    a.cell("snapkv", [1.0, 1.0], 0.5, config={"kernel": 1})
+    assert compare.main([str(a.root), str(b.root)]) == 0
+    out = capsys.readouterr().out
+    assert "| snapkv kernel=7 | 2 | 50.00 | 50.00 |" in out and "kernel=1" not in out
+
+
+def test_other_data_under_the_same_name_are_not_compared_and_other_weights_are_named(tmp_path, capsys):
+    a, b = Book(tmp_path / "a"), Book(tmp_path / "b")
+    a.cell("nacl", [1.0], 0.5, fingerprint={"data": 1})
+    b.cell("nacl", [1.0], 0.5, fingerprint={"data": 2}, weights="sha256:1")
+    assert compare.main([str(a.root), str(b.root)]) == 2
+    assert "the task's samples or scores are not the same" in capsys.readouterr().err
+    a.cell("nacl", [1.0], 0.5, task="other-mini")
+    b.cell("nacl", [0.0], 0.5, task="other-mini", weights="sha256:1")
+    assert compare.main([str(a.root), str(b.root)]) == 0
+    assert "other-mini, nacl at budget 0.5: the model's weights differ" in capsys.readouterr().err
+
+
+def test_where_lower_is_better_the_lower_side_is_better_and_longer_texts_weigh_more(book, capsys):
+    metric = {"name": "nll", "unit": "nats", "better": "lower", "scale": 1, "digits": 3}
+    tokens = [{"weights": {"": n}} for n in (100, 300)]
+    book.cell("nacl", [2.0, 2.0], 0.5, metric=metric, rows=tokens)
+    book.cell("snapkv", [3.0, 4.0], 0.5, metric=metric, rows=tokens)
+    assert compare.main(["nacl", "snapkv", "--results", str(book.root)]) == 0
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "| 2.000 | 3.750 | +1.750 [" in line and "|  | A is better |" in line

@@ -2,11 +2,14 @@
 
 import csv
 
+import numpy as np
 import pytest
 
-from analysis import frontier
-from analysis.load import load
-from analysis.points import WHOLE, on_front, points
+from analysis import frontier, stats, style
+from analysis.area import areas
+from analysis.load import NothingToRead, load
+from analysis.paired import WHOLE
+from analysis.points import on_front, points
 
 SUBSETS = [("qa", "QA")] * 4 + [("sum", "summaries")] * 4
 
@@ -54,6 +57,7 @@ def test_where_lower_is_better_a_higher_value_is_a_loss(book):
     book.cell("nacl", [2.5, 2.5], 0.5, metric=metric)
     p = points(load(book.root)).set_index("label").loc["nacl"]
     assert p["score"] == 2.5 and p["difference"] == pytest.approx(-0.5) and not p["tie"]
+    assert not p["near_chance"] and (p["lost"], p["won"]) == (0, 0) and np.isnan(p["retained"])
 
 
 def test_a_task_that_the_full_cache_cannot_do_is_listed_apart(book):
@@ -62,7 +66,11 @@ def test_a_task_that_the_full_cache_cannot_do_is_listed_apart(book):
     table = points(load(book.root))
     assert table["near_chance"].all()
     assert "near chance" in frontier.summary(table)["note"].str.cat()
-    assert frontier.areas(table).empty
+    assert areas(load(book.root), table).empty
+    text = frontier.page(table, areas(load(book.root), table))
+    assert text.startswith("Near chance with the full cache") and "| nacl | 0.5 |" in text
+    with pytest.raises(NothingToRead, match="above chance"):
+        frontier.draw(table, "held")
 
 
 def test_cells_without_a_full_cache_beside_them_are_named(book):
@@ -89,7 +97,16 @@ def test_the_command_writes_pictures_and_tables(book, tmp_path, capsys):
     with (out / "frontier.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {r["label"] for r in rows} == {"full", "nacl", "random", "fake"}
-    assert "| quiz-mini | aware | nacl |" in (out / "frontier.md").read_text()
+    best = [(r["label"], r["budget"]) for r in rows if r["category"] == "QA" and r["front"] == "True"]
+    assert best == [("full", "1.0"), ("nacl", "0.25"), ("nacl", "0.5")]  # a category has a front of its own
+    family = [(r["label"], r["budget"]) for r in rows if r["category"] == "all" and r["family_front"] == "True"]
+    assert ("random", "0.5") not in family and ("full", "1.0") in family
+    text = (out / "frontier.md").read_text()
+    assert "| quiz-mini | aware | nacl |" in text and "Area under the frontier" in text and "Near chance" not in text
+    again = tmp_path / "again"
+    assert frontier.main([str(book.root), "--out", str(again)]) == 0
+    for kind in ("png", "svg", "csv", "md", "tex"):
+        assert (again / f"frontier.{kind}").read_bytes() == (out / f"frontier.{kind}").read_bytes()
     assert "5 points of 1 tasks" in capsys.readouterr().out
 
 
@@ -107,3 +124,127 @@ def test_a_task_may_average_its_subsets_whatever_their_categories(book):
         book.cell(scores=[1.0, 0.0, 1.0], subsets=subsets, task=f"{mean_over}-mini", notes=notes)
         table = points(load(book.root))
         assert table[table["task"] == f"{mean_over}-mini"]["score"].iloc[0] == pytest.approx(score)
+
+
+def test_texts_of_unequal_length_weigh_by_their_tokens(book):
+    metric = {"name": "nll", "unit": "nats", "better": "lower", "scale": 1, "digits": 3}
+    tokens = [{"weights": {"": n}} for n in (100, 300)]
+    book.cell(scores=[2.0, 2.0], metric=metric, rows=tokens)
+    book.cell("nacl", [2.0, 3.0], 0.5, metric=metric, rows=tokens)
+    table = points(load(book.root)).set_index("label")
+    assert table.loc["nacl", "score"] == pytest.approx(2.75)
+    assert table.loc["nacl", "difference"] == pytest.approx(-0.75)
+
+
+def test_different_measures_are_not_averaged_but_have_a_task_each(book):
+    subsets = [("a", "a")] * 4 + [("b", "b")] * 4
+    rows = [{"parts": {"acc": 1.0}}] * 4 + [{"parts": {"perplexity": 9.0}}] * 4
+    book.cell(scores=[1.0] * 4 + [9.0] * 4, subsets=subsets, rows=rows)
+    book.cell("nacl", [0.5] * 4 + [7.0] * 4, 0.5, subsets=subsets, rows=rows)
+    table = points(load(book.root)).set_index(["task", "label"])
+    assert table.loc[("quiz-mini, acc", "nacl"), "score"] == 50
+    assert table.loc[("quiz-mini, perplexity", "nacl"), "score"] == 700
+    assert len(table) == 4
+
+
+def test_control_samples_have_a_category_and_count_in_no_average(book):
+    rows = [{}] * 4 + [{"tags": {"control": True}}] * 4
+    subsets = [("a", "a")] * 4 + [("no_needle", "no_needle")] * 4
+    book.cell(scores=[1.0] * 8, subsets=subsets, rows=rows)
+    book.cell("nacl", [1.0] * 4 + [0.0] * 4, 0.5, subsets=subsets, rows=rows)
+    table = points(load(book.root))
+    table = table[table["label"] == "nacl"].set_index("category")
+    assert table["score"].to_dict() == {WHOLE: 100.0, "a": 100.0, "no_needle": 0.0}
+    assert table["n"].to_dict() == {WHOLE: 4, "a": 4, "no_needle": 4} and table.loc[WHOLE, "lost"] == 0
+
+
+def test_a_task_of_choices_is_near_chance_where_guessing_would_do_as_well(book):
+    rows = [{"tags": {"gold": 0, "n": 2}}] * 40
+    for task, right in (("coin-mini", 22), ("known-mini", 36)):
+        book.cell(scores=[1.0] * right + [0.0] * (40 - right), task=task, rows=rows)
+        book.cell("nacl", [1.0] * 20 + [0.0] * 20, 0.5, task=task, rows=rows)
+    table = points(load(book.root))
+    assert table.groupby("task")["near_chance"].all().to_dict() == {"coin-mini": True, "known-mini": False}
+
+
+def test_a_method_that_stopped_early_is_on_no_front_and_under_no_area(book):
+    book.cell(scores=[1.0] * 20)
+    book.cell("nacl", [1.0] * 20, 0.5)
+    book.cell("kivi", [1.0] * 3 + [None] * 17, 0.1)
+    results = load(book.root)
+    table = points(results)
+    assert table.set_index("label")["partial"].to_dict() == {"full": False, "kivi": True, "nacl": False}
+    assert set(table[on_front(table)]["label"]) == {"nacl"}
+    assert areas(results, table)["method"].tolist() == ["nacl"]
+    assert "partial" in frontier.summary(table).set_index("method").loc["kivi", "note"]
+
+
+def test_holms_correction_counts_the_methods_and_not_the_full_cache(book):
+    book.cell(scores=[1.0] * 8)
+    book.cell("nacl", [0.0] * 5 + [1.0] * 3, 0.5)
+    book.cell("h2o", [1.0] * 8, 0.5)
+    table = points(load(book.root)).set_index("label")
+    assert table.loc["nacl", "p_holm"] == pytest.approx(2 * table.loc["nacl", "p"])
+    assert table.loc["nacl", "p"] == pytest.approx(2 / 32, abs=0.02) and table["p_holm"].isna()["full"]
+
+
+def test_the_area_has_the_interval_of_its_bootstrap(book):
+    fill(book)
+    results = load(book.root)
+    made = areas(results, points(results)).set_index("method")
+    nacl = made.loc["nacl"]
+    # nothing fits below 0.25; to 0.5 the score is 37.5, then 75; the smallest real share is nacl's own
+    assert nacl["from"] == 0.25 and nacl["area"] == pytest.approx((37.5 + 75.0) / 2)
+    assert nacl["area_low"] < nacl["area"] < nacl["area_high"] and "fake" not in made.index
+    scores = {"QA/qa": [(1, 0), (1, 0), (0, 0), (0, 0)], "summaries/sum": [(1, 0), (1, 1), (1, 1), (1, 1)]}
+    qa, summaries = (stats.bootstrap(np.array(own, dtype=float), np.ones(4), key)[1:] for key, own in scores.items())
+    at_half, at_quarter = (50 * (qa[:, i] + summaries[:, i]) for i in (0, 1))
+    expected = np.percentile((np.maximum(at_half, at_quarter) + at_quarter) / 2, [2.5, 97.5])
+    assert (nacl["area_low"], nacl["area_high"]) == pytest.approx(tuple(expected))
+
+
+def test_a_cell_of_other_conditions_than_its_full_cache_is_named(book):
+    book.cell(scores=[1.0], torch="2.11")
+    book.cell("nacl", [1.0], 0.5, torch="2.12")
+    results = load(book.root)
+    assert set(points(results)["label"]) == {"full", "nacl"}
+    (said,) = results.problems
+    assert "nacl at budget 0.5" in said and "torch is 2.12, was 2.11" in said and "code" not in said
+
+
+def test_bits_are_places_on_one_curve_and_never_pooled_like_seeds(book):
+    book.cell(scores=[1.0] * 4)
+    for key, score in ((2, 0.0), (4, 1.0)):
+        book.cell("kivi", [score] * 4, 1.0, share=key / 16, config={"key_bits": key, "value_bits": key})
+    table = points(load(book.root))
+    table = table[table["label"] == "kivi"].set_index("bits")
+    assert table["score"].to_dict() == {"2 bits": 0.0, "4 bits": 100.0} and set(table["seeds"]) == {1}
+
+
+def test_the_latex_table_escapes_names_and_marks_ties(book):
+    book.cell(scores=[1.0] * 8, task="quiz_100%-mini")
+    book.cell("h2o_x&y", [1.0] * 8, 0.5, task="quiz_100%-mini")
+    text = frontier.latex(points(load(book.root)))
+    assert r"quiz\_100\%-mini" in text and r"h2o\_x\&y & 0.5 & 50.0\% & \textbf{100.0}" in text
+    body = text.split(r"\midrule")[1].split(r"\bottomrule")[0]
+    assert all(line.count(" & ") == 3 for line in body.strip().splitlines())
+
+
+def test_no_two_methods_of_a_family_look_alike(book):
+    families = {f"m{i:02}": "eviction" for i in range(16)} | {f"q{i}": "quantization" for i in range(4)}
+    looks = style.looks(families)
+    assert len(set(looks.values())) == 20
+    assert {look.marker for label, look in looks.items() if label[0] == "m"} == {"o"}
+    assert style.line(looks["m00"], hollow=True)["markerfacecolor"] == "white"
+
+
+def test_a_picture_draws_hollow_points_on_a_logarithmic_axis_and_panels_per_category(book):
+    fill(book)
+    table = points(load(book.root))
+    (axis,) = (a for a in frontier.draw(table, "held").axes if a.get_visible())
+    lines = {tuple(round(x, 3) for x in line.get_xdata()): line for line in axis.lines}
+    assert axis.get_xscale() == "log" and lines[(0.01,)].get_markerfacecolor() == "white"
+    assert lines[(0.25, 0.5)].get_markerfacecolor() != "white"
+    figure = frontier.draw(table, "held", log=False, categories=True)
+    assert [a.get_title() for a in figure.axes] == ["quiz-mini (aware): QA", "quiz-mini (aware): summaries"]
+    assert figure.axes[0].get_xscale() == "linear"

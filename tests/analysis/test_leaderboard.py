@@ -1,7 +1,10 @@
 """Ranks per budget."""
 
+import numpy as np
+
 from analysis import leaderboard
 from analysis.load import load
+from analysis.paired import gathered
 
 
 def fill(book):
@@ -15,14 +18,43 @@ def fill(book):
 
 def test_methods_that_are_no_more_than_noise_apart_share_a_rank(book):
     fill(book)
-    ranks = leaderboard.ranking(load(book.root), "tiny", "aware", 0.5).set_index("method")
-    assert ranks["rank"].to_dict() == {"nacl": 1, "snapkv": 1, "random": 3}
+    ranks, apart = leaderboard.ranking(list(gathered(load(book.root))), "tiny", "aware", 0.5)
+    ranks = ranks.set_index("method")
+    assert ranks["rank"].to_dict() == {"nacl": 1, "snapkv": 1, "random": 3} and not apart
     assert ranks.loc["snapkv", "retained"] == "95.0%" and ranks.loc["random", "retained"] == "5.0%"
+    assert ranks.loc["random", "95 % interval"].startswith("0.0% to 1")
 
 
 def test_a_method_that_lacks_a_task_is_not_ranked(book):
     fill(book)
-    assert "h2o" not in set(leaderboard.ranking(load(book.root), "tiny", "aware", 0.5)["method"])
+    ranks, _ = leaderboard.ranking(list(gathered(load(book.root))), "tiny", "aware", 0.5)
+    assert set(ranks["method"]) == {"nacl", "snapkv", "random"}
+
+
+def test_the_worst_task_stands_beside_the_mean(book):
+    for task, score in (("one-mini", 1.0), ("two-mini", 0.25)):
+        book.cell(scores=[1.0] * 4, task=task)
+        book.cell("nacl", [score] * 4, 0.5, task=task)
+    ranks, _ = leaderboard.ranking(list(gathered(load(book.root))), "tiny", "aware", 0.5)
+    assert ranks[["retained", "worst task", "tasks", "n"]].iloc[0].tolist() == ["62.5%", "two-mini 25.0%", 2, 8]
+
+
+def test_a_task_near_chance_is_named_and_counts_nowhere(book, capsys):
+    fill(book)
+    guess = [{"tags": {"gold": 0, "n": 4}}] * 40
+    book.cell(scores=[1.0, 0.0, 0.0, 0.0] * 10, task="guess-mini", rows=guess)
+    book.cell("nacl", [0.0] * 40, 0.5, task="guess-mini", rows=guess)
+    ranks, apart = leaderboard.ranking(list(gathered(load(book.root))), "tiny", "aware", 0.5)
+    assert apart == ["guess-mini"] and ranks.set_index("method").loc["nacl", "retained"] == "100.0%"
+    assert leaderboard.main([str(book.root)]) == 0
+    assert "near chance with the full cache, not counted: guess-mini" in capsys.readouterr().out
+
+
+def test_being_behind_survives_holms_correction_for_many_methods(book):
+    best = np.concatenate([[1.0], np.full(2000, 1.0)])
+    worse = np.concatenate([[0.9], np.where(np.arange(2000) < 20, 1.0, 0.9)])  # p = 2 * 21 / 2001
+    assert leaderboard._behind([best, worse]) == [False, True]
+    assert leaderboard._behind([best, worse, worse, worse]) == [False, False, False, False]
 
 
 def test_the_command_prints_a_table_per_budget(book, capsys):

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from analysis.load import CACHE, NothingToRead, load, texts
+from analysis.points import points
 
 
 def test_cells_and_samples_are_read(book):
@@ -29,7 +30,9 @@ def test_a_second_load_reads_only_what_changed(book, monkeypatch):
     import analysis.load as module
 
     read = []
-    monkeypatch.setattr(module, "_lines", lambda path, name, old=module._lines: read.append(name) or old(path, name))
+    monkeypatch.setattr(
+        module, "_samples", lambda name, path, old=module._samples: read.append(name) or old(name, path)
+    )
     after = load(book.root)
     assert read == [changed.relative_to(book.root).as_posix()]
     assert len(after.samples) == len(before.samples) + 1
@@ -38,10 +41,25 @@ def test_a_second_load_reads_only_what_changed(book, monkeypatch):
     assert read == []
 
 
+def test_what_was_said_of_a_record_is_said_again_when_it_comes_from_the_cache(book):
+    torn = book.cell(scores=[1.0])
+    with (torn / "samples.jsonl").open("a") as file:
+        file.write('{"id": "qa/7", "sco')
+    first = load(book.root)
+    again = load(book.root)
+    assert first.problems == again.problems and "line 2" in again.problems[0]
+    assert first.cells["layers"].tolist() == again.cells["layers"].tolist() == [[500, 500]]
+    assert again.cells["ledger"].iloc[0]["held_prompt"] == 1000
+
+
 def test_a_damaged_cache_is_made_again(book):
     book.cell(scores=[1.0])
     load(book.root)
     (book.root / CACHE).write_bytes(b"no parquet")
+    assert load(book.root).finished["score"].tolist() == [1.0]
+    pd.read_parquet(book.root / CACHE).assign(more=1).to_parquet(book.root / CACHE)  # of another version
+    assert load(book.root).finished["score"].tolist() == [1.0]
+    load(book.root).samples.to_parquet(book.root / CACHE)  # without what stands beside the table
     assert load(book.root).finished["score"].tolist() == [1.0]
 
 
@@ -74,3 +92,53 @@ def test_texts_are_read_from_the_record_when_they_are_wanted(book):
     book.cell("nacl", [1.0], 0.5)
     found = texts(load(book.root), cell.relative_to(book.root).as_posix(), {"qa/1"})
     assert found["qa/1"]["prediction"] == "<b>" and list(found) == ["qa/1"]
+    assert texts(load(book.root), cell.relative_to(book.root).as_posix(), {"qa/0"})["qa/0"]["prediction"] == "a"
+
+
+def test_a_sample_that_was_computed_twice_counts_once_as_the_later_one(book):
+    cell = book.cell(scores=[None, 1.0], predictions=["", "é"])
+    line = json.loads((cell / "samples.jsonl").read_text().splitlines()[1])
+    with (cell / "samples.jsonl").open("a") as file:
+        file.write(json.dumps({**line, "id": "qa/0", "prediction": "later"}, ensure_ascii=False) + "\n")
+    found = load(book.root)
+    assert found.finished["id"].tolist() == ["qa/0", "qa/1"] and not found.errors
+    assert texts(found, found.cells.index[0], {"qa/0", "qa/1"})["qa/0"]["prediction"] == "later"
+
+
+def test_a_line_that_lacks_something_is_named_and_the_other_samples_are_given(book):
+    book.cell(scores=[1.0, 1.0, 0.0], rows=[{}, {"ledger": {}}, {"timings": None}])
+    found = load(book.root)
+    assert found.finished["id"].tolist() == ["qa/0"] and len(found.problems) == 2
+    assert "line 2" in found.problems[0] and "line 3" in found.problems[1]
+
+
+def test_a_sample_without_a_prompt_pass_has_no_share_of_one(book):
+    ledger = {"full": 0, "full_prompt": 0, "held_prompt": 0, "held_end": 0, "read_step": 0, "peak_prompt": 0,
+              "peak_decode": 0}  # fmt: skip
+    book.cell(scores=[1.0], rows=[{"ledger": ledger}])
+    found = load(book.root)
+    assert not found.problems and found.finished["held"].isna().all() and found.finished["score"].tolist() == [1.0]
+
+
+def test_packed_records_are_read_like_a_folder(book, tmp_path):
+    book.cell(scores=[1.0, 0.5])
+    book.cell("nacl", [0.0, None], 0.25)
+    whole = load(book.root)
+    whole.pack(tmp_path / "records.parquet")
+    found = load(tmp_path / "records.parquet")
+    pd.testing.assert_frame_equal(points(found), points(whole))
+    assert found.errors == whole.errors == {whole.cells.index[1]: ["no memory"]}
+    assert texts(found, found.cells.index[0], {"qa/0"}) == {}
+    (tmp_path / "records.parquet").write_bytes(b"something else")
+    with pytest.raises(NothingToRead, match="not a file that"):
+        load(tmp_path / "records.parquet")
+
+
+def test_shared_passes_have_no_speed_and_weights_chance_and_measure_are_read(book):
+    text = {"group": 3, "weights": {"": 7.0}, "curve": [[0, 7, 1.0]], "parts": {"": 1.0}}
+    asked = {"parts": {"acc": 1.0, "f1": 0}, "tags": {"gold": 0, "n": 4, "control": True}}
+    book.cell(scores=[1.0, 1.0], rows=[text, asked])
+    found = load(book.root).finished
+    assert found["alone"].tolist() == [False, True] and found["weight"].tolist() == [7.0, 1.0]
+    assert found["chance"].tolist() == [0.0, 0.25] and found["measure"].tolist() == ["", "acc"]
+    assert found["control"].tolist() == [False, True]

@@ -1,5 +1,7 @@
 """The page: what it holds, and that a real browser can use it."""
 
+import base64
+import gzip
 import json
 import re
 import shutil
@@ -8,19 +10,27 @@ import pytest
 
 from analysis import report
 from analysis.load import load
+from analysis.points import points
 
 SUBSETS = [("qa", "QA")] * 6 + [("sum", "summaries")] * 6
 NASTY = '<script>document.title = "broken in"</script><img src=x onerror="document.title=1"></script> & "quotes"'
 
 
+COMMAND = "python run.py method=nacl"
+
+
 def fill(book):
-    book.cell(scores=[1.0] * 12, subsets=SUBSETS, predictions=["right"] * 12)
-    book.cell("nacl", [0.0] + [1.0] * 11, 0.5, subsets=SUBSETS, predictions=[NASTY] * 12)
+    notes = {"command": COMMAND}
+    book.cell(scores=[1.0] * 12, subsets=SUBSETS, predictions=["right"] * 12, notes=notes)
+    book.cell("nacl", [0.0] + [1.0] * 11, 0.5, subsets=SUBSETS, predictions=[NASTY] * 12, notes=notes)
     book.cell("nacl", [0.0] * 6 + [1.0] * 6, 0.25, subsets=SUBSETS)
     book.cell("kivi", [1.0] * 12, 0.3, subsets=SUBSETS)
     book.cell("fake", [1.0] * 12, 0.1, subsets=SUBSETS, notes={"simulated": True})
-    book.cell(scores=[0.5] * 4, task="other-mini")
-    book.cell("kivi", [0.5] * 4, 0.3, task="other-mini")
+    places = [{"tags": {"length": n, "depth": d}} for n in (256, 512) for d in (0, 50)]
+    book.cell(scores=[0.5] * 4, task="other-mini", rows=places)
+    book.cell("kivi", [0.5] * 4, 0.3, task="other-mini", rows=places)
+    book.cell(scores=[0.0] * 4, task="hard-mini", protocol="agnostic")
+    book.cell("kivi", [0.0] * 4, 0.3, task="hard-mini", protocol="agnostic")
 
 
 @pytest.fixture
@@ -36,20 +46,66 @@ def test_the_page_is_one_file_without_a_network(html):
     assert len(text) < 5 * 2**20
 
 
+def contents(html):
+    """What the page's script finds."""
+    data = re.search(r'id="data">(.*?)</script>', html.read_text(), re.S).group(1)
+    return json.loads(gzip.decompress(base64.b64decode(data)))
+
+
 def test_model_output_stands_in_the_page_as_data_only(html):
-    text = html.read_text()
-    assert "document.title = " not in text.replace("\\u003cscript\\u003edocument.title = ", "")
-    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S).group(1))
-    (flips,) = [f for cell, f in data["flips"].items() if "nacl-b0.5" in cell]
-    assert [f["ours"] for f in flips] == [NASTY] and flips[0]["full"] == "right" and flips[0]["answers"] == ["me"]
+    assert "broken in" not in html.read_text()
+    data = contents(html)
+    (own,) = [f for cell, f in data["flips"].items() if "nacl-b0.5" in cell]
+    ((name, score, ours),) = own["samples"]
+    assert (name, score, ours) == ("qa/0", 0.0, NASTY)
+    shared = data["samples"][own["of"]]["qa/0"]
+    assert (shared["full"], shared["answers"], shared["prompt"], shared["score"]) == ("right", ["me"], "Who?", 1.0)
+
+
+def test_everything_behind_a_number_is_named(html):
+    data = contents(html)
+    at = list(zip(data["points"]["label"], data["points"]["budget"])).index(("nacl", 0.5))
+    (cell,), (full,) = data["points"]["cells"][at], data["points"]["full_cells"][at]
+    assert "nacl" in cell and "full" in full
+    for name in (cell, full):
+        told = data["cells"][name]
+        assert told["command"] == COMMAND and told["commit"] == "abc" and told["weights"] == "sha256:0"
+        assert json.loads(told["fingerprint"]) == {} and "torch" in told["conditions"][0]
+        assert told["ledger"]["full_prompt"] == 1000 and sum(told["layers"]) == told["ledger"]["held_prompt"]
+
+
+def test_seeds_that_were_pooled_are_all_named_and_their_flips_shown(book):
+    book.cell(scores=[1.0, 1.0])
+    for seed, scores in ((0, [0.0, 1.0]), (1, [0.0, 0.0])):
+        book.cell("random", scores, 0.5, seed=seed)
+    data = report.contents(*(lambda r: (r, points(r).assign(front=False)))(load(book.root)))
+    at = data["points"]["label"].index("random")
+    assert len(data["points"]["cells"][at]) == 2 == data["points"]["seeds"][at]
+    assert sorted(len(data["flips"][cell]["samples"]) for cell in data["points"]["cells"][at]) == [1, 2]
+
+
+def test_speeds_are_those_of_cells_that_ran_alone(book):
+    book.cell(scores=[1.0, 1.0], rows=[{"group": 2}, {}])
+    book.cell("nacl", [1.0, 1.0], 0.5, rows=[{"group": 2}] * 2)
+    results = load(book.root)
+    data = report.contents(results, points(results).assign(front=False))
+    speeds = {
+        name.split("/")[-1].split("-")[0]: (c["prompt"], c["decode"], c["timed"]) for name, c in data["cells"].items()
+    }
+    assert speeds == {"full": (200.0, 10.0, 1), "nacl": (None, None, 0)}
 
 
 def test_many_flips_share_a_bounded_room(book, monkeypatch):
     fill(book)
     monkeypatch.setattr(report, "TEXT_BYTES", 400)
     results = load(book.root)
-    made = report.page(results)
-    assert NASTY[:20] not in made and "\\u003cscri" in made
+    data = report.contents(results, points(results).assign(front=False))
+    shown = [ours for own in data["flips"].values() for _, _, ours in own["samples"]]
+    texts = [
+        t for own in data["samples"].values() for s in own.values() for t in (s["prompt"], s["full"], *s["answers"])
+    ]
+    assert len(shown) == 7 and NASTY[:10] in "".join(shown)
+    assert sum(map(len, shown + texts)) <= 400 + 4 * len(shown + texts)  # an ellipsis each
 
 
 def test_nothing_to_report_is_said(tmp_path, capsys):
@@ -91,9 +147,14 @@ def test_a_browser_filters_sorts_hovers_and_opens_a_flipped_sample(browser_page)
     assert "kivi" not in first_column() and "full" in first_column()
     page.check("#families input[value=quantization]")
 
+    # by keyboard: arrows move between the rows, Enter chooses one
     page.locator("#table tbody tr", has_text="nacl").filter(has_text="91.7").focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowUp")
     page.keyboard.press("Enter")
-    assert "nacl-b0.5" in page.inner_text("#cell")
+    assert "nacl-b0.5" in page.inner_text("#cell") and COMMAND in page.inner_text("#cell")
+    assert "held, end of the prompt" in page.inner_text("#ledger")
+    assert page.locator("#layers .barlayer .point").count() == 2
     page.locator("#flips summary").first.click()
     assert page.locator("#flips pre").last.inner_text() == NASTY  # text, not markup
     assert page.title() == "kvfrontier report"
@@ -103,7 +164,23 @@ def test_a_browser_filters_sorts_hovers_and_opens_a_flipped_sample(browser_page)
     box = point.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait_for_selector("#frontier .hoverlayer .hovertext")
-    assert "at budget" in page.locator("#frontier .hoverlayer").text_content()
+    hovered = page.locator("#frontier .hoverlayer").text_content()
+    assert "at budget" in hovered and "n = 12" in hovered and "of the bytes" in hovered and "aware" in hovered
+    assert page.errors == []
+
+
+def test_a_browser_shows_heat_maps_speeds_categories_and_what_is_near_chance(browser_page):
+    page = browser_page
+    page.select_option("#task", "other-mini")
+    page.wait_for_selector("#map .hm image, #map .heatmaplayer image")
+    assert page.is_visible("#fullmap") and "200" in page.inner_text("#speed")
+    page.select_option("#task", "quiz-mini")
+    assert not page.is_visible("#map")
+    page.select_option("#category", "summaries")
+    assert page.locator("#table tbody tr", has_text="nacl").first.inner_text().split("\t")[3] == "6"
+    page.select_option("#task", "hard-mini")
+    assert page.input_value("#protocol") == "agnostic" and page.locator("#table tbody tr").count() == 0
+    assert "Near chance with the full cache, not compared: hard-mini (agnostic)" in page.inner_text("#apart")
     assert page.errors == []
 
 

@@ -1,0 +1,59 @@
+"""The area under a frontier: one number per method and task, with its interval."""
+
+import numpy as np
+import pandas as pd
+
+from analysis import stats
+from analysis.load import Results
+from analysis.paired import KEYS, WHOLE, gathered, subset_means
+
+SMALLEST = 0.01  # share of the bytes: below that none counts
+
+
+def areas(results: Results, table: pd.DataFrame, x: str = "held", low: float | None = None) -> pd.DataFrame:
+    """Per curve, the mean best score over shares from `low` (the smallest one measured on the task) to 1.
+
+    table: the points of the same results along `x`. In the metric's unit, with the interval of a bootstrap over the
+    samples that all cells of the curve have; shares are taken as measured. Simulated savings, points of few
+    samples, the full cache itself and tasks near chance have none.
+    """
+    counted = (table["category"] == WHOLE) & (table["method"] != "full")
+    left_out = table["near_chance"] | table["simulated"] | table["partial"]
+    places = dict(list(table[counted & ~left_out].groupby(KEYS)))
+    rows = []
+    for task in gathered(results, x):
+        group = places.get(tuple(task.key.values()))
+        if group is None:
+            continue
+        start = low or max(SMALLEST, float(group["share"].min()))
+        higher = group["better"].iloc[0] == "higher"
+        for label in sorted(set(group["label"])):
+            own = [one for one in task.cells if one.first["label"] == label and not one.partial]
+            ids = own[0].samples.index
+            for one in own[1:]:
+                ids = ids.intersection(one.samples.index)
+            if ids.empty:
+                continue
+            parts = [one.samples.loc[ids] for one in own]
+            first = own[0].first
+            scores = first["metric"]["scale"] * np.stack([part["score"] for part in parts], axis=1)  # [n, k]
+            shares = np.stack([part["share"] for part in parts], axis=1)  # [n, k]
+            both = subset_means(parts[0], np.hstack([scores, shares]), first["mean_over"]).average()  # [1 + R, 2k]
+            found = stats.area(both[0, len(own) :], both[:, : len(own)], start, higher)  # [1 + R]
+            value = stats.estimate(found)
+            rows.append(
+                {
+                    **task.key,
+                    "method": label,
+                    "family": first["family"],
+                    "from": start,
+                    "points": len(own),
+                    "n": len(ids),
+                    "area": value.value,
+                    "area_low": value.low,
+                    "area_high": value.high,
+                    "unit": group["unit"].iloc[0],
+                    "digits": group["digits"].iloc[0],
+                }
+            )
+    return pd.DataFrame(rows)

@@ -1,0 +1,204 @@
+"""Cells beside the full cache on the same samples: gathered task by task, and the means of their subsets."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import stats
+from analysis.load import Results
+from analysis.names import at, bits, labels
+
+WHOLE = "all"  # the category of a point over the whole task
+KEYS = ["model", "task", "protocol"]
+NEAR_CHANCE = 5.0  # points of 100 above chance: below that a full cache's score says nothing about a method
+ENOUGH = 0.9  # of the full cache's samples; with fewer a point is on no front and under no area
+#: what may differ between a method's cell and the full cache's: it names the method's own code and files
+OWN = {"code", "artefacts"}
+COLUMNS = ["score", "bytes"]
+PLACE = ["subset", "category", "measure", "weight", "chance", "control"]
+
+
+@dataclass
+class Cells:
+    """The cells of one curve at one point, one per seed, beside the full cache's.
+
+    first: a row of `Results.cells`, with `label` and `bits`.  names, full: of the cells.
+    samples: by id, those that all have: score, share, bytes, full (its score), and where they belong.
+    wanted: samples that the full cache has.
+    """
+
+    first: pd.Series
+    names: list[str]
+    seeds: int
+    full: list[str]
+    samples: pd.DataFrame
+    wanted: int
+
+    @property
+    def partial(self) -> bool:
+        """Whether so many samples are missing that the rest says little, such as after a missed budget."""
+        return len(self.samples) < ENOUGH * self.wanted
+
+
+@dataclass
+class Compared:
+    """What is compared with one full cache: a task of a model under a protocol, and all cells of it.
+
+    key: the values of KEYS; a task whose samples have several measures is one of these for each measure.
+    """
+
+    key: dict[str, str]
+    cells: list[Cells] = field(default_factory=list)
+
+
+def gathered(results: Results, x: str = "held") -> Iterator[Compared]:
+    """Everything that has a full cache beside it, task by task; the rest is named in `results.problems`."""
+    cells = results.cells.assign(label=labels(results.cells), bits=results.cells["config"].map(bits))
+    for values, group in cells.groupby(KEYS, sort=True):
+        key = dict(zip(KEYS, values))
+        found = _beside_full(results, key, group, x)
+        measures = list(dict.fromkeys(m for one in found for m in one.samples["measure"].unique()))
+        for measure in measures:
+            own = {**key, "task": f"{key['task']}, {measure}"} if len(measures) > 1 else key
+            yield Compared(own, list(_of_measure(found, measure)))
+
+
+def _of_measure(found: Sequence[Cells], measure: str) -> Iterator[Cells]:
+    for one in found:
+        samples = one.samples[one.samples["measure"] == measure]
+        if len(samples):
+            wanted = one.wanted * len(samples) // len(one.samples)
+            yield Cells(one.first, one.names, one.seeds, one.full, samples, wanted)
+
+
+def _beside_full(results: Results, key: dict[str, str], cells: pd.DataFrame, x: str) -> list[Cells]:
+    where, problems = f"{key['model']}, {key['task']}, {key['protocol']}", list[str]()
+    fulls = {paired: _full(results, own) for paired, own in cells[cells["method"] == "full"].groupby("paired")}
+    found, others = [], {}
+    for _, group in cells.groupby(["label", "budget", "bits", "config", "paired"], sort=True):
+        first = group.iloc[0]
+        name = f"{first['label']} at {at(first)}"
+        if first["paired"] not in fulls:
+            problems.append(f"{where}: no full cache to compare with; {name} left out")
+            continue
+        full, full_cells = fulls[first["paired"]]
+        samples = by_sample(results, list(group["cell"]), [*COLUMNS, x]).rename(columns={x: "share"})
+        samples = samples.join(full, how="inner")
+        if samples.empty:
+            failed = next((e for cell in group["cell"] for e in results.errors.get(cell, [])), "")
+            problems.append(
+                f"{where}: {name} shares no finished sample with the full cache; {failed or 'none finished'}"
+            )
+            continue
+        if said := _differs(first, results.cells.loc[full_cells[0]]):
+            others[name] = said
+        found.append(Cells(first, list(group["cell"]), group["seed"].nunique(), full_cells, samples, len(full)))
+    if not fulls:
+        problems = [f"{where}: no full cache to compare with; {len(cells)} cells left out"]
+    for said in dict.fromkeys(others.values()):
+        own = [name for name, why in others.items() if why == said]
+        problems.append(f"{where}: {', '.join(own)}: other conditions than the full cache's, {said}")
+    results.problems += [problem for problem in problems if problem not in results.problems]
+    return found
+
+
+def _full(results: Results, cells: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The full cache's scores by id, whichever of its cells has them, and the names of its cells."""
+    own = [results.by_cell[cell]["score"] for cell in cells["cell"] if cell in results.by_cell]
+    scores = pd.concat(own).groupby(level=0).mean() if own else pd.Series(dtype=float)
+    return scores.rename("full").to_frame(), list(cells["cell"])
+
+
+def _differs(cell: pd.Series, full: pd.Series) -> str:
+    """What of the latest conditions of two cells differs, their own code and files left aside."""
+    ours, theirs = ({k: v for k, v in c["conditions"][-1].items() if k not in OWN} for c in (cell, full))
+    names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    return "; ".join(f"{name} is {ours.get(name)}, was {theirs.get(name)}" for name in names)
+
+
+def by_sample(results: Results, cells: Sequence[str], columns: Sequence[str] = ("score",)) -> pd.DataFrame:
+    """Columns of the finished samples of cells that differ in their seed only, averaged over the seeds; by id.
+
+    Only samples that all of the cells have; with what tells where they belong.
+    """
+    own = [results.by_cell[cell][[*columns, *PLACE]] for cell in cells if cell in results.by_cell]
+    if len(own) < len(cells):
+        return results.finished.set_index("id")[[*columns, *PLACE]].iloc[:0]
+    if len(own) == 1:
+        return own[0]
+    grouped = pd.concat(own).groupby(level=0, sort=True)
+    table = grouped[list(columns)].mean().join(grouped[PLACE].first())
+    return table[grouped.size() == len(cells)]
+
+
+@dataclass
+class Means:
+    """Means of the subsets of some samples, [1 + resamples, subsets, k]: the mean itself first, then resampled.
+
+    subsets, categories: of every subset.  counts: which of them count in the average.  over: what that is a mean of.
+    place, inside: of every sample, [n], its subset and its share in that subset's mean.
+    """
+
+    values: np.ndarray
+    subsets: np.ndarray
+    categories: np.ndarray
+    counts: np.ndarray
+    over: str
+    place: np.ndarray
+    inside: np.ndarray
+
+    def chosen(self, category: str = WHOLE) -> np.ndarray:
+        """Which subsets make the average of a category, or of the whole task; [subsets], True counts."""
+        return self.counts if category == WHOLE else self.categories == category
+
+    def weights(self, category: str = WHOLE) -> np.ndarray:
+        """What each subset counts in that average, [subsets]; they add up to 1."""
+        chosen, made = self.chosen(category), np.zeros(len(self.subsets))
+        if chosen.any():
+            over = self.over if category == WHOLE else "subsets"
+            made[chosen] = stats.subset_weights(self.categories[chosen], over)
+        return made
+
+    def sample_weights(self, category: str = WHOLE) -> np.ndarray:
+        """What each sample counts in that average, [n]; they add up to 1."""
+        return self.weights(category)[self.place] * self.inside
+
+    def average(self, category: str = WHOLE) -> np.ndarray:
+        """[1 + resamples, k]."""
+        return np.tensordot(self.values, self.weights(category), axes=([1], [0]))
+
+
+def subset_means(
+    samples: pd.DataFrame, values: np.ndarray, over: str, draw: Callable[..., np.ndarray] = stats.bootstrap,
+    resamples: int = stats.RESAMPLES,
+) -> Means:  # fmt: skip
+    """Means of values [n, k] of samples (a table with PLACE), drawn inside each subset by `draw`."""
+    weights, made = samples["weight"].to_numpy(), []
+    grouped = samples.groupby(["category", "subset"], sort=False)
+    place = grouped.ngroup().to_numpy()  # [n]
+    first = grouped[["control"]].first().reset_index()
+    for i, (category, subset) in enumerate(zip(first["category"], first["subset"])):
+        rows = place == i
+        made.append(draw(values[rows], weights[rows], f"{category}/{subset}", resamples))
+    return Means(
+        np.stack(made, axis=1), first["subset"].to_numpy(), first["category"].to_numpy(),
+        ~first["control"].to_numpy(dtype=bool), over, place, weights / np.bincount(place, weights)[place],
+    )  # fmt: skip
+
+
+def alike(cells: Sequence[Cells]) -> Iterator[list[Cells]]:
+    """Cells that have the same samples of the same full cache, together."""
+    groups: dict[tuple, list[Cells]] = {}
+    for one in cells:
+        groups.setdefault((one.first["paired"], one.first["mean_over"], *one.samples.index), []).append(one)
+    yield from groups.values()
+
+
+def near_chance(full: stats.Estimate, chance: float, metric: dict[str, Any]) -> bool:
+    """Whether a full cache's score, in points of 100, is no more than guessing: then no method can lose anything."""
+    if metric["better"] != "higher" or metric["scale"] != 100:
+        return False
+    return bool(full.value < chance + NEAR_CHANCE or (chance > 0 and full.low <= chance))

@@ -1,0 +1,44 @@
+"""What must not be mixed gets names of its own."""
+
+from analysis.load import load
+from analysis.names import bits
+from analysis.points import points
+
+
+def test_one_model_with_two_sets_of_weights_is_two_models(book):
+    for weights, score in (("sha256:" + "a" * 16, 1.0), ("sha256:" + "b" * 16, 0.0)):
+        book.cell(scores=[1.0] * 4, weights=weights)
+        book.cell("nacl", [score] * 4, 0.5, weights=weights)
+    table = points(load(book.root)).set_index(["model", "label"])["score"]
+    assert table[f"tiny (weights={'a' * 16})", "nacl"] == 100 and table[f"tiny (weights={'b' * 16})", "nacl"] == 0
+
+
+def test_one_task_with_other_data_is_another_task(book):
+    for digest, score in (("1" * 64, 1.0), ("2" * 64, 0.0)):
+        own = {"data_sha256": digest, "version": 3}
+        book.cell(scores=[1.0] * 4, fingerprint=own)
+        book.cell("nacl", [score] * 4, 0.5, fingerprint=own)
+    table = points(load(book.root)).set_index(["task", "label"])["score"]
+    assert table["quiz-mini (data_sha256=11111111)", "nacl"] == 100
+    assert table["quiz-mini (data_sha256=22222222)", "nacl"] == 0
+
+
+def test_a_cap_that_follows_the_budget_is_one_task_whose_cells_have_full_caches_of_their_own(book):
+    for cap, full in ((64, 1.0), (128, 0.5)):
+        book.cell(scores=[full] * 4, fingerprint={"cap": cap})
+        book.cell("nacl", [0.5] * 4, float(cap), fingerprint={"cap": cap})
+    table = points(load(book.root))
+    assert set(table["task"]) == {"quiz-mini"}
+    assert table[table["label"] == "nacl"].set_index("budget")["full"].to_dict() == {64.0: 100.0, 128.0: 50.0}
+
+
+def test_names_are_left_alone_where_nothing_differs(book):
+    book.cell(scores=[1.0], fingerprint={"data_sha256": "1" * 64})
+    book.cell(scores=[1.0], task="other-mini", fingerprint={"data_sha256": "2" * 64})
+    found = load(book.root).cells
+    assert set(found["model"]) == {"tiny"} and set(found["task"]) == {"quiz-mini", "other-mini"}
+
+
+def test_bits_are_read_from_the_configuration():
+    assert bits('{"key_bits": 4, "value_bits": 2}') == "K4V2" and bits('{"key_bits": 4, "value_bits": 4}') == "4 bits"
+    assert bits('{"table": "assets/x/mixed-3.yaml"}') == "mixed-3" and bits('{"budget": 0.5}') == ""

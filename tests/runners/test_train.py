@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from methods.core.errors import UserError
 from runners.blockwise import attend_blockwise
@@ -112,6 +114,20 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     small(tmp_path, limit=1).run()
     with pytest.raises(UserError, match="another rates"):
         small(tmp_path, rates=[[0, 1e-4]]).run()
+
+
+@pytest.mark.parametrize("name", ["train", "train_gpu"])
+def test_the_configured_models_take_16_mb_at_most(name):
+    with initialize_config_dir(str(REFERENCE.parents[1] / "conf"), version_base=None):
+        train = instantiate(compose("config", overrides=[f"runner={name}"]).runner)
+    config = train.model_config(PreTrainedTokenizerFast.from_pretrained(REFERENCE))
+    with torch.device("meta"):
+        assert 2 * LlamaForCausalLM(config).num_parameters() <= 16e6
+    assert train.learning_rate(train.warmup, 0) == train.rates[0][1] and train.learning_rate(10**6, train.tokens) == 0
+    if name == "train":
+        shipped = LlamaConfig.from_pretrained(REFERENCE)
+        same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        assert [getattr(config, key) for key in same] == [getattr(shipped, key) for key in same]
 
 
 def test_what_has_not_begun_may_still_change(tmp_path):

@@ -1,9 +1,11 @@
 """Batches of every kind of example, from strings to rows, on a tiny random model."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from methods import load_method
@@ -13,7 +15,7 @@ from runners.answer import Setting, answer, check
 from runners.dialogue import dialogue
 from runners.generate import Prompt, generate
 from runners.prompt import Encoder
-from tasks.base import Example, Forced, Task, Turn
+from tasks.base import Choice, Example, Forced, Task, Timed, Turn
 
 TEXT = "the cat sat on a mat and read about a long river in the north where nobody answers questions. " * 3
 NEW = 6
@@ -33,6 +35,9 @@ class Echo(Task):
 
     def score(self, example: Example, prediction: str) -> float:
         return float(bool(prediction))
+
+    def rate(self, example: Example, likelihoods: Any) -> dict[str, float]:
+        return {"acc": float(likelihoods[0][0] > likelihoods[1][0])}
 
 
 @pytest.fixture(scope="module")
@@ -153,13 +158,40 @@ def test_one_beam_is_greedy_and_four_have_rows_of_their_own(setting):
         check([replace(plain, beams=4)], "agnostic", [])
 
 
-def test_a_failing_sample_does_not_cost_the_others(setting, monkeypatch):
-    from runners import answer as module
+CHOICES = (Choice("\n\nwho?", " the cat"), Choice("\n\nwho?", " nobody"))
+ABOUT = {"tags": {"subset": "a", "category": "a"}, "max_new_tokens": NEW}
+# a sample of every kind, of a given id and text
+KINDS: dict[str, Callable[[str, str], Example]] = {
+    "answer": lambda id, text: Example(id, text, "\n\nwho?", ["x"], **ABOUT),
+    "turns": lambda id, text: replace(talk(id), context=text),
+    "requests": lambda id, text: replace(talk(id, history="none"), context=text),
+    "forced": lambda id, text: Example(
+        id, "", "", [], **ABOUT, forced=Forced(text, "prefix", 0, 64, 40, 8, range(40, 64))
+    ),
+    "choices": lambda id, text: Example(id, text, "", ["x"], **ABOUT, choices=CHOICES),
+    "beams": lambda id, text: Example(id, text, "\n\nwho?", ["x"], **ABOUT, beams=2),
+    "timed": lambda id, text: Example(id, text, "", [], **ABOUT, timed=Timed(3 if "#" in text else 40, 2, 3, 1)),
+}
 
-    real = module.dialogue
-    monkeypatch.setattr(module, "dialogue", lambda e, x: real(e, x) if x.id != "a/1" else 1 / 0)
-    found = rows(setting, load_method("full"), talk("a/0"), talk("a/1"), talk("a/2"))
-    assert ["error" in row for row in found] == [False, True, False]
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failing_sample_does_not_cost_the_others(setting, kind, monkeypatch, tiny_tokenizer):
+    make, (poison,) = KINDS[kind], tiny_tokenizer.encode("#", add_special_tokens=False)
+    forward = setting.model.forward
+
+    def breaks(input_ids: Tensor, **kwargs: Any) -> Any:
+        if (input_ids == poison).any() or input_ids.shape[1] == 3:
+            raise RuntimeError("out of memory\nat some address")
+        return forward(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(setting.model, "forward", breaks)
+    monkeypatch.setattr("runners.latency.random_tokens", lambda model, timed: [[7] * timed.length] * timed.batch)
+    protocol = "agnostic" if kind == "requests" else "aware"
+    batch = [make(f"a/{i}", "#" * (i == 1) + TEXT) for i in range(3)]
+    found = rows(replace(setting, protocol=protocol), snapkv(), *batch)
+    assert [row["id"] for row in found] == ["a/0", "a/1", "a/2"]
+    assert found[1] == {"id": "a/1", "error": "RuntimeError: out of memory"}
+    assert not any("error" in row for row in (found[0], found[2])), found
 
 
 def test_one_pass_is_for_the_full_cache_and_says_why():

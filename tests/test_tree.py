@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = {"methods", "tasks", "runners", "kernels", "analysis"}
 # what a folder may import besides the standard library and the light packages everyone may use
 MAY = {
-    "kernels": {"kernels", "torch", "triton"},
+    "kernels": {"kernels", "torch", "triton", "rich"},
     "methods": {"methods", "kernels", "torch", "safetensors", "hydra", "omegaconf", "yaml"},
     "analysis": {
         "analysis",

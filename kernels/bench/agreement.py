@@ -1,0 +1,147 @@
+"""Whether the ops give what their formulas say, in every form that runs here: before anything is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import backend
+from kernels.attend import Rules, attend, attend_pages, attend_with_lse
+from kernels.attend_quantized import attend_quantized
+from kernels.mass import attend_with_mass, mass, noisy_mass, weighted_mass
+from kernels.noise import Stem
+from kernels.quantize import dequantize, quantize
+from kernels.select import pages
+
+# what rounding to the type costs results of size one
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+
+@dataclass(frozen=True)
+class Check:
+    """error: largest difference from the formula, in units of the larger of it and one."""
+
+    op: str
+    form: str
+    error: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= self.tolerance  # False for NaN
+
+
+def forms(device: torch.device) -> list[str]:
+    """What `backend.use` takes so that every form that runs on the device has its turn."""
+    if backend.interpreted():
+        return ["reference", "triton"]
+    return ["reference"] if backend.name_on(device) == "reference" else ["reference", "auto"]
+
+
+def checks(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Check]:
+    """Every op on random inputs of odd sizes, against dense formulas in float64."""
+    chosen = backend.chosen()
+    for form in forms(device):
+        backend.use(form)
+        try:
+            name = backend.name_on(device)
+            for op, out, expected in _results(device, dtype, torch.Generator().manual_seed(seed)):
+                out, expected = out.double().cpu(), expected.double().cpu()
+                error = ((out - expected).abs() / expected.abs().clamp_min(1.0)).max().item()
+                yield Check(op, name, error, TOLERANCE[dtype])
+        finally:
+            backend.use(chosen)
+
+
+def probabilities(
+    q: Tensor, k: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor, noise: Tensor | None = None
+) -> Tensor:
+    """Rows of the softmax, [B, Hq, T, S], float64; 0 where nothing is seen. noise: added to the logits."""
+    G = q.shape[1] // k.shape[1]
+    k = k.double().repeat_interleave(G, dim=1)
+    k_pos = k_pos.expand(len(k_pos), k.shape[1] // G, -1).repeat_interleave(G, dim=1)
+    x = q.double() @ k.transpose(-1, -2) * rules.scale
+    if rules.softcap is not None:
+        x = torch.tanh(x / rules.softcap) * rules.softcap
+    distance = q_pos[:, None, :, None] - k_pos[:, :, None]
+    if rules.slopes is not None:
+        x = x - rules.slopes.double()[:, None, None] * distance
+    if noise is not None:
+        x = x + noise
+    seen = (distance >= 0) & (k_pos >= 0)[:, :, None]
+    if rules.window is not None:
+        seen &= distance < rules.window
+    return x.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+def _results(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(op, what it gives, what the formula gives)."""
+    B, Hq, H, S, T, D = 2, 4, 2, 97, 7, 64
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(device, dtype)
+
+    q, k, v = random(B, Hq, T, D), random(B, H, S, D), random(B, H, S, D)
+    q_pos = torch.arange(S - T, S, dtype=torch.int32, device=device).repeat(B, 1)
+    k_pos = torch.arange(S, dtype=torch.int32, device=device).repeat(B, H, 1)
+    at = {"q_pos": q_pos, "k_pos": k_pos}
+    plain = Rules(D**-0.5)
+    every = Rules(D**-0.5, softcap=2.0, window=40, slopes=torch.rand(Hq, generator=g).to(device))
+    values = v.double().repeat_interleave(Hq // H, dim=1)
+
+    p = probabilities(q, k, plain, **at)
+    out, lse = attend_with_lse(q, k, v, plain, **at)
+    yield "attend", out, p @ values
+    logits = q.double() @ k.double().repeat_interleave(Hq // H, dim=1).transpose(-1, -2) * plain.scale
+    hidden = q_pos[:, None, :, None] < k_pos.repeat_interleave(Hq // H, dim=1)[:, :, None]
+    yield "log-sum-exp", lse, logits.masked_fill(hidden, -torch.inf).logsumexp(-1)
+    holes = k_pos.clone()
+    holes[:, :, ::5], holes[1] = -1, -1
+    under = {"q_pos": q_pos, "k_pos": holes}
+    yield "attend, every rule", attend(q, k, v, every, **under), probabilities(q, k, every, **under) @ values
+    last = {"q_pos": q_pos[:, -1:], "k_pos": k_pos}
+    yield "attend, one token", attend(q[:, :, -1:], k, v, plain, **last, plan="all"), p[:, :, -1:] @ values
+
+    yield "mass", mass(q, k, plain, **at, plan="tail"), p.sum(2)
+    yield "mass, every rule", mass(q, k, every, **under), probabilities(q, k, every, **under).sum(2)
+    weights = torch.rand(B, T, generator=g).to(device)
+    weighed = (p.square() * weights.double()[:, None, :, None]).sum(2)
+    yield "weighted_mass, squares", weighted_mass(q, k, plain, **at, weights=weights, squared=True), weighed
+    out, sums = attend_with_mass(q, k, v, plain, 3, **at, plan="tail")
+    yield "attend_with_mass, output", out, p @ values
+    yield "attend_with_mass, sums", sums, p[:, :, -3:].sum(2)
+    rows, heads = torch.arange(B, device=device), torch.arange(Hq, device=device)
+    stem = Stem.of(1, rows[:, None, None], heads[:, None], q_pos[:, None])
+    u = stem.state[..., None], k_pos.repeat_interleave(Hq // H, dim=1)[:, :, None]
+    noise = -(-Stem(u[0]).log_uniform(u[1]).double()).log()
+    yield "noisy_mass", noisy_mass(q, k, plain, stem, **at), probabilities(q, k, plain, **at, noise=noise).sum(2)
+
+    keep = torch.rand(B * H, S, generator=g).to(device) < torch.linspace(0.1, 0.9, B * H, device=device)[:, None]
+    slots, page_row, _ = pages(keep, 16)
+    place = slots.clamp_min(0).view(-1, 16)
+    stored = [x.reshape(B * H * S, -1)[place] for x in (k, v)]
+    pos = torch.where(slots.view(-1, 16) >= 0, place % S, -1).int()
+    k_tail, v_tail = random(B, H, 3, D), random(B, H, 3, D)
+    tail_pos = torch.arange(S, S + 3, dtype=torch.int32, device=device).repeat(B, H, 1)
+    held = {"q_pos": q_pos[:, -1:] + 3, "k_pos": torch.cat((torch.where(keep.view(B, H, S), k_pos, -1), tail_pos), 2)}
+    p_held = probabilities(q[:, :, -1:], torch.cat((k, k_tail), 2), plain, **held)
+    expected = p_held @ torch.cat((v, v_tail), 2).double().repeat_interleave(Hq // H, dim=1)
+    storage = (stored[0], stored[1], pos, page_row)
+    tail = (k_tail, v_tail, tail_pos)
+    yield "attend_pages", attend_pages(q[:, :, -1:], storage, tail, plain, q_pos=held["q_pos"]), expected
+
+    for bits in (2, 3, 4, 8):
+        n = 64
+        keys = quantize(k[:, :, :n], bits, 32, 2), k[:, :, n:]
+        vals = quantize(v[:, :, :n], bits, 32, 3), v[:, :, n:]
+        low, high = k[:, :, :n].double().unflatten(2, (2, 32)).aminmax(dim=3)
+        half = (high - low) / (2**bits - 1) / 2
+        miss = (dequantize(keys[0]).double() - k[:, :, :n].double()).unflatten(2, (2, 32)).abs().amax(3)
+        # at most half a step, and a twentieth of that for scales and offsets in float16
+        yield f"quantize, {bits} bits", (miss / half).clamp_min(1.05), torch.full_like(miss, 1.05)
+        p_codes = probabilities(q, torch.cat((dequantize(keys[0]), keys[1].float()), 2), plain, **at)
+        whole = torch.cat((dequantize(vals[0]), vals[1].float()), 2).double().repeat_interleave(Hq // H, dim=1)
+        yield f"attend_quantized, {bits} bits", attend_quantized(q, keys, vals, plain, **at), p_codes @ whole

@@ -1,6 +1,7 @@
 // Vectors of floats for the C++ forms, and the two products that attention is made of.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -81,6 +82,20 @@ inline Lanes exponential(Lanes x) {
     std::memcpy(&scale, &bits, sizeof scale);
     const Lanes result = power * scale, zero = {};
     return small ? zero : result;
+}
+
+// x becomes exp(x - most); their sum
+inline float exponentials(float *x, int64_t n, float most) {
+    float total = 0;
+    for (int64_t i = 0; i < n; i += LANES) {
+        float part[LANES];
+        const int64_t here = std::min<int64_t>(LANES, n - i);
+        for (int l = 0; l < LANES; ++l) part[l] = l < here ? x[i + l] - most : -1e30f;
+        store(part, exponential(load(part)));
+        for (int l = 0; l < here; ++l) x[i + l] = part[l];
+        total += sum(load(part));
+    }
+    return total;
 }
 
 } // namespace

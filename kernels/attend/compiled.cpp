@@ -49,20 +49,6 @@ inline float largest(const float *x, int64_t n, float so_far) {
     return so_far;
 }
 
-// x becomes exp(x - most); their sum
-inline float exponentials(float *x, int64_t n, float most) {
-    float total = 0;
-    for (int64_t i = 0; i < n; i += LANES) {
-        float part[LANES];
-        const int64_t here = std::min<int64_t>(LANES, n - i);
-        for (int l = 0; l < LANES; ++l) part[l] = l < here ? x[i + l] - most : NOTHING;
-        store(part, exponential(load(part)));
-        for (int l = 0; l < here; ++l) x[i + l] = part[l];
-        total += sum(load(part));
-    }
-    return total;
-}
-
 } // namespace
 
 extern "C" void attend_pages(const Pages *given) {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.attend import Rules
 from kernels.backend import on_triton
-from kernels.mass import noisy, reference, weighted
+from kernels.mass import compiled, noisy, reference, weighted
 from kernels.mass.reference import attention_probs
 from kernels.mass.weighted import ema_weights
 from kernels.noise import Stem
@@ -77,6 +77,8 @@ def attend_with_mass(
         from kernels.mass import triton
 
         return triton.attend_with_mass(q, k, v, rules, n, q_pos, k_pos, plan)
+    if compiled.serves(q, k, v, rules, n, plan):
+        return compiled.attend_with_mass(q, k, v, rules)
     return reference.attend_with_mass(q, k, v, rules, n, q_pos=q_pos, k_pos=k_pos, plan=plan)
 
 

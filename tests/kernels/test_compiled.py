@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import Rules, backend, compiled
+from kernels import Rules, attend_with_mass, backend, compiled
 from kernels.attend import attend_pages
 from kernels.attend import compiled as attend_compiled
 from kernels.attend_quantized import attend_quantized
 from kernels.attend_quantized import compiled as form
+from kernels.mass import compiled as mass_compiled
 from kernels.quantize import Packed, dequantize, quantize
 
 needs_compiler = pytest.mark.skipif(compiled._compiler() is None, reason="needs a C++ compiler")
@@ -243,3 +244,22 @@ def test_pages_under_rules_that_the_loops_do_not_know_stay_in_pytorch():
     assert not attend_compiled.serves(q, stored, tail, Rules(1.0, slopes=torch.ones(4)))
     assert not attend_compiled.serves(q.double(), stored, tail, Rules(1.0))
     assert not attend_compiled.serves(q, stored, tuple(x.mT.contiguous().mT for x in tail[:2]) + tail[2:], Rules(1.0))
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 5])
+@pytest.mark.parametrize(("S", "H", "G", "D", "Dv"), [(1, 2, 1, 64, 64), (63, 1, 8, 32, 16), (1000, 2, 3, 128, 80)])
+def test_one_token_gives_its_output_and_its_attention(S, H, G, D, Dv, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    g = torch.Generator().manual_seed(S)
+    q = torch.randn(2, H * G, 1, D, generator=g) * 2
+    k, v = (torch.randn(2, H, S + 9, d, generator=g)[:, :, :S] for d in (D, Dv))
+    q[0, 0, 0] = k[0, 0, S // 2] * 50  # one logit takes all
+    rules, at = Rules(D**-0.5), {"q_pos": torch.full((2, 1), S), "k_pos": torch.arange(S).expand(2, 1, -1)}
+    assert mass_compiled.serves(q, k, v, rules, 1, "tail")
+    out, mass = attend_with_mass(q, k, v, rules, 1, **at, plan="tail")
+    backend.use("reference")
+    expected, its_mass = attend_with_mass(q, k, v, rules, 1, **at, plan="tail")
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mass, its_mass, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(mass.sum(-1), torch.ones(2, H * G))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from analysis.frontier import markdown
 from analysis.load import NothingToRead, Results, load
@@ -22,19 +23,24 @@ from analysis.points import WHOLE, points
 HOME = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.S)
 KEPT = [
-    "model", "task", "protocol", "label", "family", "simulated", "budget", "n", "seeds", "share", "bytes", "score",
-    "score_low", "score_high", "full", "difference", "difference_low", "difference_high", "tie", "retained", "lost",
-    "won", "p_holm", "worst", "worst_difference", "near_chance", "better", "unit", "metric", "digits",
+    "model", "task", "protocol", "label", "family", "simulated", "budget", "bits", "n", "seeds", "share", "bytes",
+    "score", "score_low", "score_high", "full", "difference", "difference_low", "difference_high", "tie", "retained",
+    "lost", "won", "p_holm", "worst", "worst_difference", "near_chance", "better", "unit", "metric", "digits",
 ]  # fmt: skip
 
 
-def snapshot(results: Results, command: str) -> dict[str, Any]:
-    """What of the records is worth committing, ready for JSON."""
+def snapshot(results: Results, command: str, expected: dict[str, str] | None = None) -> dict[str, Any]:
+    """What of the records is worth committing, ready for JSON.
+
+    expected: by method, what its paper claims; every point of the method carries it.
+    """
     table = points(results)
     if table.empty:
         raise NothingToRead("no finished cell with a full cache beside it")
     whole = table[table["category"] == WHOLE][KEPT].sort_values(["task", "protocol", "label", "budget"])
     rows = json.loads(whole.to_json(orient="records", double_precision=5))
+    for row in rows if expected else ():
+        row["expected"] = (expected or {}).get(row["label"].split()[0], "")
     conditions = sorted({json.dumps(c, sort_keys=True) for cell in results.cells["conditions"] for c in cell})
     return {
         "command": command,
@@ -49,25 +55,51 @@ def snapshot(results: Results, command: str) -> dict[str, Any]:
 def grid(book: dict[str, Any]) -> str:
     """One line per method and budget, one column per task: the score, and the interval of the difference to full.
 
-    A score that is no more than noise away from the full cache's is bold.
+    A score that is no more than noise away from the full cache's is bold. What a method's paper claims stands in its
+    first line.
     """
     table = pd.DataFrame(book["points"])
+    if "bits" not in table:
+        table["bits"] = ""
     table["column"] = table["task"] + table["protocol"].map(lambda p: "" if p == "aware" else f", {p}")
     columns = list(dict.fromkeys(table["column"]))
     lines = []
     most = table.groupby("column")["n"].max()
-    order = table.groupby(["label", "budget"])["share"].mean()
     methods = sorted(set(table["label"]) - {"full"})
     for label in (["full"] if "full" in set(table["label"]) else []) + methods:
-        for budget in sorted(order[label].index, reverse=True):
-            own = table[(table["label"] == label) & (table["budget"] == budget)].set_index("column")
+        of_label = table[table["label"] == label]
+        places = of_label.groupby(["budget", "bits"])["share"].mean().sort_index(ascending=False)
+        for i, (budget, bits) in enumerate(places.sort_values(ascending=False, kind="stable").index):
+            own = of_label[(of_label["budget"] == budget) & (of_label["bits"] == bits)].set_index("column")
             line = {
                 "method": label + (" (simulated)" if own["simulated"].any() else ""),
-                "budget": f"{budget:g}",
+                "budget": bits or f"{budget:g}",
                 "bytes held": f"{own['share'].mean():.1%}",
             }
-            lines.append(line | {c: _entry(own.loc[c], most[c]) if c in own.index else "" for c in columns})
+            line |= {c: _entry(own.loc[c], most[c]) if c in own.index else "" for c in columns}
+            if "expected" in own:
+                line["the paper's claim"] = own["expected"].iloc[0] if i == 0 else ""
+            lines.append(line)
     return markdown(pd.DataFrame(lines))
+
+
+def claimed(book: dict[str, Any]) -> str:
+    """One line per claim: what was measured for it, with intervals, and in how many of the comparisons it held."""
+    lines = []
+    for claim in book["claims"]:
+        rows = claim["rows"]
+        held = sum(row["holds"] for row in rows)
+        verdict = "not held" if not held else "held" if held == len(rows) else f"held in {held} of {len(rows)}"
+        line = {"method": f"`{claim['method']}`", "the paper's claim, in kind": claim["claim"]}
+        lines.append(line | {"measured here": "; ".join(map(_measured, rows)), "verdict": verdict})
+    return markdown(pd.DataFrame(lines))
+
+
+def _measured(row: dict[str, Any]) -> str:
+    digits = 3 if row["unit"].startswith("nats") else 1
+    sign = "" if row["unit"] == "%" else "+"
+    numbers = " to ".join(f"{row[key]:{sign}.{digits}f}" for key in ("low", "high"))
+    return f"{row['what']}: {row['value']:{sign}.{digits}f}{' %' if row['unit'] == '%' else ''} ({numbers})"
 
 
 def _entry(point: pd.Series, most: int) -> str:
@@ -79,7 +111,7 @@ def _entry(point: pd.Series, most: int) -> str:
         return score + (" (near chance)" if point["near_chance"] else "")
     coarse = max(0, digits - 1)
     low, high = f"{point['difference_low']:+.{coarse}f}", f"{point['difference_high']:+.{coarse}f}"
-    return f"**{score}**" if point["tie"] else f"{score} ({low}, {high})"
+    return f"{f'**{score}**' if point['tie'] else score} ({low}, {high})"
 
 
 def fill(text: str, folder: Path) -> str:
@@ -93,6 +125,8 @@ def fill(text: str, folder: Path) -> str:
         if not path.exists():
             raise NothingToRead(f"{path}: no such file; python -m analysis.tables RESULTS --name {name} makes it")
         book = json.loads(path.read_text())
+        if "claims" in book:
+            return f"{match[1]}\n{claimed(book)}\n`{book['command']}`\n\n{match[3]}"
         said = f"`{book['command']}`, n = {_counts(book['points'])}\n"
         return f"{match[1]}\n{grid(book)}\n{said}\n{match[3]}"
 
@@ -144,6 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, nargs="?", help="records to make benchmarks/NAME.json from")
     parser.add_argument("--name", help="of the file and of the table")
     parser.add_argument("--command", default="", help="what made the records, for the reader")
+    parser.add_argument("--expected", type=Path, help="YAML with what each method's paper claims")
     parser.add_argument("--readme", action="store_true", help="write the README's tables again")
     given = parser.parse_args(arguments)
     if (given.results is None) != (given.name is None) or not (given.results or given.readme):
@@ -152,7 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.results:
             results = load(given.results)
-            book = snapshot(results, given.command)
+            expected = yaml.safe_load(given.expected.read_text()) if given.expected else None
+            book = snapshot(results, given.command, expected)
             for problem in results.problems:
                 print(problem, file=sys.stderr)
             path = folder / f"{given.name}.json"

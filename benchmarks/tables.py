@@ -1,7 +1,8 @@
 """Make a committed table from scratch: `python benchmarks/tables.py separation|core|frontier-mini`.
 
-Runs the sweeps of conf/experiment that belong to the table (what is on disk is not run again), writes
-benchmarks/NAME.json, its picture benchmarks/NAME.png, and the README's table.
+Runs the sweeps that belong to the table (what is on disk is not run again), writes benchmarks/NAME.json, its picture
+benchmarks/NAME.png, and the README's table. `--only WORD` runs those sweeps only that have the word, such as
+`--only perplexity`, and makes nothing of them.
 """
 
 import argparse
@@ -10,26 +11,58 @@ import sys
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent.parent
-#: the sweeps behind each table
-SWEEPS = {"separation": ["separation", "protocols"], "core": ["core", "core-bits"], "frontier-mini": ["frontier-mini"]}
+EXPECTED = {"core": HOME / "benchmarks" / "expected.yaml"}
+#: texts per subset of perplexity-mini, which is read token by token and not shared between cells
+TEXTS = "task.limit=6"
+
+
+def sweeps(name: str) -> list[list[str]]:
+    """The overrides of every sweep behind a table."""
+    if name == "separation":
+        return [["experiment=separation"], ["experiment=protocols"]]
+    if name == "frontier-mini":
+        return [["experiment=frontier-mini"]]
+    parts = [
+        ["experiment=core"],
+        ["experiment=core-bits"],
+        *searched("experiment=core-bits"),
+        ["experiment=core-fused"],
+    ]
+    return parts + [[*part, "task=perplexity", TEXTS] for part in parts]
+
+
+def searched(sweep: str) -> list[list[str]]:
+    """The same sweep with the tables that were searched for the reference model instead of bits."""
+    found = []
+    for method, mode in (("kvtuner", "kivi"), ("kvtuner_per_token", "per_token")):
+        folder = HOME / "assets" / "kvtuner" / "reference" / mode
+        if tables := sorted(path.stem for path in folder.glob("*.yaml")):
+            found.append([sweep, f"method={method}", f"method.table={','.join(tables)}", "method.bits=null"])
+    return found
 
 
 def main() -> int:
     """The exit code of the first step that fails, else 0; failed samples (1) do not stop the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("name", choices=SWEEPS)
+    parser.add_argument("name", choices=("separation", "core", "frontier-mini"))
     parser.add_argument("--results", type=Path, help="folder of the records (default: results/NAME)")
+    parser.add_argument("--only", metavar="WORD", help="run the sweeps that have this word, and stop there")
     parser.add_argument("overrides", nargs="*", help="for run.py, such as task.limit=5")
     given = parser.parse_args()
     results = given.results or HOME / "results" / given.name
-    for sweep in SWEEPS[given.name]:
-        run = [sys.executable, "run.py", f"experiment={sweep}", f"results={results}", *given.overrides]
+    for sweep in sweeps(given.name):
+        if given.only and given.only not in " ".join(sweep):
+            continue
+        run = [sys.executable, "run.py", "-m", *sweep, f"results={results}", *given.overrides]
         code = subprocess.run(run, cwd=HOME, check=False).returncode
         if code not in (0, 1):
             return code
+    if given.only:
+        return 0
     said = " ".join(["python benchmarks/tables.py", given.name, *given.overrides])
+    expected = ["--expected", str(EXPECTED[given.name])] if given.name in EXPECTED else []
     for module in (
-        ["analysis.tables", str(results), "--name", given.name, "--command", said, "--readme"],
+        ["analysis.tables", str(results), "--name", given.name, "--command", said, *expected, "--readme"],
         ["analysis.frontier", str(results), "--out", str(results)],
     ):
         code = subprocess.run([sys.executable, "-m", *module], cwd=HOME, check=False).returncode

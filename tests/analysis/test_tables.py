@@ -25,9 +25,33 @@ def test_a_table_has_a_line_per_method_and_budget_and_ties_in_bold(book):
     lines = tables.grid(tables.snapshot(load(book.root), "")).splitlines()
     assert lines[0] == "| method | budget | bytes held | other-mini | quiz-mini |"
     assert lines[2] == "| full | 1 | 100.0% | 100.0 | 100.0 |"
-    assert lines[3] == "| nacl | 0.5 | 50.0% |  | **100.0** |"
+    assert lines[3] == "| nacl | 0.5 | 50.0% |  | **100.0** (+0, +0) |"
     assert lines[4].startswith("| nacl | 0.25 | 25.0% |  | 12.5 (-100, ")
     assert lines[5] == "| random | 0.5 | 50.0% | 0.0 (-100, -100) |  |"
+
+
+def test_what_a_paper_claims_stands_in_the_first_line_of_its_method(book):
+    fill(book)
+    made = tables.snapshot(load(book.root), "", {"nacl": "half is enough"})
+    assert [row["expected"] for row in made["points"] if row["label"] == "nacl"] == ["half is enough"] * 2
+    lines = tables.grid(made).splitlines()
+    assert lines[0].endswith("| the paper's claim |")
+    assert lines[3].endswith("| half is enough |") and lines[4].endswith("|  |") and lines[5].endswith("|  |")
+
+
+def test_cells_that_name_their_bits_have_a_line_each(book):
+    book.cell(scores=[1.0] * 4)
+    for bits, scores in ((4, [1.0] * 4), (2, [0.0] * 4)):
+        book.cell("kivi", scores, config={"key_bits": bits, "value_bits": bits}, share=bits / 16)
+    book.cell("kivi", [1.0, 1.0, 0.0, 0.0], config={"key_bits": 4, "value_bits": 2}, share=3 / 16)
+    book.cell("kvtuner", [1.0] * 4, config={"table": "tables/C3.25.yaml"}, share=0.2)
+    lines = tables.grid(tables.snapshot(load(book.root), "")).splitlines()
+    assert [line.split(" (")[0] for line in lines[3:]] == [
+        "| kivi | 4 bits | 25.0% | **100.0**",
+        "| kivi | K4V2 | 18.8% | **50.0**",
+        "| kivi | 2 bits | 12.5% | 0.0",
+        "| kvtuner | C3.25 | 20.0% | **100.0**",
+    ]
 
 
 def test_a_readme_is_filled_between_its_marks(book, tmp_path):
@@ -40,6 +64,25 @@ def test_a_readme_is_filled_between_its_marks(book, tmp_path):
     assert tables.fill(made, tmp_path) == made
     with pytest.raises(NothingToRead, match=r"quiz\.json: no such file"):
         tables.fill(text, tmp_path / "nowhere")
+
+
+def test_claims_say_what_was_measured_and_how_often_they_held(tmp_path):
+    better = {"what": "8x", "value": 2.25, "low": -1.0, "high": 5.5, "unit": "points of 100", "n": 8, "holds": True}
+    worse = {**better, "what": "16x", "value": -3.0, "holds": False}
+    left = {"what": "quiz", "value": 96.0, "low": 94.0, "high": 98.0, "unit": "%", "n": 8, "holds": True}
+    claims = [
+        {"method": "a", "claim": "above b", "rows": [better, worse]},
+        {"method": "a", "claim": "much is left", "rows": [left]},
+        {"method": "a", "claim": "above c", "rows": [worse]},
+    ]
+    (tmp_path / "said.json").write_text(json.dumps({"command": "python x.py", "claims": claims}))
+    lines = tables.fill("<!-- table: said -->\n<!-- end -->\n", tmp_path).splitlines()
+    assert lines[4:7] == [
+        "| `a` | above b | 8x: +2.2 (-1.0 to +5.5); 16x: -3.0 (-1.0 to +5.5) | held in 1 of 2 |",
+        "| `a` | much is left | quiz: 96.0 % (94.0 to 98.0) | held |",
+        "| `a` | above c | 16x: -3.0 (-1.0 to +5.5) | not held |",
+    ]
+    assert "`python x.py`" in lines
 
 
 def test_the_readme_holds_what_the_committed_files_say():

@@ -16,6 +16,7 @@ from methods.core.errors import BudgetMiss
 from runners import overview, show
 from runners.cells import Run
 from runners.compare import compare
+from runners.heat_map import draw_all
 from runners.latency_report import show_times
 from runners.record import check_writable
 from runners.sweep import Sweep
@@ -120,6 +121,7 @@ class Evaluate:
             show.draw(show.costs(cost_rows(pairs), label))
             cut = sum(row["cut"] for row, _ in pairs)
             show.say(f"{run.settings(pairs)}; {cut} of {len(both)} samples cut in the middle")
+            draw_all(run.examples, [cell.record.folder for cell in run.cells])
 
     def _failures(self, run: Run) -> int:
         code = 0

@@ -6,6 +6,7 @@ cell where the full cache fails too, which says nothing about compression.
 """
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from methods.core.errors import UserError
+from tasks.base import Example
 
 COLOURS = ("#F0496E", "#EBB839", "#0CD79F")  # worst, middling, best; those of the public needle test
 MISSING = "#BBBBBB"
@@ -116,6 +118,27 @@ def read_record(folder: Path) -> tuple[list[Sample], str]:
     return rows, title
 
 
+def draw_all(examples: Iterable[Example], folders: Iterable[Path]) -> None:
+    """Draw the records of a task whose samples all have a length and a depth; of another task nothing."""
+    if all(example.tags.get("length") and example.tags.get("depth") is not None for example in examples):
+        for folder in folders:
+            with contextlib.suppress(UserError):  # samples that have a place and no name of a cell
+                draw(folder)
+
+
+def draw(folder: Path, path: Path | None = None) -> Path | None:
+    """Draw a record, into its own folder unless `path` says where; None if it has no finished sample.
+
+    Raises UserError if the folder is no record, or its samples are no cells of a grid.
+    """
+    rows, title = read_record(folder)
+    if not rows:
+        return None
+    path = path or folder / "heat_map.png"
+    heat_map(rows, path, title)
+    return path
+
+
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
     """A record's identity, and the scores of its finished samples."""
     try:
@@ -133,13 +156,10 @@ def main() -> None:
     parser.add_argument("record", type=Path)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    path = given.out or given.record / "heat_map.png"
     try:
-        rows, title = read_record(given.record)
+        print(draw(given.record, given.out) or f"{given.record}: holds no finished sample")
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
-    heat_map(rows, path, title)
-    print(path)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from rich.table import Table
 from methods.core.errors import BudgetMiss
 from runners import show
 from runners.compare import Compared, compare
+from runners.heat_map import draw_all
 from runners.latency_report import show_times
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def report(sweep: Sweep, resamples: int) -> int:
     show.say(
         "KV bytes: measured at the end of the prompt, as a share of the full cache's; speeds are not measured in groups"
     )
+    draw_all(run.examples, [member.cell.record.folder for member in sweep.members])
     show.say(f"records: {run.full.record.folder.parent}")
     return max(_failures(sweep), sweep.code)
 
@@ -136,7 +138,7 @@ def plan(sweep: Sweep) -> None:
             str(len(run.examples) - len(todo)),
             str(len(todo)),
             "-" if longest is None else show.size(sweep.member_bytes(member, [longest])),
-            "in the group" if id(member) in sharing else "alone",
+            "in the group" if id(member) in sharing else f"alone: {sweep.why_alone(member)}",
         )
     show.draw(table)
     together = {e.id: e for m in sweep.sharing for e in lacking[id(m)]}

@@ -39,6 +39,7 @@ HUB: dict[str, tuple[str, str | None, str]] = {
     "xsum": ("EdinburghNLP/xsum", None, "validation"),
     "samsum": ("knkarthick/samsum", None, "test"),
     "govreport": ("ccdv/govreport-summarization", None, "test"),
+    "soda": ("allenai/soda", None, "test"),
 }
 INSTRUCTION = "Summarize the following news article:"
 ONE_SENTENCE = "Provide a one-sentence summary of the following news article:"
@@ -211,6 +212,8 @@ class Summarization(Task):
         ]
 
     def _example(self, id: str, name: str, row: Mapping[str, Any]) -> Example:
+        if isinstance(row.get("dialogue"), list):
+            row = conversation(row)
         source = next((row[key] for key in SOURCES if isinstance(row.get(key), str) and row[key].strip()), None)
         summary = next((row[key] for key in SUMMARIES if isinstance(row.get(key), str) and row[key].strip()), None)
         tags: dict[str, Any] = {"subset": name, "category": name, "lead": lead(source or "")}
@@ -254,6 +257,14 @@ class Summarization(Task):
         room = self._setup.prompt_tokens - tokens.count(frame) - tokens.opening
         ids = tokens.encode(source)
         return source if len(ids) <= room else tokens.decode(ids[:room])
+
+
+def conversation(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of SODA, whose dialogue is a list of turns beside the list of their speakers, in the form of the others."""
+    speakers = row.get("speakers") or []
+    named = [f"{who}: " for who in speakers] if len(speakers) == len(row["dialogue"]) else [""] * len(row["dialogue"])
+    turns = [f"{who}{said}" for who, said in zip(named, row["dialogue"])]
+    return {"dialogue": "\n".join(turns), "summary": row.get("narrative") or row.get("summary")}
 
 
 def lead(source: str) -> str:

@@ -50,6 +50,7 @@ def test_a_grid_is_made_for_the_models_tokenizer_and_nothing_is_cut(command, tmp
     }
     assert not any(row["cut"] for row in rows) and all(row["tokens_in"] <= 1500 for row in rows)
     assert "length 1500" in out and "depth 100 %" in out and "6 cells: " in out
+    assert len(list((tmp_path / "results").glob("*/*/*/heat_map.png"))) == 2  # of the method and of the full cache
 
 
 def test_ruler_is_made_for_the_models_tokenizer(command, tmp_path):

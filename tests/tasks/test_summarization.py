@@ -105,6 +105,16 @@ def test_a_row_without_a_summary_is_an_error_of_that_row(tmp_path):
     assert example.error and "highlights" in example.error
 
 
+def test_a_conversation_in_turns_is_one_text_with_its_speakers(tmp_path):
+    said = {"article": None, "highlights": None, "head": "someone is glad", "dialogue": ["Hi.", "Hello?"]}
+    row = said | {"speakers": ["Ann", "Bo"], "narrative": "Two people meet."}
+    (example,) = Summarization(data=write(tmp_path, **row)).examples()
+    assert example.context.endswith("\n\nAnn: Hi.\nBo: Hello?") and example.answers == ["Two people meet."]
+    assert "glad" not in example.prompt
+    (example,) = Summarization(data=write(tmp_path, **said, summary="They meet.")).examples()
+    assert example.context.endswith("\n\nHi.\nHello?") and example.answers == ["They meet."]
+
+
 @pytest.mark.parametrize("knobs", [{"setup": "x"}, {"beams": 0}, {"limit": 0}])
 def test_a_setting_that_cannot_work_is_refused(knobs):
     with pytest.raises(UserError, match=f"task.{next(iter(knobs))}="):

@@ -4,7 +4,9 @@ Paper: Bai et al. 2024, LongBench v2: towards deeper understanding and reasoning
        arXiv:2412.15204; its prompt without chain of thought.
 Here:  the prompt is lm_eval's brought back to the benchmark's own; decoding is greedy, where the authors sample at
        temperature 0.1. lm_eval itself compares the likelihoods of the four letters, another metric:
-       task=lm_eval task.tasks=[longbench2] task.data=hub.
+       task=lm_eval task.tasks=[longbench2] task.data=hub. There is no longbench_v2-mini: the letter has to be written
+       in a given sentence, which the small reference model never does, so that every method would score 0. Its
+       stand-in are the bundled documents with four choices, whose texts are compared by likelihood.
 """
 
 import hashlib
@@ -38,7 +40,7 @@ DIGEST = "fb68fca4"  # of lm_eval's template, whose wording was compared with th
 
 
 def longbench_v2(data: str = "bundled", limit: int | None = None, **knobs: Any) -> Task:
-    """LongBench v2 from data of one's own or the hub; `bundled` are lm_eval-mini's documents with four choices."""
+    """LongBench v2 from data of one's own or the hub; `bundled` is lm_eval-mini in its place."""
     return LmEval(limit=limit) if str(data) == "bundled" else LongBenchV2(data, limit=limit, **knobs)
 
 

@@ -5,6 +5,8 @@ changed. What cannot be read is named in `problems`, and the rest is given. `Res
 file that `load` reads like a folder: records for committing, without their texts.
 """
 
+import base64
+import gzip
 import json
 import os
 from collections.abc import Iterator
@@ -29,6 +31,7 @@ SAMPLE = {
     "length": float("nan"), "depth": float("nan"), "prompt_s": float("nan"), "n_prompt": 0, "decode_s": float("nan"),
     "steps": 0, "alone": True, "at": 0, "size": 0,
 }  # fmt: skip
+SHARES = ("held", "held_end", "read", "peak")
 #: of a record's ledger, bytes
 LEDGER = (
     "full_prompt", "full", "held_prompt", "held_end", "peak_prompt", "peak_decode", "read_step", "workspace", "adapter",
@@ -78,9 +81,11 @@ class Results:
         return {str(cell): list(own.unique()[:3]) for cell, own in wrong.groupby("cell")["error"]}
 
     def pack(self, path: Path) -> None:
-        """Both tables as one parquet file."""
-        table = self.samples.drop(columns=["at", "size"])
-        table.attrs = {"cells": json.loads(self.cells.to_json(orient="records")), "problems": self.problems}
+        """Both tables as one parquet file; shares to five places, and no times of passes that were shared."""
+        table = self.samples.drop(columns=["at", "size"]).round(dict.fromkeys(SHARES, 5))
+        table[["prompt_s", "decode_s"]] = table[["prompt_s", "decode_s"]].where(table["alone"])
+        told = json.dumps({"cells": json.loads(self.cells.to_json(orient="records")), "problems": self.problems})
+        table.attrs = {"told": base64.b64encode(gzip.compress(told.encode(), mtime=0)).decode()}
         table.to_parquet(path, compression="zstd", index=False)
 
 
@@ -151,11 +156,12 @@ def _slices(samples: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 def _unpack(path: Path) -> Results:
     try:
         samples = pd.read_parquet(path)
-        cells, problems = samples.attrs["cells"], samples.attrs["problems"]
+        told = json.loads(gzip.decompress(base64.b64decode(samples.attrs["told"])))
     except (OSError, ValueError, KeyError) as error:
         raise NothingToRead(f"{path}: not a file that python -m analysis.tables wrote, {_why(error)}") from error
     samples.attrs = {}
-    return Results(path, pd.DataFrame(cells).set_index("cell", drop=False), samples, list(problems))
+    cells = pd.DataFrame(told["cells"]).set_index("cell", drop=False)
+    return Results(path, cells, samples.assign(at=0, size=0), told["problems"])
 
 
 def _cell(name: str, folder: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The README's tables: `python -m analysis.tables --readme` writes them again from benchmarks/*.json.
 
 `python -m analysis.tables RESULTS --name NAME --command COMMAND` makes such a file from the records below RESULTS: the
-points of all whole tasks, the commits and conditions behind them, and the command. In the README a table stands between
+points of all whole tasks, the commits and conditions behind them, and the command; and beside it NAME.parquet, every
+sample's score and bytes, which the other commands read in the place of RESULTS. In the README a table stands between
 `<!-- table: NAME -->` and `<!-- end -->`; the one called methods is made from conf/method and the docstrings there.
 """
 
@@ -193,7 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(problem, file=sys.stderr)
             path = folder / f"{given.name}.json"
             path.write_text(json.dumps(book, indent=1) + "\n")
-            print(f"{len(book['points'])} points in {path}")
+            results.pack(path.with_suffix(".parquet"))
+            print(f"{len(book['points'])} points in {path}, and the samples behind them in {path.stem}.parquet")
         if given.readme:
             readme.write_text(fill(readme.read_text(), folder))
     except NothingToRead as error:

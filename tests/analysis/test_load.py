@@ -127,6 +127,8 @@ def test_packed_records_are_read_like_a_folder(book, tmp_path):
     whole.pack(tmp_path / "records.parquet")
     found = load(tmp_path / "records.parquet")
     pd.testing.assert_frame_equal(points(found), points(whole))
+    pd.testing.assert_frame_equal(found.cells, whole.cells)
+    assert found.finished["prompt_s"].tolist() == [0.5, 0.5, 0.5]
     assert found.errors == whole.errors == {whole.cells.index[1]: ["no memory"]}
     assert texts(found, found.cells.index[0], {"qa/0"}) == {}
     (tmp_path / "records.parquet").write_bytes(b"something else")

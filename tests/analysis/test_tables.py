@@ -93,6 +93,16 @@ def test_the_readme_holds_what_the_committed_files_say():
     assert len(books) >= 2 and all(block in made for block in books)
 
 
+def test_the_command_writes_the_points_and_the_samples_behind_them(book, tmp_path, monkeypatch, capsys):
+    fill(book)
+    (tmp_path / "benchmarks").mkdir()
+    monkeypatch.setattr(tables, "HOME", tmp_path)
+    assert tables.main([str(book.root), "--name", "quiz", "--command", "python run.py"]) == 0
+    made = json.loads((tmp_path / "benchmarks" / "quiz.json").read_text())
+    again = tables.snapshot(load(tmp_path / "benchmarks" / "quiz.parquet"), "python run.py")
+    assert made == again and made["points"] and "quiz.parquet" in capsys.readouterr().out
+
+
 def test_the_command_needs_something_to_do(capsys):
     with pytest.raises(SystemExit):
         tables.main([])

@@ -123,7 +123,13 @@ def _pack(codes: Tensor, bits: int, dim: int) -> Tensor:
     if bits == 8:
         return codes
     m = codes_per_pack(bits)
-    run = codes.unflatten(dim, (codes.shape[dim] // m, m)).int()
+    run = codes.unflatten(dim, (codes.shape[dim] // m, m))
+    if m * bits == 8:
+        word, *rest = run.unbind(dim + 1)
+        for j, code in enumerate(rest, 1):
+            word = word | code << bits * j
+        return word
+    run = run.int()
     shift = bits * torch.arange(m, dtype=torch.int32, device=codes.device)
     word = (run << shift.view(m, *(1,) * (codes.dim() - 1 - dim))).sum(dim + 1, dtype=torch.int32)
     return torch.stack([(word >> 8 * i).to(torch.uint8) for i in range(m * bits // 8)], dim + 1).flatten(dim, dim + 1)

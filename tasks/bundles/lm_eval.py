@@ -1,11 +1,11 @@
 """lm_eval-mini: questions on documents with four choices each, as rows and as task files that lm_eval itself reads."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tasks.bundles import write_rows
 from tasks.documents import KINDS, Pool
 
 SEED = 70423
@@ -54,6 +54,5 @@ def rows(name: str) -> list[dict[str, Any]]:
 def write(folder: Path) -> None:
     """A file of rows and a task file per kind of document."""
     for name in SPLITS:
-        lines = [json.dumps(row) + "\n" for row in rows(name)]
-        (folder / f"{name}.jsonl").write_text("".join(lines), newline="\n")
+        write_rows(folder, name, rows(name))
         (folder / f"{name}.yaml").write_text(TASK.format(name=name), newline="\n")

@@ -3,7 +3,6 @@
 The shapes follow LongBench, the texts and prompts are our own.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from tasks.bundles import write_rows
 from tasks.documents import KINDS, Document, Pool
 
 SEED = 52610
@@ -68,8 +68,7 @@ def write(folder: Path, count: int = COUNT) -> None:
     """All subsets as JSON lines, and subsets.yaml with the prompt, metric and limits of each."""
     described = {}
     for name, subset in SUBSETS.items():
-        lines = [json.dumps(record) + "\n" for record in records(name, count)]
-        (folder / f"{name}.jsonl").write_text("".join(lines), newline="\n")
+        write_rows(folder, name, records(name, count))
         head = KINDS[subset.kind](Pool(np.random.default_rng(0)), 100, 1).head
         described[name] = {
             "category": subset.category,

@@ -1,11 +1,11 @@
 """multiturn-mini: five questions each on a key-value list, and on a text with five pass codes among filler."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tasks.bundles import write_rows
 from tasks.documents import KINDS, Pool
 
 SEED = 33187
@@ -32,5 +32,4 @@ def rows(name: str) -> list[dict[str, Any]]:
 def write(folder: Path) -> None:
     """One JSONL file per kind of context."""
     for name in SPLITS:
-        lines = [json.dumps(row) + "\n" for row in rows(name)]
-        (folder / f"{name}.jsonl").write_text("".join(lines), newline="\n")
+        write_rows(folder, name, rows(name))

@@ -4,7 +4,6 @@ One file per kind: one needle, one needle among others of its sort, several that
 repeats, one pair of a key-value list. A row has its whole prompt, `context` + `question`.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tasks.bundles import prompt_of, write_rows
 from tasks.documents import KINDS, Pool
 from tasks.documents.document import Document
 from tasks.documents.place import filler_of, noise_of, place
@@ -110,11 +110,7 @@ def rows(kind: str) -> list[dict[str, Any]]:
                         "kind": kind,
                         "length": length,
                         "depth": depth,
-                        "context": f"{document.head}\n\n{text}",
-                        "question": f"\n\n{document.turns[0].question}",
-                        "answers": answers,
-                        "metric": metric,
-                        "max_new_tokens": new,
+                        **prompt_of(document, text, answers, metric, new),
                     }
                 )
     return found
@@ -123,5 +119,4 @@ def rows(kind: str) -> list[dict[str, Any]]:
 def write(folder: Path, kinds: Sequence[str] = tuple(KINDS_OF_NEEDLES)) -> None:
     """One JSONL file per kind."""
     for kind in kinds:
-        lines = [json.dumps(row) + "\n" for row in rows(kind)]
-        (folder / f"{kind}.jsonl").write_text("".join(lines), newline="\n")
+        write_rows(folder, kind, rows(kind))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tasks.bundles import write_rows
 from tasks.documents import KINDS, Pool, prose, prose_hash
 
 SEED = 90417
@@ -48,11 +49,10 @@ def document_text(i: int) -> str:
 
 def write(folder: Path) -> None:
     """prose.jsonl and lookups.jsonl."""
-    lookups = [json.dumps({"text": document_text(i)}) + "\n" for i in range(DOCUMENTS)]
+    write_rows(folder, "lookups", ({"text": document_text(i)} for i in range(DOCUMENTS)))
     if prose_hash("held_out") == COLLECTED:
         origin = f"CPython's documentation, PSF licence, sha256 {COLLECTED}"
-        prose_lines = [json.dumps({"text": text, "origin": origin}) + "\n" for text in prose_texts()]
+        kept = [{"text": text, "origin": origin} for text in prose_texts()]
     else:
-        prose_lines = KEPT.read_text().splitlines(keepends=True)
-    for name, lines in (("prose", prose_lines), ("lookups", lookups)):
-        (folder / f"{name}.jsonl").write_text("".join(lines), newline="\n")
+        kept = [json.loads(line) for line in KEPT.read_text().splitlines()]
+    write_rows(folder, "prose", kept)

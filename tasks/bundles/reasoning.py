@@ -1,11 +1,11 @@
 """reasoning-mini: chains of three to five links, and questions over two passages, whose answers are written out."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tasks.bundles import write_rows
 from tasks.documents import KINDS, Pool
 
 SEED = 48221
@@ -42,5 +42,4 @@ def rows(name: str) -> list[dict[str, Any]]:
 def write(folder: Path) -> None:
     """One JSONL file per kind of question."""
     for name in SPLITS:
-        lines = [json.dumps(row) + "\n" for row in rows(name)]
-        (folder / f"{name}.jsonl").write_text("".join(lines), newline="\n")
+        write_rows(folder, name, rows(name))

@@ -5,13 +5,13 @@ variable tracking, reports and passages for the two question sets. Counting word
 question (multiquery) are beyond the model. A row has its whole prompt, `context` + `question`.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tasks.bundles import prompt_of, write_rows
 from tasks.bundles.needle import PROSE, codes, sentences
 from tasks.documents import KINDS, Pool
 from tasks.documents.document import Document
@@ -81,11 +81,7 @@ def rows(task: str) -> list[dict[str, Any]]:
                     "kind": task,
                     "group": group,
                     "length": length,
-                    "context": f"{document.head}\n\n{text}",
-                    "question": f"\n\n{document.turns[0].question}",
-                    "answers": answers,
-                    "metric": metric,
-                    "max_new_tokens": new,
+                    **prompt_of(document, text, answers, metric, new),
                 }
             )
     return found
@@ -94,5 +90,4 @@ def rows(task: str) -> list[dict[str, Any]]:
 def write(folder: Path, tasks: Sequence[str] = tuple(TASKS)) -> None:
     """One JSONL file per task."""
     for task in tasks:
-        lines = [json.dumps(row) + "\n" for row in rows(task)]
-        (folder / f"{task}.jsonl").write_text("".join(lines), newline="\n")
+        write_rows(folder, task, rows(task))

@@ -1,11 +1,11 @@
 """summarization-mini: reports with numbered findings among filler; the summary lists the findings."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tasks.bundles import write_rows
 from tasks.documents import KINDS, Pool
 
 SEED = 60913
@@ -33,4 +33,4 @@ def rows() -> list[dict[str, Any]]:
 
 def write(folder: Path) -> None:
     """findings.jsonl."""
-    (folder / "findings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()), newline="\n")
+    write_rows(folder, "findings", rows())

@@ -32,7 +32,7 @@ from methods import load_method  # noqa: E402
 from methods.core.contract import Method  # noqa: E402
 from methods.lococo import LoCoCo  # noqa: E402
 from runners.load import find, load_model, load_tokenizer  # noqa: E402
-from runners.train_compressor import rows_of, texts  # noqa: E402
+from runners.train_compressor import row_of  # noqa: E402
 
 LENGTH, NEW = 3482, 64
 
@@ -84,13 +84,13 @@ def measure(model: Any, ids: torch.Tensor, card: dict[str, Any], rounds: int) ->
 
 def show(result: dict[str, Any]) -> None:
     """One table per compressor."""
-    held_out = result["held_out"]
-    print(
-        f"\n{result['slots']} slots, chunks of {result['chunk']}; held-out perplexity on {held_out['tokens']:,} tokens"
-    )
-    for name, (nll, *rest) in held_out["nll"].items():
-        difference = f"  {rest[0]:+.4f} nats ({rest[1]:+.4f} to {rest[2]:+.4f})" if rest else ""
-        print(f"  {name:15}{math.exp(nll):8.3f}{difference}")
+    print(f"\n{result['slots']} slots, chunks of {result['chunk']}")
+    for text, found in result["held_out"].items():
+        print(f"held-out perplexity on {found['tokens']:,} tokens of {text}")
+        for name, nll in found["nll"].items():
+            gain = found["gain"].get(name)
+            said = "  {:+.4f} nats above lococo ({:+.4f} to {:+.4f})".format(*gain) if gain else ""
+            print(f"  {name:15}{math.exp(nll):8.3f}{said}")
     print(f"{LENGTH:,} tokens of prompt, {NEW} decoded")
     for name, cost in result["costs"].items():
         print(
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     checkpoint = find("assets/reference")
     model = load_model(checkpoint, torch.float32, torch.device("cpu"))
-    ids = rows_of(load_tokenizer(checkpoint), texts(None)[1], LENGTH)[:1]
+    ids = row_of(load_tokenizer(checkpoint), 0, 0, LENGTH, "held_out")[None]
     cards = sorted((ROOT / "assets" / "lococo" / "reference").glob("*.json"))
     if not cards:
         command = "python run.py runner=train_compressor method=lococo budget=128"

@@ -24,6 +24,7 @@ from methods.core.errors import UserError
 from runners import show
 from runners.load import checkpoint_of, load_model, load_tokenizer, pick_backend, pick_device, pick_dtype, pick_threads
 from tasks.documents import KINDS, Pool, prose, prose_hash, sentences
+from tasks.documents.pools import Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,7 +89,7 @@ class Calibrate:
     def rows(self, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> tuple[list[Tensor], dict[str, Any]]:
         """Rows of token ids [1, length], and what the card says of the text. Raises UserError if it is too short."""
         if self.data is None:
-            texts = ("".join(_generated(seed, i, length)) for i in range(self.documents))
+            texts = ("".join(generated(seed, i, length)) for i in range(self.documents))
             rows = [torch.tensor([tokenizer(text, verbose=False).input_ids[:length]]) for text in texts]
             return rows, {"text": "generated documents and prose", "prose": prose_hash("train")}
         path = Path(self.data).expanduser()
@@ -117,14 +118,14 @@ class Calibrate:
         return options
 
 
-def _generated(seed: int, row: int, length: int) -> Iterator[str]:
+def generated(seed: int, row: int, length: int, split: Split = "train") -> Iterator[str]:
     """Text of more than `length` tokens: documents of every kind with their questions, in turn with prose."""
     rng = np.random.default_rng([seed, row])
-    kinds, paragraphs = sorted(KINDS), prose("train")
+    kinds, paragraphs = sorted(KINDS), prose(split)
     written = 0
     # tokenizers make about four characters of this text into a token; twice as many are enough for all of them
     while written < 8 * length:
-        document = KINDS[kinds[int(rng.integers(len(kinds)))]](Pool(rng, "train", sentences("train")), PIECE, 8)
+        document = KINDS[kinds[int(rng.integers(len(kinds)))]](Pool(rng, split, sentences(split)), PIECE, 8)
         asked = "\n\n".join(turn.question + turn.answer for turn in document.turns)
         at = int(rng.integers(len(paragraphs) - 8))
         for text in (f"{document.opening}\n\n{asked}\n\n", "\n\n".join(paragraphs[at : at + 8])[:PIECE] + "\n\n"):

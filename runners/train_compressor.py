@@ -2,11 +2,12 @@
 
     python run.py runner=train_compressor method=lococo budget=128
 
-A row of text is read in the method's own chunks. Each chunk's next-token loss is taken back through the compression
-that came before the chunk, and no further: what is held is data. When all rows are read, the artefact is saved where
-the method looks for it, read again, and compared on held-out text with dropping at equal slots. Saved are the weights
-that did best on a few held-out rows, which the comparison leaves out. A run that was stopped goes on by the same
-command.
+A row of text is read in the method's own chunks. Each chunk's loss is taken back through the compression that came
+before the chunk, and no further: what is held is data. The paper's loss is that of the next token; what compression
+costs is small beside what no cache could have predicted, so that by default the full cache's predictions are learned
+instead, in which that part cancels. When all rows are read, the artefact is saved where the method looks for it, read
+again, and compared on held-out text with dropping at equal slots. Saved are the weights that did best on a few held-out
+rows, which the comparison leaves out. A run that was stopped goes on by the same command.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -33,13 +34,16 @@ from methods.core.contract import Method
 from methods.core.errors import UserError
 from methods.lococo import TRAINER, LoCoCo
 from runners import show
+from runners.calibrate import generated
 from runners.load import checkpoint_of, load_model, load_tokenizer, pick_backend, pick_device, pick_dtype, pick_threads
 from tasks.documents import prose
+from tasks.documents.pools import Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HELD_OUT = 0.05  # of a text file: its end
+LOSSES = ("full", "text")
 
 
 @dataclass
@@ -59,9 +63,11 @@ class TrainCompressor:
     """Every argument is a key of conf/runner/train_compressor.yaml.
 
     out: folder of checkpoints and logs.  export: folder of the artefact, None for where the method looks for it.
-    text: file to read; None: the prose that every Python carries. length: tokens per row.
-    batch: rows that are read together.  batches: how many of them.  accumulate: chunks per step of the optimizer.
-    lr: of the optimizer, falling to zero over the run.  init_std: of the convolutions' first weights.  init_gate: the
+    text: file to read; None: generated documents in turn with the prose that every Python carries.
+    length: tokens per row.  batch: rows that are read together.  batches: how many of them.
+    loss: "full" for the divergence from the full cache's predictions, "text" for that of the next token.
+    accumulate: chunks per step of the optimizer.  lr, gate_lr: of the convolutions and of the gates, rising over
+    `warmup` steps and falling to zero over the run.  init_std: of the convolutions' first weights.  init_gate: the
     gates' first value, None for method.normalizer_init.
     chosen_on, held_out: held-out rows that choose among the weights, and that the comparison is made on.
     measure_every: batches between measurements, and between checkpoints.
@@ -74,8 +80,11 @@ class TrainCompressor:
     length: int = 2048
     batch: int = 4
     batches: int = 60
+    loss: str = "full"
     accumulate: int = 1
     lr: float = 5e-2
+    gate_lr: float = 5e-2
+    warmup: int = 0
     init_std: float = 1.0
     init_gate: float | None = None
     chosen_on: int = 8
@@ -87,6 +96,8 @@ class TrainCompressor:
         for key in ("length", "batch", "batches", "accumulate", "chosen_on", "held_out", "measure_every"):
             if getattr(self, key) < 1:
                 raise UserError(f"train_compressor: runner.{key}={getattr(self, key)}; give a whole number, 1 or more")
+        if self.loss not in LOSSES:
+            raise UserError(f"train_compressor: runner.loss={self.loss}; it is one of {', '.join(LOSSES)}")
         if self.text is not None and not Path(self.text).expanduser().is_file():
             raise UserError(f"train_compressor: runner.text={self.text}: no such file; give a text file, or null")
 
@@ -109,18 +120,18 @@ class TrainCompressor:
 
     def train(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: LoCoCo, seed: int) -> int:
         """The same for a loaded model. Raises UserError when the text is too short for one row."""
-        trained, held_out = (
-            rows_of(tokenizer, text, self.length).to(model.device) for text in texts(self.text)
-        )  # [N, length]
-        choice, held_out = held_out[: self.chosen_on], held_out[self.chosen_on :][: self.held_out]
+        trained, held_out = self.rows(tokenizer, seed)
         first = 1 + method.limit // method.chunk  # chunks before the first compression
         per_row = -(-self.length // method.chunk) - first
-        if min(len(trained), len(held_out)) < 1 or per_row < 1:
+        if any(len(rows) <= self.chosen_on for rows in held_out.values()) or per_row < 1:
+            counts = ", ".join(f"{len(rows)} rows of {name}" for name, rows in held_out.items())
             raise UserError(
-                f"train_compressor: runner.length={self.length}: the text has {len(trained)} rows to train on and "
-                f"{len(choice) + len(held_out)} to measure on, with {max(per_row, 0)} compressions each; give a text "
-                f"of several rows, of more than {first * method.chunk} tokens each"
+                f"train_compressor: runner.length={self.length}: there are {counts} to measure on, of which "
+                f"runner.chosen_on={self.chosen_on} choose, with {max(per_row, 0)} compressions each; give a text of "
+                f"more rows, of more than {first * method.chunk} tokens each"
             )
+        choice = next(iter(held_out.values()))[: self.chosen_on].to(model.device)
+        held_out = {name: rows[self.chosen_on :][: self.held_out].to(model.device) for name, rows in held_out.items()}
         at = Path(self.out) / artefacts.model_id(model) / method.artefact_name
         at.mkdir(parents=True, exist_ok=True)
         student = InTraining(**asdict(method))
@@ -131,17 +142,30 @@ class TrainCompressor:
         if self.init_gate is not None:
             for net in nets:
                 net.eta.data.fill_(self.init_gate)
-        optimizer = torch.optim.AdamW(nets.parameters(), lr=self.lr, weight_decay=0.0)
+        gates = [parameter for name, parameter in nets.named_parameters() if name.endswith("eta")]
+        convs = [parameter for name, parameter in nets.named_parameters() if not name.endswith("eta")]
+        groups = [{"params": convs, "lr": self.lr}, {"params": gates, "lr": self.gate_lr}]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         steps = self.batches * per_row // self.accumulate
-        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / max(1, steps)))
+
+        def rate(step: int) -> float:
+            return min(1.0, (step + 1) / max(1, self.warmup)) * max(0.0, 1 - step / max(1, steps))
+
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         recipe = {key: value for key, value in asdict(self).items() if key not in ("out", "export", "limit")}
-        recipe |= {"method": method.config(), "seed": seed, "model": artefacts.identity(model), "data": _hash(trained)}
+        recipe |= {
+            "method": method.config(),
+            "seed": seed,
+            "model": artefacts.identity(model),
+            "data": _hash(trained(0)),
+        }
         state = _resume(at, nets, optimizer, decay, json.loads(json.dumps(recipe)))
         stop = self.batches if self.limit is None else min(self.batches, state["batch"] + self.limit)
         with show.Bar(f"train {method.artefact_name}", (stop - state["batch"]) * self.batch) as bar:
             while state["batch"] < stop:
                 began = time.perf_counter()
-                loss = self._read(model, student, optimizer, decay, _pick(trained, seed, state["batch"], self.batch))
+                ids = trained(state["batch"]).to(model.device)
+                loss = self._read(model, student, optimizer, decay, ids)
                 state["batch"] += 1
                 state["steps"] = decay.last_epoch
                 state["seconds"] += time.perf_counter() - began
@@ -159,6 +183,26 @@ class TrainCompressor:
             self._finish(model, method, nets, held_out, state, recipe, at)
         return 0
 
+    def rows(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Callable[[int], Tensor], dict[str, Tensor]]:
+        """Rows [batch, length] of the i-th batch, and held-out rows by the name of their text.
+
+        Raises UserError when a file has no row to train on.
+        """
+        if self.text is not None:
+            trained, held_out = (rows_of(tokenizer, text, self.length) for text in texts(self.text))
+            if not len(trained):
+                raise UserError(
+                    f"train_compressor: runner.text={self.text}: has no runner.length={self.length} tokens to train on"
+                )
+            return lambda i: _pick(trained, seed, i, self.batch), {Path(self.text).name: held_out}
+
+        def mixed(split: Split, start: int, n: int) -> Tensor:
+            return torch.stack([row_of(tokenizer, seed, start + i, self.length, split) for i in range(n)])
+
+        held_out = mixed("held_out", 0, self.chosen_on + self.held_out)
+        plain = rows_of(tokenizer, "\n\n".join(prose("held_out")), self.length)
+        return lambda i: mixed("train", i * self.batch, self.batch), {"documents and prose": held_out, "prose": plain}
+
     def _read(
         self,
         model: PreTrainedModel,
@@ -169,7 +213,8 @@ class TrainCompressor:
     ) -> float:
         """Train on rows of tokens [B, length], chunk by chunk; the mean loss of the chunks behind a compression."""
         cache, found = student.cache_for(model, prompt_len=ids.shape[1]), []
-        for chunk in ids.split(student.chunk, dim=1):
+        wanted = predicted(model, ids).split(student.chunk, dim=1) if self.loss == "full" else None
+        for i, chunk in enumerate(ids.split(student.chunk, dim=1)):
             layers = [layer.inner for layer in cache.layers]
             due = layers[0].due
             for layer in layers:
@@ -178,7 +223,11 @@ class TrainCompressor:
                 logits = model(chunk, past_key_values=cache, use_cache=True).logits
             if not due or chunk.shape[1] < 2:
                 continue
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), chunk[:, 1:].flatten())
+            if wanted is None:
+                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), chunk[:, 1:].flatten())
+            else:
+                ours, theirs = logits.float().log_softmax(-1).flatten(0, 1), wanted[i].flatten(0, 1)
+                loss = F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
             (loss / self.accumulate).backward()
             found.append(loss.item())
             if len(found) % self.accumulate == 0:
@@ -192,7 +241,7 @@ class TrainCompressor:
         model: PreTrainedModel,
         method: LoCoCo,
         nets: nn.ModuleList,
-        held_out: Tensor,
+        held_out: dict[str, Tensor],
         state: dict[str, Any],
         recipe: dict[str, Any],
         at: Path,
@@ -215,12 +264,14 @@ class TrainCompressor:
         path = artefacts.save("lococo", method.artefact_name, model, tensors, facts, export)
         # measured as it will be loaded: half precision, from the file
         saved = replace(method, artefact=str(path))
-        facts["held_out"] = compare(model, saved, held_out, self.batch)
+        facts["held_out"] = {name: compare(model, saved, rows, self.batch) for name, rows in held_out.items()}
         artefacts.save("lococo", method.artefact_name, model, tensors, facts, export)
         draw(at / "log.jsonl", facts["held_out"], path.with_suffix(".png"))
-        for name, (nll, *rest) in facts["held_out"]["nll"].items():
-            difference = f", {rest[0]:+.4f} nats against eta=0 ({rest[1]:+.4f} to {rest[2]:+.4f})" if rest else ""
-            show.say(f"{name:>14}: held-out perplexity {math.e**nll:.3f}{difference}")
+        for text, found in facts["held_out"].items():
+            for name, nll in found["nll"].items():
+                gain, low, high = found["gain"].get(name, (math.nan,) * 3)
+                said = "" if math.isnan(gain) else f", {gain:+.4f} nats above lococo ({low:+.4f} to {high:+.4f})"
+                show.say(f"{text}, {name:>16}: held-out perplexity {math.e**nll:.3f}{said}")
         show.say(f"{state['batch'] * self.batch * self.length:,} tokens in {state['seconds'] / 60:.1f} minutes: "
                  f"{artefacts.shown(path)}")  # fmt: skip
 
@@ -229,35 +280,35 @@ def rivals(method: LoCoCo) -> dict[str, Method]:
     """What a trained compressor is compared with at equal slots, and the full cache.
 
     eta=0 drops what the last chunk attends to least. h2o keeps the newest half and, by attention summed over the whole
-    text, the heaviest half: raw slots with local_len of them the newest, and next-heaviest ones instead of fused. The
-    two with a quarter of the newest slots among the raw ones tell what fusing adds where recent text is safe.
+    text, the heaviest half: raw slots with local_len of them the newest, and next-heaviest ones instead of fused.
     """
     dropping = replace(method, eta=0.0, artefact=None)
     h2o = replace(dropping, hh_keep_rate=0.75, local_len=method.slots // 2, accumulate_scores=True)
-    them = {"full": load_method("full"), "lococo": method, "eta=0": dropping, "h2o": h2o}
-    if (quarter := method.slots // 4) < method.raw:
-        them |= {"lococo, recent": replace(method, local_len=quarter)}
-        them |= {"eta=0, recent": replace(dropping, local_len=quarter)}
-    return them
+    return {"full": load_method("full"), "lococo": method, "eta=0": dropping, "h2o": h2o}
 
 
 def compare(model: PreTrainedModel, method: LoCoCo, rows: Tensor, batch: int) -> dict[str, Any]:
-    """Mean losses in nats per token on rows [N, L]: {"nll": {name: [mean, difference, low, high]}, …}.
+    """Mean losses in nats per token on rows [N, L]: {"nll": {name: mean}, "gain": {name: [mean, low, high]}, …}.
 
-    Differences are to eta=0 (of "lococo, recent" to "eta=0, recent") on the same rows, with the 95 % interval of a
-    bootstrap over rows.
+    gain: a rival's loss less the method's on the same rows, above 0 where the method is better, with the 95 % interval
+    of a bootstrap over rows.
     """
     each = {name: losses(model, one, rows, batch).mean(1) for name, one in rivals(method).items()}  # [N]
     draws = torch.randint(len(rows), (2000, len(rows)), generator=torch.Generator().manual_seed(0))
-    nll: dict[str, list[float]] = {}
-    for name, means in each.items():
-        nll[name] = [round(means.mean().item(), 5)]
-        base = "eta=0, recent" if name == "lococo, recent" else "eta=0"
-        if name not in (base, "full"):
-            gap = (means - each[base]).cpu()
-            low, high = gap[draws].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
-            nll[name] += [round(x, 5) for x in (gap.mean().item(), low, high)]
-    return {"rows": len(rows), "tokens": rows[:, 1:].numel(), "nll": nll}
+    gain: dict[str, list[float]] = {}
+    for name in set(each) - {"full", "lococo"}:
+        gap = (each[name] - each["lococo"]).cpu()
+        low, high = gap[draws].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
+        gain[name] = [round(x, 5) for x in (gap.mean().item(), low, high)]
+    nll = {name: round(means.mean().item(), 5) for name, means in each.items()}
+    return {"rows": len(rows), "tokens": rows[:, 1:].numel(), "nll": nll, "gain": dict(sorted(gain.items()))}
+
+
+@torch.no_grad()
+def predicted(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logarithms of the full cache's probabilities of the next token, float32, [B, L, vocabulary]."""
+    cache = load_method("full").cache_for(model)
+    return model(ids, past_key_values=cache, use_cache=True).logits.float().log_softmax(-1)
 
 
 @torch.no_grad()
@@ -271,13 +322,16 @@ def losses(model: PreTrainedModel, method: Method, rows: Tensor, batch: int) -> 
     return torch.cat(found)
 
 
-def texts(file: str | None) -> tuple[str, str]:
-    """What is trained on, and what is measured on."""
-    if file is None:
-        return "\n\n".join(prose("train")), "\n\n".join(prose("held_out"))
+def texts(file: str) -> tuple[str, str]:
+    """What is trained on, and what is measured on: the end of the file."""
     text = Path(file).expanduser().read_text()
     cut = int(len(text) * (1 - HELD_OUT))
     return text[:cut], text[cut:]
+
+
+def row_of(tokenizer: PreTrainedTokenizerBase, seed: int, row: int, length: int, split: Split) -> Tensor:
+    """Generated documents in turn with prose, [length], begun by BOS where the tokenizer has one."""
+    return torch.tensor(tokenizer("".join(generated(seed, row, length, split)), verbose=False).input_ids[:length])
 
 
 def rows_of(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Tensor:
@@ -302,10 +356,15 @@ def draw(log: Path, held_out: dict[str, Any], picture: Path) -> None:
     left.set(xlabel="batches", ylabel="loss, nats per token")
     left.plot(*zip(*((e["batch"], e["chosen_on"]) for e in entries if "chosen_on" in e)), marker=".", label="held out")
     left.legend(fontsize=8)
-    names = list(held_out["nll"])
-    right.barh(names, [math.e ** held_out["nll"][name][0] for name in names], color="tab:blue")
-    right.set(xlabel="perplexity of other held-out text")
-    right.set_xlim(0.95 * math.e ** held_out["nll"]["full"][0])
+    for i, (text, found) in enumerate(held_out.items()):
+        names = list(found["gain"])
+        gain, low, high = torch.tensor([found["gain"][name] for name in names]).T
+        places = torch.arange(len(names)) + 0.2 * i
+        right.errorbar(gain, places, xerr=torch.stack((gain - low, high - gain)), fmt="o", capsize=3, label=text)
+        right.set_yticks(range(len(names)), names)
+    right.axvline(0, color="black", linewidth=0.8)
+    right.set(xlabel="loss above the trained compressor's, nats per token")
+    right.legend(fontsize=8)
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.tight_layout()

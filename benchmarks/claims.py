@@ -1,0 +1,261 @@
+"""Which of the papers' claims hold on the reference model, in kind: `python benchmarks/claims.py`.
+
+Takes the records behind the core table (`python benchmarks/tables.py core`), runs what the claims need besides them
+(what is on disk is not run again), and writes benchmarks/claims.json and the README's table. Every number is a mean
+over the same samples on both sides, with the 95 % interval of a paired bootstrap. A comparison speaks for the claim
+where its value lies on the claim's side; the interval beside it says how sure that is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HOME))  # run as a file, only its own folder would be on the path
+
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+
+from analysis import stats  # noqa: E402
+from analysis.load import NothingToRead, Results, load  # noqa: E402
+from benchmarks.tables import searched  # noqa: E402
+
+TASKS = ("longbench-mini", "needle-mini", "reasoning-mini", "summarization-mini")
+RATES = (8, 16, 32)
+PROTOCOLS = ("aware", "agnostic")
+NACL_LEFT = 0.95  # of the full cache's score, with half of the cache
+LEFT_WHOLE = 0.5 + 0.5 / RATES[0]  # bytes of a model of four layers of which two are whole and two at the first rate
+ASSETS = HOME / "assets"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: what, its value and interval as shown, samples, and whether it speaks for the claim."""
+
+    what: str
+    value: float
+    low: float
+    high: float
+    unit: str
+    n: int
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, in kind, and the comparisons that test it here."""
+
+    method: str
+    claim: str
+    rows: list[Row]
+
+
+class Records:
+    """Cells of one results folder, found by what was asked for."""
+
+    def __init__(self, results: Results):
+        self.results = results
+
+    def samples(self, task: str, method: str, budget: float = 1.0, protocol: str = "aware", **knobs: object) -> Scores:
+        """The finished samples of the one cell that has these knobs. Raises NothingToRead if there is no such cell."""
+        cells = self.results.cells
+        same = cells[(cells["task"] == task) & (cells["method"] == method) & (cells["protocol"] == protocol)]
+        for cell, row in same.iterrows():
+            config = json.loads(row["config"])
+            asked = math.isclose(row["budget"], budget) and all(config.get(k) == v for k, v in knobs.items())
+            if asked and not _extra(config, knobs):
+                own = self.results.finished[self.results.finished["cell"] == cell].set_index("id")
+                return Scores(own, row["metric"], row["mean_over"])
+        raise NothingToRead(f"no cell of {method} at budget {budget:g} {knobs or ''} on {task}, {protocol}")
+
+
+def _extra(config: dict, knobs: dict) -> bool:
+    """Whether the cell has bits, a table or skipped layers that were not asked for."""
+    return any(config.get(key) and key not in knobs for key in ("key_bits", "table", "skip"))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Samples by id with subset, category, score and bytes; how the task shows and averages them."""
+
+    samples: pd.DataFrame
+    metric: dict
+    mean_over: str
+
+    def only(self, ids: set[str]) -> Scores:
+        return Scores(self.samples[self.samples.index.isin(ids)], self.metric, self.mean_over)
+
+    @property
+    def bytes(self) -> float:
+        return float(self.samples["bytes"].mean())
+
+
+def both(a: Scores, b: Scores) -> tuple[np.ndarray, np.ndarray, int]:
+    """Mean scores of the samples that both have, resampled alike: [1 + R] each, the means themselves first; and n."""
+    joined = a.samples.join(b.samples[["score"]].rename(columns={"score": "other"}), how="inner").sort_index()
+    if joined.empty:
+        raise NothingToRead("two cells have no sample in common")
+    subsets = joined.groupby(["category", "subset"])
+    share = stats.subset_weights([category for category, _ in subsets.groups], a.mean_over)
+    total = np.zeros((1 + stats.RESAMPLES, 2))
+    for weight, ((_, name), part) in zip(share, subsets, strict=True):
+        values = part[["score", "other"]].to_numpy(dtype=float)
+        total += weight * stats.bootstrap(values, np.ones(len(part)), str(name))
+    return total[:, 0], total[:, 1], len(joined)
+
+
+def difference(what: str, ours: Scores, theirs: Scores, strict: bool = True) -> Row:
+    """Ours less theirs, above 0 where ours is better; strict: a tie does not speak for us."""
+    a, b, n = both(ours, theirs)
+    sign = 1 if ours.metric["better"] == "higher" else -1
+    found = stats.estimate(sign * ours.metric["scale"] * (a - b))
+    holds = found.value > 0 if strict else found.value >= 0
+    return Row(what, found.value, found.low, found.high, ours.metric["unit"], n, holds)
+
+
+def left(what: str, ours: Scores, full: Scores, least: float) -> Row:
+    """The share of the full cache's score that is left, in percent."""
+    a, b, n = both(ours, full)
+    found = stats.retained(a, b)
+    if found is None:
+        raise NothingToRead(f"{what}: the full cache scores nothing")
+    return Row(what, 100 * found.value, 100 * found.low, 100 * found.high, "%", n, found.value >= least)
+
+
+def nacl(core: Records) -> Claim:
+    rows = [left(task, core.samples(task, "nacl", 0.5), core.samples(task, "full"), NACL_LEFT) for task in TASKS]
+    return Claim("nacl", "with half of the cache at least 95 % of the score is left", rows)
+
+
+def keyformer(core: Records) -> Claim:
+    rows = [difference(task, core.samples(task, "keyformer", 0.5), core.samples(task, "h2o", 0.5)) for task in TASKS]
+    return Claim("keyformer", "above H2O at equal slots (half of the prompt's)", rows)
+
+
+def kivi(core: Records) -> Claim:
+    rows = []
+    for task in TASKS:
+        ours = core.samples(task, "kivi", key_bits=4, value_bits=4)
+        row = difference(task, ours, core.samples(task, "full"))
+        rows.append(Row(**{**asdict(row), "holds": row.low <= 0 <= row.high or row.value > 0}))
+    return Claim("kivi", "at 4 bits no more than noise away from the full cache", rows)
+
+
+def qfilters(own: Records) -> Iterator[Claim]:
+    for skip, said in (([], ""), ([0, 1], ", with the first two layers left whole")):
+        rows = []
+        for protocol in PROTOCOLS:
+            for rate in RATES:
+                theirs = own.samples("needle-mini", "streaming_llm", 1 / rate, protocol)
+                knobs = {"skip": skip} if skip else {}
+                ours = own.samples("needle-mini", "qfilters", 1 / rate, protocol, **knobs)
+                rows.append(difference(f"{rate}x, {protocol}", ours, theirs))
+        yield Claim("qfilters", f"above StreamingLLM on needles at 8x to 32x{said}", rows)
+    rows = []
+    for protocol in PROTOCOLS:
+        theirs = own.samples("needle-mini", "streaming_llm", LEFT_WHOLE, protocol)
+        ours = own.samples("needle-mini", "qfilters", 1 / RATES[0], protocol, skip=[0, 1])
+        rows.append(difference(f"{ours.bytes / theirs.bytes:.2f} of its bytes, {protocol}", ours, theirs))
+    yield Claim("qfilters", "the same against StreamingLLM at equal bytes (two layers whole, two at 8x)", rows)
+
+
+def kvtuner(own: Records, method: str, mode: str) -> Claim:
+    """Searched tables against the same bits everywhere, on samples that the search has not seen.
+
+    A table speaks for the claim where it scores no less than KV4 or KV2 with no more bytes, and is not the same table.
+    """
+    folder = ASSETS / "kvtuner" / "reference" / mode
+    card = json.loads((folder / "card.json").read_text())
+    everything = own.samples("reasoning-mini", "full")
+    unseen = set(everything.samples.index) - set(card["samples"])
+    rows = []
+    for bits in (4, 2):
+        alike = own.samples("reasoning-mini", method, key_bits=bits, value_bits=bits).only(unseen)
+        found = []
+        for entry in card["tables"]:
+            if set(entry["table"].split()) == {f"KV{bits}"}:
+                continue
+            ours = own.samples("reasoning-mini", method, table=entry["name"]).only(unseen)
+            if ours.bytes <= 1.005 * alike.bytes:
+                what = f"{entry['name']} with {ours.bytes / alike.bytes:.2f} of the bytes of KV{bits}"
+                found.append(difference(what, ours, alike, strict=False))
+        rows += [max(found, key=lambda row: row.value)] if found else []
+        if not found:
+            score = both(alike, everything.only(unseen))[0][0] * alike.metric["scale"]
+            rows.append(Row(f"no other table as small as KV{bits}, which scores", score, score, score,
+                            alike.metric["unit"], len(unseen), False))  # fmt: skip
+    said = {"kivi": "keys per channel", "per_token": "per token"}[mode]
+    return Claim(method, f"a searched table dominates KV4 and KV2 at no more bytes ({said}; unseen samples)", rows)
+
+
+def lococo() -> Claim:
+    """As the artefacts' cards have it: held-out perplexity at equal slots."""
+    rows = []
+    cards = [json.loads(path.read_text()) for path in (ASSETS / "lococo" / "reference").glob("*.json")]
+    for card in sorted(cards, key=lambda card: card["slots"]):
+        for text, found in card["held_out"].items():
+            for rival, (value, low, high) in found["gain"].items():
+                what = f"{card['slots']} slots against {rival}, {text}"
+                rows.append(Row(what, value, low, high, "nats per token", found["rows"], value > 0))
+    return Claim("lococo", "fused slots predict held-out text better than dropping at equal slots", rows)
+
+
+def sweeps() -> list[list[str]]:
+    """The overrides of what is run besides the core table."""
+    rates = ",".join(f"{1 / rate:g}" for rate in RATES)
+    needle = ["task=needle", f"protocol={','.join(PROTOCOLS)}"]
+    made = [
+        [*needle, "method=streaming_llm", f"budget={rates},{LEFT_WHOLE:g}"],
+        [*needle, "method=qfilters", f"budget={rates}", "method.skip=[],[0,1]"],
+    ]
+    made += [["task=reasoning", f"method={method}", "method.bits=8,4,2"] for method in ("kvtuner", "kvtuner_per_token")]
+    return made + searched("task=reasoning")
+
+
+def show(claim: Claim) -> None:
+    print(f"\n{claim.method}: {claim.claim}")
+    for row in claim.rows:
+        print(f"  {'+' if row.holds else '-'} {row.what}: {row.value:.3f} ({row.low:.3f} to {row.high:.3f}) {row.unit}")
+
+
+def main() -> int:
+    """The exit code: of a sweep that fails, 2 where records are missing, else 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--core", type=Path, default=HOME / "results" / "core", help="records of the core table")
+    parser.add_argument("--results", type=Path, default=HOME / "results" / "claims", help="records of these claims")
+    parser.add_argument("overrides", nargs="*", help="for run.py, such as task.limit=2")
+    given = parser.parse_args()
+    for sweep in sweeps():
+        run = [sys.executable, "run.py", "-m", *sweep, f"results={given.results}", *given.overrides]
+        code = subprocess.run(run, cwd=HOME, check=False).returncode
+        if code not in (0, 1):
+            return code
+    try:
+        core, own = (Records(load(folder)) for folder in (given.core, given.results))
+        claims = [nacl(core), keyformer(core), kivi(core), *qfilters(own)]
+        claims += [kvtuner(own, "kvtuner", "kivi"), kvtuner(own, "kvtuner_per_token", "per_token"), lococo()]
+    except NothingToRead as error:
+        print(f"claims: {error}; python benchmarks/tables.py core makes the core table's records", file=sys.stderr)
+        return 2
+    for claim in claims:
+        show(claim)
+    cells = [one.results.cells for one in (core, own)]
+    book = {
+        "command": " ".join(["python benchmarks/claims.py", *given.overrides]),
+        "commits": sorted({commit for of in cells for commit in of["commit"]}),
+        "weights": sorted({weights for of in cells for weights in of["weights"]}),
+        "claims": [asdict(claim) for claim in claims],
+    }
+    (HOME / "benchmarks" / "claims.json").write_text(json.dumps(book, indent=1) + "\n")
+    return subprocess.run([sys.executable, "-m", "analysis.tables", "--readme"], cwd=HOME, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

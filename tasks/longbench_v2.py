@@ -136,7 +136,8 @@ class LongBenchV2(Task):
 
     def _example(self, id: str, row: Mapping[str, Any]) -> Example:
         # one subset: every row of the table is a plain mean over samples, and is drawn as one
-        tags = {"subset": self.name, "category": self.name, **{key: row.get(key) for key in ("domain", *LEVELS)}}
+        tags = {"subset": self.name, "category": self.name, "chance": 1 / len(LETTERS)}
+        tags |= {key: row.get(key) for key in ("domain", *LEVELS)}
         if error := problem(row):
             return Example(id, "", "", [], 1, tags, error=error)
         return Example(id, *prompt(row), [row["answer"]], MOST_NEW, tags)

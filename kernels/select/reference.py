@@ -21,8 +21,11 @@ def compact(keep: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
     keep [..., S] with at most n True per row; rows with fewer are filled up with other slots, marked False.
     """
-    order = (~keep).to(torch.int8).argsort(dim=-1, stable=True)[..., :n]
-    return order, keep.gather(-1, order)
+    rank = keep.cumsum(-1, dtype=torch.int32)  # [..., S], kept slots up to here
+    slot = torch.arange(keep.shape[-1], dtype=torch.int32, device=keep.device)
+    place = torch.where(keep, rank - 1, rank[..., -1:] + slot - rank)  # the others go behind the kept ones, in order
+    order = torch.empty_like(keep, dtype=torch.long).scatter_(-1, place.long(), slot.long().expand(keep.shape))[..., :n]
+    return order, torch.arange(order.shape[-1], device=keep.device) < rank[..., -1:]
 
 
 def pages(keep: Tensor, page: int) -> tuple[Tensor, Tensor, list[int]]:

@@ -26,8 +26,8 @@ from kernels.quantize import BITS, Packed, codes_per_pack
 from kernels.quantize.reference import quantize
 from kernels.quantize.triton import dense
 
-# rows of a product: query rows times groups
-MOST_ROWS = 128
+# elements of the rows that keys' codes are multiplied with, all held by every warp, and of the sums over values' codes
+MOST_FACTORS, MOST_SUMS = 4096, 16384
 # groups along the channels of a head, or along the tokens of a tile, beyond which a product is mostly other groups'
 MOST_GROUPS = 64
 
@@ -142,10 +142,10 @@ def quantized(
     if not ALONG_TOKENS:  # rows (w, r): q with all channels but those of group w at zero
         for s in tl.static_range(KEY_PACK):
             channel = c * KEY_PACK + s
-            x = tl.load(Q + channel[None, :], mask=real[:, None] & (channel < D)[None, :], other=0.0).to(tl.float32)
-            x = tl.where((channel // KEY_GROUP)[None, None, :] == key_groups[:, None, None], x[None, :, :], 0.0)
-            q_planes += (tl.reshape(x.to(DOT), (KEY_ROWS, C)),)  # type: ignore[assignment]
-            q_sums += tl.sum(x, 2)
+            apart = tl.load(Q + channel[None, :], mask=real[:, None] & (channel < D)[None, :], other=0.0).to(tl.float32)
+            apart = tl.where((channel // KEY_GROUP)[None, None, :] == key_groups[:, None, None], apart[None, :, :], 0.0)
+            q_planes += (tl.reshape(apart.to(DOT), (KEY_ROWS, C)),)  # type: ignore[assignment]
+            q_sums += tl.sum(apart, 2)
 
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     acc_planes = ()
@@ -220,13 +220,11 @@ def quantized(
             shrink = tl.exp2(biggest - base)
             total = total * shrink[:, None] + p
             biggest = bigger
-            if VC is None or MIXED:
+            if VC is None or MIXED:  # before, where all values are codes, acc is zero and needs no shrinking
                 i = slot - n_values
                 at = V + i.to(tl.int64)[:, None] * v_ss + dv[None, :]
                 v = tl.load(at, mask=(inside & (i >= 0))[:, None] & (dv < DV)[None, :], other=0.0)
                 acc = tl.dot(p.to(DOT), v.to(DOT), acc * shrink[:, None], input_precision=PRECISION)
-            else:
-                acc = acc * shrink[:, None]
             if VC is not None:
                 held = (slot < n_values)[None, :] & (value_groups < DV // VALUE_GROUP)[:, None]
                 at = slot[None, :] * (DV // VALUE_GROUP) + value_groups[:, None]
@@ -283,7 +281,7 @@ def attend_quantized(
     settled = min([S] + [n for n, packed in ((n_keys, keys[0]), (n_values, values[0])) if packed is not None])
     row_tiles = triton.cdiv(T * G, M)
     if splits is None:
-        splits = pick_splits(q.device, row_tiles * B * H, S)
+        splits = 2 * pick_splits(q.device, row_tiles * B * H, S)  # its programs are small
     split = triton.cdiv(triton.cdiv(S, splits), N) * N
     splits = max(1, triton.cdiv(S, max(1, split)))
     out, lse = q.new_empty(B, Hq, T, DV), None
@@ -339,9 +337,11 @@ def _tile(rows: int, keys: Packed | None, values: Packed | None, D: int, DV: int
     N = 64 if max(wide, wide_v) <= 128 else 32
     while N > 16 and keys is not None and _groups(keys, D, N) > MOST_GROUPS:
         N //= 2
-    groups = max(1 if packed is None else _groups(packed, x, N) for packed, x in ((keys, D), (values, DV)))
-    M = min(16, triton.next_power_of_2(rows), max(1, MOST_ROWS // groups))
-    return {"BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": wide, "BLOCK_DV": wide_v, "num_warps": 4, "STAGES": 3}
+    factors, sums = (1 if x is None else _groups(x, *size) for x, size in ((keys, (D, N)), (values, (DV, N))))
+    factors, sums = factors * wide, sums * wide_v  # of one query row
+    M = min(16, triton.next_power_of_2(rows), max(1, MOST_FACTORS // factors), max(1, MOST_SUMS // sums))
+    warps = 2 if M * sums <= 2048 else 4 if M * sums <= 8192 else 8
+    return {"BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": wide, "BLOCK_DV": wide_v, "num_warps": warps, "STAGES": 3}
 
 
 def rehearse(brief: bool = False) -> None:

@@ -260,6 +260,17 @@ class Task(ABC):
         return average_rows("average", subsets)
 
 
+class Apart(Task):
+    """A task whose subsets have no average: a mean of different metrics, or lengths, would mean nothing."""
+
+    def groups(self, example: Example) -> list[str]:
+        return [example.tags["subset"]]
+
+    def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
+        """One row per subset, or per part of its score."""
+        return [row for _, row in self._subsets(rows)]
+
+
 def as_parts(example: Example, record: Mapping[str, Any]) -> list[tuple[Example, float]]:
     """A recorded sample as the rows of the table count it: once, or once for each part of its score.
 

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +12,7 @@ from methods.core.errors import UserError
 from tasks.base import Example, Row, Task, mean_by_category, mean_row
 from tasks.matching import MATCHING
 from tasks.sources import expand, parse_rows
+from tasks.tokens import Tokens
 
 FIELDS = {"kind": str, "length": int, "context": str, "question": str, "answers": list, "metric": str,
           "max_new_tokens": int}  # fmt: skip
@@ -20,9 +22,29 @@ class Grid(Task):
     """A task whose examples have the tags subset, category, length and, if it has one, depth.
 
     A sample with the tag `control` has a row of its own and counts in no average.
+    data: "bundled", where prompts are written out, or what the task makes of it.
     """
 
     mean_over: ClassVar[Literal["categories", "subsets"]] = "subsets"
+    data: str
+
+    def _begin(self, who: str, bundled: Path, counts: Sequence[str]) -> None:
+        """Check the settings of these names, whole numbers, and the bundled split. Raises UserError."""
+        self.data = str(self.data)
+        for key in counts:
+            check_count(who, key, getattr(self, key))
+        if self.data == "bundled" and not bundled.is_dir():
+            raise UserError(f"{who}: the bundled split is missing at {bundled}; run python -m tasks.bundle {who}")
+        self._tokens: Tokens | None = None
+
+    @property
+    @abstractmethod
+    def _written(self) -> tuple[dict[str, list[dict[str, Any]]], str] | None:
+        """Prompts that are written out, and their hash; None where they are made."""
+
+    def fit(self, tokens: Callable[[], Tokens]) -> None:
+        if not self._written:
+            self._tokens = tokens()
 
     def score(self, example: Example, prediction: str) -> float:
         return MATCHING[example.tags["metric"]](prediction, example.answers)

@@ -15,7 +15,7 @@ from typing import Any
 
 from methods.core.errors import UserError
 from tasks import remarks
-from tasks.base import Example, Row, Task
+from tasks.base import Apart, Example, Task
 from tasks.files import Files, check_limit, hub_rows, read_files
 from tasks.prompts import lm_eval_task, lm_eval_version
 from tasks.reasoning import Reasoning
@@ -60,7 +60,7 @@ class Reading:
 
 
 @dataclass
-class GSM8K(Task):
+class GSM8K(Apart):
     """Solve word problems after some solved ones.
 
     data: "hub", or a path: test.jsonl, or a folder with it and, for the examples of `gsm8k`, train.jsonl.
@@ -120,13 +120,6 @@ class GSM8K(Task):
     def parts(self, example: Example, prediction: str) -> dict[str, float]:
         answer = cut_at(prediction, self._stops)
         return {one.name: same(one.read(answer), example.answers[0]) for one in self._readings}
-
-    def groups(self, example: Example) -> list[str]:
-        return [example.tags["subset"]]
-
-    def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
-        """One row per reading: a mean of the two would mean nothing."""
-        return [row for _, row in self._subsets(rows)]
 
     def remarks(self, rows: remarks.Rows) -> list[str]:
         lines = []

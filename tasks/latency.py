@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from methods.core.errors import UserError
-from tasks.base import Example, Metric, Row, Task, Timed
+from tasks.base import Apart, Example, Metric, Timed
 from tasks.grid import as_list
 
 VERSION = "1"  # goes into every record; raise it when a time could change
 
 
 @dataclass
-class Latency(Task):
+class Latency(Apart):
     """A grid of prompt lengths and batch sizes.
 
     lengths: tokens of every row's prompt.  batches: rows that run together.
@@ -68,13 +68,6 @@ class Latency(Task):
 
     def score(self, example: Example, prediction: str) -> float:
         raise NotImplementedError("latency has no predictions: the time of a decoded token is the score")
-
-    def groups(self, example: Example) -> list[str]:
-        return [example.tags["subset"]]
-
-    def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
-        """One row per point of the grid: a mean over lengths would mean nothing."""
-        return [row for _, row in self._subsets(rows)]
 
     def _example(self, length: int, batch: int) -> Example:
         point = f"{length}x{batch}"

@@ -10,7 +10,7 @@ Here:   no judge: an answer is matched with the needle's phrases. The prompt aro
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -72,20 +72,11 @@ class Needle(Grid):
     data_seed: int = 42
 
     def __post_init__(self) -> None:
-        self.data = str(self.data)
-        for key in ("repeats", "limit", "needles"):
-            grid.check_count("needle", key, getattr(self, key))
+        self._begin("needle", BUNDLED, ("repeats", "limit", "needles"))
         if self.needles < 2:
             raise UserError(f"needle: task.needles={self.needles}; several needles are 2 or more")
         if self.metric_name not in METRICS:
             raise UserError(f"needle: task.metric_name={self.metric_name}; give one of {', '.join(METRICS)}")
-        if self.data == "bundled" and not BUNDLED.is_dir():
-            raise UserError(f"needle: the bundled split is missing at {BUNDLED}; run python -m tasks.bundle needle")
-        self._tokens: Tokens | None = None
-
-    def fit(self, tokens: Callable[[], Tokens]) -> None:
-        if not self._written:
-            self._tokens = tokens()
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from methods.core.errors import UserError
 from tasks import remarks
-from tasks.base import Example, Forced, Metric, Row, Task
+from tasks.base import Apart, Example, Forced, Metric, Row
 from tasks.files import Files, check_limit, chosen, hub_rows, read_files
 from tasks.tokens import Tokens
 
@@ -39,7 +39,7 @@ class Piece:
 
 
 @dataclass
-class Perplexity(Task):
+class Perplexity(Apart):
     """Predict texts token by token.
 
     data: "bundled", "hub" (WikiText-2), or a path: a text file, a .jsonl file with a `text` per line, or a folder.
@@ -128,9 +128,6 @@ class Perplexity(Task):
 
     def score(self, example: Example, prediction: str) -> float:
         raise NotImplementedError("perplexity has no predictions: the loss of the text itself is the score")
-
-    def groups(self, example: Example) -> list[str]:
-        return [example.tags["subset"]]
 
     def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
         """The mean over the tokens of each subset, and below it by their place in the piece."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from methods.core.errors import UserError
 from tasks import remarks, rouge
-from tasks.base import Example, Row, Task
+from tasks.base import Apart, Example
 from tasks.files import Files, check_limit, chosen, hub_rows, read_files
 from tasks.gsm8k import cut_at
 from tasks.prompts import lm_eval_task
@@ -75,7 +75,7 @@ SETUPS = {
 
 
 @dataclass
-class Summarization(Task):
+class Summarization(Apart):
     """Sum up articles, reports and dialogues.
 
     setup: "plain", "keyformer", "h2o" or "lm_eval".
@@ -151,13 +151,6 @@ class Summarization(Task):
         if self.setup == "keyformer":
             text = text.replace("\n", " ").strip()
         return rouge.scores(self._setup.rouge, text, example.answers[0])
-
-    def groups(self, example: Example) -> list[str]:
-        return [example.tags["subset"]]
-
-    def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
-        """One row per set and kind of ROUGE: a mean of different metrics would mean nothing."""
-        return [row for _, row in self._subsets(rows)]
 
     def remarks(self, rows: remarks.Rows) -> list[str]:
         lines = []

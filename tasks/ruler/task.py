@@ -23,7 +23,6 @@ from tasks.ruler import counting, documents, niah, tracking
 from tasks.ruler.fitting import Sample, most_units, shrink
 from tasks.ruler.templates import DIGESTS, wording
 from tasks.sources import expand
-from tasks.tokens import Tokens
 
 BUNDLED = Path(__file__).parents[2] / "assets" / "ruler-mini"
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -65,18 +64,9 @@ class Ruler(Grid):
     data_seed: int = 42
 
     def __post_init__(self) -> None:
-        self.data = str(self.data)
-        grid.check_count("ruler", "samples", self.samples)
-        grid.check_count("ruler", "limit", self.limit)
+        self._begin("ruler", BUNDLED, ("samples", "limit"))
         if self.sentences not in SENTENCES:
             raise UserError(f"ruler: task.sentences={self.sentences}; give one of {', '.join(SENTENCES)}")
-        if self.data == "bundled" and not BUNDLED.is_dir():
-            raise UserError(f"ruler: the bundled split is missing at {BUNDLED}; run python -m tasks.bundle ruler")
-        self._tokens: Tokens | None = None
-
-    def fit(self, tokens: Callable[[], Tokens]) -> None:
-        if not self._written:
-            self._tokens = tokens()
 
     @property
     def name(self) -> str:

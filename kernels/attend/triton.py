@@ -100,19 +100,20 @@ def sweep(
     acc, biggest, total, q, q_at, slope, start, tau, K, V, POS, X, x_row, k_ss, v_ss, lo, hi, d, dv, scale, cap, window,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     POSITIONS: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, SLOPE: tl.constexpr,
-    NOISE: tl.constexpr, TAU: tl.constexpr, UPCAST: tl.constexpr,
+    NOISE: tl.constexpr, TAU: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The running softmax over slots [lo, hi): weighted values, largest logit and sum of weights per row.
 
-    V None: no values are read.  X: where logits to the base e go, rows at x_row, or None.
+    V None: no values are read.  X: where logits to the base e go, rows at x_row, or None.  EVEN: whole tiles only.
     """
     for j in range(lo, hi, BLOCK_N):
         n = tl.arange(0, BLOCK_N)
-        inside = j + n < hi
+        inside = j + n < hi  # for EVEN it stays unused
+        k_mask, v_mask = (d < D)[None, :], (dv < DV)[None, :]
+        if not EVEN:
+            k_mask, v_mask = inside[:, None] & k_mask, inside[:, None] & v_mask
         place = tl.cast(j, tl.int64)
-        k = tl.load(
-            K + place * k_ss + n[:, None] * k_ss + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0
-        )  # [N, D]
+        k = tl.load(K + place * k_ss + n[:, None] * k_ss + d[None, :], mask=k_mask, other=0.0)  # [N, D]
         if POSITIONS:
             k_at = tl.load(POS + place + n, mask=inside, other=-1).to(tl.int32)
         else:
@@ -121,7 +122,8 @@ def sweep(
             dot(q, tl.trans(k), UPCAST), q_at[:, None], k_at[None, :], slope[:, None], start[:, None], tau[:, None],
             scale, cap, window, POSITIONS, CAUSAL, CAP, WINDOW, SLOPE, NOISE, TAU,
         )  # [M, N]  # fmt: skip
-        x = tl.where(inside[None, :], x, -float("inf"))
+        if not EVEN:
+            x = tl.where(inside[None, :], x, -float("inf"))
         if X is not None:
             tl.store(X + x_row[:, None] + (place + n)[None, :], x * LN2, mask=(x_row >= 0)[:, None] & inside[None, :])
         bigger = tl.maximum(biggest, tl.max(x, 1))
@@ -132,9 +134,7 @@ def sweep(
         total = total * shrink + tl.sum(p, 1)
         biggest = bigger
         if V is not None:
-            v = tl.load(
-                V + place * v_ss + n[:, None] * v_ss + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0.0
-            )  # [N, DV]
+            v = tl.load(V + place * v_ss + n[:, None] * v_ss + dv[None, :], mask=v_mask, other=0.0)  # [N, DV]
             acc = acc * shrink[:, None] + dot(p.to(v.dtype), v, UPCAST)
     return acc, biggest, total
 
@@ -202,11 +202,22 @@ def rectangular(
         values = V + b * v_sb + h * v_sh
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     biggest, total = tl.full((BLOCK_M,), -float("inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    keys, x_row = K + b * k_sb + h * k_sh, tl.where(real, row * S, -1)
+    if not POSITIONS and not WINDOW:  # tiles that every row sees whole need no mask
+        whole = hi
+        if CAUSAL:
+            whole = tl.minimum(hi, tl.program_id(0) * BLOCK_M // G + offset + 1)
+        whole = lo + tl.maximum(whole - lo, 0) // BLOCK_N * BLOCK_N
+        acc, biggest, total = sweep(
+            acc, biggest, total, q, q_at, slope, start, tau, keys, values, kp, X, x_row, k_ss, v_ss, lo, whole, d, dv,
+            scale, cap, window, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, False, CAP, False, SLOPES is not None,
+            START is not None, TAUS is not None, True, UPCAST,
+        )  # fmt: skip
+        lo = whole
     acc, biggest, total = sweep(
-        acc, biggest, total, q, q_at, slope, start, tau, K + b * k_sb + h * k_sh, values, kp,
-        X, tl.where(real, row * S, -1), k_ss, v_ss, lo, hi, d, dv, scale, cap, window,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, POSITIONS, CAUSAL, CAP, WINDOW, SLOPES is not None,
-        START is not None, TAUS is not None, UPCAST,
+        acc, biggest, total, q, q_at, slope, start, tau, keys, values, kp, X, x_row, k_ss, v_ss, lo, hi, d, dv,
+        scale, cap, window, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, POSITIONS, CAUSAL, CAP, WINDOW, SLOPES is not None,
+        START is not None, TAUS is not None, False, UPCAST,
     )  # fmt: skip
     finish(acc, biggest, total, OUT, LSE, row * splits + tl.program_id(2), dv, real, DV)
 
@@ -248,14 +259,14 @@ def ragged(
     acc, biggest, total = sweep(
         acc, biggest, total, q, q_at, slope, nothing, one, K + begin * k_ss, V + begin * v_ss, POS + begin, None,
         nothing, k_ss, v_ss, lo, hi, d, dv, scale, cap, window,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, True, CAP, WINDOW, SLOPES is not None, False, False, UPCAST,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, True, CAP, WINDOW, SLOPES is not None, False, False, False, UPCAST,
     )  # fmt: skip
     mine = tl.where(tl.program_id(1) == splits - 1, tail, 0)
     acc, biggest, total = sweep(
         acc, biggest, total, q, q_at, slope, nothing, one, TAIL_K + b * tk_sb + h * tk_sh,
         TAIL_V + b * tv_sb + h * tv_sh, TAIL_POS + b * tp_sb + h * tp_sh, None,
         nothing, tk_ss, tv_ss, mine - mine, mine, d, dv, scale, cap, window,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, True, CAP, WINDOW, SLOPES is not None, False, False, UPCAST,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, True, CAP, WINDOW, SLOPES is not None, False, False, False, UPCAST,
     )  # fmt: skip
     finish(acc, biggest, total, OUT, LSE, (b * H * G + head) * splits + tl.program_id(1), dv, real, DV)
 

@@ -28,6 +28,46 @@ from kernels.noise import Stem
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+@triton.jit
+def add_up(
+    sums, k, k_at, Q, QPOS, START, TAUS, WEIGHTS, LSE, q_st, qp_st, s_st, t_st, w_st, l_st, lo, hi, d, offset, slope,
+    scale, cap, window, D: tl.constexpr, BLOCK_M: tl.constexpr, POSITIONS: tl.constexpr, CAUSAL: tl.constexpr,
+    CAP: tl.constexpr, WINDOW: tl.constexpr, SLOPE: tl.constexpr, SQUARED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """sums and what the queries [lo, hi) of one head give to the slots of k [N, D]; pointers are the head's own."""
+    for i in range(lo, hi, BLOCK_M):
+        m = tl.arange(0, BLOCK_M)
+        t = i + m
+        real = t < hi
+        q = tl.load(
+            Q + tl.cast(i, tl.int64) * q_st + m[:, None] * q_st + d[None, :],
+            mask=real[:, None] & (d < D)[None, :], other=0.0,
+        )  # [M, D]  # fmt: skip
+        q_at = t + offset
+        if POSITIONS:
+            q_at = tl.load(QPOS + t * qp_st, mask=real, other=-1).to(tl.int32)
+        start = tl.zeros((BLOCK_M,), tl.int32)
+        if START is not None:
+            start = tl.load(START + t * s_st, mask=real, other=0)
+        tau = tl.full((BLOCK_M,), 1.0, tl.float32)
+        if TAUS is not None:
+            tau = tl.load(TAUS + t * t_st, mask=real, other=1.0)
+        # a row that is not there, or that sees nothing, gives exp(x - inf) = 0
+        lse = tl.load(LSE + t * l_st, mask=real, other=float("inf"))
+        lse = tl.where(lse == -float("inf"), float("inf"), lse) * LOG2E
+        x = scores(
+            dot(q, tl.trans(k), UPCAST), q_at[:, None], k_at[None, :], slope, start[:, None], tau[:, None],
+            scale, cap, window, POSITIONS, CAUSAL, CAP, WINDOW, SLOPE, START is not None, TAUS is not None,
+        )  # [M, N]  # fmt: skip
+        p = tl.exp2(x - lse[:, None])
+        if SQUARED:
+            p = p * p
+        if WEIGHTS is not None:
+            p = p * tl.load(WEIGHTS + t * w_st, mask=real, other=0.0)[:, None]
+        sums += tl.sum(p, 0)
+    return sums
+
+
 @triton.jit(do_not_specialize=["T", "S", "offset"])
 def columns(
     Q, K, QPOS, KPOS, SLOPES, START, TAUS, WEIGHTS, LSE, OUT,
@@ -38,14 +78,28 @@ def columns(
 ):  # fmt: skip
     """Program (j, b * Hq + h): column sums of slots j * BLOCK_N on for one query head."""
     b, h = (tl.program_id(1) // Hq).to(tl.int64), (tl.program_id(1) % Hq).to(tl.int64)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = tl.program_id(0) * BLOCK_N
+    n = begin + tl.arange(0, BLOCK_N)
     inside = n < S
     d = tl.arange(0, BLOCK_D)
     k = tl.load(
         K + b * k_sb + (h // G) * k_sh + n.to(tl.int64)[:, None] * k_ss + d[None, :],
         mask=inside[:, None] & (d < D)[None, :], other=0.0,
     )  # [N, D]  # fmt: skip
+    qs, lses, q_pos = Q + b * q_sb + h * q_sh, LSE + b * l_sb + h * l_sh, QPOS + b * qp_sb
+    starts, taus, weights = START, TAUS, WEIGHTS
+    if START is not None:
+        starts = START + b * s_sb + h * s_sh
+    if TAUS is not None:
+        taus = TAUS + b * t_sb
+    if WEIGHTS is not None:
+        weights = WEIGHTS + b * w_sb
+    slope = 0.0
+    if SLOPES is not None:
+        slope = tl.load(SLOPES + h)
+    sums = tl.zeros((BLOCK_N,), tl.float32)
     lo, hi = T * 0, T
+    k_at = n
     if POSITIONS:
         k_at = tl.load(KPOS + b * kp_sb + (h // G) * kp_sh + n, mask=inside, other=-1).to(tl.int32)
         oldest = tl.min(tl.where(k_at >= 0, k_at, 2147483647))
@@ -53,49 +107,28 @@ def columns(
         low, high = hi, lo
         for i in range(lo, hi, SCAN):
             t = i + tl.arange(0, SCAN)
-            at = tl.load(QPOS + b * qp_sb + t * qp_st, mask=t < T, other=-1).to(tl.int32)
+            at = tl.load(q_pos + t * qp_st, mask=t < T, other=-1).to(tl.int32)
             sees = at >= oldest
             if WINDOW:
                 sees &= at < newest + window
             low = tl.minimum(low, tl.min(tl.where(sees, t, T)))
             high = tl.maximum(high, tl.max(tl.where(sees, t + 1, 0)))
-        lo, hi = low, high
+        sums = add_up(
+            sums, k, k_at, qs, q_pos, starts, taus, weights, lses, q_st, qp_st, s_st, t_st, w_st, l_st, low, high, d,
+            offset, slope, scale, cap, window, D, BLOCK_M, True, True, CAP, WINDOW, SLOPES is not None, SQUARED, UPCAST,
+        )  # fmt: skip
     else:
-        k_at = n
-        lo = tl.maximum(lo, tl.program_id(0) * BLOCK_N - offset)
-    slope = 0.0
-    if SLOPES is not None:
-        slope = tl.load(SLOPES + h)
-    sums = tl.zeros((BLOCK_N,), tl.float32)
-    for i in range(lo, hi, BLOCK_M):
-        t = i + tl.arange(0, BLOCK_M)
-        real = t < hi
-        q = tl.load(
-            Q + b * q_sb + h * q_sh + tl.cast(i, tl.int64) * q_st + tl.arange(0, BLOCK_M)[:, None] * q_st + d[None, :],
-            mask=real[:, None] & (d < D)[None, :], other=0.0,
-        )  # [M, D]  # fmt: skip
-        if POSITIONS:
-            q_at = tl.load(QPOS + b * qp_sb + t * qp_st, mask=real, other=-1).to(tl.int32)
-        else:
-            q_at = t + offset
-        start = tl.zeros((BLOCK_M,), tl.int32)
-        if START is not None:
-            start = tl.load(START + b * s_sb + h * s_sh + t * s_st, mask=real, other=0)
-        tau = tl.full((BLOCK_M,), 1.0, tl.float32)
-        if TAUS is not None:
-            tau = tl.load(TAUS + b * t_sb + t * t_st, mask=real, other=1.0)
-        lse = tl.load(LSE + b * l_sb + h * l_sh + t * l_st, mask=real, other=0.0)
-        x = scores(
-            dot(q, tl.trans(k), UPCAST), q_at[:, None], k_at[None, :], slope, start[:, None], tau[:, None],
-            scale, cap, window, POSITIONS, True, CAP, WINDOW, SLOPES is not None, START is not None, TAUS is not None,
-        )  # [M, N]  # fmt: skip
-        # rows that see nothing, and those behind the last query, have -inf everywhere or are left out
-        p = tl.where((x > -float("inf")) & real[:, None], tl.exp2(x - lse[:, None] * LOG2E), 0.0)
-        if SQUARED:
-            p = p * p
-        if WEIGHTS is not None:
-            p = p * tl.load(WEIGHTS + b * w_sb + t * w_st, mask=real, other=0.0)[:, None]
-        sums += tl.sum(p, 0)
+        lo = tl.maximum(lo, begin - offset)
+        # queries from here on see every slot of the tile
+        whole = tl.minimum(hi, lo + tl.cdiv(tl.maximum(begin + BLOCK_N - 1 - offset - lo, 0), BLOCK_M) * BLOCK_M)
+        sums = add_up(
+            sums, k, k_at, qs, q_pos, starts, taus, weights, lses, q_st, qp_st, s_st, t_st, w_st, l_st, lo, whole, d,
+            offset, slope, scale, cap, window, D, BLOCK_M, False, True, CAP, False, False, SQUARED, UPCAST,
+        )  # fmt: skip
+        sums = add_up(
+            sums, k, k_at, qs, q_pos, starts, taus, weights, lses, q_st, qp_st, s_st, t_st, w_st, l_st, whole, hi, d,
+            offset, slope, scale, cap, window, D, BLOCK_M, False, False, CAP, False, False, SQUARED, UPCAST,
+        )  # fmt: skip
     tl.store(OUT + tl.program_id(1).to(tl.int64) * S + n, sums, mask=inside)
 
 

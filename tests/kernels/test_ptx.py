@@ -30,6 +30,7 @@ def starts_kernels(op: str) -> bool:
     return "launch(" in (ROOT / "kernels" / op / "triton.py").read_text()
 
 
+@pytest.mark.timeout(900)  # the compiler alone takes half a minute of an idle core
 @pytest.mark.parametrize("op", [op for op in OPS if starts_kernels(op)])
 def test_a_kernel_of_each_kind_compiles_for_ampere_and_hopper_within_shared_memory(op):
     done = ahead("--brief", op)

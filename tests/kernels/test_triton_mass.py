@@ -66,7 +66,7 @@ class Case:
 @on_each_device
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("heads", [(2, 2), (2, 1)])
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 63), (63, 63), (20, 70)])
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 63), (63, 63), (40, 70)])  # 30 older ones: tiles end at 32
 def test_mass_is_the_reference_s_under_both_plans(T, S, heads, rules, device, generator):
     case = Case(generator, heads, T, S)
     for plan in ("positions", "tail"):

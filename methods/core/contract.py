@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from kernels import Rules
+from kernels import Rules, rotate
 from methods.core.budget import check_budget
 from methods.core.errors import UserError
 
@@ -51,20 +51,7 @@ class Rope:
     def rotate(self, x: Tensor, delta: Tensor) -> Tensor:
         """x [..., D] turned forward by delta [...] positions; the channels beyond R stay."""
         angle = delta[..., None].float() * self.inv_freq.to(x.device)  # [..., R / 2]
-        return turn(x, angle.cos(), angle.sin(), self.interleaved)
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Pairs of channels of x [..., D] rotated by angles given as cos, sin [..., R / 2]; the rest is copied."""
-    R = 2 * cos.shape[-1]
-    head, rest = x[..., :R].float(), x[..., R:]
-    if interleaved:
-        a, b = head[..., 0::2], head[..., 1::2]
-        out = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    else:
-        a, b = head.chunk(2, dim=-1)
-        out = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return torch.cat((out.to(x.dtype), rest), dim=-1)
+        return rotate(x, angle.cos(), angle.sin(), self.interleaved)
 
 
 @dataclass(frozen=True)
@@ -121,7 +108,7 @@ class Step:
             return self.k
         cos, sin = self.cos[:, None].float(), self.sin[:, None].float()  # [B or 1, 1, T, R / 2]
         scale = cos.square() + sin.square()  # above 1 where a scaled RoPE multiplies keys
-        return turn(self.k, cos / scale, -sin / scale, self.rope is not None and self.rope.interleaved)
+        return rotate(self.k, cos / scale, -sin / scale, self.rope is not None and self.rope.interleaved)
 
     def rows(self, rows: slice) -> Step:
         """The same step for some rows of the batch, as views."""

@@ -42,7 +42,8 @@ def methods_of(card: dict[str, Any]) -> dict[str, Method]:
     knobs = {key: card[key] for key in ("kernel_size", "hh_keep_rate", "hidden_act")}
     trained = load_method("lococo", budget=card["slots"], block_size=card["chunk"], **knobs)
     assert isinstance(trained, LoCoCo)
-    return {"full": load_method("full"), "lococo": trained, "eta=0": replace(trained, eta=0.0)}
+    dropping = replace(trained, eta=0.0, local_len=card["local_len"])
+    return {"full": load_method("full"), "lococo": trained, "eta=0": dropping}
 
 
 @torch.inference_mode()

@@ -50,7 +50,8 @@ class LoCoCo(Method):
     budget: slots per head, even; a share is of `length` tokens, because the slots are part of the trained weights.
     block_size: tokens per chunk; None: as many as slots.
     kernel_size, n_convlayer, expand, hidden_act: width, depth, factor of inner channels, and activation.
-    hh_keep_rate: share of the slots that are kept as they are.  local_len: newest slots that are always among them.
+    hh_keep_rate: share of the slots that are kept as they are.
+    local_len: newest slots that are always among them; None: as many as in training, 0 without trained weights.
     buffer: slots that a layer may hold on top before it compresses.
     normalizer_init: the gate before training.  eta: a gate for all layers instead of the trained ones.
     accumulate_scores: sum attention over all chunks instead of looking at the last one.
@@ -64,7 +65,7 @@ class LoCoCo(Method):
     expand: int = 1
     hidden_act: str = "relu"
     hh_keep_rate: float = 0.5
-    local_len: int = 0
+    local_len: int | None = None
     buffer: int = 16
     normalizer_init: float = 0.5
     eta: float | None = None
@@ -80,7 +81,7 @@ class LoCoCo(Method):
         if self.paper_form:
             self.hh_keep_rate, self.eta = 0.0, 1.0
         for key, least in (("length", 1), ("n_convlayer", 1), ("expand", 1), ("local_len", 0), ("buffer", 0)):
-            if getattr(self, key) < least:
+            if (value := getattr(self, key)) is not None and value < least:
                 raise UserError(f"LoCoCo: method.{key}={getattr(self, key)}; give a whole number, {least} or more")
         if self.block_size is not None and self.block_size < 1:
             raise UserError(f"LoCoCo: method.block_size={self.block_size}; give tokens per chunk, or null for as many "
@@ -136,14 +137,15 @@ class LoCoCo(Method):
         depth = f"-d{self.n_convlayer}x{self.expand}" if self.n_convlayer > 1 else ""
         return f"m{self.slots}-c{self.chunk}-k{self.kernel_size}-r{self.hh_keep_rate:g}{depth}"
 
-    def new_compressors(self, model: PreTrainedModel) -> nn.ModuleList:
+    def new_compressors(self, model: PreTrainedModel) -> Compressors:
         """One untrained compressor per layer, on the model's device, float32."""
         config = model.config.get_text_config(decoder=True)
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        made = nn.ModuleList(Compressor(self, 2 * width) for _ in range(config.num_hidden_layers))
+        made = Compressors(Compressor(self, 2 * width) for _ in range(config.num_hidden_layers))
+        made.local_len = self.local_len or 0
         return made.to(next(model.parameters()).device)
 
-    def prepare(self, model: PreTrainedModel) -> nn.ModuleList | None:
+    def prepare(self, model: PreTrainedModel) -> Compressors | None:
         """The trained compressors of this model in its dtype; None where nothing is fused."""
         if self.budget == 1 or self.eta == 0:
             return None
@@ -155,14 +157,22 @@ class LoCoCo(Method):
             raise UserError(f"LoCoCo: {artefacts.shown(found.path)} was trained with method.hidden_act={act}, "
                             f"not {self.hidden_act}")  # fmt: skip
         made.load_state_dict(found.tensors)
+        made.local_len = found.card.get("local_len", 0)
         return made.to(next(model.parameters()).dtype).requires_grad_(False)
 
     def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
         made = spec.prepared
-        return [LoCoCoCache(self, made[i] if made else None, prompt_len) for i in range(spec.n_layers)]
+        method = replace(self, local_len=made.local_len) if made and self.local_len is None else self
+        return [LoCoCoCache(method, made[i] if made else None, prompt_len) for i in range(spec.n_layers)]
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "slots": None if self.budget == 1 else self.slots}
+
+
+class Compressors(nn.ModuleList):
+    """The compressors of all layers.  local_len: newest slots that were kept raw in their training."""
+
+    local_len: int = 0
 
 
 class Compressor(nn.Module):

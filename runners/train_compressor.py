@@ -254,6 +254,7 @@ class TrainCompressor:
             "kernel_size": method.kernel_size,
             "hh_keep_rate": method.hh_keep_rate,
             "hidden_act": method.hidden_act,
+            "local_len": method.local_len or 0,
             "gates": _gates(nets),
             "steps": state["steps"],
             "chosen_after": state["best_batch"],
@@ -279,12 +280,14 @@ class TrainCompressor:
 def rivals(method: LoCoCo) -> dict[str, Method]:
     """What a trained compressor is compared with at equal slots, and the full cache.
 
-    eta=0 drops what the last chunk attends to least. h2o keeps the newest half and, by attention summed over the whole
+    eta=0 drops what the last chunk attends to least; where the newest slots are kept on top, it does so without and,
+    as "eta=0, recent", with them. h2o keeps the newest half and, by attention summed over the whole
     text, the heaviest half: raw slots with local_len of them the newest, and next-heaviest ones instead of fused.
     """
-    dropping = replace(method, eta=0.0, artefact=None)
+    dropping = replace(method, eta=0.0, artefact=None, local_len=method.local_len or 0)
     h2o = replace(dropping, hh_keep_rate=0.75, local_len=method.slots // 2, accumulate_scores=True)
-    return {"full": load_method("full"), "lococo": method, "eta=0": dropping, "h2o": h2o}
+    them = {"full": load_method("full"), "lococo": method, "eta=0": replace(dropping, local_len=0), "h2o": h2o}
+    return {**them, "eta=0, recent": dropping} if dropping.local_len else them
 
 
 def compare(model: PreTrainedModel, method: LoCoCo, rows: Tensor, batch: int) -> dict[str, Any]:

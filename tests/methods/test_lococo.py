@@ -11,7 +11,7 @@ from methods import load_method
 from methods.core import artefacts
 from methods.core.contract import ModelSpec, Stage
 from methods.core.errors import UserError
-from methods.lococo import Compressor, LoCoCo, LoCoCoCache, Slots, compress
+from methods.lococo import Compressor, Compressors, LoCoCo, LoCoCoCache, Slots, compress
 from tests.methods.conftest import run, tiny_llama
 from tests.methods.layer import step_of
 
@@ -52,7 +52,9 @@ def lengths(cache: LoCoCoCache) -> list[int]:
 
 
 def a_layer(method: LoCoCo, net: Compressor | None = None, prompt_len: int | None = None) -> LoCoCoCache:
-    spec = ModelSpec("x", 1, 1, 1, 8, 4096, torch.float32, torch.device("cpu"), [None], prepared=net and [net])
+    spec = ModelSpec(
+        "x", 1, 1, 1, 8, 4096, torch.float32, torch.device("cpu"), [None], prepared=net and Compressors([net])
+    )
     return method.caches(spec, prompt_len)[0]
 
 
@@ -402,6 +404,22 @@ def test_trained_weights_are_found_by_model_slots_and_chunk(gqa, tmp_path, monke
         load_method("lococo", budget=24, block_size=16, hidden_act="gelu").cache_for(gqa)
     with pytest.raises(UserError, match="has the shape"):
         load_method("lococo", budget=26, artefact=str(path)).cache_for(gqa)
+
+
+def test_newest_slots_stay_raw_as_in_training_unless_told_otherwise(gqa, tmp_path, monkeypatch):
+    monkeypatch.setattr(artefacts, "PLACES", [tmp_path])
+    trained = load_method("lococo", budget=24, local_len=6)
+    nets = trained.new_compressors(gqa)
+    assert nets.local_len == 6
+    artefacts.save("lococo", trained.artefact_name, gqa, nets.state_dict(), {"hidden_act": "relu", "local_len": 6})
+    ids = tokens()
+    as_trained, without, dropping = (
+        run(gqa, load_method("lococo", budget=24, **knobs).cache_for(gqa), ids)
+        for knobs in ({}, {"local_len": 0}, {"eta": 0.0})
+    )
+    assert torch.equal(as_trained, run(gqa, trained.cache_for(gqa), ids))
+    assert not torch.equal(as_trained, without)
+    assert torch.equal(dropping, run(gqa, LoCoCo(budget=24, eta=0.0, local_len=0).cache_for(gqa), ids))
 
 
 def test_a_fixed_gate_of_zero_needs_no_weights_and_one_of_its_own_overrides_theirs():

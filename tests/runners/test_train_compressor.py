@@ -118,6 +118,17 @@ def test_generated_rows_are_new_in_every_batch_and_the_same_for_a_seed(tiny_toke
     assert list(held_out) == ["documents and prose", "prose"] and len(held_out["documents and prose"]) == 2
 
 
+def test_newest_slots_kept_in_training_are_in_the_card_and_in_the_comparison(tiny_model_dir, text, tmp_path):
+    checkpoint = find(str(tiny_model_dir))
+    model = load_model(checkpoint, torch.float32, torch.device("cpu")).requires_grad_(False)
+    settings = dict(length=96, batch=2, batches=1, init_std=0.1, chosen_on=2, held_out=2, measure_every=1)
+    runner = TrainCompressor(out=str(tmp_path), export=str(tmp_path), text=str(text), **settings)
+    assert runner.train(model, load_tokenizer(checkpoint), small(local_len=4), seed=0) == 0
+    card = json.loads((tmp_path / f"{NAME}.json").read_text())
+    assert card["local_len"] == 4
+    assert set(card["held_out"]["words.txt"]["gain"]) == {"eta=0", "eta=0, recent", "h2o"}
+
+
 def test_other_settings_begin_anew(made):
     _, at = made("one", batches=2)
     _, at = made("one", batches=2, lr=2e-2)

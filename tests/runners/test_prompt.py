@@ -4,6 +4,7 @@ import copy
 
 import pytest
 
+from methods.core.errors import UserError
 from runners.prompt import Encoder
 from tasks.base import Example
 
@@ -72,6 +73,20 @@ def test_the_chat_template_is_put_around_the_prompt_where_the_task_wants_it(chat
     assert chatty.decode(plain.prompt.ids) == "the cat sat on a mat. Question: where?" and plain.bos == 0
     off = Encoder(chatty, ends=[], chat=False)(example())
     assert off.prompt.ids == plain.prompt.ids
+
+
+def test_solved_examples_are_turns_of_the_conversation_and_part_of_what_is_compressed(chatty):
+    chatty.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    asked = example(context="", question="Question: where?", shots=(("Question: who?", "the cat"),))
+    prompt = Encoder(chatty, ends=[])(asked).prompt
+    before = "<s><user>Question: who?<assistant>the cat<user>"
+    assert chatty.decode(prompt.ids) == f"{before}Question: where?<assistant>"
+    assert chatty.decode(prompt.ids[: prompt.n_context]) == before
+    with pytest.raises(UserError, match="give the examples as text"):
+        Encoder(chatty, ends=[], chat=False)(asked)
 
 
 def test_options_reach_the_chat_template(chatty):

@@ -51,8 +51,10 @@ def looks(families: Mapping[str, str]) -> dict[str, Look]:
     found = set(families.values())
     for family in [name for name in FAMILIES if name in found] + sorted(found - set(FAMILIES)):
         marker, stroke = FAMILIES.get(family, FAMILIES["other"])
+        start = len(made)  # so that few methods have a colour each, whatever their families
         for i, label in enumerate(sorted(label for label, own in families.items() if own == family)):
-            made[label] = Look(COLOURS[i % len(COLOURS)], marker, stroke, i // len(COLOURS) % 2 == 1)
+            colour = COLOURS[(start + i) % len(COLOURS)]
+            made[label] = Look(colour, marker, stroke, i // len(COLOURS) % 2 == 1)
     return made
 
 

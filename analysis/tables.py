@@ -3,7 +3,8 @@
 `python -m analysis.tables RESULTS --name NAME --command COMMAND` makes such a file from the records below RESULTS: the
 points of all whole tasks, the commits and conditions behind them, and the command; and beside it NAME.parquet, every
 sample's score and bytes, which the other commands read in the place of RESULTS. In the README a table stands between
-`<!-- table: NAME -->` and `<!-- end -->`; the one called methods is made from conf/method and the docstrings there.
+`<!-- table: NAME -->` and `<!-- end -->`; the one called methods is made from conf/method and the docstrings there. A
+picture stands between `<!-- figure: NAME -->` and `<!-- end -->`, which are left alone until its file is there.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from analysis.load import NothingToRead, Results, load
 from analysis.points import WHOLE, points
 
 HOME = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.S)
+BLOCK = re.compile(r"(<!-- (?P<kind>table|figure): (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.S)
 KEPT = [
     "model", "task", "protocol", "label", "family", "simulated", "budget", "bits", "n", "seeds", "share", "bytes",
     "score", "score_low", "score_high", "full", "difference", "difference_low", "difference_high", "tie", "retained",
@@ -116,19 +117,28 @@ def _entry(point: pd.Series, most: int) -> str:
 
 
 def fill(text: str, folder: Path) -> str:
-    """A text with every marked table made again from folder/NAME.json. Raises NothingToRead naming a missing file."""
+    """A text with every marked table made again from folder/NAME.json. Raises NothingToRead naming a missing file.
+
+    A figure's picture and source are named once its file is there.
+    """
 
     def table(match: re.Match[str]) -> str:
         name = match["name"]
         if name == "methods":
             return f"{match[1]}\n{methods(HOME)}\n{match[3]}"
         path = folder / f"{name}.json"
+        if match["kind"] == "figure" and not path.exists():
+            return match[0]
         if not path.exists():
             raise NothingToRead(f"{path}: no such file; python -m analysis.tables RESULTS --name {name} makes it")
         book = json.loads(path.read_text())
         if "claims" in book:
             return f"{match[1]}\n{claimed(book)}\n`{book['command']}`\n\n{match[3]}"
         said = f"`{book['command']}`, n = {_counts(book['points'])}\n"
+        if match["kind"] == "figure":
+            picture = f"![score against measured bytes](benchmarks/{name}.png)"
+            said = f"{said[:-1]}; every sample behind it: `benchmarks/{name}.parquet`\n"
+            return f"{match[1]}\n{picture}\n\n{said}\n{match[3]}"
         return f"{match[1]}\n{grid(book)}\n{said}\n{match[3]}"
 
     return BLOCK.sub(table, text)

@@ -51,6 +51,15 @@ def test_seeds_are_pooled_and_settings_are_curves_of_their_own(book):
     assert table.loc["snapkv kernel=1", "score"] == 50.0 and table.loc["snapkv kernel=7", "score"] == 100.0
 
 
+def test_only_samples_that_all_seeds_have_are_pooled_and_any_seed_of_the_full_cache_will_do(book):
+    book.cell(scores=[1.0, None, 1.0], seed=0)
+    book.cell(scores=[None, 0.0, 1.0], seed=1)
+    book.cell("random", [1.0, 1.0, None], 0.5, seed=0)
+    book.cell("random", [0.0, 1.0, 1.0], 0.5, seed=1)
+    p = points(load(book.root)).set_index("label").loc["random"]
+    assert (p["n"], p["score"], p["full"]) == (2, 75.0, 50.0)
+
+
 def test_where_lower_is_better_a_higher_value_is_a_loss(book):
     metric = {"name": "nll", "unit": "nats", "better": "lower", "scale": 1, "digits": 3}
     book.cell(scores=[2.0, 2.0], metric=metric)

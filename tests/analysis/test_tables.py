@@ -85,6 +85,16 @@ def test_claims_say_what_was_measured_and_how_often_they_held(tmp_path):
     assert "`python x.py`" in lines
 
 
+def test_a_figure_is_shown_with_its_command_once_it_is_there(book, tmp_path):
+    text = "<!-- figure: quiz -->\n<!-- end -->\n"
+    assert tables.fill(text, tmp_path) == text
+    fill(book)
+    (tmp_path / "quiz.json").write_text(json.dumps(tables.snapshot(load(book.root), "python run.py")))
+    made = tables.fill(text, tmp_path)
+    assert "(benchmarks/quiz.png)" in made and "`python run.py`, n = 4 (other-mini), 8 (quiz-mini); every" in made
+    assert "benchmarks/quiz.parquet" in made and tables.fill(made, tmp_path) == made
+
+
 def test_the_readme_holds_what_the_committed_files_say():
     text = README.read_text()
     made = tables.fill(text, README.parent / "benchmarks")

@@ -3,7 +3,8 @@
 Takes the records behind the core table (`python benchmarks/tables.py core`), runs what the claims need besides them
 (what is on disk is not run again), and writes benchmarks/claims.json and the README's table. Every number is a mean
 over the same samples on both sides, with the 95 % interval of a paired bootstrap. A comparison speaks for the claim
-where its value lies on the claim's side; the interval beside it says how sure that is.
+where its value lies on the claim's side; the interval beside it says how sure that is. A claim whose records are not
+there is named and left out.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent.parent
@@ -148,25 +150,33 @@ def kivi(core: Records) -> Claim:
     return Claim("kivi", "at 4 bits no more than noise away from the full cache", rows)
 
 
-def qfilters(own: Records) -> Iterator[Claim]:
-    for skip, said in (([], ""), ([0, 1], ", with the first two layers left whole")):
-        rows = []
-        for protocol in PROTOCOLS:
-            for rate in RATES:
-                theirs = own.samples("needle-mini", "streaming_llm", 1 / rate, protocol)
-                knobs = {"skip": skip} if skip else {}
-                ours = own.samples("needle-mini", "qfilters", 1 / rate, protocol, **knobs)
-                rows.append(difference(f"{rate}x, {protocol}", ours, theirs))
-        yield Claim("qfilters", f"above StreamingLLM on needles at 8x to 32x{said}", rows)
+def qfilters() -> Iterator[Callable[[Records], Claim]]:
+    """Against StreamingLLM at the same rates, as it is and with two layers whole, and then at the same bytes."""
+    yield partial(needles, [], "")
+    yield partial(needles, [0, 1], ", with the first two layers left whole")
+    yield needles_at_equal_bytes
+
+
+def needles(skip: list[int], said: str, own: Records) -> Claim:
+    rows = []
+    for protocol in PROTOCOLS:
+        for rate in RATES:
+            theirs = own.samples("needle-mini", "streaming_llm", 1 / rate, protocol)
+            ours = own.samples("needle-mini", "qfilters", 1 / rate, protocol, **({"skip": skip} if skip else {}))
+            rows.append(difference(f"{rate}x, {protocol}", ours, theirs))
+    return Claim("qfilters", f"above StreamingLLM on needles at 8x to 32x{said}", rows)
+
+
+def needles_at_equal_bytes(own: Records) -> Claim:
     rows = []
     for protocol in PROTOCOLS:
         theirs = own.samples("needle-mini", "streaming_llm", LEFT_WHOLE, protocol)
         ours = own.samples("needle-mini", "qfilters", 1 / RATES[0], protocol, skip=[0, 1])
         rows.append(difference(f"{ours.bytes / theirs.bytes:.2f} of its bytes, {protocol}", ours, theirs))
-    yield Claim("qfilters", "the same against StreamingLLM at equal bytes (two layers whole, two at 8x)", rows)
+    return Claim("qfilters", "the same against StreamingLLM at equal bytes (two layers whole, two at 8x)", rows)
 
 
-def kvtuner(own: Records, method: str, mode: str) -> Claim:
+def kvtuner(method: str, mode: str, own: Records) -> Claim:
     """Searched tables against the same bits everywhere, on samples that the search has not seen.
 
     A table speaks for the claim where it scores no less than KV4 or KV2 with no more bytes, and is not the same table.
@@ -225,28 +235,44 @@ def show(claim: Claim) -> None:
         print(f"  {'+' if row.holds else '-'} {row.what}: {row.value:.3f} ({row.low:.3f} to {row.high:.3f}) {row.unit}")
 
 
+def gather(folder: Path, made: Sequence[Callable[[Records], Claim]]) -> tuple[list[Claim | None], Results | None]:
+    """The claims that the folder's records can test, None for those they cannot; what is missing is named."""
+    found: list[Claim | None] = []
+    try:
+        results = load(folder)
+    except NothingToRead as error:
+        print(f"claims: {error}", file=sys.stderr)
+        return [None] * len(made), None
+    for make in made:
+        try:
+            found.append(make(Records(results)))
+        except NothingToRead as error:
+            print(f"claims: {error}", file=sys.stderr)
+            found.append(None)
+    return found, results
+
+
 def main() -> int:
-    """The exit code: of a sweep that fails, 2 where records are missing, else 0."""
+    """The exit code: 0; 1 if a claim was left out; 2 if nothing could be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--core", type=Path, default=HOME / "results" / "core", help="records of the core table")
     parser.add_argument("--results", type=Path, default=HOME / "results" / "claims", help="records of these claims")
+    parser.add_argument("--as-is", action="store_true", help="run nothing, take the records that are there")
     parser.add_argument("overrides", nargs="*", help="for run.py, such as task.limit=2")
     given = parser.parse_args()
-    for sweep in sweeps():
+    for sweep in () if given.as_is else sweeps():
         run = [sys.executable, "run.py", "-m", *sweep, f"results={given.results}", *given.overrides]
-        code = subprocess.run(run, cwd=HOME, check=False).returncode
-        if code not in (0, 1):
+        if (code := subprocess.run(run, cwd=HOME, check=False).returncode) < 0:  # a signal, such as Ctrl-C's
             return code
-    try:
-        core, own = (Records(load(folder)) for folder in (given.core, given.results))
-        claims = [nacl(core), keyformer(core), kivi(core), *qfilters(own)]
-        claims += [kvtuner(own, "kvtuner", "kivi"), kvtuner(own, "kvtuner_per_token", "per_token"), lococo()]
-    except NothingToRead as error:
-        print(f"claims: {error}; python benchmarks/tables.py core makes the core table's records", file=sys.stderr)
+    tuned = [partial(kvtuner, "kvtuner", "kivi"), partial(kvtuner, "kvtuner_per_token", "per_token")]
+    parts = [gather(given.core, [nacl, keyformer, kivi]), gather(given.results, [*qfilters(), *tuned])]
+    cells = [part.cells for _, part in parts if part]
+    if not cells:
         return 2
+    claims = [claim for found, _ in parts for claim in found if claim] + [lococo()]
+    left_out = any(claim is None for found, _ in parts for claim in found)
     for claim in claims:
         show(claim)
-    cells = [one.results.cells for one in (core, own)]
     book = {
         "command": " ".join(["python benchmarks/claims.py", *given.overrides]),
         "commits": sorted({commit for of in cells for commit in of["commit"]}),
@@ -254,7 +280,8 @@ def main() -> int:
         "claims": [asdict(claim) for claim in claims],
     }
     (HOME / "benchmarks" / "claims.json").write_text(json.dumps(book, indent=1) + "\n")
-    return subprocess.run([sys.executable, "-m", "analysis.tables", "--readme"], cwd=HOME, check=False).returncode
+    code = subprocess.run([sys.executable, "-m", "analysis.tables", "--readme"], cwd=HOME, check=False).returncode
+    return code or int(left_out)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def methods_of(card: dict[str, Any]) -> dict[str, Method]:
     knobs = {key: card[key] for key in ("kernel_size", "hh_keep_rate", "hidden_act")}
     trained = load_method("lococo", budget=card["slots"], block_size=card["chunk"], **knobs)
     assert isinstance(trained, LoCoCo)
-    dropping = replace(trained, eta=0.0, local_len=card["local_len"])
+    dropping = replace(trained, eta=0.0, local_len=card.get("local_len", 0))
     return {"full": load_method("full"), "lococo": trained, "eta=0": dropping}
 
 

@@ -39,7 +39,7 @@ def test_a_tie_is_no_win_and_layers_left_whole_are_another_method(book):
             book.cell("qfilters", [1.0, 0.0, 0.0, 0.0], 1 / rate, config={"skip": []}, **at)
             book.cell("qfilters", [1.0, 1.0, 1.0, 0.0], 1 / rate, config={"skip": [0, 1]}, share=0.6, **at)
         book.cell("streaming_llm", [1.0] * 4, claims.LEFT_WHOLE, **at)
-    plain, whole, equal = claims.qfilters(records(book))
+    plain, whole, equal = [make(records(book)) for make in claims.qfilters()]
     assert [(row.value, row.holds) for row in plain.rows] == [(0, False)] * 6
     assert [(row.value, row.holds) for row in whole.rows] == [(50, True)] * 6
     assert [(row.value, row.holds) for row in equal.rows] == [(-25, False)] * 2
@@ -59,7 +59,7 @@ def test_a_searched_table_is_judged_on_unseen_samples_with_no_more_bytes(book, t
     for name, share, scores in (("C2.00", 2, [1, 1, 0, 0, 0, 0, 0, 1]), ("C3.00", 3, [0, 0, 1, 1, 1, 1, 1, 0]),
                                 ("C6.00", 6, [1] * 8)):  # fmt: skip
         book.cell("kvtuner", scores, share=share / 16, config={"table": name}, **at)
-    four, two = claims.kvtuner(records(book), "kvtuner", "kivi").rows
+    four, two = claims.kvtuner("kvtuner", "kivi", records(book)).rows
     assert four.what.startswith("C3.00 with 0.7") and (four.value, four.n, four.holds) == (0, 6, True)
     assert two.what.startswith("no other table") and two.value == pytest.approx(100 / 6) and not two.holds
 

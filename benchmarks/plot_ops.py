@@ -54,10 +54,10 @@ def draw(record: dict[str, Any], out: Path) -> None:
             axis.set_title(setting, loc="left")
         if any("captured_seconds" in row for row in record["rows"]):
             axes[0, 0].legend(loc="lower right", frameon=False)
-        ceilings = record["ceilings"]
+        copied, multiplied = record["ceilings"]["bytes_per_second"] / 1e9, record["ceilings"]["flops"] / 1e12
         axes[-1, 0].set_xlabel(
-            f"share of the ceiling\n{record['machine']['device']}, {record['dtype']}: {ceilings['bytes_per_second'] / 1e9:.0f} GB/s copied, "
-            f"{ceilings['flops'] / 1e12:.2f} TFLOP/s multiplied"
+            f"share of the ceiling\n{record['machine']['device']}, {record['dtype']}: {copied:.0f} GB/s copied, "
+            f"{multiplied:.2f} TFLOP/s multiplied"
         )
         figure.savefig(out, dpi=160)
         plt.close(figure)

@@ -52,6 +52,14 @@ class Times:
     def step(self) -> float:
         return median(self.steps)
 
+    def add(self, round_: _Running, step: float) -> None:
+        """One more round, in which a decode step took so many seconds."""
+        self.prompts.append(round_.prompt)
+        self.steps.append(step)
+        self.ledger = round_.cache.report().to_dict()
+        self.device_prompt = max(self.device_prompt, round_.device_prompt)
+        self.device_decode = max(self.device_decode, round_.device_decode)
+
     def to_dict(self) -> dict[str, Any]:
         """All but the ledger, ready for JSON; seconds to the tenth of a microsecond."""
         found = dataclasses.asdict(self)
@@ -84,15 +92,12 @@ def measure(model: PreTrainedModel, methods: Sequence[Method], timed: Timed, chu
             for i in order:
                 turns[i].append(running[i].decode(n))
             left -= n
-        for i, one in running.items():
+        while running:  # taken out one by one: the next round needs their room
+            i, one = running.popitem()
             one.cache.check_budget()
             if not warming:
-                found[i].prompts.append(one.prompt)
-                found[i].steps.append(median(turns[i]))
-                found[i].ledger = one.cache.report().to_dict()
-                found[i].device_prompt = max(found[i].device_prompt, one.device_prompt)
-                found[i].device_decode = max(found[i].device_decode, one.device_decode)
-        running.clear()  # before the next round takes as much
+                found[i].add(one, median(turns[i]))
+            del one
     return found
 
 

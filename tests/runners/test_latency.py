@@ -1,6 +1,7 @@
 """Times of a method and of the full cache on the same random prompt, on a tiny random model."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -62,6 +63,21 @@ def test_decoding_takes_turns_step_by_step(model, made):
     last = [name for name, what in made[-10:]]
     assert last in (["snapkv", "full"] * 5, ["full", "snapkv"] * 5)
     assert all(what == 1 for _, what in made[-10:])
+
+
+def test_no_cache_of_a_round_lives_on_into_the_next(model, monkeypatch):
+    alive = weakref.WeakSet()
+    most = []
+
+    class Counted(latency._Running):
+        def __init__(self, *args):
+            most.append(len(alive))
+            super().__init__(*args)
+            alive.add(self)
+
+    monkeypatch.setattr(latency, "_Running", Counted)
+    measure(model, [load_method("snapkv", budget=0.25, window=4), load_method("full")], TIMED)
+    assert most == [0, 1] * 4 and not alive
 
 
 def test_bytes_are_those_of_the_prompt_of_all_rows(model):

@@ -1,6 +1,7 @@
 """Runs of Weights & Biases: read back from disk beside the record, resumed, and never in the way of a result."""
 
 import json
+import socket
 import struct
 import sys
 from pathlib import Path
@@ -186,6 +187,37 @@ def test_without_a_key_it_goes_on_offline_and_says_so_once(command, tmp_path, mo
     assert code == 0 and "record:" in out
     assert err.count("going on offline") == 1 and "wandb sync" in err
     assert len(of_method(tmp_path / "results", "nacl")) == len(of_method(tmp_path / "results", "full")) == 1
+
+
+@pytest.mark.slow
+def test_without_a_network_it_goes_on_offline_in_the_same_runs_and_says_so_once(command, tmp_path, monkeypatch):
+    import wandb
+
+    command("wandb=offline", "task.limit=1")
+    before = {(one.kind, one.id) for one in runs(tmp_path / "results") if one.kind == "cell"}
+    wandb.teardown()  # what reads the environment
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed_port()}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    try:
+        code, out, err = command("wandb=online")
+        assert code == 0 and "record:" in out and len(samples(tmp_path / "results")) == 6
+        assert err.count("going on offline") == 1 and "wandb sync" in err and "Traceback" not in err
+        sent = [one for one in runs(tmp_path / "results") if one.kind == "cell"]
+        assert len(sent) == 4 and {(one.kind, one.id) for one in sent} == before
+        # the network is asked again next time, and only what is new then goes on offline
+        code, _, err = command("wandb=online", "task.limit=1")
+        assert code == 0 and err.count("going on offline") == 1
+        assert len([one for one in runs(tmp_path / "results") if one.kind == "cell"]) == 4
+    finally:
+        wandb.teardown()
+
+
+def closed_port() -> int:
+    """A port at which nobody listens."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def test_what_cannot_be_written_at_all_is_said_once_and_fails_nothing(command, tmp_path, monkeypatch):

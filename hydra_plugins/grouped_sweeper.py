@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from runners.jobs import group, job_cells, numbers_apart, tidy
+from runners.jobs import announce, group, job_cells, numbers_apart, tidy
 
 # runners that take a group; training, or a measurement of speed, does not
 RUNNERS = ("evaluate",)
@@ -56,6 +56,7 @@ class GroupedSweeper(BasicSweeper):
         cells = [point for cell in cells for point in self._points(tidy(cell))]
         jobs = group(cells) if self._evaluates(cells[0]) else cells
         jobs = [job for job in jobs for _ in range(self.shards if job_cells(job) else 1)]
+        announce(len(jobs))
         n = max_batch_size or len(jobs)
         return [jobs[at : at + n] for at in range(0, len(jobs), n)]
 

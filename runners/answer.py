@@ -23,7 +23,7 @@ from runners.latency import measure
 from runners.prompt import Encoded, Encoder
 from runners.session import Answer, Session, now
 from runners.time_limit import within
-from tasks.base import Example, Task, Turn
+from tasks.base import Example, Forced, Task, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,11 +90,11 @@ def answer(
 
     Raises UserError, and BudgetMiss once the samples that held too much have been recorded as failed.
     """
-    for run, members in groupby(batch, _together):
+    for run, members in groupby(batch, run_of):
         _answer(setting, method, list(members), run[0], record)
 
 
-def _together(example: Example) -> tuple[Any, ...]:
+def run_of(example: Example) -> tuple[Any, ...]:
     """The function that runs an example, and what else the rows of one pass must have in common."""
     if example.kind == "timed":
         return (by_timing, example.id)
@@ -323,16 +323,29 @@ class _Talk:
 
 def by_forcing(setting: Setting, method: Method, batch: Sequence[Example]) -> list[dict[str, Any]]:
     """Texts that are fed as they stand: the mean loss of the tokens that count, in nats."""
-    pieces = []
-    for example in batch:
-        assert example.forced is not None
-        pieces.append(setting.encoder.piece(example.forced))
-    plan = batch[0].forced
-    assert plan is not None
-    samples = [setting.encoder.encoded(example, [], 0, False).prompt.sample for example in batch]
+    pieces, plan, samples = texts(setting, batch)
     losses, cache, timings = force(setting.model, method, pieces, plan, samples)
     cache.check_budget()
     costs = spent(setting, len(batch), cache.report().to_dict(), timings)
+    return predicted(setting, batch, pieces, losses, timings.n_prompt, costs)
+
+
+def texts(setting: Setting, batch: Sequence[Example]) -> tuple[list[list[int]], Forced, list[int]]:
+    """What `force` takes of a batch: its pieces, how they are fed, and the numbers of its samples."""
+    plans = [example.forced for example in batch if example.forced is not None]
+    samples = [setting.encoder.encoded(example, [], 0, False).prompt.sample for example in batch]
+    return [setting.encoder.piece(plan) for plan in plans], plans[0], samples
+
+
+def predicted(
+    setting: Setting,
+    batch: Sequence[Example],
+    pieces: Sequence[Sequence[int]],
+    losses: torch.Tensor,
+    n_prompt: int,
+    costs: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """The rows of texts with these losses [B, L]; n_prompt: tokens of all prompts."""
     rows = []
     for example, piece, own in zip(batch, pieces, losses.tolist()):
         assert example.forced is not None
@@ -352,10 +365,10 @@ def by_forcing(setting: Setting, method: Method, batch: Sequence[Example]) -> li
                 "counted": n,
                 "curve": [[a, m, round(s, 6)] for a, m, s in curve],
                 "tokens_in": len(piece),
-                "tokens_context": timings.n_prompt // len(batch),
+                "tokens_context": n_prompt // len(batch),
                 "tokens_out": 0,
                 "cut": False,
-                "bos": piece.count(setting.encoder.tokenizer.bos_token_id),
+                "bos": list(piece).count(setting.encoder.tokenizer.bos_token_id),
                 **costs,
             }
         )

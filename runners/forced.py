@@ -30,31 +30,50 @@ def force(
     that computes one sees the cache after compression, except in `one_pass` and in the first block of `chunk`.
     """
     began = now(model.device)
-    ids = torch.tensor([list(piece) for piece in pieces], device=model.device)  # [B, L]
-    losses = torch.full(ids.shape, torch.nan, device=model.device)
-    n = ids.shape[1]
-    # the last token's own prediction is nobody's loss; a block of `chunk` is still compressed with it
-    last = n if forced.through == "chunk" else n - 1
-    first = min(forced.stride if forced.through in ("chunk", "one_pass") else forced.prompt - 1, last)
-    inside = forced.counted[0] <= first  # some of the prompt's own predictions count
+    text = Text(pieces, forced, model.device)
     session = Session(model, method.cache_for(model, samples=samples), len(pieces))
-    logits = session.run(ids[:, :first], every=inside)
+    losses = text.begin(session)
     method.after_prompt(model, session.cache)
-    if inside:
-        losses[:, 1 : first + 1] = _losses(logits, ids[:, 1 : first + 1])
     prompt_done = now(model.device)
-    for a in range(first, last, forced.stride):
-        b = min(a + forced.stride, last)
-        logits = session.run(ids[:, a:b], ends_prompt=forced.through == "chunk", every=True)
-        losses[:, a + 1 : b + 1] = _losses(logits, ids[:, a + 1 : b + 1])
-    timings = Timings(
-        prompt=prompt_done - began,
-        question=0.0,
-        decode=now(model.device) - prompt_done,
-        n_prompt=first * len(pieces),
-        steps=last - first,
-    )
-    return losses, session.cache, timings
+    text.go_on(session, losses)
+    return losses, session.cache, text.timings(prompt_done - began, now(model.device) - prompt_done)
+
+
+class Text:
+    """A batch of pieces on its way through a session: `first` of their tokens as the prompt, then blocks.
+
+    ids [B, L].
+    """
+
+    def __init__(self, pieces: Sequence[Sequence[int]], forced: Forced, device: torch.device):
+        self.ids = torch.tensor([list(piece) for piece in pieces], device=device)
+        self.forced, n = forced, self.ids.shape[1]
+        # the last token's own prediction is nobody's loss; a block of `chunk` is still compressed with it
+        self.last = n if forced.through == "chunk" else n - 1
+        begins = forced.stride if forced.through in ("chunk", "one_pass") else forced.prompt - 1
+        self.first = min(begins, self.last)
+
+    def begin(self, session: Session) -> Tensor:
+        """Feed the prompt; losses [B, L], filled in as far as its own predictions count."""
+        losses = torch.full(self.ids.shape, torch.nan, device=self.ids.device)
+        n = self.first
+        inside = self.forced.counted[0] <= n
+        logits = session.run(self.ids[:, :n], every=inside)
+        if inside:
+            losses[:, 1 : n + 1] = _losses(logits, self.ids[:, 1 : n + 1])
+        return losses
+
+    def go_on(self, session: Session, losses: Tensor) -> None:
+        """Feed the rest, and fill in its losses [rows, L]; a session with more rows reads the batch again and again."""
+        ids = self.ids.repeat(len(losses) // len(self.ids), 1)
+        again = self.forced.through == "chunk"
+        for a in range(self.first, self.last, self.forced.stride):
+            b = min(a + self.forced.stride, self.last)
+            logits = session.run(ids[:, a:b], ends_prompt=again, every=True)
+            losses[:, a + 1 : b + 1] = _losses(logits, ids[:, a + 1 : b + 1])
+
+    def timings(self, prompt: float, decode: float) -> Timings:
+        return Timings(prompt, 0.0, decode, n_prompt=self.first * len(self.ids), steps=self.last - self.first)
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

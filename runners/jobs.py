@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +12,21 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 # what cells of one group may differ in: the prompt's own pass depends on none of them
 OWN = ("method", "method.", "+method.", "++method.", "~method.", "budget", "seed")
 NUMBERS = ("budget", "seed")
+
+
+# set by the sweeper: how many groups there are, and when it began
+GROUPS = "KVFRONTIER_GROUPS"
+
+
+def announce(groups: int) -> None:
+    """Let this process and those that it starts know of how many groups each is one."""
+    os.environ[GROUPS] = f"{groups} {time.time()}"
+
+
+def announced() -> tuple[int, float]:
+    """How many groups the sweep of this process has, and when it began; one, outside a sweep."""
+    groups, began = os.environ.get(GROUPS, "1 0").split()
+    return int(groups), float(began)
 
 
 class Failed(Exception):

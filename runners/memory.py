@@ -23,10 +23,15 @@ class Size:
         self.layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("n_layers") or 1
         #: keys and values of one token in all layers
         self.token = 2 * self.layers * kv_heads * width * dtype.itemsize
+        self.vocabulary, self.itemsize = config.get("vocab_size") or 0, dtype.itemsize
 
     def prompt(self, tokens: int, rows: int) -> int:
         """What the shared pass over a prompt holds beside the members: the layer it is in, at most a full cache."""
         return tokens * rows * self.token
+
+    def logits(self, tokens: int, rows: int) -> int:
+        """What the logits of a pass take, single precision beside the model's own."""
+        return tokens * rows * self.vocabulary * (4 + self.itemsize)
 
     def member(self, method: Method, tokens: int, new: int, rows: int, chunked: bool) -> int:
         """What one member holds at most: the share that its budget names; all of a prompt that comes in chunks."""

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Self
 
 from rich import box
@@ -27,11 +28,34 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class Bar:
-    """Progress over samples, with the time left; a line now and then where standard error is no terminal."""
+@dataclass(frozen=True)
+class Place:
+    """Which group of a sweep this is.
 
-    def __init__(self, label: str, total: int):
-        self.label, self.total, self.done = label, total, 0
+    began: when the first one did, in seconds of time.time; None where groups do not run one after the other.
+    """
+
+    number: int
+    of: int
+    began: float | None = None
+
+    def left(self, share: float) -> float | None:
+        """Seconds until all groups are done if the rest takes as long as what is; share: of this group that is done."""
+        done = self.number - 1 + share
+        if self.began is None or not done:
+            return None
+        return (time.time() - self.began) / done * (self.of - done)
+
+
+class Bar:
+    """Progress over samples, with the time left; a line now and then where standard error is no terminal.
+
+    place: of the group whose samples these are, in a sweep of several.
+    """
+
+    def __init__(self, label: str, total: int, place: Place | None = None):
+        self.label = f"group {place.number} of {place.of}, {label}" if place else label
+        self.total, self.place, self.done, self.failed = total, place, 0, 0
         self.began = self.shown = time.monotonic()
         console = Console(stderr=True)
         self.bar: Progress | None = None
@@ -44,9 +68,10 @@ class Bar:
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[rest]}"),
                 console=console,
             )
-            self.task = self.bar.add_task(label, total=total)
+            self.task = self.bar.add_task(self.label, total=total, rest="")
 
     def __enter__(self) -> Self:
         if self.bar:
@@ -57,18 +82,28 @@ class Bar:
         if self.bar:
             self.bar.stop()
 
-    def advance(self, samples: int) -> None:
-        """So many more samples are done."""
+    def advance(self, samples: int, failed: int = 0) -> None:
+        """So many more samples are done. failed: answers among them, of any cell, that could not be had."""
         self.done += samples
+        self.failed += failed
         if self.bar:
-            self.bar.advance(self.task, samples)
+            self.bar.update(self.task, advance=samples, rest=self._rest())
             return
         now = time.monotonic()
         if now - self.shown >= PLAIN_EVERY or self.done == self.total:
             self.shown = now
             spent = now - self.began
             left = spent / self.done * (self.total - self.done)
-            note(f"{self.label}: {self.done}/{self.total} samples, {spent:.0f} s, about {left:.0f} s left")
+            more = f"; {rest}" if (rest := self._rest()) else ""
+            note(f"{self.label}: {self.done}/{self.total} samples, {spent:.0f} s, about {left:.0f} s left{more}")
+
+    def _rest(self) -> str:
+        """What has failed so far, and how long all groups will take."""
+        parts = [f"{self.failed} failed"] if self.failed else []
+        left = self.place.left(self.done / self.total) if self.place else None
+        if left is not None:
+            parts.append(f"all groups about {duration(left)}")
+        return ", ".join(parts)
 
 
 def scores(rows: Sequence[Compared], method: str) -> Table:

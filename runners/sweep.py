@@ -27,11 +27,11 @@ from runners.answer import failed
 from runners.cells import Cell, Run, plain
 from runners.check import check
 from runners.claims import Claims
-from runners.jobs import NUMBERS, numbers_apart, unpack
+from runners.jobs import NUMBERS, announced, numbers_apart, unpack
 from runners.load import Checkpoint, load_model
 from runners.memory import Size, device_bytes
 from runners.shared_record import SharedRecord
-from runners.together import answer_together, can_share
+from runners.together import answer_together, why_alone
 from tasks.base import Example
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class Sweep:
 
     def _begin(self, run: Run) -> None:
         self.run = run
+        self.failed = 0  # answers that were recorded as failed
         self._known: dict[str, int] = {}  # tokens of prompts by example
         self.size = Size(run.checkpoint.config, run.dtype)
         # the largest group that is tried; halved when memory runs out
@@ -140,16 +141,22 @@ class Sweep:
     @property
     def sharing(self) -> list[Member]:
         """Members that go through the prompt together."""
-        return [m for m in self.members if not m.cell.method.changes_prompt] if self._examples_share else []
+        return [member for member in self.members if self.why_alone(member) is None]
 
     @property
     def alone(self) -> list[Member]:
-        shared = {id(member) for member in self.sharing}
-        return [member for member in self.members if id(member) not in shared]
+        return [member for member in self.members if self.why_alone(member) is not None]
 
-    @property
-    def _examples_share(self) -> bool:
-        return all(can_share(example) for example in self.run.examples)
+    def why_alone(self, member: Member) -> str | None:
+        """Why a member cannot share its prompts with others; None if it can."""
+        if self._examples_alone is not None:
+            return self._examples_alone
+        return "changes the prompt itself" if member.cell.method.changes_prompt else None
+
+    @cached_property
+    def _examples_alone(self) -> str | None:
+        reasons = (why_alone(example) for example in self.run.examples)
+        return next((reason for reason in reasons if reason is not None), None)
 
     def work(self) -> None:
         """Compute what the records lack. What cannot go on is kept in the member; Ctrl-C passes through."""
@@ -161,13 +168,11 @@ class Sweep:
         if self.sharing:
             self._work_together()
         if alone := [member for member in self.alone if self.lacking(member, self.run.examples)]:
-            if self.run.timed:
-                show.note(f"times are taken of one cell after the other: {len(alone)} cells run alone")
-            elif not self._examples_share:
-                show.note(f"samples of several questions, or of a text that is fed: {len(alone)} cells run alone")
+            if self._examples_alone:
+                show.note(f"{len(alone)} cells run alone: {self._examples_alone}")
             for member in alone:
-                if self._examples_share:
-                    show.note(f"{member.label}: changes the prompt itself, it runs alone")
+                if not self._examples_alone:
+                    show.note(f"{member.label}: {self.why_alone(member)}, it runs alone")
                 with self._stops(member):
                     self._own_run(member).complete(member.cell)
         for member in self.members:
@@ -209,7 +214,7 @@ class Sweep:
         claims = Claims(self.run.full.record.folder)
         label = f"{len(self.sharing)} cells"
         try:
-            with show.Bar(label, len(todo)) as bar:
+            with show.Bar(label, len(todo), _place()) as bar:
                 for wait in (False, True):
                     left = []
                     for batch in batches:
@@ -217,8 +222,9 @@ class Sweep:
                             if not got:
                                 left.append(batch)
                                 continue
+                            before = self.failed
                             self._batch(batch)
-                            bar.advance(len(batch))
+                            bar.advance(len(batch), self.failed - before)
                     if left:
                         show.note(f"another process computes {sum(map(len, left))} samples; waiting for them")
                     batches = left
@@ -249,8 +255,10 @@ class Sweep:
         tokens = max(self.tokens(example) for example in examples)
         part: list[Member] = []
         held = self.size.prompt(tokens, len(examples))
+        # every token of a block that is fed has logits
+        block = max(min(e.forced.stride, e.forced.length) if e.forced else 1 for e in examples)
         for member in members:
-            own = self.member_bytes(member, examples)
+            own = self.member_bytes(member, examples) + self.size.logits(block, len(examples))
             if part and (held + own > bound or len(part) == self.most):
                 yield part
                 part, held = [], self.size.prompt(tokens, len(examples))
@@ -273,6 +281,8 @@ class Sweep:
         """Tokens of the prompt; as many as fit where it cannot be encoded."""
         if example.timed is not None:
             return example.timed.length * example.timed.batch
+        if example.forced is not None:
+            return example.forced.length
         if example.id not in self._known:
             try:
                 self._known[example.id] = len(self.run.encoder(example).prompt.ids)
@@ -337,6 +347,7 @@ class Sweep:
         def say_waiting() -> None:
             show.note(f"{member.label}: another process writes {member.cell.record.folder}; waiting for it")
 
+        self.failed += sum("error" in row for row in rows)
         with self._stops(member):
             member.record.add(rows, say_waiting)
 
@@ -354,6 +365,16 @@ class Sweep:
 def loaded(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model, once for consecutive groups of a process."""
     return load_model(checkpoint, dtype, device)
+
+
+def _place() -> show.Place | None:
+    """Which of the sweep's groups this process works on; None where there is only one."""
+    hydra = HydraConfig.get()
+    groups, began = announced()
+    if groups < 2:
+        return None
+    in_order = hydra.runtime.choices["hydra/launcher"] == "basic"
+    return show.Place(hydra.job.num + 1, groups, began if in_order else None)
 
 
 def quoted(word: str) -> str:

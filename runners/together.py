@@ -1,31 +1,23 @@
-"""Many methods on the same prompts: one pass over the prompt, then one batch whose rows are the methods' own.
-
-The prompt runs once with the full cache; every member takes in each layer's step and compresses its own copy before the
-next layer begins. Then all members decode together, each row on its own cache, until it ends.
-"""
+"""Many methods on the same samples: what `generate` and `force` give alone, from one pass over each prompt."""
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from methods import load_method
-from methods.core.contract import LayerCache, Method, ModelSpec, Step
-from methods.core.group import Rows, Shared
-from runners.answer import Setting, answered, spent
-from runners.bind import KVCache, bind
+from methods.core.contract import Method
+from runners.answer import Setting, answered, predicted, run_of, spent, texts
+from runners.forced import Text
 from runners.generate import Prompt, Timings
-from runners.meter import Meter
-from runners.session import LOOK_EVERY, Answer, NewTokens, Session, now
-from runners.time_limit import TimeLimit
-from tasks.base import Example
+from runners.group import Group, Member
+from runners.session import Answer, Session, now
+from runners.time_limit import TimeLimit, within
+from tasks.base import Example, Forced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,11 +55,20 @@ def together(
     """
     assert not any(method.changes_prompt for method in methods), "a method that changes the prompt runs alone"
     parts = [prompt.parts(protocol) for prompt in prompts]
+    firsts = [first for first, _ in parts]
+    n = max(map(len, firsts))
+    in_chunks = chunk is not None and chunk < n
+
+    def read(session: Session) -> Tensor:
+        return session.feed(firsts, chunk if in_chunks else None)
+
     began = now(model.device)
-    group = Group(model, methods, [first for first, _ in parts], [prompt.sample for prompt in prompts], chunk, pad_id)
+    samples = [prompt.sample for prompt in prompts]
+    group, logits = Group.begin(model, methods, samples, read, n if in_chunks else None, pad_id)
+    logits = logits.repeat(len(group.active), 1)  # [active * B, V]
     prompt_done = now(model.device)
-    if any(rest for _, rest in parts):
-        group.feed([rest for _, rest in parts])
+    if group.active and any(rest for _, rest in parts):
+        logits = group.session.feed([rest for _, rest in parts] * len(group.active))
     question_done = now(model.device)
 
     def ended(member: Member, answers: list[Answer], steps: int) -> None:
@@ -78,267 +79,64 @@ def together(
         outcomes[member] = outcome
 
     outcomes: dict[Member, Outcome] = {}
-    group.decode([prompt.limits for prompt in prompts], ended, None if limit is None else began + limit)
+    group.decode(logits, [prompt.limits for prompt in prompts], ended, None if limit is None else began + limit)
     nothing = Timings(prompt_done - began, question_done - prompt_done, 0.0, 0, 0)
     return [outcomes.get(member, Outcome([], {}, nothing, member.error)) for member in group.members]
 
 
-class Group:
-    """Members on the same prompts: the prompt is read when it is made, then parts are fed and answers decoded.
-
-    members: all of them, in the order of their methods.  active: those that neither failed nor ended.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        methods: Sequence[Method],
-        prompts: Sequence[Sequence[int]],
-        samples: Sequence[int],
-        chunk: int | None = None,
-        pad_id: int = 0,
-    ):
-        self.model, self.B = model, len(prompts)
-        n = max(map(len, prompts))
-        in_chunks = chunk is not None and chunk < n
-        prompt_len = n if in_chunks else None
-        self.members = [Member(model, method, prompt_len, samples) for method in methods]
-        lead = load_method("full").caches(bind(model), prompt_len)
-        shared = _empty(model, self.members, prompt_len, samples)
-        for i, layer in enumerate(shared.layers):
-            followers = [member.layers[i] for member in self.members if member.error is None]
-            layer.inner = Shared(lead[i], followers, leader_stays=False)
-        session = Session(model, shared, self.B, pad_id)
-        logits = session.feed(prompts, chunk if in_chunks else None)
-        for member in self.members:
-            member.go_on_from(shared, model)
-        self.active = [member for member in self.members if member.error is None]
-        self.session = _RowsSession(session, len(self.active))
-        self.logits = logits.repeat(len(self.active), 1)  # [active * B, V], after what was last fed
-        self._gather(shared)
-
-    def feed(self, parts: Sequence[Sequence[int]]) -> None:
-        """The same later turn for every member, one part per prompt."""
-        if self.active:
-            self.logits = self.session.feed([*parts] * len(self.active))
-
-    def decode(
-        self, limits: Sequence[Any], ended: Callable[[Member, list[Answer], int], None], deadline: float | None = None
-    ) -> None:
-        """Greedy answers; `ended` gets each member with its answers and steps when it leaves, its cache still whole.
-
-        limits: one per prompt.  deadline: on time.perf_counter's clock; who has not ended by then fails with TimeLimit.
-        """
-        if not self.active:
-            return
-        session, device = self.session, self.logits.device
-        rows = _Tokens([*limits] * len(self.active), device)
-        n, steps = session.mask.shape[1], max(0, rows.most - 1)
-        pos = session.counts[: self.B] + torch.arange(steps, device=device)  # [B, steps]
-        mask = torch.cat((session.mask[: self.B], session.mask.new_ones(self.B, steps)), dim=1)
-        new = rows.take(self.logits)
-        look_every = LOOK_EVERY.get(device.type, 1)
-        for done in range(steps):
-            if done % look_every == 0:
-                if deadline is not None and time.perf_counter() > deadline:
-                    for member in self.active:
-                        member.fail(TimeLimit("was not done within the time limit"))
-                stay = [i for i, over in enumerate(rows.ended(self.B)) if not over and self.active[i].error is None]
-                if len(stay) < len(self.active):
-                    self._leave(rows, done, ended, but=stay)
-                    if not self.active:
-                        return
-                    new = new[rows.keep(stay, self.B)]
-                    self._gather(session.cache)
-            M = len(self.active)
-            here = slice(done, done + 1)
-            seen = mask[:, : n + done + 1].repeat(M, 1)
-            new = rows.take(session._forward(new[:, None], pos[:, here].repeat(M, 1), seen, False)[:, -1])
-        self._leave(rows, steps, ended)
-
-    def _leave(
-        self, rows: _Tokens, steps: int, ended: Callable[[Member, list[Answer], int], None], but: Sequence[int] = ()
-    ) -> None:
-        """Let all members go that are not in `but`, places among the active."""
-        for i, member in enumerate(self.active):
-            if i not in but:
-                if member.error is None:
-                    ended(member, rows.answers_of(i, self.B), steps)
-                member.free()
-        self.active = [self.active[i] for i in but]
-
-    def _gather(self, before: KVCache) -> None:
-        """One cache whose rows are the active members', standing where `before` stands."""
-        if not self.active:
-            return
-        batch = _empty(self.model, self.active, before.prompt_len, None)
-        for i, layer in enumerate(batch.layers):
-            parts = [(row * self.B, (row + 1) * self.B, member.layers[i]) for row, member in enumerate(self.active)]
-            layer.inner = Rows(parts)
-        rows = torch.arange(self.B, device=self.model.device).repeat(len(self.active))
-        batch.go_on_from(before, rows=rows)
-        self.session.cache = batch
-
-
-class Member:
-    """One method of a group: its cache, and what became of it."""
-
-    def __init__(self, model: PreTrainedModel, method: Method, prompt_len: int | None, samples: Sequence[int]):
-        self.method = method
-        self.error: Exception | None = None
-        self.layers: list[_Watched] = []
-
-        def begin() -> None:
-            self.cache = method.cache_for(model, prompt_len=prompt_len, samples=samples)
-            self.layers = [_Watched(self, layer.inner) for layer in self.cache.layers]
-
-        self.guard(begin)
-
-    def guard(self, act: Callable[[], None]) -> None:
-        """Do something that concerns this member only: an error ends the member, not the group."""
-        if self.error is not None:
-            return
-        try:
-            act()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            self.fail(error)
-
-    def fail(self, error: Exception) -> None:
-        # the traceback holds tensors of the failed step
-        self.error = error.with_traceback(None)
-        for layer in self.layers:
-            layer.inner = None
-
-    def go_on_from(self, shared: KVCache, model: PreTrainedModel) -> None:
-        """After the shared prompt: stand there with a cache of its own."""
-        self.guard(lambda: self.cache.go_on_from(shared))
-        self.guard(lambda: self.method.after_prompt(model, self.cache))
-        self.guard(lambda: self.cache.check_budget())
-
-    def free(self) -> None:
-        """Let the cache go: others may decode for a long time yet."""
-        del self.cache
-        for layer in self.layers:
-            layer.inner = None
-
-
-class _Watched(LayerCache):
-    """A member's layer, with its own meter; its errors end the member and nobody else."""
-
-    def __init__(self, member: Member, inner: LayerCache):
-        self.member, self.meter = member, member.cache.meter
-        self.inner: LayerCache | None = inner
-
-    def take(self, step: Step) -> None:
-        def act() -> None:
-            assert self.inner is not None
-            self.inner.take(step)
-            self.meter.after_take(step)
-
-        self.member.guard(act)
-
-    def attend(self, step: Step) -> Tensor:
-        out = []
-
-        def act() -> None:
-            assert self.inner is not None
-            out.append(self.inner.attend(step))
-
-        self.member.guard(act)
-        # a member that failed still has its rows in the batch, until it leaves
-        return out[0] if out else step.q.new_zeros(*step.q.shape[:-1], step.v.shape[-1])
-
-    def settle(self, step: Step) -> None:
-        def act() -> None:
-            assert self.inner is not None
-            self.inner.settle(step)
-            self.meter.after_settle(step)
-
-        self.member.guard(act)
-
-    def tensors(self) -> Any:
-        return () if self.inner is None else self.inner.tensors()
-
-
-class _Unwatched(Meter):
-    """Stands where the meter of a batch would: each member has its own."""
-
-    def after_take(self, step: Step) -> None:
-        """Nothing to count."""
-
-    def after_settle(self, step: Step) -> None:
-        """Nothing to count."""
+@torch.inference_mode()
+def force_together(
+    model: PreTrainedModel,
+    methods: Sequence[Method],
+    pieces: Sequence[Sequence[int]],
+    forced: Forced,
+    samples: Sequence[int],
+    limit: float | None = None,
+) -> list[Predicted]:
+    """What `force` gives for each of the methods, from one pass over the prompts; as in `together`."""
+    began = now(model.device)
+    text = Text(pieces, forced, model.device)
+    group, losses = Group.begin(model, methods, samples, text.begin, more=True)
+    losses = losses.repeat(len(group.active), 1)  # [active * B, L]
+    prompt_done = now(model.device)
+    try:
+        with within(model, None if limit is None else limit - (prompt_done - began)):
+            if group.active:
+                text.go_on(group.session, losses)
+    except TimeLimit:
+        for member in group.active:
+            member.fail(TimeLimit(f"was not done within time_limit={limit:g} seconds"))
+    timings = text.timings(prompt_done - began, now(model.device) - prompt_done)
+    own = {member: rows for member, rows in zip(group.active, losses.split(len(pieces)))}
+    found = []
+    for member in group.members:
+        member.check_budget()
+        ledger = member.cache.report().to_dict() if member.error is None else {}
+        found.append(Predicted(own.get(member, losses[:0]), ledger, timings, member.error))
+    return found
 
 
 @dataclass
-class _Joint(Method):
-    """What a batch of several methods shows the model: layers to be filled in, and what the members need of a step."""
+class Predicted:
+    """What one method made of texts: losses [B, L], and the rest as in Outcome."""
 
-    asks: frozenset[str] = frozenset()
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return self.asks
-
-    def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
-        return [LayerCache() for _ in range(spec.n_layers)]
+    losses: Tensor
+    ledger: dict[str, Any]
+    timings: Timings
+    error: Exception | None = None
 
 
-@cache
-def _joint(asks: frozenset[str]) -> _Joint:
-    """One object per set: a model remembers every method it has met."""
-    return _Joint(asks=asks)
-
-
-def _empty(model: PreTrainedModel, members: Sequence[Member], prompt_len: int | None, samples: Any) -> KVCache:
-    asks = frozenset().union(*(member.method.needs for member in members))
-    batch = KVCache(model, _joint(asks), prompt_len, samples)
-    batch.meter = _Unwatched([])
-    return batch
-
-
-class _RowsSession(Session):
-    """A session whose rows are those of another one, once per member."""
-
-    def __init__(self, before: Session, members: int):
-        super().__init__(before.model, None, 0, before.pad_id)
-        self.alone = len(before.mask) == 1
-        self.mask, self.counts = before.mask.repeat(members, 1), before.counts.repeat(members, 1)
-
-    def _forward(self, ids: Tensor, pos: Tensor, mask: Tensor | None, every: bool) -> Tensor:
-        # rows of one prompt have no padding, however many members there are
-        return super()._forward(ids, pos, None if self.alone else mask, every)
-
-
-class _Tokens(NewTokens):
-    """The new tokens of all members' rows, B per member."""
-
-    def ended(self, B: int) -> list[bool]:
-        """For each member whether all its rows have ended; waits for the device."""
-        return (self.done | self.broken).view(-1, B).all(dim=1).tolist()
-
-    def answers_of(self, member: int, B: int) -> list[Answer]:
-        """What one member's rows have answered so far."""
-        own, rows = copy.copy(self), slice(member * B, (member + 1) * B)
-        own.limits, own.broken, own.tokens = self.limits[rows], self.broken[rows], [new[rows] for new in self.tokens]
-        return own.answers()
-
-    def keep(self, members: Sequence[int], B: int) -> Tensor:
-        """Go on with these members only; returns the rows' old numbers."""
-        rows = [member * B + row for member in members for row in range(B)]
-        at = torch.tensor(rows, device=self.done.device)
-        self.limits = [self.limits[row] for row in rows]
-        for name in ("ends", "limit", "done", "broken"):
-            setattr(self, name, getattr(self, name)[at])
-        self.tokens = list(torch.stack(self.tokens, dim=1)[at].unbind(1))
-        return at
-
-
-def can_share(example: Example) -> bool:
-    """Whether an example's prompt can be read once for several methods: one question, answered greedily."""
-    return example.kind == "answer" and example.beams == 1
+def why_alone(example: Example) -> str | None:
+    """Why an example is run for one method after the other; None where its prompt can be read once for several."""
+    if example.kind == "answer":
+        return None if example.beams == 1 else "a beam search"
+    if example.forced is not None:
+        return "one pass over a text" if example.forced.through == "one_pass" else None
+    return {
+        "turns": "several questions",
+        "choices": "choices that are compared",
+        "timed": "times are taken of one cell after the other",
+    }[example.kind]
 
 
 def answer_together(
@@ -348,14 +146,31 @@ def answer_together(
 
     An exception in a method's place concerns that method. Raises what concerns all of them, such as OutOfMemoryError.
     """
+    found: list[list[dict[str, Any]] | Exception] = [[] for _ in methods]
+    for _, alike in groupby(batch, run_of):
+        part = list(alike)
+        make = _answers if part[0].forced is None else _predictions
+        for i, rows in enumerate(make(setting, methods, part, limit)):
+            before = found[i]
+            if not isinstance(before, Exception):
+                found[i] = rows if isinstance(rows, Exception) else [*before, *rows]
+    return found
+
+
+def _answers(
+    setting: Setting, methods: Sequence[Method], batch: Sequence[Example], limit: float | None
+) -> Iterator[list[dict[str, Any]] | Exception]:
     encoded = [setting.encoder(example) for example in batch]
     prompts = [one.prompt for one in encoded]
-    outcomes = together(setting.model, methods, prompts, setting.protocol, setting.chunk, setting.pad_id, limit)
-    found: list[list[dict[str, Any]] | Exception] = []
-    for outcome in outcomes:
-        if outcome.error is not None:
-            found.append(outcome.error)
-            continue
-        costs = {**spent(setting, len(batch), outcome.ledger, outcome.timings), "group": len(methods)}
-        found.append([answered(setting, *one, costs) for one in zip(batch, encoded, outcome.answers)])
-    return found
+    for one in together(setting.model, methods, prompts, setting.protocol, setting.chunk, setting.pad_id, limit):
+        costs = {**spent(setting, len(batch), one.ledger, one.timings), "group": len(methods)}
+        yield one.error or [answered(setting, *each, costs) for each in zip(batch, encoded, one.answers)]
+
+
+def _predictions(
+    setting: Setting, methods: Sequence[Method], batch: Sequence[Example], limit: float | None
+) -> Iterator[list[dict[str, Any]] | Exception]:
+    pieces, plan, samples = texts(setting, batch)
+    for one in force_together(setting.model, methods, pieces, plan, samples, limit):
+        costs = {**spent(setting, len(batch), one.ledger, one.timings), "group": len(methods)}
+        yield one.error or predicted(setting, batch, pieces, one.losses, one.timings.n_prompt, costs)

@@ -130,10 +130,37 @@ def test_only_the_missing_members_of_a_sample_are_run(command, tmp_path):
 def test_a_method_that_changes_the_prompt_runs_alone_and_says_so(command, tmp_path):
     code, _, err = command("-m", "method=full,streaming_llm", "budget=0.5", "+method.prefill=streaming", "task.limit=1")
     assert code == 2 or "runs alone" in err
-    code, _, err = command("-m", "method=streaming_llm", "budget=0.5,0.3", "method.prefill=streaming", "task.limit=1")
+    alone = ("-m", "method=streaming_llm", "budget=0.5,0.3", "method.prefill=streaming", "task.limit=1")
+    assert command(*alone, "plan=true")[1].count("alone: changes the prompt itself") == 2
+    code, _, err = command(*alone)
     assert code == 0 and err.count("changes the prompt itself, it runs alone") == 2, err
     groups = {cell: {row.get("group") for row in rows} for cell, rows in records(tmp_path / "results").items()}
     assert {g for cell, own in groups.items() if cell.startswith("streaming") for g in own} == {None}
+
+
+def test_texts_that_are_fed_share_their_prompts_too(command, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text * 12}) + "\n" for text in ("a river runs north. ", "It RAINS. ")))
+    text = ("task=perplexity", f"task.data={texts}", "task.length=100", "task.stride=8", "task.limit=2")
+    assert command(*GRID, *text)[0] == 0
+    for method, budget in [("nacl", 0.5), ("snapkv", 0.2)]:
+        assert command(f"method={method}", f"budget={budget}", *text, results=tmp_path / "alone")[0] == 0
+    together, alone = records(tmp_path / "results"), records(tmp_path / "alone")
+    assert len(together) == 5 and {row["group"] for rows in together.values() for row in rows} == {5}
+    for cell, rows in alone.items():
+        for ours, own in zip(together[cell], rows, strict=True):
+            assert ours["score"] == pytest.approx(own["score"], abs=1e-5)
+            assert all(ours[key] == own[key] for key in ("id", "counted", "weights", "ledger", "tokens_context"))
+
+
+def test_what_cannot_share_its_prompts_says_why(command, tmp_path):
+    turns = [{"input": "where is the mat?", "answer": " here."}, {"input": "who sat?", "answer": " the cat."}]
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text(json.dumps({"context": "the cat sat on a mat. " * 9, "multi_turns": turns, "max_new_tokens": 2}))
+    talk = ("task=multiturn", f"task.data={kept}")
+    assert command(*GRID, *talk, "plan=true")[1].count("alone: several questions") == 5
+    code, _, err = command(*GRID, *talk)
+    assert code == 0 and "5 cells run alone: several questions" in err
 
 
 def test_a_sweep_in_batches_equals_single_runs_in_batches(command, tmp_path):
@@ -289,6 +316,24 @@ def test_another_task_is_a_group_of_its_own_and_the_model_is_loaded_once(command
     monkeypatch.setattr(sweep, "load_model", lambda *a: loads.append(1) or real(*a))
     code, out, _ = command("-m", "method=full,snapkv", "task.subset=[river],[mat]", "task.limit=1")
     assert code == 0 and out.count("records: ") == 2 and len(loads) == 1
+
+
+def test_progress_says_which_group_it_is_what_failed_and_how_long_all_will_take(command, monkeypatch):
+    real = EvictionCache.settle
+
+    def settle(self, step):
+        if self.method.name == "snapkv" and int(step.samples[0]) == zlib.crc32(b"mat/0"):
+            raise RuntimeError("lost")
+        real(self, step)
+
+    monkeypatch.setattr(EvictionCache, "settle", settle)
+    code, _, err = command("-m", "method=full,snapkv", "task.subset=[river],[mat]", "task.limit=1")
+    lines = [line for line in err.splitlines() if "samples" in line and "left" in line]
+    assert code == 1 and len(lines) == 2
+    assert lines[0].startswith("group 1 of 2, 2 cells: 1/1 samples") and "failed" not in lines[0]
+    assert lines[1].startswith("group 2 of 2, 2 cells: 1/1 samples") and "1 failed, all groups about 0 s" in lines[1]
+    _, _, err = command("-m", "method=full,nacl", "task.subset=[river]", "task.limit=1")
+    assert "group" not in next(line for line in err.splitlines() if "samples" in line)
 
 
 def test_ctrl_c_keeps_what_is_done(command, tmp_path, monkeypatch):

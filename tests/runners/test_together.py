@@ -5,16 +5,20 @@ import torch
 
 from methods import load_method, method_names
 from methods.core.codec import Codec
-from methods.core.errors import UserError
+from methods.core.errors import BudgetMiss, UserError
 from methods.core.eviction import Eviction, EvictionCache
+from runners.forced import force
 from runners.generate import Prompt, generate
 from runners.session import Answer
-from runners.together import TimeLimit, together
+from runners.time_limit import TimeLimit
+from runners.together import force_together, together
+from tasks.base import Forced
 from tests.methods.conftest import tiny_llama
 from tests.tiny import SIZES, equip
 
 TIE = 1e-4  # logits closer than this may change places: a row of a batch is added up in another order
 BUDGETS = (0.5, 60)
+LENGTH = 97  # tokens of a text that is fed
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,57 @@ def test_every_method_answers_in_a_group_as_it_does_alone(model, protocol, rows,
     print(f"{ties} of {len(methods) * rows} answers differ where two logits tie")
     record_property("ties", ties)
     assert ties <= len(methods) * rows // 10
+
+
+def fed(through: str, prompt: int, stride: int, first: int) -> Forced:
+    return Forced("", through, 0, LENGTH, prompt, stride, range(first, LENGTH))  # type: ignore[arg-type]
+
+
+FED = {
+    "prefix": fed("prefix", 80, 1, 80),
+    "blocks": fed("prefix", 80, 6, 80),
+    "stream": fed("stream", 70, 4, 1),
+    "chunk": fed("chunk", 0, 33, 1),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("plan", FED.values(), ids=FED)
+def test_every_method_predicts_a_text_in_a_group_as_it_does_alone(model, plan, rows):
+    g = torch.Generator().manual_seed(5)
+    pieces, samples = torch.randint(1, 97, (rows, LENGTH), generator=g).tolist(), [41 + i for i in range(rows)]
+    # one budget each, in turns: every method meets every way of feeding
+    methods = [method for i, method in enumerate(members()) if i % 2 == rows - 1 or method.name == "full"]
+    for method, one in zip(methods, force_together(model, methods, pieces, plan, samples), strict=True):
+        try:
+            losses, cache, timings = force(model, method, pieces, plan, samples)
+            cache.check_budget()
+        except (BudgetMiss, UserError, NotImplementedError) as error:  # what cannot go on says so in both
+            assert str(one.error) == str(error), method.name
+            continue
+        assert one.error is None, (method.name, one.error)
+        near = 2e-2 if isinstance(method, Codec) else TIE  # one step of a code
+        torch.testing.assert_close(one.losses, losses, rtol=0, atol=near, equal_nan=True, msg=method.name)
+        assert one.ledger == cache.report().to_dict(), method.name
+        assert (one.timings.steps, one.timings.n_prompt) == (timings.steps, timings.n_prompt)
+
+
+@pytest.mark.parametrize(("seed", "says"), [(1, "no score for you"), (2, "lost on the way")])
+def test_a_member_that_fails_in_a_text_leaves_the_others_alone(model, seed, says):
+    methods = [load_method("full"), Broken(budget=0.5, seed=seed), load_method("snapkv", budget=0.4)]
+    pieces = torch.randint(1, 97, (1, LENGTH), generator=torch.Generator().manual_seed(5)).tolist()
+    found = force_together(model, methods, pieces, FED["prefix"], [0])
+    assert says in str(found[1].error)
+    for i in (0, 2):
+        losses = force(model, methods[i], pieces, FED["prefix"], [0])[0]
+        torch.testing.assert_close(found[i].losses, losses, rtol=0, atol=TIE, equal_nan=True)
+
+
+def test_the_time_limit_ends_a_text(model):
+    pieces = [list(range(1, LENGTH - 10)) + [1] * 11]
+    methods = [load_method("full"), load_method("snapkv", budget=0.4)]
+    found = force_together(model, methods, pieces, FED["prefix"], [0], limit=1e-9)
+    assert all(isinstance(one.error, TimeLimit) for one in found)
 
 
 def test_members_really_end_at_different_steps(model):

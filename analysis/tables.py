@@ -23,7 +23,7 @@ from analysis.load import NothingToRead, Results, load
 from analysis.points import WHOLE, points
 
 HOME = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- (?P<kind>table|figure): (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.S)
+BLOCK = re.compile(r"(?P<head><!-- (?P<kind>table|figure): (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.S)
 KEPT = [
     "model", "task", "protocol", "label", "family", "simulated", "budget", "bits", "n", "seeds", "share", "bytes",
     "score", "score_low", "score_high", "full", "difference", "difference_low", "difference_high", "tie", "retained",
@@ -123,9 +123,9 @@ def fill(text: str, folder: Path) -> str:
     """
 
     def table(match: re.Match[str]) -> str:
-        name = match["name"]
+        name, head, end = match["name"], match["head"], match["end"]
         if name == "methods":
-            return f"{match[1]}\n{methods(HOME)}\n{match[3]}"
+            return f"{head}\n{methods(HOME)}\n{end}"
         path = folder / f"{name}.json"
         if match["kind"] == "figure" and not path.exists():
             return match[0]
@@ -133,13 +133,13 @@ def fill(text: str, folder: Path) -> str:
             raise NothingToRead(f"{path}: no such file; python -m analysis.tables RESULTS --name {name} makes it")
         book = json.loads(path.read_text())
         if "claims" in book:
-            return f"{match[1]}\n{claimed(book)}\n`{book['command']}`\n\n{match[3]}"
+            return f"{head}\n{claimed(book)}\n`{book['command']}`\n\n{end}"
         said = f"`{book['command']}`, n = {_counts(book['points'])}\n"
         if match["kind"] == "figure":
             picture = f"![score against measured bytes](benchmarks/{name}.png)"
             said = f"{said[:-1]}; every sample behind it: `benchmarks/{name}.parquet`\n"
-            return f"{match[1]}\n{picture}\n\n{said}\n{match[3]}"
-        return f"{match[1]}\n{grid(book)}\n{said}\n{match[3]}"
+            return f"{head}\n{picture}\n\n{said}\n{end}"
+        return f"{head}\n{grid(book)}\n{said}\n{end}"
 
     return BLOCK.sub(table, text)
 

@@ -79,7 +79,7 @@ def bits(config: str) -> str:
     """The bits that a method's configuration, as JSON, was given instead of a budget; "" where it names none."""
     knobs = flat(json.loads(config))
     if isinstance(table := knobs.get("table"), str):
-        return Path(table).stem
+        return Path(table).name.removesuffix(".yaml").removesuffix(".yml")  # C3.25 has no suffix
     key, value = knobs.get("key_bits"), knobs.get("value_bits")
     if key is None or value is None:
         return ""

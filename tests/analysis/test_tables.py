@@ -44,13 +44,16 @@ def test_cells_that_name_their_bits_have_a_line_each(book):
     for bits, scores in ((4, [1.0] * 4), (2, [0.0] * 4)):
         book.cell("kivi", scores, config={"key_bits": bits, "value_bits": bits}, share=bits / 16)
     book.cell("kivi", [1.0, 1.0, 0.0, 0.0], config={"key_bits": 4, "value_bits": 2}, share=3 / 16)
-    book.cell("kvtuner", [1.0] * 4, config={"table": "tables/C3.25.yaml"}, share=0.2)
+    for table, share in (("tables/C3.25.yaml", 0.2), ("C2.25", 0.14), ("C2.50", 0.15)):
+        book.cell("kvtuner", [1.0] * 4, config={"table": table}, share=share)
     lines = tables.grid(tables.snapshot(load(book.root), "")).splitlines()
     assert [line.split(" (")[0] for line in lines[3:]] == [
         "| kivi | 4 bits | 25.0% | **100.0**",
         "| kivi | K4V2 | 18.8% | **50.0**",
         "| kivi | 2 bits | 12.5% | 0.0",
         "| kvtuner | C3.25 | 20.0% | **100.0**",
+        "| kvtuner | C2.50 | 15.0% | **100.0**",
+        "| kvtuner | C2.25 | 14.0% | **100.0**",
     ]
 
 

@@ -14,6 +14,7 @@ from kernels.attend_quantized import attend_quantized
 from kernels.mass import attend_with_mass, mass, noisy_mass, weighted_mass
 from kernels.noise import Stem
 from kernels.quantize import dequantize, quantize
+from kernels.rotate import rotate
 from kernels.select import pages
 
 # what rounding to the type costs results of size one
@@ -132,6 +133,11 @@ def _results(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> It
     storage = (stored[0], stored[1], pos, page_row)
     tail = (k_tail, v_tail, tail_pos)
     yield "attend_pages", attend_pages(q[:, :, -1:], storage, tail, plain, q_pos=held["q_pos"]), expected
+
+    turn = 6.28 * torch.rand(B, 1, S, D // 4, generator=g).to(device)  # half of the channels
+    pairs = torch.complex(*k[..., : D // 2].double().chunk(2, dim=-1)) * torch.polar(torch.ones_like(turn), turn)
+    expected = torch.cat((pairs.real, pairs.imag, k[..., D // 2 :].double()), dim=-1)
+    yield "rotate", rotate(k, turn.cos(), turn.sin()), expected
 
     for bits in (2, 3, 4, 8):
         n = 64

@@ -15,6 +15,7 @@ from kernels.attend_quantized import attend_quantized
 from kernels.mass import attend_with_mass, mass, noisy_mass
 from kernels.noise import Stem
 from kernels.quantize import dequantize, quantize
+from kernels.rotate import rotate
 from kernels.select import compact, pages, top
 
 # slots per page of ragged storage, elements per scale, and slots that stay in full precision: those of the stores
@@ -105,6 +106,9 @@ def decoding(shape: Shape, batch: int, S: int, dtype: torch.dtype, device: torch
         whole = k[:, :, :n].nbytes
         yield Case(f"quantize keys, {bits} bits", partial(quantize, k[:, :, :n], bits, GROUP, 2), whole + packed)
         yield Case(f"dequantize keys, {bits} bits", partial(dequantize, keys[0], dtype), whole + packed)
+    angle = torch.rand(batch, 1, S, shape.width // 2, device=device)
+    cos, sin = angle.cos(), angle.sin()
+    yield Case("rotate keys", lambda: rotate(k, cos, sin), 2 * k.nbytes + cos.nbytes + sin.nbytes)
     scores = torch.rand(batch, H, S, device=device)
     kept = torch.full((batch, H), S // 4, device=device)
     # the least: scores are read, and as many slot numbers as are kept are written

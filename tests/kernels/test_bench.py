@@ -30,7 +30,16 @@ def test_a_brief_run_checks_times_and_writes_what_it_ran_on(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert " 0 failed" in printed and "share of ceiling" in printed and str(out) in printed
     ops = {row["op"].split(",")[0].split(" ")[0] for row in record["rows"]}
-    assert ops >= {"attend", "attend_pages", "attend_quantized", "attend_with_mass", "mass", "noisy_mass", "quantize"}
+    assert ops >= {
+        "attend",
+        "attend_pages",
+        "attend_quantized",
+        "attend_with_mass",
+        "mass",
+        "noisy_mass",
+        "quantize",
+        "rotate",
+    }
     for row in record["rows"]:
         least = max(row["bytes"] / record["ceilings"]["bytes_per_second"], row["flops"] / record["ceilings"]["flops"])
         assert row["share_of_ceiling"] == pytest.approx(least / row["seconds"])

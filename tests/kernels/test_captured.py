@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from kernels import Rules, attend, attend_pages, attend_with_mass, backend, mass
+from kernels.attend_quantized import attend_quantized
 from kernels.launch import noting
+from kernels.quantize import quantize
 from tests.kernels.both_forms import using
 
 pytest.importorskip("triton")
@@ -35,12 +37,17 @@ class Step:
         self.stored = (random(n, 16, D), random(n, 16, D), pos, rows)
         self.tail = tuple(x[:, :, :5] for x in (self.k, self.v, self.at["k_pos"]))
 
+        n = S - 56  # the rest is not packed
+        self.keys = quantize(self.k[:, :, :n], 4, 32, 2), self.k[:, :, n:]
+        self.values = quantize(self.v[:, :, :n], 2, 32, 3), self.v[:, :, n:]
+
     def calls(self):
         """Name and outputs of every op of a decode step."""
         q, k, v, rules, at = self.q, self.k, self.v, self.rules, self.at
         yield "attend, all", lambda: attend(q, k, v, rules, **at, plan="all")
         yield "attend, positions", lambda: attend(q, k, v, rules, **at)
         yield "attend_pages", lambda: attend_pages(q, self.stored, self.tail, rules, q_pos=at["q_pos"])
+        yield "attend_quantized", lambda: attend_quantized(q, self.keys, self.values, rules, **at)
         yield "attend_with_mass", lambda: attend_with_mass(q, k, v, rules, 1, **at, plan="tail")
         yield "mass", lambda: mass(q, k, rules, **at, plan="tail")
 

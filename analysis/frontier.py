@@ -25,7 +25,7 @@ AXIS_NAMES = {
     "peak": "peak share of the full cache's bytes",
 }
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
-LEGEND = 4  # columns of the legend below one column of panels
+ENTRY, LETTER = 0.45, 0.055  # inches of a legend's entry, without its letters and for each of them
 
 
 def draw(table: pd.DataFrame, x: str, log: bool = True, columns: int = 2, categories: bool = False) -> Any:
@@ -44,7 +44,11 @@ def draw(table: pd.DataFrame, x: str, log: bool = True, columns: int = 2, catego
     families = table[table["method"] != "full"].groupby("label")["family"].first().to_dict()
     looks = style.looks(families)
     with plt.rc_context(style.RC):
-        lines = -(-(len(looks) + 2) // (LEGEND * columns))
+        hollow = set(table[table["simulated"]]["label"])
+        said = {label: f"{label} (simulated)" if label in hollow else label for label in looks}
+        widest = ENTRY + LETTER * max(map(len, [*said.values(), "front"]))
+        across = max(1, int(style.COLUMN * columns / widest))
+        lines = -(-(len(looks) + 2) // across)
         size = (style.COLUMN * columns, 2.2 * rows + 0.15 * lines + 0.25)
         figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
         named = ""
@@ -62,12 +66,10 @@ def draw(table: pd.DataFrame, x: str, log: bool = True, columns: int = 2, catego
             axis.set_visible(False)
         for axis in list(axes.flat)[max(0, len(panels) - columns) : len(panels)]:
             axis.set_xlabel(AXIS_NAMES[x])
-        hollow = set(table[table["simulated"]]["label"])
         handles = [Line2D([], [], color="black", lw=0.9, label="full"), Line2D([], [], **style.FRONT, label="front")]
         for label, look in looks.items():
-            said = f"{label} (simulated)" if label in hollow else label
-            handles.append(Line2D([], [], **style.line(look, label in hollow), label=said))
-        figure.legend(handles=handles, loc="outside lower center", ncols=LEGEND * columns, frameon=False)
+            handles.append(Line2D([], [], **style.line(look, label in hollow), label=said[label]))
+        figure.legend(handles=handles, loc="outside lower center", ncols=across, frameon=False)
     return figure
 
 

@@ -257,3 +257,14 @@ def test_a_picture_draws_hollow_points_on_a_logarithmic_axis_and_panels_per_cate
     figure = frontier.draw(table, "held", log=False, categories=True)
     assert [a.get_title() for a in figure.axes] == ["quiz-mini (aware): QA", "quiz-mini (aware): summaries"]
     assert figure.axes[0].get_xscale() == "linear"
+
+
+def test_a_legend_of_long_names_fits_the_width_of_one_column(book):
+    book.cell(scores=[1.0])
+    for i in range(6):
+        book.cell(f"a_method_with_a_long_name_{i}", [1.0], 0.5)
+    figure = frontier.draw(points(load(book.root)), "held", columns=1)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0

@@ -85,7 +85,7 @@ def ratios(row: Mapping[str, Any], what: str) -> list[float]:
 def draw(cells: Sequence[tuple[str, Rows]], path: Path, title: str = "") -> None:
     """Write the picture: one line of panels per batch size, one column each for prompt, decoding and bytes.
 
-    Points are medians of the rounds, bars their lowest and highest. The full cache's line is that of the first cell.
+    Points are medians of the rounds, bars their lowest and highest.
     """
     import matplotlib
 
@@ -128,9 +128,12 @@ def _bars(axis: Any, lengths: Sequence[int], rounds: Sequence[Sequence[float]], 
 
 
 def curves(cells: Sequence[tuple[str, Rows]], batch: int) -> dict[str, list[Point]]:
-    """What is drawn for one batch size, by label; the full cache's points are those of the first cell that has them."""
+    """What is drawn for one batch size, by label; the full cache's points come from a cell that took turns with it.
+
+    Only lengths that no such cell has are taken from the full cache's own.
+    """
     found: dict[str, dict[int, Point]] = {}
-    for label, rows in cells:
+    for label, rows in sorted(cells, key=lambda cell: cell[0] == "full"):
         for row in rows:
             if row["batch"] != batch:
                 continue

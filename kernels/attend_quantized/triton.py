@@ -52,16 +52,17 @@ def plane(word, s: tl.constexpr, BITS: tl.constexpr, LIFT: tl.constexpr, DOT: tl
     """
     if LIFT == 0:
         return ((word >> (BITS * s)) & (2**BITS - 1)).to(DOT)
-    HALF: tl.constexpr = DOT.primitive_bitwidth == 16
-    INT: tl.constexpr = tl.int16 if HALF else tl.int32
-    MANTISSA: tl.constexpr = 7 if HALF else 23
-    SHIFT: tl.constexpr = BITS * s + BITS - MANTISSA
-    if SHIFT > 0:
-        bits = (word >> SHIFT).to(INT)
     else:
-        bits = word.to(INT) << -SHIFT
-    bits = (bits & ((2**BITS - 1) << (MANTISSA - BITS))) | ((127 + BITS) << MANTISSA)
-    return bits.to(DOT, bitcast=True)
+        HALF: tl.constexpr = DOT.primitive_bitwidth == 16
+        INT: tl.constexpr = tl.int16 if HALF else tl.int32
+        MANTISSA: tl.constexpr = 7 if HALF else 23
+        SHIFT: tl.constexpr = BITS * s + BITS - MANTISSA
+        if SHIFT > 0:
+            bits = (word >> SHIFT).to(INT)
+        else:
+            bits = word.to(INT) << -SHIFT
+        bits = (bits & ((2**BITS - 1) << (MANTISSA - BITS))) | ((127 + BITS) << MANTISSA)
+        return bits.to(DOT, bitcast=True)
 
 
 @triton.jit

@@ -69,6 +69,9 @@ def test_a_cap_is_a_number_of_slots(command, tmp_path):
     more = ("task.length=60", "method=streaming_llm", "budget=16")
     code, out, err = command("task=perplexity", data, "task.through=stream", *more)
     assert code == 0 and "perplexity of texts" in out, err
+    more = ("task.length=60", "task.stride=12", "method=h2o", "budget=16")
+    code, out, err = command("task=perplexity", data, "task.through=chunk", *more)
+    assert code == 0 and "through=chunk" in out and "perplexity of texts" in out, err
 
 
 def test_turns_and_requests_have_their_tables(command, tmp_path):

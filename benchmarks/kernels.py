@@ -331,7 +331,7 @@ def main() -> None:
     ask.add_argument("--steps", type=int, default=16, help="decode steps per round")
     ask.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "kernels-cpu.json")
     args = ask.parse_args()
-    machine = hardware() | {"load_before": round(os.getloadavg()[0], 2)}
+    machine, code = hardware() | {"load_before": round(os.getloadavg()[0], 2)}, commit()
     results, ops = [], []
     for threads in map(int, args.threads.split(",")):
         n = args.length // 64 * 64
@@ -346,7 +346,7 @@ def main() -> None:
         show_goals(results[-1]["goals"])
     record = {
         "command": " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
-        "commit": commit(),
+        "commit": code,
         "hardware": machine | {"load_after": round(os.getloadavg()[0], 2)},
         "versions": {
             "python": platform.python_version(),

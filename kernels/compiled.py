@@ -55,7 +55,7 @@ def pieces(heads: int) -> int:
 def library() -> ctypes.CDLL | None:
     """All C++ forms, built if they have not been yet; None: they cannot be."""
     compiler = _compiler()
-    if compiler is None:
+    if compiler is None or not SOURCES:  # an installation of Python files alone has no sources
         return None
     try:
         folder = _folder()

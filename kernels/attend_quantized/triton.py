@@ -51,7 +51,7 @@ def plane(word, s: tl.constexpr, BITS: tl.constexpr, LIFT: tl.constexpr, DOT: tl
     instructions than a conversion takes. Or 0: bfloat16's mantissa has seven bits.
     """
     if LIFT == 0:
-        return ((word >> (BITS * s)) & (2**BITS - 1)).to(DOT)
+        return ((word >> (BITS * s)) & (2**BITS - 1)).to(tl.float32).to(DOT)
     else:
         HALF: tl.constexpr = DOT.primitive_bitwidth == 16
         INT: tl.constexpr = tl.int16 if HALF else tl.int32

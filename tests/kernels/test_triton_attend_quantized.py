@@ -10,7 +10,8 @@ from kernels.quantize import Packed, dequantize, quantize
 from tests.kernels.both_forms import DTYPES, TOLERANCE, close, generator, moved, on_each_device, poison, using
 from tests.kernels.formula import formula
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl, plane = triton.language, pytest.importorskip("kernels.attend_quantized.triton").plane
 pytestmark = pytest.mark.usefixtures("poison")
 __all__ = ["generator", "poison"]
 
@@ -21,6 +22,15 @@ RULES = {
     "slopes": {"slopes": True},
     "all rules": {"window": 41, "softcap": 1.5, "slopes": True},
 }
+
+
+@triton.jit
+def planes(WORDS, OUT, PACK: tl.constexpr, BITS: tl.constexpr, LIFT: tl.constexpr, DOT: tl.constexpr):
+    """Every code of 256 packs, [PACK, 256]."""
+    i = tl.arange(0, 256)
+    word = tl.load(WORDS + i)
+    for s in tl.static_range(PACK):
+        tl.store(OUT + s * 256 + i, plane(word, s, BITS, LIFT, DOT).to(tl.float32))
 
 
 class Case:
@@ -185,6 +195,21 @@ def test_codes_are_read_where_they_lie_in_a_growing_buffer(device, generator):
 @on_each_device
 def test_a_turn_longer_than_a_tile_of_rows(device, generator):
     Case(generator, (4, 1), T=20, n=150, keys=96, values=130).check(device)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_bits_become_numbers(bits, dtype, device):
+    # the interpreter multiplies in float32 alone: this is where it meets codes in bfloat16
+    pack = 8 if bits == 3 else 8 // bits
+    lift = 0 if bits == 8 and dtype == "bfloat16" else 2**bits
+    words = torch.arange(256, dtype=torch.int32) * (65793 if bits == 3 else 1)  # the same byte three times
+    out = torch.full((pack, 256), torch.nan)
+    words_there, out_there = moved(device, words if bits == 3 else words.to(torch.uint8), out)
+    planes[(1,)](words_there, out_there, pack, bits, lift, getattr(tl, dtype))
+    codes = torch.stack([(words >> (bits * s)) & (2**bits - 1) for s in range(pack)])
+    assert torch.equal(out_there.cpu(), lift + codes.float())
 
 
 @pytest.mark.cuda

@@ -27,6 +27,7 @@ MAY = {
         "markupsafe",
         "wandb",
         "wandb_workspaces",
+        "yaml",
     },
 }
 NEVER = {

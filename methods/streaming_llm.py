@@ -118,6 +118,7 @@ class StreamingCache(EvictionCache):
             if dropped:
                 self._hold_sinks(step)
             return
+        whole = self._gap(step) == 0  # [B, H], heads that have dropped nothing yet
         self.held = [n + step.q.shape[2] for n in self.held]
         over = [n - limit for n, limit in zip(self.held, self.limit, strict=True)]
         if all(n == 1 for n in over):
@@ -126,7 +127,7 @@ class StreamingCache(EvictionCache):
             self._shrink(step)
         else:
             return
-        self._hold_sinks(step)
+        self._hold_sinks(step, whole)
 
     def tensors(self) -> Iterable[Tensor]:
         yield from super().tensors()
@@ -141,10 +142,23 @@ class StreamingCache(EvictionCache):
         if self.sink_k is not None:
             self.sink_k = self.sink_k[rows]
 
-    def _hold_sinks(self, step: Step) -> None:
-        """After the first drop: remember the sinks' keys as the model rotated them."""
-        if self.sink_k is None and self.method.positions == "rolled" and self.method.sinks and not step.rules.window:
-            self.sink_k = self.store.k[:, :, : self.method.sinks].clone()
+    def _hold_sinks(self, step: Step, whole: Tensor | None = None) -> None:
+        """After a drop: remember the sinks' keys as the model rotated them.
+
+        whole [B, H]: heads that had dropped nothing before; what they hold may have more sinks than when it was last
+        remembered, and is as the model rotated it.
+        """
+        if self.method.positions != "rolled" or not self.method.sinks or step.rules.window:
+            return
+        first = self.store.k[:, :, : self.method.sinks]
+        if self.sink_k is None or whole is None:
+            self.sink_k = first.clone()
+        else:
+            self.sink_k = torch.where(whole[:, :, None, None], first, self.sink_k)
+
+    def _gap(self, step: Step) -> Tensor:
+        """Tokens that each head has dropped so far, [B, H]."""
+        return (step.pos[:, -1:] + 1 - (self.store.pos >= 0).sum(-1)).to(step.pos.dtype)
 
     def _drop_oldest(self) -> None:
         """Free the oldest recent slot of every head, for the next token to take."""
@@ -165,9 +179,7 @@ class StreamingCache(EvictionCache):
         """Sinks as far behind the newest token as their slots are."""
         assert self.sink_k is not None
         store, s = self.store, self.sink_k.shape[2]
-        held = (store.pos >= 0).sum(-1)  # [B, H]
-        gap = (step.pos[:, -1:] + 1 - held).to(step.pos.dtype)  # [B, H], tokens dropped so far
-        pos = store.pos
+        gap, pos = self._gap(step), store.pos  # [B, H], [B, H, S]
         if step.rules.slopes is not None:
             pos = torch.cat((pos[:, :, :s] + gap[..., None], pos[:, :, s:]), dim=2)
             return attend(step.q, store.k, store.v, step.rules, q_pos=step.pos, k_pos=pos)

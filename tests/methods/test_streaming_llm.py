@@ -6,6 +6,7 @@ import torch
 from methods import load_method
 from methods.core.errors import UserError
 from tests.methods.conftest import kept, run, tiny_llama
+from tests.tiny import padded_prompt
 
 
 def tokens(n: int, seed: int = 1) -> torch.Tensor:
@@ -160,3 +161,15 @@ def test_rolled_positions_work_with_alibi_and_refuse_learned_positions():
 def test_settings_that_cannot_work_are_named(knobs):
     with pytest.raises(UserError, match=next(iter(knobs))):
         load_method("streaming_llm", **knobs)
+
+
+@pytest.mark.parametrize("lengths", [[2, 60, 30], [1, 2, 40], [3, 3]])
+def test_prompts_shorter_than_the_sinks_go_on_as_if_alone(lengths, gqa):
+    # their later sinks come while other rows already drop
+    ids, mask = padded_prompt(lengths)
+    new = torch.randint(1, 97, (len(lengths), 8), generator=torch.Generator().manual_seed(0))
+    method = load_method("streaming_llm", budget=0.05)
+    together = run(gqa, method.cache_for(gqa), ids, mask=mask, new=new)
+    for row, n in enumerate(lengths):
+        alone = run(gqa, method.cache_for(gqa), ids[row : row + 1, -n:], new=new[row : row + 1])
+        assert (together[row] - alone[0]).abs().max() < 1e-4

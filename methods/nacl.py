@@ -7,7 +7,8 @@ Idea:  once, when the prompt ends, every head keeps (a) the first and the newest
 Here:  query heads that share a KV head add their scores. The sample is drawn by Gumbel-top-k with noise keyed by (seed,
        sample, layer, head, position). The paper protects beginning and end without saying how much of each: half and
        half, at most 256 first tokens. Proxies attend causally among themselves (the release lets early ones see later
-       ones: proxy_causal=false). Counts are cut, not rounded, so up to three slots of the budget stay unused.
+       ones: proxy_causal=false). Counts are cut, not rounded, so up to three slots of the budget stay unused;
+       where none would be left, the newest is kept.
 """
 
 from dataclasses import dataclass
@@ -98,7 +99,8 @@ class NACL(Eviction):
         protected = slots(protect * budget, n)
         sinks = min(MAX_SINKS, protected // 2)
         counts = slots(by_score * budget, n), slots(by_chance * budget, n)
-        return Sizes(sinks, protected - sinks, *counts, proxies=max(1, slots(proxy, n)))
+        recent = protected - sinks if protected + sum(counts) else 1  # a head without any slot could not attend
+        return Sizes(sinks, recent, *counts, proxies=max(1, slots(proxy, n)))
 
     @property
     def interval(self) -> int | None:
@@ -108,7 +110,7 @@ class NACL(Eviction):
         return self.sizes(n).proxies
 
     def slots(self, n: int) -> int:
-        return n if self.budget == 1 or n <= self.min_len else max(1, self.sizes(n).kept)
+        return n if self.budget == 1 or n <= self.min_len else self.sizes(n).kept
 
     def voters(self, store: Store, step: Step) -> int:
         n = len(store)

@@ -154,6 +154,12 @@ def test_decode_interval_brings_the_cache_back_to_its_size(gqa):
     assert len(kept(cache, 1)) == size + 1
 
 
+def test_a_budget_below_one_slot_keeps_the_newest_token():
+    method = load_method("nacl", budget=0.05)
+    assert [method.sizes(n)[:4] for n in (1, 12, 19)] == [(0, 1, 0, 0)] * 3
+    assert [method.slots(n) for n in (1, 12, 400)] == [1, 1, 20]
+
+
 def test_short_prompts_are_kept_whole_up_to_min_len(gqa):
     cache = load_method("nacl", budget=0.5, min_len=60).cache_for(gqa)
     run(gqa, cache, torch.arange(60)[None])

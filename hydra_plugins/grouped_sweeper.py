@@ -8,13 +8,15 @@ sweeper does; jobs that differ only in what a method is (method, its knobs, budg
 # no `from __future__ import annotations`: Hydra runs this file before it is a module that dataclasses can look up
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
-from runners.jobs import announce, group, job_cells, numbers_apart, tidy
+from runners.jobs import Failed, announce, group, job_cells, numbers_apart, tidy
 
 # runners that take a group; training, or a measurement of speed, does not
 RUNNERS = ("evaluate",)
@@ -47,6 +49,21 @@ class GroupedSweeper(BasicSweeper):
             raise ValueError(f"hydra.sweeper.shards={shards}: give a whole number, 1 or more")
         self.shards = shards
         self._checked: set[tuple[str, ...]] = set()
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Hydra's own; but of a job that has said what failed, Hydra would print every override once more."""
+        assert self.launcher is not None
+        launch = self.launcher.launch
+
+        def launched(jobs: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+            results = launch(jobs, initial_job_idx=initial_job_idx)
+            for result in results:
+                if result.status == JobStatus.FAILED and isinstance(result._return_value, Failed):
+                    raise result._return_value
+            return results
+
+        self.launcher.launch = launched
+        return super().sweep(arguments)
 
     def split_arguments(  # type: ignore[override]
         self, overrides: list[Override], max_batch_size: int | None

@@ -69,20 +69,20 @@ def interpreted() -> bool:
 
 
 def _runs_on(device: torch.device) -> bool:
-    trouble = _trouble(device)
+    trouble = _trouble(device, interpreted())
     if trouble and _chosen == "triton":
         raise RuntimeError(f"kernels.backend=triton: {trouble}; kernels.backend=reference works everywhere")
     return trouble is None
 
 
 @cache
-def _trouble(device: torch.device) -> str | None:
+def _trouble(device: torch.device, interpreted: bool) -> str | None:
     """Why Triton cannot run on the device, or None."""
     try:
         import triton
     except Exception as error:  # a broken installation fails in its own way
         return f"triton cannot be imported ({type(error).__name__}: {error})"
-    if interpreted():
+    if interpreted:
         return None
     if device.type != "cuda":
         return f"its kernels run on CUDA devices, not on {device.type} (TRITON_INTERPRET=1 interprets them, for tests)"

@@ -33,6 +33,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_cuda)
 
 
+@pytest.fixture(autouse=True)
+def plain_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run.main` in this process notes in the environment how errors are shown; no test sees another's note."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.delenv("KVFRONTIER_TRACEBACK", raising=False)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder KVFRONTIER_DATA points to; for tests marked `shared`."""

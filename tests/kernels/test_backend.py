@@ -61,7 +61,7 @@ def test_triton_on_a_cpu_works_in_the_interpreter_and_the_record_says_so(monkeyp
 
 @pytest.mark.parametrize(("trouble", "expected"), [(None, "triton"), ("no compiler", "reference")])
 def test_on_a_gpu_the_choice_follows_what_works_there(trouble, expected, monkeypatch):
-    monkeypatch.setattr(backend, "_trouble", lambda device: trouble)
+    monkeypatch.setattr(backend, "_trouble", lambda device, interpreted: trouble)
     # the fixture clears the cache of what is patched away here
     monkeypatch.setattr(backend._trouble, "cache_clear", lambda: None, raising=False)
     assert backend.on_triton(on_a_gpu()) is (expected == "triton")
@@ -72,7 +72,7 @@ def test_on_a_gpu_the_choice_follows_what_works_there(trouble, expected, monkeyp
 
 
 def test_what_only_the_reference_has_goes_there(monkeypatch):
-    monkeypatch.setattr(backend, "_trouble", lambda device: None)
+    monkeypatch.setattr(backend, "_trouble", lambda device, interpreted: None)
     monkeypatch.setattr(backend._trouble, "cache_clear", lambda: None, raising=False)
     assert backend.on_triton(on_a_gpu(torch.bfloat16), on_a_gpu(torch.int32))
     assert not backend.on_triton(on_a_gpu(torch.float64))

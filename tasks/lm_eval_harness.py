@@ -253,7 +253,7 @@ class LmEval(Task):
                 shots = int(task.config.num_fewshot or 0)
                 try:
                     prompt = task.fewshot_context(doc, num_fewshot=shots, gen_prefix=task.doc_to_prefix(doc))
-                except ValueError as error:
+                except (ValueError, AssertionError) as error:  # too few rows; none
                     raise UserError(
                         f"lm_eval: task.shots={shots}: task.data={self.data} has too few rows that {name} could draw "
                         "its examples from; add its train.jsonl, or give task.shots=0"

@@ -10,7 +10,7 @@ from methods.core.errors import UserError
 from tasks.base import as_parts
 from tasks.choice_rows import read_rows
 from tasks.lm_eval_harness import LmEval, _guessed, _moved, margin
-from tests.tasks.choice_items import put, write
+from tests.tasks.choice_items import PIQA, put, write
 
 COPA_XML = """<?xml version="1.0" encoding="UTF-8"?>
 <copa-corpus version="1.0">
@@ -171,6 +171,10 @@ def test_a_line_that_is_no_item_and_too_few_examples_are_named(tmp_path, folder)
         read_rows("copa", tmp_path)
     with pytest.raises(UserError, match=r"task\.shots=9|does not give"):
         LmEval("piqa", folder, shots=9).examples()
+    (tmp_path / "piqa").mkdir()
+    put(tmp_path / "piqa" / "validation.jsonl", PIQA)
+    with pytest.raises(UserError, match=r"task\.shots=1: .* add its train\.jsonl, or give task\.shots=0"):
+        LmEval("piqa", str(tmp_path), shots=1).examples()
 
 
 def test_the_bundled_questions_are_documents_with_four_choices():

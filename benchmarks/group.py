@@ -183,6 +183,8 @@ def differences(a: Path, b: Path) -> tuple[int, int]:
     found = []
     for path in sorted(a.rglob("samples.jsonl")):
         other = b / path.relative_to(a)
+        if not other.exists():  # not every cell need have run by itself
+            continue
         ours, theirs = ({row["id"]: row["prediction"] for row in map(json.loads, p.read_text().splitlines())}
                         for p in (path, other))  # fmt: skip
         found += [ours[id] != theirs[id] for id in ours]

@@ -54,7 +54,7 @@ class Step:
 
 @pytest.mark.parametrize("rules", RULES)
 def test_what_a_decode_step_launches_depends_on_shapes_alone(rules, monkeypatch):
-    monkeypatch.setattr(backend, "_trouble", lambda device: None)
+    monkeypatch.setattr(backend, "_trouble", lambda device, interpreted: None)
     # tensors without contents: whatever asked for a number would raise
     with using("triton"), noting() as launched:
         for name, call in Step("meta", rules).calls():

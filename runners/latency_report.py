@@ -102,7 +102,6 @@ def draw(cells: Sequence[tuple[str, Rows]], path: Path, title: str = "") -> None
             axis.set_title(f"{what}, batch {batch}", fontsize=9)
             axis.set_xlabel("prompt, tokens", fontsize=8)
             axis.tick_params(labelsize=8)
-            axis.set_ylim(bottom=0)
         for label, points in curves(cells, batch).items():
             look: dict[str, Any] = {"label": label, "marker": "o", "markersize": 3}
             look |= {"color": "black", "linestyle": "--"} if label == "full" else {}

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
 from methods import load_method
@@ -129,13 +130,18 @@ def test_the_table_has_tokens_per_second_of_all_rows():
     assert cells[9] == "25.0%"
 
 
-def test_the_full_caches_curve_is_drawn_once_and_from_the_same_rounds(tmp_path):
+def test_the_full_caches_curve_is_drawn_once_and_from_the_same_rounds(tmp_path, monkeypatch):
     own = row(prompts=(9.0, 9.0), steps=(9.0, 9.0), full=None)
     cells = [("full", [own]), ("snapkv 0.25", [row(length=64), row(length=32)]), ("nacl 0.5", [row(length=64)])]
     found = curves(cells, 2)
     assert [point.length for point in found["full"]] == [32, 64] and found["full"][1].steps == [0.01, 0.01]
     assert [point.length for point in found["snapkv 0.25"]] == [32, 64]
+    shown, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (shown.extend(self.axes), save(self, *a, **k)))
     draw(cells, tmp_path / "latency.png")
+    for axis in shown:  # every point is inside its panel
+        highest = max(max(line.get_ydata()) for line in axis.get_lines())
+        assert axis.get_ylim()[0] == 0 and axis.get_ylim()[1] >= highest
     assert (tmp_path / "latency.png").stat().st_size > 10_000
 
 

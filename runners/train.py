@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from methods.core.errors import UserError
@@ -28,6 +30,8 @@ from runners.rows import Diet, Packer, pick_length
 from runners.vocabulary import train_tokenizer
 from tasks.documents import prose_hash
 
+CONF = Path(__file__).resolve().parent.parent / "conf" / "runner"
+COMPRESSED = "methods.lococo.LoCoCo"
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -109,7 +113,9 @@ class Train:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def run(self, cfg: Any = None) -> int:
-        """Train or continue, then export; the exit code."""
+        """Train or continue, then export; the exit code. With method=lococo, what is trained is its compressors."""
+        if cfg is not None and cfg.method.get("_target_") == COMPRESSED:
+            return instantiate(OmegaConf.load(CONF / "train_compressor.yaml")).run(cfg)
         if self.threads:
             torch.set_num_threads(self.threads)
         out = Path(self.out)

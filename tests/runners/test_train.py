@@ -130,6 +130,15 @@ def test_the_configured_models_take_16_mb_at_most(name):
         assert [getattr(config, key) for key in same] == [getattr(shipped, key) for key in same]
 
 
+def test_training_lococo_is_training_its_compressors(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("runners.train_compressor.TrainCompressor.run", lambda self, cfg: asked.append(cfg) or 0)
+    with initialize_config_dir(str(REFERENCE.parents[1] / "conf"), version_base=None):
+        cfg = compose("config", overrides=["runner=train", "method=lococo", f"runner.out={tmp_path}", "budget=16"])
+    assert instantiate(cfg.runner).run(cfg) == 0
+    assert asked == [cfg] and not list(tmp_path.iterdir())
+
+
 def test_what_has_not_begun_may_still_change(tmp_path):
     small(tmp_path, limit=1).run()
     later = {"until": 2048, "lengths": [256], "batch": 256}

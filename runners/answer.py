@@ -21,7 +21,8 @@ from runners.forced import force
 from runners.generate import Timings, generate, start
 from runners.latency import measure
 from runners.prompt import Encoded, Encoder
-from runners.session import Answer, Session, now
+from runners.session import Answer, Heard, now
+from runners.talk import Talk
 from runners.time_limit import within
 from tasks.base import Example, Forced, Task, Turn
 
@@ -203,122 +204,70 @@ def answered(
 @torch.inference_mode()
 def by_turns(setting: Setting, method: Method, batch: Sequence[Example]) -> list[dict[str, Any]]:
     """Several questions on one compressed context."""
+    talk = talk_of(setting, batch)
+    began = now(setting.model.device)
+    session, logits = start(setting.model, method, talk.firsts, talk.samples, setting.chunk, setting.pad_id)
+    prompt_seconds = now(setting.model.device) - began
+    talk.go_on(session, logits)
+    session.cache.check_budget()
+    costs = spent(setting, len(batch), session.cache.report().to_dict(), talk.timings(prompt_seconds))
+    return talked(setting, batch, talk, [one for (one,) in talk.heard if isinstance(one, Heard)], costs)
+
+
+def talk_of(setting: Setting, batch: Sequence[Example]) -> Talk:
+    """The questions of a batch as token ids."""
     talks = [dialogue(setting.encoder, example) for example in batch]
-    talk = _Talk(setting, method, batch, talks)
-    talk.cache.check_budget()
-    costs = spent(setting, len(batch), talk.cache.report().to_dict(), talk.timings)
-    return [talk.row(i, costs) for i in range(len(batch))]
+    end = setting.encoder.tokenizer.eos_token_id
+    return Talk(talks, batch[0].history, batch[0].recompress, setting.protocol, end, setting.model.device)
 
 
-class _Talk:
-    """The questions of a batch, asked one after the other.
+def talked(
+    setting: Setting, batch: Sequence[Example], talk: Talk, heard: Sequence[Heard], costs: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The rows of what one cache has answered; heard: per question."""
+    return [_talked(setting, example, talk.talks[i], i, heard, costs) for i, example in enumerate(batch)]
 
-    answers: per question, one per row.  held: bytes after every question, and what a full cache would hold.
-    """
 
-    def __init__(self, setting: Setting, method: Method, batch: Sequence[Example], talks: Sequence[Dialogue]):
-        self.setting, self.batch, self.talks = setting, batch, talks
-        self.answers: list[list[Answer]] = []
-        self.held: list[tuple[int, int]] = []
-        self.seconds = {"question": 0.0, "decode": 0.0}
-        self.steps = 0
-        model, prompts = setting.model, [talk.first.prompt for talk in talks]
-        apart = batch[0].history == "none"
-        parts = [(list(prompt.ids), []) if apart else prompt.parts(setting.protocol) for prompt in prompts]
-        self.began = now(model.device)
-        self.n_prompt = sum(len(first) for first, _ in parts)
-        session, logits = start(
-            model, method, [first for first, _ in parts], [prompt.sample for prompt in prompts], setting.chunk,
-            setting.pad_id,
-        )  # fmt: skip
-        self.prompt_seconds = now(model.device) - self.began
-        if not apart:
-            if any(rest for _, rest in parts):
-                logits = self._timed("question", lambda: session.feed([rest for _, rest in parts]))
-            self._ask(session, logits, [prompt.limits for prompt in prompts])
-        for i in range(len(talks[0].later)):
-            self._next(session, i)
-
-    @property
-    def timings(self) -> Timings:
-        return Timings(prompt=self.prompt_seconds, n_prompt=self.n_prompt, steps=self.steps, **self.seconds)
-
-    def _next(self, session: Session, i: int) -> None:
-        """Ask the later question i."""
-        asked = [talk.later[i] for talk in self.talks]
-        history, again = self.batch[0].history, self.batch[0].recompress
-        if history == "none":
-            session = session.fork()
-        if history == "own":
-            parts = [self._since(answer, one.own) for answer, one in zip(self.answers[-1], asked)]
-        else:
-            parts = [one.golden for one in asked]
-        logits = self._timed("question", lambda: session.feed(parts, ends_prompt=again))
-        self._ask(session, logits, [one.limits for one in asked])
-
-    def _ask(self, session: Session, logits: torch.Tensor, limits: Sequence[Any]) -> None:
-        own = self.batch[0].history == "own"
-        if self.batch[0].history == "golden":
-            session = session.fork()  # the next question finds the reference, not what is generated now
-        before = session.steps
-        answers = self._timed("decode", lambda: session.decode(logits, limits, exact=own))
-        self.steps += session.steps - before
-        self.answers.append(answers)
-        self.cache = session.cache
-        ledger = session.cache.report()
-        self.held.append((ledger.held_end, ledger.full))
-
-    def _since(self, answer: Answer, question: list[int]) -> list[int]:
-        """What follows an answer that stays in the cache: its last token, which was not fed, its end, the question."""
-        last = answer.ids[-1:]
-        if answer.stop == "length":
-            end = self.setting.encoder.tokenizer.eos_token_id
-            return [*last, *([] if end is None or end in question[:1] else [end]), *question]
-        return [*last, *(question[1:] if question[:1] == last else question)]
-
-    def _timed(self, what: str, call: Callable[[], Any]) -> Any:
-        device = self.setting.model.device
-        began = now(device)
-        found = call()
-        self.seconds[what] += now(device) - began
-        return found
-
-    def row(self, i: int, costs: dict[str, Any]) -> dict[str, Any]:
-        example, first, answers = self.batch[i], self.talks[i].first, [turn[i] for turn in self.answers]
-        broken = next((answer.error for answer in answers if answer.error), None)
-        if broken:
-            return failed(example, broken)
-        asked = (Turn(example.question, example.answers, example.max_new_tokens), *example.turns)
-        turns: list[dict[str, Any]] = []
-        for turn, answer, (held, full) in zip(asked, answers, self.held, strict=True):
-            prediction = self.setting.encoder.text(answer.ids)
-            own = replace(example, question=turn.question, answers=turn.answers, turns=())
-            turns.append(
-                {
-                    "prediction": prediction,
-                    "score": self.setting.task.score(own, prediction),
-                    "stop": answer.stop,
-                    "tokens_out": len(answer.ids),
-                    "held": held,
-                    "full": full,
-                }
-            )
-        scores = [turn["score"] for turn in turns]
-        later = sum(len(question.golden) for question in self.talks[i].later)
-        return {
-            **about(example),
-            "prediction": "\n".join(turn["prediction"] for turn in turns),
-            "score": sum(scores) / len(scores),
-            # apart from each other questions have no order
-            **({} if example.history == "none" else _parts({f"turn {n}": s for n, s in enumerate(scores, 1)})),
-            "turns": turns,
-            "tokens_in": len(first.prompt.ids) + later,
-            "tokens_context": first.prompt.n_context,
-            "tokens_out": sum(turn["tokens_out"] for turn in turns),
-            "cut": first.cut,
-            "bos": first.bos,
-            **costs,
-        }
+def _talked(
+    setting: Setting, example: Example, said: Dialogue, i: int, heard: Sequence[Heard], costs: dict[str, Any]
+) -> dict[str, Any]:
+    """The row of example i of its batch."""
+    first, answers = said.first, [question.answers[i] for question in heard]
+    broken = next((answer.error for answer in answers if answer.error), None)
+    if broken:
+        return failed(example, broken)
+    asked = (Turn(example.question, example.answers, example.max_new_tokens), *example.turns)
+    turns: list[dict[str, Any]] = []
+    for turn, answer, question in zip(asked, answers, heard, strict=True):
+        prediction = setting.encoder.text(answer.ids)
+        tags = example.tags | turn.tags
+        own = replace(example, question=turn.question, answers=turn.answers, tags=tags, turns=())
+        turns.append(
+            {
+                "prediction": prediction,
+                "score": setting.task.score(own, prediction),
+                "stop": answer.stop,
+                "tokens_out": len(answer.ids),
+                "held": question.report.held_end,
+                "full": question.report.full,
+            }
+        )
+    scores = [turn["score"] for turn in turns]
+    later = sum(len(question.golden) for question in said.later)
+    return {
+        **about(example),
+        "prediction": "\n".join(turn["prediction"] for turn in turns),
+        "score": sum(scores) / len(scores),
+        # apart from each other questions have no order
+        **({} if example.history == "none" else _parts({f"turn {n}": s for n, s in enumerate(scores, 1)})),
+        "turns": turns,
+        "tokens_in": len(first.prompt.ids) + later,
+        "tokens_context": first.prompt.n_context,
+        "tokens_out": sum(turn["tokens_out"] for turn in turns),
+        "cut": first.cut,
+        "bos": first.bos,
+        **costs,
+    }
 
 
 def by_forcing(setting: Setting, method: Method, batch: Sequence[Example]) -> list[dict[str, Any]]:
@@ -375,25 +324,31 @@ def predicted(
     return rows
 
 
+def choices_of(setting: Setting, batch: Sequence[Example]) -> tuple[list[list[Asked]], list[int]]:
+    """The choices of a batch as token ids, and the numbers of its samples."""
+    asked = [[encode(setting.encoder, example, choice) for choice in example.choices] for example in batch]
+    return asked, [setting.encoder.encoded(example, [], 0, False).prompt.sample for example in batch]
+
+
 def by_choices(setting: Setting, method: Method, batch: Sequence[Example]) -> list[dict[str, Any]]:
     """Ways to go on, compared by their likelihood after the compressed prompt."""
-    asked = [[encode(setting.encoder, example, choice) for choice in example.choices] for example in batch]
-    samples = [setting.encoder.encoded(example, [], 0, False).prompt.sample for example in batch]
+    asked, samples = choices_of(setting, batch)
     found, cache, timings = compare(
         setting.model, method, asked, samples, setting.protocol, setting.chunk, batch[0].stride, setting.pad_id
     )
     cache.check_budget()
     costs = spent(setting, len(batch), cache.report().to_dict(), timings)
-    return [_compared(setting, *one, costs) for one in zip(batch, asked, found)]
+    return [compared(setting, *one, costs) for one in zip(batch, asked, found)]
 
 
-def _compared(
+def compared(
     setting: Setting,
     example: Example,
     asked: Sequence[Asked],
     found: Sequence[tuple[float, bool]],
     costs: dict[str, Any],
 ) -> dict[str, Any]:
+    """The row of one example's choices; costs: the batch's size, ledger and times."""
     sums = [total for total, _ in found]
     if not all(map(math.isfinite, sums)):
         return failed(example, "the log-likelihoods are not finite")

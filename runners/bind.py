@@ -202,9 +202,13 @@ class KVCache(Cache):
 
     def fork(self) -> KVCache:
         """A copy that goes on by itself; what belongs to the method or the model is shared, not copied."""
+        return copy.deepcopy(self, {id(one): one for one in self.lent()})
+
+    def lent(self) -> list[Any]:
+        """What is the method's or the model's, and not this sequence's."""
         adapters = (tensor for layer in self.layers for tensor in layer.inner.adapters())
-        shared = (self.method, self.spec, self.spec.__dict__.get("prepared"), *adapters)
-        return copy.deepcopy(self, {id(one): one for one in shared if one is not None})
+        lent = (self.method, self.spec, self.spec.__dict__.get("prepared"), *adapters)
+        return [one for one in lent if one is not None]
 
     def report(self) -> Report:
         """Bytes held, read and spent so far; see runners/meter.py."""
@@ -212,7 +216,7 @@ class KVCache(Cache):
 
     def check_budget(self) -> None:
         """Raises BudgetMiss when the prompt's end left more than the budget and its documented overhead."""
-        self.meter.check_budget(self.method.name)
+        self.meter.books.check_budget(self.method.name)
 
 
 def _attention(

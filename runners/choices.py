@@ -15,7 +15,7 @@ from torch import Tensor
 
 from runners.generate import MakesCache, Timings, start
 from runners.prompt import Encoder
-from runners.session import now
+from runners.session import State, now
 from tasks.base import Choice, Example
 
 if TYPE_CHECKING:
@@ -86,6 +86,10 @@ class _Row:
     members: list[tuple[int, int]]
 
 
+#: for every example and choice the log-likelihood in nats, and whether all its tokens were the likeliest
+Likelihoods = list[list[tuple[float, bool]]]
+
+
 @torch.inference_mode()
 def compare(
     model: PreTrainedModel,
@@ -96,51 +100,73 @@ def compare(
     chunk: int | None = None,
     stride: int | None = None,
     pad_id: int = 0,
-) -> tuple[list[list[tuple[float, bool]]], Any, Timings]:
-    """For every example and choice the log-likelihood in nats and whether all its tokens were the likeliest; the cache
-    that they were made with, and the time it took.
+) -> tuple[Likelihoods, Any, Timings]:
+    """The choices' likelihoods, the cache that they were made with, and the time it took.
 
     Choices of equal prompts share one compressed cache, from which each goes on by itself. protocol: "aware" compresses
     the prompt but for its last token, "agnostic" the example's context. stride: tokens of a choice fed at once.
     """
-    rows = _rows(asked, samples, protocol)
+    choices = Choices(asked, samples, protocol, stride, pad_id)
     began = now(model.device)
-    session, after = start(model, method, [row.first for row in rows], [row.sample for row in rows], chunk, pad_id)
+    session, after = start(model, method, choices.firsts, choices.samples, chunk, pad_id)
     prompt_done = now(model.device)
-    if any(len(row.rest) > 1 for row in rows):
-        session.feed([row.rest[:-1] for row in rows])
-    question_done = now(model.device)
-    found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    cache, steps = session.cache, 0
-    for turn in range(max(len(row.members) for row in rows)):
-        members = [row.members[min(turn, len(row.members) - 1)] for row in rows]
-        texts = [asked[i][j].text for i, j in members]
-        parts = [(*row.rest[-1:], *text[:-1]) for row, text in zip(rows, texts)]
-        fed = after[:, None, :][:, :0]  # [B, T, V], after every token of the parts
-        if any(parts):
-            # a fork leaves what the next choice starts from as it is
-            own = session.fork()
-            # filled up on the right: what comes after a text cannot change its score
-            width = max(map(len, parts))
-            ids = torch.tensor([[*part, *[pad_id] * (width - len(part))] for part in parts])
-            fed = own.run(ids, chunk=stride, every=True)
-            cache, steps = own.cache, steps + width
-        for i, (place, text, row) in enumerate(zip(members, texts, rows)):
-            logits = fed[i, : len(text) - (not row.rest)]
-            if not row.rest:  # a prompt of one token, which could not be held back
-                logits = torch.cat((after[i : i + 1], logits))
-            found[place] = _likelihood(logits, torch.tensor(text, device=logits.device))
-    sums = torch.stack([total for total, _ in found.values()]).tolist()
-    likeliest = torch.stack([best for _, best in found.values()]).tolist()
-    done = dict(zip(found, zip(sums, likeliest)))
-    timings = Timings(
-        prompt=prompt_done - began,
-        question=question_done - prompt_done,
-        decode=now(model.device) - question_done,
-        n_prompt=sum(len(row.first) for row in rows),
-        steps=steps,
-    )
-    return [[done[i, j] for j in range(len(choices))] for i, choices in enumerate(asked)], cache, timings
+    (found,) = choices.rate(session, after)
+    return found, session.cache, choices.timings(prompt_done - began, now(model.device) - prompt_done)
+
+
+class Choices:
+    """The prompts of a batch, each once, and the choices behind them.
+
+    firsts, samples: what is read and compressed, and whose it is; a row per prompt.
+    """
+
+    def __init__(
+        self, asked: Sequence[Sequence[Asked]], samples: Sequence[int], protocol: str, stride: int | None, pad_id: int
+    ):
+        self.asked, self.stride, self.pad_id = asked, stride, pad_id
+        self.rows = _rows(asked, samples, protocol)
+        self.firsts, self.samples = [row.first for row in self.rows], [row.sample for row in self.rows]
+        self.steps = 0
+
+    def rate(self, state: State, after: Tensor) -> list[Likelihoods]:
+        """What each cache of a state behind the prompts finds.
+
+        after [caches * rows, V]: logits after the prompts.
+        """
+        rows = self.rows
+        if any(len(row.rest) > 1 for row in rows):
+            state.feed([row.rest[:-1] for row in rows])
+        after = after.unflatten(0, (-1, len(rows)))  # [caches, rows, V]
+        found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # each [caches]
+        turns = max(len(row.members) for row in rows)
+        for turn in range(turns):
+            members = [row.members[min(turn, len(row.members) - 1)] for row in rows]
+            texts = [self.asked[i][j].text for i, j in members]
+            # what the next choice starts from stays as it is
+            fed = self._feed(state if turn + 1 == turns else state.fork(), texts, after)
+            for i, (place, text, row) in enumerate(zip(members, texts, rows)):
+                logits = fed[:, i, : len(text) - (not row.rest)]
+                if not row.rest:  # a prompt of one token, which could not be held back
+                    logits = torch.cat((after[:, i, None], logits), dim=1)
+                found[place] = _likelihood(logits, torch.tensor(text, device=logits.device))
+        sums = torch.stack([total for total, _ in found.values()], dim=1).tolist()
+        likeliest = torch.stack([best for _, best in found.values()], dim=1).tolist()
+        by_cache = [dict(zip(found, zip(*own))) for own in zip(sums, likeliest)]
+        return [[[done[i, j] for j in range(len(own))] for i, own in enumerate(self.asked)] for done in by_cache]
+
+    def _feed(self, state: State, texts: Sequence[Sequence[int]], after: Tensor) -> Tensor:
+        """Logits [caches, rows, T, V] behind every token of a choice per row, its last one left out."""
+        parts = [(*row.rest[-1:], *text[:-1]) for row, text in zip(self.rows, texts)]
+        if not any(parts):
+            return after[:, :, None][:, :, :0]
+        # filled up on the right: what comes after a text cannot change its score
+        width = max(map(len, parts))
+        ids = torch.tensor([[*part, *[self.pad_id] * (width - len(part))] for part in parts])
+        self.steps += width
+        return state.run(ids, chunk=self.stride, every=True).unflatten(0, (-1, len(parts)))
+
+    def timings(self, prompt: float, choices: float) -> Timings:
+        return Timings(prompt, 0.0, choices, n_prompt=sum(map(len, self.firsts)), steps=self.steps)
 
 
 def _rows(asked: Sequence[Sequence[Asked]], samples: Sequence[int], protocol: str) -> list[_Row]:
@@ -154,6 +180,6 @@ def _rows(asked: Sequence[Sequence[Asked]], samples: Sequence[int], protocol: st
 
 
 def _likelihood(logits: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the log-probabilities of tokens [T] from logits [T, V], and whether each of them is the likeliest."""
-    own = logits.float().log_softmax(-1).gather(-1, text[:, None])  # [T, 1]
-    return own.sum(), (logits.argmax(-1) == text).all()
+    """The sums of the log-probabilities of tokens [T] from logits [n, T, V], and whether each is the likeliest; [n]."""
+    own = logits.float().log_softmax(-1).gather(-1, text[None, :, None].expand(len(logits), -1, 1))  # [n, T, 1]
+    return own.sum((1, 2)), (logits.argmax(-1) == text).all(-1)

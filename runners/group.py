@@ -21,7 +21,7 @@ from methods.core.contract import LayerCache, Method, ModelSpec, Step
 from methods.core.group import Rows, Shared
 from runners.bind import KVCache, bind
 from runners.meter import Meter
-from runners.session import LOOK_EVERY, Answer, NewTokens, Session
+from runners.session import LOOK_EVERY, Answer, Heard, Limits, NewTokens, Session, now
 from runners.time_limit import TimeLimit
 
 if TYPE_CHECKING:
@@ -53,9 +53,10 @@ class Group:
         pad_id: int = 0,
         more: bool = False,
     ) -> tuple[Group, Tensor]:
-        """A group behind its prompts, and what reading them gave.
+        """A group behind its prompts, and what reading them gave, once per active member.
 
-        read: feeds the prompts, one row per sample.  prompt_len: as for `Method.caches`.
+        read: feeds the prompts, one row per sample, and gives a tensor of these rows.
+        prompt_len: as for `Method.caches`.
         more: other prompts follow, and nobody is held to a budget yet.
         """
         members = [Member(model, method, prompt_len, samples) for method in methods]
@@ -71,20 +72,39 @@ class Group:
             if not more:
                 member.check_budget()
         active = sum(member.error is None for member in members)
-        return cls(model, members, _RowsSession(session, active), shared, len(samples)), found
+        group = cls(model, members, _RowsSession(session, active), shared, len(samples))
+        return group, found.repeat(active, *[1] * (found.dim() - 1))
 
-    def decode(
-        self,
-        logits: Tensor,
-        limits: Sequence[Any],
-        ended: Callable[[Member, list[Answer], int], None],
-        deadline: float | None = None,
-    ) -> None:
-        """Greedy answers; `ended` gets each member with its answers and steps when it leaves, its cache still whole.
+    def feed(self, parts: Sequence[Sequence[int]], ends_prompt: bool = False) -> Tensor:
+        """As Session.feed, one part per prompt for all members; [active * B, V]."""
+        return self.session.feed([*parts] * len(self.active), ends_prompt=ends_prompt)
+
+    def run(self, ids: Tensor, chunk: int | None = None, every: bool = False) -> Tensor:
+        """As Session.run, for ids [B, T] of all members."""
+        return self.session.run(ids.repeat(len(self.active), 1), chunk=chunk, every=every)
+
+    def fork(self) -> Group:
+        """A group that goes on from here by itself; a member that fails in one of the two has failed in both."""
+        lent = [self.model, *self.session.cache.lent()]
+        for member in self.members:
+            lent += [member] if member not in self.active else [member.fate, *member.cache.lent()]
+        return copy.deepcopy(self, {id(one): one for one in lent})
+
+    def answer(
+        self, logits: Tensor, limits: Sequence[Limits], exact: bool = False, deadline: float | None = None
+    ) -> list[Heard | Exception]:
+        """Greedy answers of all members, in their order; the error of one that has failed.
+
+        A member leaves when all its rows have ended: nothing can be fed afterwards.
 
         logits [active * B, V]: after what was last fed.  limits: one per prompt.
         deadline: on time.perf_counter's clock; who has not ended by then fails with TimeLimit.
         """
+        assert not exact, "rows that end apart from each other cannot go on together"
+        self._decode(logits, limits, deadline)
+        return [found for member in self.members if (found := member.heard or member.error) is not None]
+
+    def _decode(self, logits: Tensor, limits: Sequence[Limits], deadline: float | None) -> None:
         if not self.active:
             return
         session, device = self.session, logits.device
@@ -101,7 +121,7 @@ class Group:
                         member.fail(TimeLimit("was not done within the time limit"))
                 stay = [i for i, over in enumerate(rows.ended(self.B)) if not over and self.active[i].error is None]
                 if len(stay) < len(self.active):
-                    self._leave(rows, done, ended, but=stay)
+                    self._leave(rows, done, but=stay)
                     if not self.active:
                         return
                     new = new[rows.keep(stay, self.B)]
@@ -110,17 +130,14 @@ class Group:
             here = slice(done, done + 1)
             seen = mask[:, : n + done + 1].repeat(M, 1)
             new = rows.take(session._forward(new[:, None], pos[:, here].repeat(M, 1), seen, False)[:, -1])
-        self._leave(rows, steps, ended)
+        self._leave(rows, steps)
 
-    def _leave(
-        self, rows: _Tokens, steps: int, ended: Callable[[Member, list[Answer], int], None], but: Sequence[int] = ()
-    ) -> None:
+    def _leave(self, rows: _Tokens, steps: int, but: Sequence[int] = ()) -> None:
         """Let all members go that are not in `but`, places among the active."""
+        at = now(self.model.device)
         for i, member in enumerate(self.active):
             if i not in but:
-                if member.error is None:
-                    ended(member, rows.answers_of(i, self.B), steps)
-                member.free()
+                member.leave(rows.answers_of(i, self.B), steps, at)
         self.active = [self.active[i] for i in but]
 
     def _gather(self, before: KVCache) -> None:
@@ -137,11 +154,15 @@ class Group:
 
 
 class Member:
-    """One method of a group: its cache, and what became of it."""
+    """One method of a group: its cache, and what became of it.
+
+    heard: its answers, once it has left.  fate: what ended it, if anything did; shared with its forks.
+    """
 
     def __init__(self, model: PreTrainedModel, method: Method, prompt_len: int | None, samples: Sequence[int]):
         self.method = method
-        self.error: Exception | None = None
+        self.heard: Heard | None = None
+        self.fate: list[Exception] = []
         self.layers: list[_Watched] = []
 
         def begin() -> None:
@@ -149,6 +170,10 @@ class Member:
             self.layers = [_Watched(self, layer.inner) for layer in self.cache.layers]
 
         self.guard(begin)
+
+    @property
+    def error(self) -> Exception | None:
+        return self.fate[0] if self.fate else None
 
     def guard(self, act: Callable[[], None]) -> None:
         """Do something that concerns this member only: an error ends the member, not the group."""
@@ -163,7 +188,7 @@ class Member:
 
     def fail(self, error: Exception) -> None:
         # the traceback holds tensors of the failed step
-        self.error = error.with_traceback(None)
+        self.fate.append(error.with_traceback(None))
         for layer in self.layers:
             layer.inner = None
 
@@ -175,8 +200,10 @@ class Member:
     def check_budget(self) -> None:
         self.guard(lambda: self.cache.check_budget())
 
-    def free(self) -> None:
-        """Let the cache go: others may decode for a long time yet."""
+    def leave(self, answers: list[Answer], steps: int, at: float) -> None:
+        """Let the cache go with these answers: others may decode for a long time yet."""
+        if self.error is None:
+            self.heard = Heard(answers, self.cache.report(), steps, at)
         del self.cache
         for layer in self.layers:
             layer.inner = None

@@ -56,6 +56,11 @@ class Report:
         """held_prompt over full_prompt: what the method really left of the prompt's cache."""
         return self.held_prompt / self.full_prompt if self.full_prompt else 0.0
 
+    def check_budget(self, method: str) -> None:
+        """Raises BudgetMiss when more was held at the prompt's end than asked for and documented."""
+        if self.held_prompt > self.asked + self.overhead:
+            raise BudgetMiss(method, self.asked + self.overhead, self.held_prompt)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields and the share, as plain values."""
         return {**dataclasses.asdict(self), "share": self.share}
@@ -123,12 +128,6 @@ class Meter:
         if self._device != "cpu":
             books.host = nbytes(t for x in self.layers for t in x.tensors() if t.device.type == "cpu")
         return books
-
-    def check_budget(self, name: str) -> None:
-        """Raises BudgetMiss when more is held at the prompt's end than asked for and documented."""
-        books = self.books
-        if books.held_prompt > books.asked + books.overhead:
-            raise BudgetMiss(name, books.asked + books.overhead, books.held_prompt)
 
     def _add(self, held: int) -> None:
         passes, total = self._after_prompt

@@ -7,10 +7,12 @@ import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
+
+from runners.meter import Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +41,36 @@ class Answer:
     ids: list[int]
     stop: str
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What one cache answered: one answer per row of the prompts, its ledger by then, the passes of the decoding.
+
+    at: on `now`'s clock, when its last row had ended.
+    """
+
+    answers: list[Answer]
+    report: Report
+    steps: int
+    at: float
+
+
+class State(Protocol):
+    """A batch behind its prompts: one cache's, which is a Session, or that of many caches, a Group.
+
+    feed, run: as in Session; many caches are all fed the same, and their logits follow each other.
+    """
+
+    def feed(self, parts: Sequence[Sequence[int]], *, ends_prompt: bool = False) -> Tensor: ...
+
+    def run(self, ids: Tensor, *, chunk: int | None = None, every: bool = False) -> Tensor: ...
+
+    def answer(self, logits: Tensor, limits: Sequence[Limits], *, exact: bool = False) -> list[Heard | Exception]:
+        """Greedy answers of every cache, from the logits after what was last fed."""
+        ...
+
+    def fork(self) -> Self: ...
 
 
 class Session:
@@ -107,6 +139,12 @@ class Session:
         self.mask, self.counts = mask[:, : n + done], self.counts + done
         self.steps += done
         return rows.answers()
+
+    def answer(self, logits: Tensor, limits: Sequence[Limits], exact: bool = False) -> list[Heard | Exception]:
+        """What `decode` gives, with the cache's ledger."""
+        before = self.steps
+        answers = self.decode(logits, limits, exact)
+        return [Heard(answers, self.cache.report(), self.steps - before, now(self.model.device))]
 
     def fork(self) -> Session:
         """A session that goes on from here by itself; what the method shares between sequences is not copied."""

@@ -26,7 +26,9 @@ from runners import show
 from runners.answer import failed
 from runners.cells import Cell, Run, plain
 from runners.check import check
+from runners.choices import encode
 from runners.claims import Claims
+from runners.dialogue import dialogue
 from runners.jobs import NUMBERS, announced, numbers_apart, unpack
 from runners.load import Checkpoint, load_model
 from runners.memory import Size, device_bytes
@@ -254,14 +256,14 @@ class Sweep:
         bound = self.cfg.group.max_bytes or self._half_of_memory
         tokens = max(self.tokens(example) for example in examples)
         part: list[Member] = []
-        held = self.size.prompt(tokens, len(examples))
-        # every token of a block that is fed has logits
-        block = max(min(e.forced.stride, e.forced.length) if e.forced else 1 for e in examples)
+        rows = sum(map(rows_of, examples))
+        held = self.size.prompt(tokens, rows)
+        logits = self.size.logits(max(map(block_of, examples)), rows)
         for member in members:
-            own = self.member_bytes(member, examples) + self.size.logits(block, len(examples))
+            own = self.member_bytes(member, examples) + logits
             if part and (held + own > bound or len(part) == self.most):
                 yield part
-                part, held = [], self.size.prompt(tokens, len(examples))
+                part, held = [], self.size.prompt(tokens, rows)
             part.append(member)
             held += own
         yield part
@@ -269,26 +271,36 @@ class Sweep:
     def member_bytes(self, member: Member, examples: Sequence[Example]) -> int:
         """What a member's cache takes for a batch, by its budget."""
         tokens = max(self.tokens(example) for example in examples)
-        new = max(example.max_new_tokens for example in examples)
+        new = max(max(example.max_new_tokens, block_of(example)) for example in examples)
         chunked = self.cfg.chunk is not None
-        return self.size.member(member.cell.method, tokens, new, len(examples), chunked)
+        own = self.size.member(member.cell.method, tokens, new, sum(map(rows_of, examples)), chunked)
+        # later questions and choices go on from a copy of what the earlier ones found
+        return 2 * own if any(example.kind in ("turns", "choices") for example in examples) else own
 
     @cached_property
     def _half_of_memory(self) -> int:
         return device_bytes(self.run.device) // 2
 
     def tokens(self, example: Example) -> int:
-        """Tokens of the prompt; as many as fit where it cannot be encoded."""
+        """Tokens of the prompt and later questions; as many as fit where they cannot be encoded."""
         if example.timed is not None:
             return example.timed.length * example.timed.batch
         if example.forced is not None:
             return example.forced.length
         if example.id not in self._known:
             try:
-                self._known[example.id] = len(self.run.encoder(example).prompt.ids)
+                self._known[example.id] = self._count(example)
             except ValueError:
                 self._known[example.id] = self.run.encoder.max_length or 0
         return self._known[example.id]
+
+    def _count(self, example: Example) -> int:
+        if example.kind == "choices":
+            return max(len(encode(self.run.encoder, example, choice).prompt) for choice in example.choices)
+        if example.kind == "turns":
+            talk = dialogue(self.run.encoder, example)
+            return len(talk.first.prompt.ids) + sum(len(question.golden) for question in talk.later)
+        return len(self.run.encoder(example).prompt.ids)
 
     def _together(self, members: list[Member], examples: Sequence[Example]) -> None:
         """Run a group; a member that fails is tried once more alone, a group that is too large in two halves."""
@@ -365,6 +377,19 @@ class Sweep:
 def loaded(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model, once for consecutive groups of a process."""
     return load_model(checkpoint, dtype, device)
+
+
+def rows_of(example: Example) -> int:
+    """Rows of a pass that an example takes: one for every prompt that is different."""
+    return len({choice.question for choice in example.choices}) or 1
+
+
+def block_of(example: Example) -> int:
+    """The most tokens that are fed at once and of which each has logits."""
+    if example.forced is not None:
+        return min(example.forced.stride, example.forced.length)
+    longest = max((len(choice.text) for choice in example.choices), default=1)  # a token has a character at least
+    return min(longest, example.stride or longest)
 
 
 def _place() -> show.Place | None:

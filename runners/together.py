@@ -1,9 +1,11 @@
-"""Many methods on the same samples: what `generate` and `force` give alone, from one pass over each prompt."""
+"""Many methods on the same samples: what each gives alone, from one pass over each prompt."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +13,12 @@ import torch
 from torch import Tensor
 
 from methods.core.contract import Method
-from runners.answer import Setting, answered, predicted, run_of, spent, texts
+from runners.answer import Setting, answered, choices_of, compared, predicted, run_of, spent, talk_of, talked, texts
+from runners.choices import Choices
 from runners.forced import Text
 from runners.generate import Prompt, Timings
-from runners.group import Group, Member
-from runners.session import Answer, Session, now
+from runners.group import Group
+from runners.session import Answer, Heard, Session, now
 from runners.time_limit import TimeLimit, within
 from tasks.base import Example, Forced
 
@@ -56,32 +59,55 @@ def together(
     assert not any(method.changes_prompt for method in methods), "a method that changes the prompt runs alone"
     parts = [prompt.parts(protocol) for prompt in prompts]
     firsts = [first for first, _ in parts]
-    n = max(map(len, firsts))
+    began = now(model.device)
+    group, logits = begin(model, methods, firsts, [prompt.sample for prompt in prompts], chunk, pad_id)
+    prompt_done = now(model.device)
+    if group.active and any(rest for _, rest in parts):
+        logits = group.feed([rest for _, rest in parts])
+    question_done = now(model.device)
+    limits = [prompt.limits for prompt in prompts]
+    outcomes = []
+    for one in group.answer(logits, limits, deadline=None if limit is None else began + limit):
+        times = prompt_done - began, question_done - prompt_done
+        if isinstance(one, Heard):
+            timings = Timings(*times, one.at - question_done, sum(map(len, firsts)), one.steps)
+            outcomes.append(Outcome(one.answers, one.report.to_dict(), timings))
+        else:
+            outcomes.append(Outcome([], {}, Timings(*times, 0.0, 0, 0), one))
+    return outcomes
+
+
+def begin(
+    model: PreTrainedModel,
+    methods: Sequence[Method],
+    prompts: Sequence[Sequence[int]],
+    samples: Sequence[int],
+    chunk: int | None = None,
+    pad_id: int = 0,
+    more: bool = False,
+) -> tuple[Group, Tensor]:
+    """What `start` gives for one method: a group behind its prompts, and the logits after them, [active * B, V].
+
+    more: prompts follow that are compressed again, and nobody is held to a budget yet.
+    """
+    n = max(map(len, prompts))
     in_chunks = chunk is not None and chunk < n
 
     def read(session: Session) -> Tensor:
-        return session.feed(firsts, chunk if in_chunks else None)
+        return session.feed(prompts, chunk if in_chunks else None)
 
-    began = now(model.device)
-    samples = [prompt.sample for prompt in prompts]
-    group, logits = Group.begin(model, methods, samples, read, n if in_chunks else None, pad_id)
-    logits = logits.repeat(len(group.active), 1)  # [active * B, V]
-    prompt_done = now(model.device)
-    if group.active and any(rest for _, rest in parts):
-        logits = group.session.feed([rest for _, rest in parts] * len(group.active))
-    question_done = now(model.device)
+    return Group.begin(model, methods, samples, read, n if in_chunks else None, pad_id, more)
 
-    def ended(member: Member, answers: list[Answer], steps: int) -> None:
-        times = (prompt_done - began, question_done - prompt_done, now(model.device) - question_done)
-        outcome = Outcome(
-            answers, member.cache.report().to_dict(), Timings(*times, sum(len(a) for a, _ in parts), steps)
-        )
-        outcomes[member] = outcome
 
-    outcomes: dict[Member, Outcome] = {}
-    group.decode(logits, [prompt.limits for prompt in prompts], ended, None if limit is None else began + limit)
-    nothing = Timings(prompt_done - began, question_done - prompt_done, 0.0, 0, 0)
-    return [outcomes.get(member, Outcome([], {}, nothing, member.error)) for member in group.members]
+@contextlib.contextmanager
+def limited(group: Group, seconds: float | None, spent: float) -> Iterator[None]:
+    """Inside the block all members fail with TimeLimit once the time is up. spent: seconds that are gone already."""
+    try:
+        with within(group.model, None if seconds is None else seconds - spent):
+            yield
+    except TimeLimit:
+        for member in group.members:
+            member.fail(TimeLimit(f"was not done within time_limit={seconds:g} seconds"))
 
 
 @torch.inference_mode()
@@ -97,15 +123,10 @@ def force_together(
     began = now(model.device)
     text = Text(pieces, forced, model.device)
     group, losses = Group.begin(model, methods, samples, text.begin, more=True)
-    losses = losses.repeat(len(group.active), 1)  # [active * B, L]
     prompt_done = now(model.device)
-    try:
-        with within(model, None if limit is None else limit - (prompt_done - began)):
-            if group.active:
-                text.go_on(group.session, losses)
-    except TimeLimit:
-        for member in group.active:
-            member.fail(TimeLimit(f"was not done within time_limit={limit:g} seconds"))
+    with limited(group, limit, prompt_done - began):
+        if group.active:
+            text.go_on(group.session, losses)
     timings = text.timings(prompt_done - began, now(model.device) - prompt_done)
     own = {member: rows for member, rows in zip(group.active, losses.split(len(pieces)))}
     found = []
@@ -130,13 +151,11 @@ def why_alone(example: Example) -> str | None:
     """Why an example is run for one method after the other; None where its prompt can be read once for several."""
     if example.kind == "answer":
         return None if example.beams == 1 else "a beam search"
+    if example.kind == "turns":
+        return "questions that go on from answers of their own" if example.history == "own" else None
     if example.forced is not None:
         return "one pass over a text" if example.forced.through == "one_pass" else None
-    return {
-        "turns": "several questions",
-        "choices": "choices that are compared",
-        "timed": "times are taken of one cell after the other",
-    }[example.kind]
+    return "times are taken of one cell after the other" if example.kind == "timed" else None
 
 
 def answer_together(
@@ -149,8 +168,7 @@ def answer_together(
     found: list[list[dict[str, Any]] | Exception] = [[] for _ in methods]
     for _, alike in groupby(batch, run_of):
         part = list(alike)
-        make = _answers if part[0].forced is None else _predictions
-        for i, rows in enumerate(make(setting, methods, part, limit)):
+        for i, rows in enumerate(_BY_KIND[part[0].kind](setting, methods, part, limit)):
             before = found[i]
             if not isinstance(before, Exception):
                 found[i] = rows if isinstance(rows, Exception) else [*before, *rows]
@@ -174,3 +192,53 @@ def _predictions(
     for one in force_together(setting.model, methods, pieces, plan, samples, limit):
         costs = {**spent(setting, len(batch), one.ledger, one.timings), "group": len(methods)}
         yield one.error or predicted(setting, batch, pieces, one.losses, one.timings.n_prompt, costs)
+
+
+@torch.inference_mode()
+def _talks(
+    setting: Setting, methods: Sequence[Method], batch: Sequence[Example], limit: float | None
+) -> Iterator[list[dict[str, Any]] | Exception]:
+    talk = talk_of(setting, batch)
+    began = now(setting.model.device)
+    group, logits = begin(
+        setting.model, methods, talk.firsts, talk.samples, setting.chunk, setting.pad_id, more=talk.recompress
+    )
+    seconds = now(setting.model.device) - began
+    with limited(group, limit, seconds):
+        if group.active:
+            talk.go_on(group, logits)
+    for i, member in enumerate(group.members):
+        heard = [one for question in talk.heard if isinstance(one := question[i], Heard)]
+        if heard:
+            member.guard(partial(heard[-1].report.check_budget, member.method.name))
+        if member.error is None:
+            costs = spent(setting, len(batch), heard[-1].report.to_dict(), talk.timings(seconds))
+            yield talked(setting, batch, talk, heard, {**costs, "group": len(methods)})
+        else:
+            yield member.error
+
+
+@torch.inference_mode()
+def _choices(
+    setting: Setting, methods: Sequence[Method], batch: Sequence[Example], limit: float | None
+) -> Iterator[list[dict[str, Any]] | Exception]:
+    asked, samples = choices_of(setting, batch)
+    choices = Choices(asked, samples, setting.protocol, batch[0].stride, setting.pad_id)
+    began = now(setting.model.device)
+    group, after = begin(setting.model, methods, choices.firsts, choices.samples, setting.chunk, setting.pad_id)
+    prompt_done = now(setting.model.device)
+    found = {}
+    with limited(group, limit, prompt_done - began):
+        if group.active:
+            found = dict(zip(group.active, choices.rate(group, after), strict=True))
+    timings = choices.timings(prompt_done - began, now(setting.model.device) - prompt_done)
+    for member in group.members:
+        if member.error is None:
+            ledger = member.cache.report().to_dict()
+            costs = {**spent(setting, len(batch), ledger, timings), "group": len(methods)}
+            yield [compared(setting, *each, costs) for each in zip(batch, asked, found[member], strict=True)]
+        else:
+            yield member.error
+
+
+_BY_KIND = {"answer": _answers, "forced": _predictions, "turns": _talks, "choices": _choices}

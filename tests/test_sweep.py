@@ -19,6 +19,7 @@ from methods.core.errors import BudgetMiss
 from methods.core.eviction import EvictionCache
 from runners import cells, sweep
 from runners.bind import KVCache
+from tests.tasks.choice_items import write
 from tests.test_run import write_split
 
 ROOT = Path(run.__file__).parent
@@ -154,13 +155,42 @@ def test_texts_that_are_fed_share_their_prompts_too(command, tmp_path):
 
 
 def test_what_cannot_share_its_prompts_says_why(command, tmp_path):
-    turns = [{"input": "where is the mat?", "answer": " here."}, {"input": "who sat?", "answer": " the cat."}]
-    kept = tmp_path / "kept.jsonl"
-    kept.write_text(json.dumps({"context": "the cat sat on a mat. " * 9, "multi_turns": turns, "max_new_tokens": 2}))
-    talk = ("task=multiturn", f"task.data={kept}")
-    assert command(*GRID, *talk, "plan=true")[1].count("alone: several questions") == 5
+    talk = (*talk_of(tmp_path), "task.history=own")
+    why = "questions that go on from answers of their own"
+    assert command(*GRID, *talk, "plan=true")[1].count(f"alone: {why}") == 5
     code, _, err = command(*GRID, *talk)
-    assert code == 0 and "5 cells run alone: several questions" in err
+    assert code == 0 and f"5 cells run alone: {why}" in err
+
+
+def talk_of(folder: Path) -> tuple[str, ...]:
+    turns = [{"input": "where is the mat?", "answer": " here."}, {"input": "who sat?", "answer": " the cat."}]
+    rows = [{"context": f"the cat sat on a {what}. " * 9, "multi_turns": turns, "max_new_tokens": 2} for what in "ab"]
+    kept = folder / "kept.jsonl"
+    kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "task=multiturn", f"task.data={kept}"
+
+
+def items_of(folder: Path) -> tuple[str, ...]:
+    (folder / "items").mkdir()
+    return "task=lm_eval", f"task.data={write(folder / 'items')}", "task.tasks=[piqa,copa]"
+
+
+@pytest.mark.parametrize("task", [talk_of, items_of])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_questions_and_choices_share_their_prompts_too(command, tmp_path, task, batch):
+    words = (*task(tmp_path), f"batch_size={batch}")
+    assert command(*GRID, *words)[0] == 0
+    for method, budget in [("nacl", 0.5), ("snapkv", 0.2)]:
+        assert command(f"method={method}", f"budget={budget}", *words, results=tmp_path / "alone")[0] == 0
+    together, alone = comparable(tmp_path / "results"), comparable(tmp_path / "alone")
+    assert len(together) == 5 and len(alone) == 3
+    assert {row["group"] for rows in records(tmp_path / "results").values() for row in rows} == {5}
+    for cell, rows in alone.items():
+        assert len(rows) > 1
+        for id, own in rows.items():
+            ours = together[cell][id]
+            assert ours.pop("likelihoods", None) == pytest.approx(own.pop("likelihoods", None), abs=1e-5)
+            assert ours == own
 
 
 def test_a_sweep_in_batches_equals_single_runs_in_batches(command, tmp_path):

@@ -15,11 +15,13 @@ class Turn:
 
     question: what is asked, without the separator before it.
     answers: references; the first one stands in the golden history.
+    tags: what the score must know of this question, where it is not as the example's tags say.
     """
 
     question: str
     answers: list[str]
     max_new_tokens: int
+    tags: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

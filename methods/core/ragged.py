@@ -22,7 +22,8 @@ class RaggedStore(Store):
 
     Until the first `keep` it is a plain Store. Then the kept slots lie in flat pages, [P, PAGE, D], each page belonging
     to one row and head (`page_row`, b * H + h); new tokens go to the rectangular tail that the base class holds.
-    Unused places of a head's last page have position -1 and are counted as overhead.
+    Unused places of a head's last page have position -1 and are counted as overhead. What a decode step asks of the
+    pages' layout lies on the device, so that it waits for nothing and does the same ops whatever the numbers are.
     """
 
     def __init__(self, capacity: int | None = None):
@@ -30,15 +31,11 @@ class RaggedStore(Store):
         self.pages: dict[str, Tensor] = {}  # "k", "v", "pos" and the side arrays, [P, PAGE, ...]
         self.page_row = torch.empty(0)  # [P]
         self.counts: list[int] = []  # slots in pages per row and head
+        self.held = torch.empty(0)  # the same on the device, [B * H]
+        self.first = torch.empty(0)  # where each head's pages begin, counted in places, [B * H]
 
     def __len__(self) -> int:
         return self.n + max(self.counts, default=0)
-
-    @property
-    def offsets(self) -> Tensor:
-        """First page of every row and head, and their number behind the last: [B * H + 1]."""
-        n_pages = torch.bincount(self.page_row, minlength=len(self.counts))
-        return torch.cat((n_pages.new_zeros(1), n_pages.cumsum(0)))
 
     @property
     def pos(self) -> Tensor:
@@ -70,8 +67,8 @@ class RaggedStore(Store):
         n = max(self.counts)
         self.track(name)
         at, real = self._places(n)
-        flat = self.pages[name].view(-1)
-        flat.index_add_(0, at[real], values[:, :, :n].reshape(at.shape)[real])
+        old = values[:, :, :n].reshape(at.shape).masked_fill(~real, 0.0)  # [B * H, n]
+        self.pages[name].view(-1).index_add_(0, at.flatten(), old.flatten())
         self.buffers[name][:, :, : self.n] += values[:, :, n:]
 
     def keep(self, mask: Tensor, n: int, exact: bool = False) -> None:
@@ -86,6 +83,8 @@ class RaggedStore(Store):
         self.pages["pos"] = torch.where(slots.view(-1, PAGE) >= 0, self.pages["pos"], -1)
         self.buffers = {name: x.new_empty(B, 1 if name == "pos" else H, 0, *x.shape[3:]) for name, x in whole.items()}
         self.page_row, self.counts = page_row, counts
+        self.held = mask.sum(-1).flatten()
+        self.first = _first_pages(self.held) * PAGE
         self.n, self.padded, self.hole = 0, False, None
 
     def drop(self, slot: Tensor) -> None:
@@ -95,7 +94,7 @@ class RaggedStore(Store):
         assert self.hole is None, "a second hole would leave the first one unfilled"
         if self.buffers["pos"].shape[1] == 1:
             self.buffers["pos"] = self.buffers["pos"].expand(-1, self.k.shape[1], -1).clone()
-        self._write("pos", slot, torch.full_like(slot, -1))
+        self._write(slot, {"pos": torch.full_like(slot, -1)})
         self.hole = slot
 
     def attend(self, step: Step) -> Tensor:
@@ -120,60 +119,67 @@ class RaggedStore(Store):
         yield from super().tensors()
         yield from self.pages.values()
         if self.counts:
-            yield self.page_row
+            yield from (self.page_row, self.held, self.first)
 
     def overhead(self) -> int:
-        """The base's, and positions, page owners and the unused places of last pages."""
+        """The base's, and positions, the pages' layout and the unused places of last pages."""
         if not self.counts:
             return super().overhead()
         unused = self.page_row.shape[0] * PAGE - sum(self.counts)
         per_place = sum(x[:1, :1].nbytes for name, x in self.pages.items() if name in ("k", "v"))
         side = sum(x.nbytes for name, x in self.pages.items() if name not in ("k", "v"))
-        return super().overhead() + unused * per_place + side + self.page_row.nbytes
+        layout = self.page_row.nbytes + self.held.nbytes + self.first.nbytes
+        return super().overhead() + unused * per_place + side + layout
 
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
         if not self.counts:
             return
-        H = self.buffers["k"].shape[1]
-        heads = torch.arange(H, device=rows.device)
-        old = (rows[:, None] * H + heads).flatten()  # [B * H]
-        n_pages = (self.offsets[1:] - self.offsets[:-1])[old]
-        first = self.offsets[old]
-        start = n_pages.cumsum(0) - n_pages
-        within = torch.arange(int(n_pages.sum()), device=rows.device) - torch.repeat_interleave(start, n_pages)
-        take = torch.repeat_interleave(first, n_pages) + within
-        self.pages = {name: x[take] for name, x in self.pages.items()}
-        self.page_row = torch.repeat_interleave(torch.arange(len(old), device=rows.device), n_pages)
+        H, device = self.buffers["k"].shape[1], self.page_row.device
+        old = (rows.to(device)[:, None] * H + torch.arange(H, device=device)).flatten()  # [B * H]
         self.counts = [self.counts[i] for i in old.tolist()]
+        self.held, came_from = self.held[old], self.first[old] // PAGE
+        first, total = _first_pages(self.held), sum(-(-n // PAGE) for n in self.counts)
+        owners = torch.arange(len(old), device=device)
+        self.page_row = torch.repeat_interleave(owners, _n_pages(self.held), output_size=total)
+        take = torch.arange(total, device=device) + (came_from - first)[self.page_row]
+        self.pages = {name: x[take] for name, x in self.pages.items()}
+        self.first = first * PAGE
 
     def _fill_hole(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         if not self.counts:
             super()._fill_hole(k, v, pos)
             return
         assert self.hole is not None
-        for name, new in (("k", k[:, :, 0]), ("v", v[:, :, 0]), ("pos", pos.expand(self.hole.shape))):
-            self._write(name, self.hole, new)
-        for name, fill in self.fills.items():
-            self._write(name, self.hole, torch.full_like(self.hole, fill, dtype=torch.float32))
+        new = {name: torch.full_like(self.hole, fill, dtype=torch.float32) for name, fill in self.fills.items()}
+        self._write(self.hole, {"k": k[:, :, 0], "v": v[:, :, 0], "pos": pos.expand(self.hole.shape), **new})
         self.hole = None
 
-    def _write(self, name: str, slot: Tensor, values: Tensor) -> None:
-        """Values [B, H, ...] into one slot per row and head, slot [B, H] in the order of `read`."""
+    def _write(self, slot: Tensor, new: dict[str, Tensor]) -> None:
+        """New values [B, H, ...] of some arrays in one slot per row and head, slot [B, H] in the order of `read`."""
         n = max(self.counts)
-        flat, stored = self.pages[name].flatten(0, 1), slot < n
-        flat[(self.offsets[:-1].view_as(slot) * PAGE + slot)[stored]] = values[stored].to(flat.dtype)
-        b, h = (~stored).nonzero(as_tuple=True)
-        self.buffers[name][b, h, slot[b, h] - n] = values[b, h].to(flat.dtype)
+        if n > 0:
+            inside = (slot < n).flatten()  # [B * H]
+            # heads that write into the tail repeat what the first that does not writes, or the first place as it is
+            head = torch.where(inside, torch.arange(len(inside), device=slot.device), inside.int().argmax())
+            at = torch.where(inside.any(), (self.first + slot.flatten())[head], 0)
+            for name, x in new.items():
+                flat = self.pages[name].flatten(0, 1)
+                flat[at] = torch.where(inside.any(), x.flatten(0, 1)[head].to(flat.dtype), flat[at])
+        if self.n > 0:
+            rows, heads = (torch.arange(m, device=slot.device) for m in slot.shape)
+            place = rows[:, None], heads, (slot - n).clamp_min(0)
+            for name, x in new.items():
+                buffer, outside = self.buffers[name], (slot >= n).view(*slot.shape, *(1,) * (x.dim() - 2))
+                buffer[place] = torch.where(outside, x.to(buffer.dtype), buffer[place])
 
     def _fill(self, name: str) -> float:
         return -1 if name == "pos" else self.fills.get(name, 0.0)
 
     def _places(self, n: int) -> tuple[Tensor, Tensor]:
-        """Flat place of every head's i-th slot and whether there is one, both [B * H, n]."""
-        counts = torch.tensor(self.counts, device=self.page_row.device)
-        i = torch.arange(n, device=counts.device)
-        return self.offsets[:-1, None] * PAGE + i, i < counts[:, None]
+        """Flat place of every head's i-th slot, and whether there is one, else some place; both [B * H, n]."""
+        i, last = torch.arange(n, device=self.held.device), len(self.page_row) * PAGE - 1
+        return (self.first[:, None] + i).clamp_max(last), i < self.held[:, None]
 
     def _whole(self, name: str, fill: float) -> Tensor:
         """Pages and tail of one array as a padded rectangle [B, H, S, ...]."""
@@ -185,6 +191,16 @@ class RaggedStore(Store):
         n = max(self.counts)
         at, real = self._places(n)
         flat = self.pages[name].flatten(0, 1)
-        part = flat[at.clamp_max(flat.shape[0] - 1)]  # [B * H, n, ...]
+        part = flat[at]  # [B * H, n, ...]
         part = part.masked_fill(~real.view(*real.shape, *(1,) * (part.dim() - 2)), fill)
         return torch.cat((part.view(B, H, *part.shape[1:]), tail.to(part.dtype)), dim=2)
+
+
+def _n_pages(held: Tensor) -> Tensor:
+    """Pages of every head that holds so many slots."""
+    return (held + PAGE - 1) // PAGE
+
+
+def _first_pages(held: Tensor) -> Tensor:
+    """The first page of every head, heads lying one after the other."""
+    return _n_pages(held).cumsum(0) - _n_pages(held)

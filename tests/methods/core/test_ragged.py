@@ -10,6 +10,7 @@ from runners.meter import nbytes
 B, H, S, D = 2, 3, 200, 8
 COUNTS = [[1, 16, 17], [0, 100, 33]]
 PLACE = 2 * D * 4
+LAYOUT = B * H * 16  # per head the number of its slots and where its pages begin
 
 
 def filled() -> RaggedStore:
@@ -42,7 +43,7 @@ def test_each_head_pays_for_its_own_pages(side):
     store = ragged(side)
     pages = n_pages(COUNTS)
     assert pages == 1 + 1 + 2 + 0 + 7 + 3
-    expected = pages * PAGE * (PLACE + 4 + 4 * side) + pages * 8  # a page's owner is an int64
+    expected = pages * PAGE * (PLACE + 4 + 4 * side) + pages * 8 + LAYOUT  # a page's owner is an int64
     assert nbytes(store.tensors()) == expected
 
 
@@ -63,7 +64,7 @@ def test_pages_belong_to_their_head_after_rows_change_places():
     before = store.pos
     store.reorder(torch.tensor([1, 1]))
     assert torch.equal(store.pos, before[[1, 1]])
-    assert nbytes(store.tensors()) == n_pages([COUNTS[1]] * 2) * (PAGE * (PLACE + 4) + 8)
+    assert nbytes(store.tensors()) == n_pages([COUNTS[1]] * 2) * (PAGE * (PLACE + 4) + 8) + LAYOUT
     store.reorder(torch.tensor([0, 1]))
     assert torch.equal(store.pos, before[[1, 1]])
 
@@ -77,7 +78,7 @@ def test_a_second_keep_takes_from_pages_and_tail_alike_and_frees_the_rest():
     counts = [[(S + 29) // 2 - (S - n - 1) // 2 for n in row] for row in COUNTS]
     assert [[(h >= 0).sum().item() for h in row] for row in store.pos] == counts
     assert (store.pos.remainder(2) == 0)[store.pos >= 0].all()
-    assert nbytes(store.tensors()) == n_pages(counts) * (PAGE * (PLACE + 8) + 8)
+    assert nbytes(store.tensors()) == n_pages(counts) * (PAGE * (PLACE + 8) + 8) + LAYOUT
     mass = store.track("mass")
     expected = torch.where(store.pos < S, store.pos, 0).float()
     assert torch.equal(mass[store.pos >= 0], expected[store.pos >= 0])

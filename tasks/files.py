@@ -2,16 +2,15 @@
 
 import hashlib
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from methods.core.errors import UserError
+from tasks import pins
 from tasks.sources import cached_only, expand, hub_trouble, parse_rows
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
 ASSETS = Path(__file__).parent.parent / "assets"
 
 
@@ -86,6 +85,7 @@ def read_files(task: str, data: str, suffixes: Sequence[str] = (".jsonl", ".json
 def hub_rows(task: str, repo: str, name: str | None, split: str, revision: str) -> tuple[list[dict[str, Any]], str]:
     """The rows of a dataset of the hub, and where they are from: repository, split, revision and its commit.
 
+    revision: a branch, tag or commit of the dataset, or "pinned".
     Without a way to the hub, what was downloaded before. Raises UserError within seconds if it is not there either.
     """
     from huggingface_hub.constants import ENDPOINT
@@ -94,25 +94,57 @@ def hub_rows(task: str, repo: str, name: str | None, split: str, revision: str) 
     with cached_only(trouble is not None):
         import datasets
 
+        def read(at: str | None) -> Any:
+            return hub_set(datasets.load_dataset, repo, name, at or "main", split=split)
+
         try:
-            found = datasets.load_dataset(repo, name, split=split, revision=revision)
-            commit = commit_of(found.cache_files)
-            if trouble and COMMIT.fullmatch(revision) and commit != revision:
-                raise FileNotFoundError(f"{trouble}, and in the cache is {commit or 'another commit'}")
-            where = f"hub, {repo}, {split}, revision {revision}"
+            found = pins.follow(repo, read, commit_of) if revision == pins.PINNED else read(revision)
+            commit = commit_of(found)
+            said = revision if commit or revision != pins.PINNED else "main"
+            where = f"hub, {repo}, {split}, revision {said}"
             return [dict(row) for row in found], f"{where} ({commit[:12]})" if commit not in ("", revision) else where
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
-            problem = trouble or str(error).strip().split("\n")[0]
+            problem = pins.told(error, trouble)
     raise UserError(
         f"{task}: task.data=hub: {repo} at task.revision={revision} cannot be fetched from {ENDPOINT} ({problem}), and "
         "was not before; offline, give task.data=PATH of its rows as JSONL, or task.data=bundled"
     )
 
 
-def commit_of(cache_files: Sequence[Mapping[str, str]]) -> str:
-    """The commit that a dataset of the hub's cache belongs to: the folder of its files; "" if it has another name."""
-    name = Path(cache_files[0]["filename"]).parent.name if cache_files else ""
-    return name if COMMIT.fullmatch(name) else ""
+def hub_set(load: Callable[..., Any], repo: str, name: str | None, revision: str | None, **more: Any) -> Any:
+    """What `load`, the library's load_dataset, gives of a revision. Raises FileNotFoundError for another commit.
+
+    Where it cannot ask the hub, the library takes what it prepared last, whatever it was asked for.
+    """
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    found = load(repo, name, revision=revision, **more)
+    commit = commit_of(found)
+    known = commit or datasets.config.HF_HUB_OFFLINE
+    if not pins.COMMIT.fullmatch(str(revision)) or commit == revision or not known:
+        return found
+    beside = _folder_of(found).with_name(str(revision))
+    if not beside.is_dir():
+        raise FileNotFoundError(f"in the cache is {commit or 'another commit'}, and not {revision}")
+    settings, version = beside.parts[-3:-1]
+    own = Cache(repo_id=repo, dataset_name=repo.split("/")[-1], config_name=settings, version=version, hash=revision)
+    return own.as_dataset(split=more.get("split"))
+
+
+def commit_of(found: Any) -> str:
+    """The commit that a dataset of the hub, whole or one split, belongs to: its folder; "" if that has another name."""
+    name = _folder_of(found).name
+    return name if pins.COMMIT.fullmatch(name) else ""
+
+
+def _folder_of(found: Any) -> Path:
+    """Where the library keeps a dataset: dataset, configuration, version, commit; an empty path if nowhere."""
+    files = found.cache_files
+    files = [one for own in files.values() for one in own] if isinstance(files, dict) else files
+    return Path(files[0]["filename"]).parent if files else Path()
 
 
 def check_limit(task: str, limit: int | None) -> None:

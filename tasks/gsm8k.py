@@ -17,6 +17,7 @@ from methods.core.errors import UserError
 from tasks import remarks
 from tasks.base import Apart, Example, Task
 from tasks.files import Files, check_limit, hub_rows, read_files
+from tasks.pins import PINNED
 from tasks.prompts import lm_eval_task, lm_eval_version
 from tasks.reasoning import Reasoning
 
@@ -79,7 +80,7 @@ class GSM8K(Apart):
     max_new_tokens: int | None = None
     flexible: bool = True
     limit: int | None = None
-    revision: str = "main"
+    revision: str = PINNED
 
     def __post_init__(self) -> None:
         check_limit("gsm8k", self.limit)

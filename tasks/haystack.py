@@ -13,6 +13,7 @@ from functools import cached_property
 from methods.core.errors import UserError
 from tasks.documents import prose
 from tasks.files import hub_rows
+from tasks.pins import PINNED
 from tasks.sources import expand
 from tasks.tokens import Tokens
 
@@ -42,7 +43,7 @@ class Haystack:
         return self._ids[:n]
 
 
-def read_haystack(data: str, revision: str = "main") -> Haystack:
+def read_haystack(data: str, revision: str = PINNED) -> Haystack:
     """`data`: "prose" (what every Python carries), "hub" (essays), or a path: a text file, or a folder of .txt and .md.
 
     Raises UserError if there is no text.

@@ -12,7 +12,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from os.path import commonprefix
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.errors import UserError
-from tasks import remarks
+from tasks import pins, remarks
 from tasks.base import Choice, Example, Row, Task, mean_by_category
 from tasks.choice_rows import read_rows
-from tasks.files import ASSETS, check_limit, commit_of
+from tasks.files import ASSETS, check_limit, commit_of, hub_set
 from tasks.prompts import lm_eval_folder, lm_eval_version
 from tasks.sources import cached_only, expand, hub_trouble
 
@@ -66,7 +67,8 @@ class LmEval(Task):
     include: a folder with task files of one's own, as lm_eval's include_path; "bundled" data are then what they name.
     stride: tokens of a choice that are fed at once; None: all. 1 is exact for methods that drop while they decode.
     limit: items per task; None takes all.
-    revision: of the data on the hub, the same for all tasks; None: what each task names, which is mostly the newest.
+    revision: of the data on the hub, the same for all tasks; "pinned": what a task itself names, else the commit in
+        hub-pins.yaml (tasks/pins.py).
     """
 
     tasks: Sequence[str] | str | None = None
@@ -75,7 +77,7 @@ class LmEval(Task):
     include: str | None = None
     stride: int | None = None
     limit: int | None = None
-    revision: str | None = None
+    revision: str = pins.PINNED
 
     def __post_init__(self) -> None:
         check_limit("lm_eval", self.limit)
@@ -86,7 +88,7 @@ class LmEval(Task):
         self.data = str(self.data)
         if self.tasks is None and self.data != "bundled" and self.include is None:
             raise UserError(f"lm_eval: task.data={self.data}: which tasks? Give task.tasks, such as [piqa,copa]")
-        if self.revision is not None and self.data != "hub":
+        if self.revision != pins.PINNED and self.data != "hub":
             raise UserError(f"lm_eval: task.revision={self.revision} with task.data={self.data}; give task.data=hub")
 
     @property
@@ -108,7 +110,7 @@ class LmEval(Task):
         """The repository and the commit of a task's data, where they are from the hub."""
         if self.data != "hub":
             return ""
-        found = commit_of(next(iter(task.dataset.values())).cache_files)
+        found = commit_of(task.dataset)
         return f"{task.config.dataset_path}{f' at {found[:12]}' if found else ''}, "
 
     @property
@@ -229,20 +231,42 @@ class LmEval(Task):
             # lm_eval looks into its training split even where it draws nothing from it
             rows = {"train": [], **read_rows(name, BUNDLED if self._bundled else expand(self.data))}
             own |= {"custom_dataset": lambda **_: _data_sets(rows), "dataset_kwargs": None}
-        if self.revision is not None:
-            own["dataset_kwargs"] = {"revision": self.revision}
         trouble = hub_trouble() if self.data == "hub" else None
         try:
-            with cached_only(trouble is not None):
+            with cached_only(trouble is not None), self._revisions():
                 # what `load` does with a name, but with settings of our own
                 built = manager._factory.build(manager.task_index[name], overrides=own, registry=manager.task_index)
                 return list(manager.load(built)["tasks"].values())
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError, IndexError, AssertionError) as error:
-            problem = trouble or str(error).strip().split("\n")[0]
             raise UserError(
-                f"lm_eval: task.tasks={name}: task.data={self.data} does not give its items ({problem}); "
+                f"lm_eval: task.tasks={name}: task.data={self.data} does not give its items "
+                f"({pins.told(error, trouble)}); "
                 "offline, give task.data=DIR with <task>/<split>.jsonl, or task.data=bundled"
             ) from error
+
+    @contextmanager
+    def _revisions(self) -> Iterator[None]:
+        """While it lasts, lm_eval's datasets of the hub are of `revision`."""
+        if self.data != "hub":
+            yield
+            return
+        import datasets
+
+        load = datasets.load_dataset
+
+        def load_at(path: str, name: str | None = None, revision: str | None = None, **more: Any) -> Any:
+            if self.revision != pins.PINNED or revision is not None:
+                typed = revision if self.revision == pins.PINNED else self.revision
+                return hub_set(load, path, name, typed, **more)
+            return pins.follow(path, lambda commit: hub_set(load, path, name, commit, **more), commit_of)
+
+        datasets.load_dataset = load_at
+        try:
+            yield
+        finally:
+            datasets.load_dataset = load
 
     @cached_property
     def _requests(self) -> dict[str, list[Any]]:

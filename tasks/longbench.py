@@ -18,6 +18,7 @@ from typing import Any
 from methods.core.errors import UserError
 from tasks import metrics
 from tasks.base import Example, Row, Task, average_rows, mean_row, percent
+from tasks.pins import PINNED
 from tasks.prompts import Template, lm_eval_version, longbench_template
 from tasks.sources import DataFile, expand, from_hub, hub_commit, locate, parse_rows
 from tasks.subsets import CODE, LONGBENCH, LONGBENCH_E, Subset, problem, read_catalog
@@ -36,14 +37,14 @@ class LongBench(Task):
     subset: names of subsets or categories; None takes all that the data have.
     limit: samples per subset, from the start of the file; None takes all.
     e: LongBench-E, whose scores come by length.
-    revision: branch, tag or commit of the dataset on the hub.
+    revision: branch, tag or commit of the dataset on the hub; "pinned": the commit in hub-pins.yaml (tasks/pins.py).
     """
 
     data: str = "bundled"
     subset: Sequence[str] | str | None = None
     limit: int | None = None
     e: bool = False
-    revision: str = "main"
+    revision: str = PINNED
 
     def __post_init__(self) -> None:
         if self.limit is not None and (type(self.limit) is not int or self.limit < 1):

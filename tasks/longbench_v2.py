@@ -24,6 +24,7 @@ from tasks import remarks
 from tasks.base import Example, Metric, Row, Task
 from tasks.files import Files, check_limit, chosen, hub_rows, read_files
 from tasks.lm_eval_harness import LmEval
+from tasks.pins import PINNED
 from tasks.prompts import lm_eval_folder, lm_eval_version
 
 VERSION = "1"  # goes into every record; raise it when a score could change
@@ -58,7 +59,7 @@ class LongBenchV2(Task):
     data: str = "hub"
     subset: Sequence[str] | str | None = None
     limit: int | None = None
-    revision: str = "main"
+    revision: str = PINNED
 
     def __post_init__(self) -> None:
         check_limit("longbench_v2", self.limit)

@@ -15,6 +15,7 @@ from methods.core.errors import UserError
 from tasks import metrics, numerals
 from tasks.base import Example, Task, Turn
 from tasks.files import Files, check_limit, chosen, hub_rows, read_files
+from tasks.pins import PINNED
 
 VERSION = "1"  # goes into every record; raise it when a score could change
 MODES, HISTORIES, COMPRESS = ("turns", "requests"), ("golden", "own"), ("first_prompt_only", "every_prompt")
@@ -97,7 +98,7 @@ class MultiTurn(Task):
     shuffle: int | None = None
     turns: int = 5
     limit: int | None = None
-    revision: str = "main"
+    revision: str = PINNED
 
     def __post_init__(self) -> None:
         check_limit("multiturn", self.limit)

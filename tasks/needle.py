@@ -23,6 +23,7 @@ from tasks.base import Example
 from tasks.grid import Grid
 from tasks.haystack import FAR, Hidden, even_depths, hide, read_haystack, sigmoid_depths
 from tasks.metrics import first_line
+from tasks.pins import PINNED
 from tasks.ruler import niah
 from tasks.ruler.templates import needle as sentence
 from tasks.sources import expand, parse_rows
@@ -68,7 +69,7 @@ class Needle(Grid):
     needles: int = 4
     metric_name: str = "contains"
     limit: int | None = None
-    revision: str = "main"
+    revision: str = PINNED
     data_seed: int = 42
 
     def __post_init__(self) -> None:

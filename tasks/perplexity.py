@@ -16,6 +16,7 @@ from methods.core.errors import UserError
 from tasks import remarks
 from tasks.base import Apart, Example, Forced, Metric, Row
 from tasks.files import Files, check_limit, chosen, hub_rows, read_files
+from tasks.pins import PINNED
 from tasks.tokens import Tokens
 
 VERSION = "1"  # goes into every record; raise it when a score could change
@@ -67,7 +68,7 @@ class Perplexity(Apart):
     count: str = "memory"
     hf_compat: bool = False
     limit: int | None = None
-    revision: str = "main"
+    revision: str = PINNED
 
     metric: ClassVar[Metric] = Metric("mean negative log-likelihood", "nats per token", "lower", scale=1, digits=4)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.errors import UserError
+from tasks import pins
 
 HUB_REPO = "THUDM/LongBench"  # a script and data.zip; datasets no longer runs scripts, so the zip is read directly
 HUB_PROBE_S = 5.0
@@ -106,28 +107,35 @@ def parse_rows(raw: bytes, where: str) -> list[dict[str, Any]]:
 def from_hub(revision: str) -> Path:
     """LongBench's data.zip in the hub's cache, downloaded if it is not there yet.
 
-    revision: a branch, tag or commit of the dataset.
+    revision: a branch, tag or commit of the dataset, or "pinned".
     Raises UserError within seconds if the hub cannot be reached.
     """
     from huggingface_hub import constants, hf_hub_download
 
-    def get(cached: bool) -> Path:
-        got = hf_hub_download(HUB_REPO, "data.zip", repo_type="dataset", revision=revision, local_files_only=cached)
+    trouble: str | None = None
+
+    def get(at: str | None, cached: bool) -> Path:
+        asked = at or "main"
+        got = hf_hub_download(HUB_REPO, "data.zip", repo_type="dataset", revision=asked, local_files_only=cached)
         return Path(got)
 
+    def read(at: str | None) -> Path:
+        nonlocal trouble
+        if at and pins.COMMIT.fullmatch(at):  # which never changes: what is in the cache need not be asked for
+            try:
+                return get(at, cached=True)
+            except OSError:
+                pass
+        trouble = hub_trouble()
+        return get(at, cached=trouble is not None)
+
     try:
-        return get(cached=True)
-    except OSError:
-        pass  # not in the cache
-    trouble = hub_trouble()
-    if trouble is None:
-        try:
-            return get(cached=False)
-        except OSError as error:
-            trouble = str(error).strip().split("\n")[0]
+        return pins.follow(HUB_REPO, read, hub_commit) if revision == pins.PINNED else read(revision)
+    except OSError as error:
+        problem = pins.told(error, trouble)
     raise UserError(
         f"task.data=hub: {HUB_REPO} at task.revision={revision} is not in the cache and cannot be fetched from "
-        f"{constants.ENDPOINT} ({trouble}); offline, give task.data=DIR with that dataset's data.zip or its .jsonl "
+        f"{constants.ENDPOINT} ({problem}); offline, give task.data=DIR with that dataset's data.zip or its .jsonl "
         "files, or use task.data=bundled"
     )
 

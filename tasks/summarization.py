@@ -25,6 +25,7 @@ from tasks import remarks, rouge
 from tasks.base import Apart, Example
 from tasks.files import Files, check_limit, chosen, hub_rows, read_files
 from tasks.gsm8k import cut_at
+from tasks.pins import PINNED
 from tasks.prompts import lm_eval_task
 from tasks.tokens import Tokens
 
@@ -94,7 +95,7 @@ class Summarization(Apart):
     max_new_tokens: int | None = None
     shuffle: int | None = None
     limit: int | None = None
-    revision: str = "main"
+    revision: str = PINNED
 
     def __post_init__(self) -> None:
         check_limit("summarization", self.limit)

@@ -18,6 +18,7 @@ from tasks import grid, matching
 from tasks.base import Example, Row
 from tasks.grid import Grid
 from tasks.haystack import Haystack, read_haystack
+from tasks.pins import PINNED
 from tasks.prompts import lm_eval_version
 from tasks.ruler import counting, documents, niah, tracking
 from tasks.ruler.fitting import Sample, most_units, shrink
@@ -60,7 +61,7 @@ class Ruler(Grid):
     squad: str = "dev-v2.0.json"
     hotpot: str = "hotpot_dev_distractor_v1.json"
     sentences: str = "auto"
-    revision: str = "main"
+    revision: str = PINNED
     data_seed: int = 42
 
     def __post_init__(self) -> None:

@@ -1,5 +1,7 @@
 """Data from the hub, up to the network: revisions, what was downloaded before, and what is said where nothing is."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from methods.core.errors import UserError
+from tasks import pins
 from tasks.base import Task
 from tasks.files import hub_rows
 from tasks.gsm8k import GSM8K
@@ -67,6 +70,11 @@ class Found(list):
         self.cache_files = [{"filename": f"/cache/some___set/default/0.0.0/{commit}/set-test.arrow"}]
 
 
+@pytest.fixture(autouse=True)
+def own_pins(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("KVFRONTIER_PINS", str(tmp_path_factory.mktemp("pins") / "pins.yaml"))
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """A hub within reach that has one row of everything; gives the list of what was asked of it."""
@@ -83,7 +91,16 @@ def hub(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_pinned_revision_is_asked_for_and_the_first_line_says_what_came(name, hub):
+def test_every_task_pins_what_it_reads_first(name, hub):
+    line, repo = made(name).source(), ROWS[name][0]
+    assert f"hub, {repo}, " in line and f"revision pinned ({COMMIT[:12]})" in line
+    assert pins.read() == {repo: COMMIT} and hub[0] == (repo, "main")
+    hub.clear()
+    assert made(name).source() == line and set(hub) == {(repo, COMMIT)}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_typed_revision_is_asked_for_and_the_first_line_says_what_came(name, hub):
     line = made(name, revision="v1").source()
     repo = ROWS[name][0]
     assert set(hub) == {(repo, "v1")}
@@ -134,6 +151,21 @@ def test_what_was_downloaded_before_is_found_without_a_hub(monkeypatch, tmp_path
     assert hub_rows("gsm8k", "openai/gsm8k", "main", "test", COMMIT)[0] == rows
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         hub_rows("gsm8k", "openai/gsm8k", "main", "test", COMMIT[::-1])
+
+
+def test_of_two_downloads_the_pinned_one_is_found_without_a_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    older, newer = ([{"question": "1 + 1?", "answer": f"#### {n}"}] for n in (2, 3))
+    in_cache(tmp_path, older, COMMIT)
+    found, where = hub_rows("gsm8k", "openai/gsm8k", "main", "test", "pinned")
+    in_cache(tmp_path, newer, COMMIT[::-1])
+    os.utime(tmp_path / "openai___gsm8k" / "main" / "0.0.0" / COMMIT, (1, 1))
+    assert hub_rows("gsm8k", "openai/gsm8k", "main", "test", "main")[0] == newer
+    assert hub_rows("gsm8k", "openai/gsm8k", "main", "test", "pinned") == (found, where) and found == older
+    assert where == f"hub, openai/gsm8k, test, revision pinned ({COMMIT[:12]})"
+    shutil.rmtree(tmp_path / "openai___gsm8k" / "main" / "0.0.0" / COMMIT)
+    with pytest.raises(UserError, match=rf"HF_HUB_OFFLINE is set; .*pins {COMMIT}; task\.revision=main"):
+        hub_rows("gsm8k", "openai/gsm8k", "main", "test", "pinned")
 
 
 def test_a_revision_belongs_to_the_hub():

@@ -12,6 +12,9 @@ VERSION = "1"  # goes into every record; raise it when a score could change
 
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _MARKS = re.compile(r"[\n:\"'.,?!{}]")
+LETTERS = ("A", "B", "C", "D")
+_CUES = ("answer is:", "answer:", "answer is", "option is")
+_NO_CUE = re.compile(r"[\n\"'.,?!{}]")
 
 
 def printable(prediction: str) -> str:
@@ -47,6 +50,23 @@ def is_a_word(prediction: str, references: Sequence[str]) -> float:
     """1 if a reference is one of the prediction's words, most punctuation aside; hyphens stay inside words."""
     found = set(_MARKS.sub(" ", prediction).split())
     return float(any(reference in found for reference in references))
+
+
+def chosen_letter(prediction: str) -> str | None:
+    """The letter that an answer begins with, else the one behind a cue, else the first that is a word; None if none.
+
+    As the benchmarks have it, "Answer: B" begins with A; behind a cue and as a word lower case counts as well, so that
+    an article is an A.
+    """
+    text = printable(prediction)
+    if text[:1] in LETTERS:
+        return text[0]
+    text = _NO_CUE.sub(" ", text)
+    for cue in _CUES:
+        after = text.lower().partition(cue)[2].strip()[:1].upper()
+        if after in LETTERS:
+            return after
+    return next((word.upper() for word in text.split() if word.upper() in LETTERS), None)
 
 
 def rouge_1(prediction: str, references: Sequence[str]) -> float:

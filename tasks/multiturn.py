@@ -2,22 +2,28 @@
 
 Paper: Li et al. 2024, SCBench: a KV cache-centric analysis of long-context methods, arXiv:2412.10319.
 Here:  two modes, as there: turns in one conversation, and requests that do not know of each other. The history holds
-       the reference answers unless it is asked to hold the model's own. Bundled are two kinds of our own documents.
+       the reference answers unless it is asked to hold the model's own. A prompt is a row's context and question, where
+       SCBench has a template per set: four options stand below their question, a line each, and a line of our own asks
+       for the letter; in chats SCBench begins later summaries with two words, and nothing is begun here. Every question
+       and answer of a row has its room in the window, where SCBench reserves half of what two kinds of turns could
+       take. A letter is looked for in SCBench's order, with lm_eval's cues; lm_eval itself first takes the last letter
+       that stands alone. The two sets with RepoQA are left out: its similarity is in no package that is installed here.
+       Bundled are two kinds of our own documents.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from methods.core.errors import UserError
-from tasks import metrics, numerals
+from tasks import matching, metrics, numerals, rouge
 from tasks.base import Example, Task, Turn
 from tasks.files import Files, check_limit, chosen, hub_rows, read_files
 from tasks.pins import PINNED
 
-VERSION = "1"  # goes into every record; raise it when a score could change
+VERSION = "2"  # goes into every record; raise it when a score could change
 MODES, HISTORIES, COMPRESS = ("turns", "requests"), ("golden", "own"), ("first_prompt_only", "every_prompt")
 HUB = "microsoft/SCBench"
 
@@ -62,6 +68,11 @@ def passkey(answer: str, references: Sequence[str]) -> float:
     return float(numerals.first_digits(answer) in references)
 
 
+def choice(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer's letter is that of the right option, which is the last reference."""
+    return float(matching.chosen_letter(answer) == references[-1])
+
+
 KINDS: dict[str, Kind] = {
     "substring": Kind(24, contains),
     "scbench_kv": Kind(150, contains),
@@ -69,10 +80,17 @@ KINDS: dict[str, Kind] = {
     "scbench_vt": Kind(30, share_named),
     "scbench_qa_eng": Kind(40, contains_any_case),
     "scbench_qa_chn": Kind(40, characters),
+    "scbench_choice_eng": Kind(40, choice),
     "scbench_many_shot": Kind(10, contains_any_case),
     "scbench_mf": Kind(5, first_number),
+    "scbench_summary": Kind(200, rouge.lsum),
     "passkey": Kind(15, passkey),
 }
+# sets whose turns are of several kinds: by what a turn's `task` or `name` says, its kind and its limit there
+MIXED = {"scbench_summary_with_needles": {"summary": ("scbench_summary", 800), "passkey": ("passkey", 15)}}
+SETS = (*(name for name in KINDS if name.startswith("scbench")), *MIXED)
+WITH_REPOQA = ("scbench_repoqa", "scbench_repoqa_and_kv")
+NO_REPOQA = f"RepoQA's similarity of functions is in no installed package; there are {', '.join(SETS)}"
 
 
 @dataclass
@@ -80,8 +98,9 @@ class MultiTurn(Task):
     """Ask several questions about every context.
 
     data: "bundled", "hub" (SCBench), or a path: .jsonl rows with `context` and `multi_turns`, a list of `input` and
-        `answer`; a row may bring its own `head`, the `kind` of its score, and `max_new_tokens`.
-    subset: names of files, or of SCBench's sets with data=hub; None takes all.
+        `answer`; a row may bring its own `head`, the `kind` of its score, and `max_new_tokens`; a choice has `options`,
+        and with a kind of several `task` or `name` says which one a turn is.
+    subset: names of files, or of SCBench's sets with data=hub, all but the two with RepoQA; None takes all.
     mode: "turns": one conversation; "requests": every question is asked of the same stored context, apart.
     history: what later turns find: "golden" reference answers or the model's "own".
     compress: "first_prompt_only" leaves later turns as they are; "every_prompt" compresses again after every question.
@@ -108,6 +127,9 @@ class MultiTurn(Task):
         if type(self.turns) is not int or self.turns < 1:
             raise UserError(f"multiturn: task.turns={self.turns}; give a whole number of questions, 1 or more")
         self.data = str(self.data)
+        asked = [self.subset] if isinstance(self.subset, str) else self.subset or []
+        if self.data == "hub" and (missing := [name for name in asked if name in WITH_REPOQA]):
+            raise UserError(f"multiturn: task.subset={missing[0]} cannot be scored: {NO_REPOQA}")
 
     @property
     def name(self) -> str:
@@ -127,6 +149,8 @@ class MultiTurn(Task):
         settings = {"task": self.name, "data_sha256": self._files.digest, "scores": VERSION, "turns": self.turns}
         if self.mode == "turns":
             settings |= {"history": self.history, "compress": self.compress}
+        if "scbench_summary" in rules(self._examples):
+            settings["rouge"] = rouge.described("rouge-score", stemmed=False)
         return settings | {"shuffle": self.shuffle}
 
     def examples(self) -> list[Example]:
@@ -140,6 +164,8 @@ class MultiTurn(Task):
         lines = []
         if self.mode == "turns":
             for name in dict.fromkeys(example.tags["subset"] for example, _, _ in rows):
+                if len(rules(example for example, _, _ in rows if example.tags["subset"] == name)) > 1:
+                    continue  # the first and the last turn may be of two kinds
                 own = [(ours, full) for example, ours, full in rows if example.tags["subset"] == name]
                 ours, full = (100 * change([pair[i]["turns"] for pair in own]) for i in (0, 1))
                 lines.append(
@@ -153,7 +179,7 @@ class MultiTurn(Task):
     def _files(self) -> Files:
         if self.data != "hub":
             return read_files("multiturn", self.data)
-        names = chosen("multiturn", "subset", self.subset, [name for name in KINDS if name.startswith("scbench")])
+        names = chosen("multiturn", "subset", self.subset, SETS)
         found, where = {}, ""
         for name in names:
             rows, where = hub_rows("multiturn", HUB, name, "test", self.revision)
@@ -169,14 +195,17 @@ class MultiTurn(Task):
         return found
 
     def _example(self, id: str, name: str, row: dict[str, Any]) -> Example:
-        kind = str(row.get("kind") or (name if name in KINDS else "substring"))
+        kind = str(row.get("kind") or (name if name in (*KINDS, *MIXED, *WITH_REPOQA) else "substring"))
         category = "requests" if self.mode == "requests" else f"{name}, mean over turns"
         tags = {"subset": name, "category": category, "score": kind}
         error = problem(row, kind)
         if error:
             return Example(id, "", "", [], 1, tags, error=error)
-        limit = int(row.get("max_new_tokens") or KINDS[kind].max_new_tokens)
-        turns = [Turn(str(turn["input"]), references(turn["answer"]), limit) for turn in row["multi_turns"]]
+        turns = []
+        for turn in row["multi_turns"]:
+            rule, limit = rule_of(turn, kind)
+            limit = int(row.get("max_new_tokens") or limit)
+            turns.append(Turn(asked(turn, rule), references(turn, rule), limit, {"score": rule}))
         if self.shuffle is not None:
             random.Random(f"{self.shuffle}/{id}").shuffle(turns)
         first, *later = turns[: self.turns]
@@ -185,36 +214,77 @@ class MultiTurn(Task):
         apart = self.mode == "requests"
         if apart:
             # every question, also the first, follows the stored context in the same way
-            later = [Turn(gap + turn.question, turn.answers, limit) for turn in later]
+            later = [replace(turn, question=gap + turn.question) for turn in later]
         return Example(
             id,
             context=head + row["context"],
             question=gap + first.question,
             answers=first.answers,
-            max_new_tokens=limit,
-            tags=tags,
+            max_new_tokens=first.max_new_tokens,
+            tags=tags | first.tags,
             turns=tuple(later),
             history="none" if apart else self.history,  # type: ignore[arg-type]
             recompress=self.compress == "every_prompt" and not apart,
         )
 
 
-def references(answer: Any) -> list[str]:
-    """A row's answer, one or several, as strings."""
-    return [str(one) for one in answer] if isinstance(answer, list) else [str(answer)]
+def rules(examples: Iterable[Example]) -> set[str]:
+    """The kinds of all questions."""
+    return {tags["score"] for example in examples for tags in (example.tags, *(turn.tags for turn in example.turns))}
+
+
+def rule_of(turn: Mapping[str, Any], kind: str) -> tuple[str, int]:
+    """The kind of a turn in a row of this kind, and its limit; KeyError if the kind has several and none is named."""
+    if kind not in MIXED:
+        return kind, KINDS[kind].max_new_tokens
+    named = [str(turn.get(field)).removeprefix("scbench_") for field in ("task", "name")]
+    return MIXED[kind][named[0] if named[0] in MIXED[kind] else named[1]]
+
+
+def asked(turn: Mapping[str, Any], rule: str) -> str:
+    """A turn's question; of a choice with its options, a line each, and with what to answer."""
+    if rule != "scbench_choice_eng":
+        return str(turn["input"])
+    options = [f"{letter}. {text}" for letter, text in zip(matching.LETTERS, turn["options"])]
+    return "\n".join([str(turn["input"]), *options, "Answer with one letter, A, B, C or D."])
+
+
+def references(turn: Mapping[str, Any], rule: str) -> list[str]:
+    """A turn's answer, one or several, as strings; of a choice the letter comes last."""
+    answer = turn["answer"]
+    found = [str(one) for one in answer] if isinstance(answer, list) else [str(answer)]
+    return [found[0], letter_of(turn, found[0])] if rule == "scbench_choice_eng" else found
+
+
+def letter_of(turn: Mapping[str, Any], answer: str) -> str:
+    """The letter of the option that is the answer, or the answer if it is a letter. ValueError for anything else."""
+    options = [str(text).strip() for text in turn.get("options") or ()]
+    names = options if answer.strip() in options else matching.LETTERS
+    if len(options) != len(matching.LETTERS):
+        raise ValueError(f"{len(options)} options")
+    return matching.LETTERS[names.index(answer.strip())]
 
 
 def problem(row: Mapping[str, Any], kind: str) -> str | None:
     """Why a row cannot be run or scored, naming its field; None if it can."""
     turns = row.get("multi_turns")
-    if kind not in KINDS:
-        return f"`kind` is {kind}; there are {', '.join(KINDS)}"
+    if kind in WITH_REPOQA:
+        return f"`kind` is {kind}, which cannot be scored: {NO_REPOQA}"
+    if kind not in (*KINDS, *MIXED):
+        return f"`kind` is {kind}; there are {', '.join((*KINDS, *MIXED))}"
     if not isinstance(row.get("context"), str) or not row["context"].strip():
         return "`context` is empty or missing"
     if not isinstance(turns, list) or not turns:
         return "`multi_turns` is empty or missing; it is a list of `input` and `answer`"
     if not all(isinstance(turn, dict) and turn.get("input") and turn.get("answer") for turn in turns):
         return "`multi_turns` has a question without `input` or `answer`"
+    try:
+        for turn in turns:
+            references(turn, rule_of(turn, kind)[0])
+    except KeyError:
+        return f"`multi_turns` has a turn whose `task` and `name` say none of {', '.join(MIXED[kind])}"
+    except ValueError:
+        return "`multi_turns` has a choice without four `options`, or its `answer` is none of them and no letter"
     return None
 
 

@@ -1,5 +1,6 @@
 """ROUGE as its two Python packages compute it. They differ in tokens, counting and stems: never compare across them."""
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -9,23 +10,29 @@ from tasks.metrics import rouge_l
 PACKAGES = ("rouge-score", "rouge")
 
 
-def described(package: str) -> str:
+def described(package: str, stemmed: bool = True) -> str:
     """The package, its version and stemming."""
     if package == "rouge-score":
-        return f"rouge-score {metadata.version('rouge-score')}, stemmed"
+        return f"rouge-score {metadata.version('rouge-score')}, {'' if stemmed else 'not '}stemmed"
     return "rouge 1.0.1 written out, not stemmed"
 
 
 def scores(package: str, prediction: str, reference: str) -> dict[str, float]:
     """F of ROUGE-1, ROUGE-2 and ROUGE-L, each in [0, 1]; 0 where either text is empty."""
     if package == "rouge-score":
-        found = _scorer().score(reference, prediction)
+        found = _scorer(("rouge1", "rouge2", "rougeL"), True).score(reference, prediction)
         return {f"ROUGE-{name.removeprefix('rouge')}": one.fmeasure for name, one in found.items()}
     return {
         "ROUGE-1": overlap(prediction, reference, 1),
         "ROUGE-2": overlap(prediction, reference, 2),
         "ROUGE-L": rouge_l(prediction, reference),
     }
+
+
+def lsum(prediction: str, references: Sequence[str]) -> float:
+    """Best F of ROUGE-Lsum as HF evaluate has it by default: rouge-score, words not stemmed, every line a sentence."""
+    found = _scorer(("rougeLsum",), False).score_multi(references, prediction)
+    return float(found["rougeLsum"].fmeasure)
 
 
 def overlap(prediction: str, reference: str, n: int) -> float:
@@ -44,7 +51,7 @@ def _ngrams(text: str, n: int) -> set[tuple[str, ...]]:
 
 
 @cache
-def _scorer() -> Any:
+def _scorer(names: tuple[str, ...], stemmed: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    return RougeScorer(list(names), use_stemmer=stemmed)

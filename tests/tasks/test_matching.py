@@ -3,6 +3,7 @@
 import pytest
 
 from tasks.matching import (
+    chosen_letter,
     contains,
     first_number,
     is_a_word,
@@ -58,6 +59,26 @@ def test_leading_zeros_belong_to_a_passkey():
 )
 def test_a_value_is_a_word_between_certain_marks(prediction, score):
     assert is_a_word(prediction, ["a-b-c"]) == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "letter"),
+    [
+        (" \nC", "C"),
+        ("B. because A is wrong", "B"),
+        ("Answer: B", "A"),
+        ("Is it a mat? The answer is: d.", "D"),
+        ("it is a mat, so the best option is\n'C', not B", "C"),
+        ("Is it a mat? My answer is no, the option is B", "B"),
+        ("I think B or C", "B"),
+        ("I would take a guess, B", "A"),
+        ("(B)", None),
+        ("nobody knows", None),
+        ("", None),
+    ],
+)
+def test_a_letter_is_the_first_of_the_answer_or_behind_a_cue_or_a_word(prediction, letter):
+    assert chosen_letter(prediction) == letter
 
 
 def test_rouge_falls_with_every_extra_word():

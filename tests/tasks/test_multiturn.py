@@ -3,9 +3,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from methods import load_method
 from methods.core.errors import UserError
-from tasks.base import as_parts
+from runners.answer import Setting, answer
+from runners.prompt import Encoder
+from tasks.base import Task, as_parts
 from tasks.multiturn import KINDS, MultiTurn, change, shares_held
 
 
@@ -26,6 +30,10 @@ def write(folder: Path, **row: Any) -> str:
         ("scbench_mf", "the answer is 12.7, not 3", ["12"], 1.0),
         ("scbench_mf", "12.7", ["12.5"], 0.0),
         ("scbench_mf", "nothing", ["12"], 0.0),
+        ("scbench_choice_eng", "B", ["a river", "B"], 1.0),
+        ("scbench_choice_eng", "a river", ["a river", "B"], 0.0),
+        ("scbench_summary", "The cat.\nIt sat", ["it sat\nthe cat"], 1.0),
+        ("scbench_summary", "the cats", ["the cat"], 0.5),
         ("passkey", "key 12345 6", ["12345"], 1.0),
         ("passkey", "123456", ["12345"], 0.0),
     ],
@@ -80,12 +88,108 @@ def test_shares_are_of_bytes_after_each_turn():
     assert shares_held(dialogues) == [0.2, 30 / 110]
 
 
+def asking(answer: Any, **more: Any) -> dict[str, Any]:
+    options = ["a cat", "a mat ", "a river", "nobody"]
+    return {"input": "who sat?", "options": options, "answer": answer} | more
+
+
+@pytest.mark.parametrize("answer", ["a mat", ["a mat"], "B", ["B"]])
+def test_options_stand_below_their_question_and_the_right_one_is_known_by_its_letter(tmp_path, answer):
+    (example,) = MultiTurn(write(tmp_path, kind="scbench_choice_eng", multi_turns=[asking(answer)])).examples()
+    assert example.question == (
+        "\n\nwho sat?\nA. a cat\nB. a mat \nC. a river\nD. nobody\nAnswer with one letter, A, B, C or D."
+    )
+    assert example.answers == [answer if isinstance(answer, str) else answer[0], "B"]
+    assert example.max_new_tokens == 40
+
+
+MIXED = {
+    "kind": "scbench_summary_with_needles",
+    "multi_turns": [
+        {"input": "what is the key?", "answer": 12345, "task": "scbench_passkey"},
+        {"input": "sum up", "answer": ["the cat\nsat"], "task": None, "name": "summary"},
+    ],
+}
+
+
+@pytest.mark.parametrize("mode", ["turns", "requests"])
+def test_a_turn_of_a_mixed_row_has_a_rule_and_a_limit_of_its_own(tmp_path, mode):
+    task = MultiTurn(write(tmp_path, **MIXED), mode=mode)
+    (example,) = task.examples()
+    (later,) = example.turns
+    assert (example.tags["score"], example.max_new_tokens) == ("passkey", 15)
+    assert (later.tags["score"], later.max_new_tokens) == ("scbench_summary", 800)
+    assert "not stemmed" in task.fingerprint["rouge"] and "rouge" not in MultiTurn().fingerprint
+
+
+class Said(Encoder):
+    """Every answer reads as what was said last, whatever its tokens."""
+
+    said: list[str] = []  # noqa: RUF012
+
+    def text(self, ids: Any) -> str:
+        return self.said.pop(0)
+
+
+def run(task: Task, tokenizer: Any, model_dir: Path, protocol: str, said: list[str]) -> dict[str, Any]:
+    """The row of the task's only example, its answers scored as if they were these."""
+    encoder = Said(tokenizer, ends=[], window=1200)
+    Said.said = list(said)
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    found: list[dict[str, Any]] = []
+    answer(Setting(model, task, lambda: encoder, protocol, None, 1), load_method("full"), task.examples(), found.append)
+    return found[0]
+
+
+@pytest.mark.parametrize(("mode", "protocol"), [("turns", "aware"), ("requests", "agnostic")])
+def test_turns_of_two_kinds_are_answered_on_one_context(tmp_path, tiny_tokenizer, tiny_model_dir, mode, protocol):
+    task = MultiTurn(write(tmp_path, context="the cat sat on a mat. " * 200, **MIXED), mode=mode)
+    row = run(task, tiny_tokenizer, tiny_model_dir, protocol, ["12345, the cat sat", "SAT\nthe 12345 cat"])
+    assert [turn["tokens_out"] for turn in row["turns"]] == [15, 800]
+    # the first digits are the key; of four words three are those of the summary, in lines: 2 * 3/4 / (3/4 + 1)
+    assert [turn["score"] for turn in row["turns"]] == [1.0, pytest.approx(6 / 7)]
+    # what is read leaves room for all answers of a conversation, or for the longest of those that stand apart
+    read, new = (row["tokens_in"], 815) if mode == "turns" else (row["tokens_context"], 800)
+    assert row["cut"] and 1200 - new - 20 < read <= 1200 - new
+
+
+def test_a_change_between_two_kinds_of_turns_is_not_shown(tmp_path):
+    turns = [{"score": 1.0, "held": 1, "full": 2}, {"score": 0.5, "held": 1, "full": 2}]
+    for kinds, lines in ((MIXED, 1), ({}, 2)):
+        task = MultiTurn(write(tmp_path, **kinds))
+        (example,) = task.examples()
+        assert len(task.remarks([(example, {"turns": turns}, {"turns": turns})])) == lines
+
+
+@pytest.mark.parametrize("name", ["scbench_repoqa", "scbench_repoqa_and_kv"])
+def test_the_sets_that_cannot_be_scored_are_refused_with_those_that_can(tmp_path, name):
+    for subset in (name, ["scbench_kv", name]):
+        with pytest.raises(UserError, match=f"task.subset={name} cannot be scored.*RepoQA.*there are scbench_kv, "):
+            MultiTurn(data="hub", subset=subset)
+    folder = tmp_path / name
+    folder.mkdir()
+    Path(write(folder), "kept.jsonl").rename(folder / f"{name}.jsonl")
+    (example,) = MultiTurn(str(folder)).examples()
+    assert example.error is not None and "RepoQA" in example.error
+
+
 @pytest.mark.parametrize(
-    "row", [{"context": ""}, {"multi_turns": []}, {"multi_turns": [{"input": "x"}]}, {"kind": "?"}]
+    ("row", "why"),
+    [
+        ({"context": ""}, "`context`"),
+        ({"multi_turns": []}, "`multi_turns` is empty"),
+        ({"multi_turns": [{"input": "x"}]}, "`answer`"),
+        ({"kind": "?"}, "`kind` is ?"),
+        ({"kind": "scbench_choice_eng"}, "`options`"),
+        ({"kind": "scbench_choice_eng", "multi_turns": [asking("a dog")]}, "`options`"),
+        ({"kind": "scbench_choice_eng", "multi_turns": [asking("B", options=["a", "b", "c"])]}, "`options`"),
+        ({"kind": MIXED["kind"]}, "`task` and `name` say none of summary, passkey"),
+        ({"kind": MIXED["kind"], "multi_turns": [asking("B", task="scbench_kv")]}, "`task` and `name`"),
+    ],
 )
-def test_a_row_that_cannot_be_run_says_why(tmp_path, row):
+def test_a_row_that_cannot_be_run_says_why(tmp_path, row, why):
     (example,) = MultiTurn(write(tmp_path, **row)).examples()
-    assert example.error and "`" in example.error
+    assert example.error is not None and why in example.error
 
 
 @pytest.mark.parametrize("knobs", [{"mode": "x"}, {"history": "x"}, {"compress": "x"}, {"turns": 0}, {"limit": 0}])

@@ -32,6 +32,15 @@ def test_rouge_score_stems_counts_and_takes_the_plain_subsequence():
     assert rouge.scores("rouge-score", "a a a", "a a")["ROUGE-1"] == pytest.approx(0.8)
 
 
+def test_the_sum_over_lines_takes_every_line_for_a_sentence_and_no_stems():
+    # the two lines of the reference are found whole, whatever their order; as one line only two of four words are
+    assert rouge.lsum("c d\na b", ["a b\nc d"]) == 1.0
+    assert rouge.lsum("c d a b", ["a b c d"]) == pytest.approx(0.5)
+    assert rouge.lsum("a b. c d", ["c d. a b"]) == pytest.approx(0.5)
+    assert rouge.lsum("cat", ["cats"]) == rouge.lsum("", ["cats"]) == 0.0
+    assert rouge.lsum("a b", ["z", "a b c"]) == pytest.approx(0.8)
+
+
 def test_the_package_rouge_takes_sets_and_no_stems():
     assert rouge.overlap("a a a", "a a", 1) == pytest.approx(1.0)
     assert rouge.overlap("The cat running", "the cats were running", 1) == pytest.approx(2 / 7, abs=1e-6)

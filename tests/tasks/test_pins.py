@@ -127,17 +127,18 @@ def test_a_file_that_cannot_be_written_is_said_once_and_nothing_else(hub, file, 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (f"a/set: {OLD}\nb/set: main\n", r"pins\.yaml, line 2: b/set needs a commit of 40"),
-        (f"a/set: {OLD}\na/set: {NEW}\n", r"pins\.yaml, line 2: a/set has a second commit"),
-        (f"a/set: {{x: {OLD}}}\n", r"pins\.yaml, line 1: a/set needs a commit"),
-        (f"- {OLD}\n", r"pins\.yaml: needs lines of `owner/name: commit`"),
-        (f"<<<<<<< ours\na/set: {OLD}\n=======\n", r"pins\.yaml: cannot be read \(.*line 2"),
+        (f"a/set: {OLD}\nb/set: main\n", r", line 2: b/set needs a commit of 40"),
+        (f"a/set: {OLD}\na/set: {NEW}\n", r", line 2: a/set has a second commit"),
+        (f"a/set: {{x: {OLD}}}\n", r", line 1: a/set needs a commit"),
+        (f"- {OLD}\n", r": needs lines of `owner/name: commit`"),
+        (f"<<<<<<< ours\na/set: {OLD}\n=======\n", r": cannot be read \(.*line 2"),
     ],
 )
 def test_a_broken_file_is_named_with_what_is_wrong(text, said, hub, file):
     file.write_text(text)
-    with pytest.raises(UserError, match=said):
-        read()
+    for reads in (read, LongBench("hub").source, LmEval("piqa", "hub").source):
+        with pytest.raises(UserError, match=f"^{file}{said}"):
+            reads()
     assert hub.asked == [] and file.read_text() == text
 
 
@@ -199,7 +200,10 @@ def test_longbench_reads_its_pin_from_the_cache_and_the_newest_from_the_hub(hub,
     typed = LongBench("hub", revision="main").fingerprint
     hub.newest = NEW
     again = LongBench("hub")
-    assert again.fingerprint == first.fingerprint == typed and pins.read() == {"THUDM/LongBench": OLD}
+    with monkeypatch.context() as alone:
+        alone.setattr("tasks.sources.unreachable", lambda url: pytest.fail("asked whether the hub answers"))
+        assert again.fingerprint == first.fingerprint == typed
+    assert pins.read() == {"THUDM/LongBench": OLD}
     assert LongBench("hub", revision="main").fingerprint["hub_commit"] == NEW
     hub.gone = {OLD}
     with pytest.raises(UserError, match=rf"task\.revision=pinned is not .*; {file} pins {OLD}; task\.revision=main"):

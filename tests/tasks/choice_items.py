@@ -29,15 +29,49 @@ WINOGRANDE = [
     {"sentence": "The cat left the mat because the _ was wet.", "option1": "cat", "option2": "mat", "answer": "2"},
     {"sentence": "The cat fits the box since the _ is small.", "option1": "cat", "option2": "box", "answer": "1"},
 ]
+SCIQ = [
+    {
+        "support": " Rain falls from clouds.",
+        "question": "What does rain fall from?",
+        "distractor1": "rivers",
+        "distractor2": "trees",
+        "distractor3": "mats",
+        "correct_answer": "clouds",
+    },
+    {
+        "support": "",
+        "question": "What do cats drink?",
+        "distractor1": "sand",
+        "distractor2": "ink",
+        "distractor3": "air",
+        "correct_answer": "water",
+    },
+]
+ARC = [
+    {
+        "question": "Which of these is wet?",
+        "choices": {"text": ["sand", "fire", "a river"], "label": ["A", "B", "C"]},
+        "answerKey": "C",
+    },
+    {
+        "question": "Which of these can read?",
+        "choices": {"text": ["a pupil", "a mat", "a cat", "rain"], "label": ["1", "2", "3", "4"]},
+        "answerKey": "1",
+    },
+]
 ROWS = {
     "piqa": ("validation", PIQA),
     "copa": ("validation", COPA),
     "openbookqa": ("test", OPENBOOKQA),
     "winogrande": ("validation", WINOGRANDE),
+    "sciq": ("test", SCIQ),
+    "arc_easy": ("test", ARC),
+    "arc_challenge": ("test", ARC[::-1]),
 }
 
 
 TEXTS = {"piqa": "goal", "copa": "premise", "openbookqa": "question_stem", "winogrande": "sentence"}
+TEXTS |= dict.fromkeys(["sciq", "arc_easy", "arc_challenge"], "question")
 
 
 def write(folder: Path) -> str:

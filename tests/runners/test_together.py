@@ -340,6 +340,26 @@ def test_a_member_that_fails_at_a_question_leaves_the_others_alone(reader, kind,
         assert [row["prediction"] for row in found[i]] == [row["prediction"] for row in own]
 
 
+class Once(Broken):
+    """Fails a single time, in whichever fork that is."""
+
+    lost = False
+
+    def observe(self, store, step, *more):
+        if not self.lost:
+            try:
+                super().observe(store, step, *more)
+            except RuntimeError:
+                self.lost = True
+                raise
+
+
+@pytest.mark.parametrize("kind", ["golden", "requests", "choices"])
+def test_what_is_lost_in_a_fork_is_lost_for_good(reader, kind):
+    found = answer_together(reader, [load_method("full"), Once(budget=0.5, seed=46)], asked(kind, 1))
+    assert not isinstance(found[0], Exception) and "lost on the way" in str(found[1])
+
+
 @pytest.mark.parametrize("kind", ["golden", "choices"])
 def test_the_time_limit_ends_questions(reader, kind):
     found = answer_together(reader, [load_method("full"), load_method("snapkv", budget=0.4)], asked(kind, 1), 1e-9)

@@ -30,10 +30,14 @@ HUB = "microsoft/SCBench"
 
 @dataclass(frozen=True)
 class Kind:
-    """How the answers of a data set are limited and scored. score: of a prediction and its references."""
+    """How the answers of a data set are limited and scored.
+
+    score: of a prediction and its references.  chance: what guessing scores.
+    """
 
     max_new_tokens: int
     score: Callable[[str, Sequence[str]], float]
+    chance: float = 0
 
 
 def contains(answer: str, references: Sequence[str]) -> float:
@@ -80,7 +84,7 @@ KINDS: dict[str, Kind] = {
     "scbench_vt": Kind(30, share_named),
     "scbench_qa_eng": Kind(40, contains_any_case),
     "scbench_qa_chn": Kind(40, characters),
-    "scbench_choice_eng": Kind(40, choice),
+    "scbench_choice_eng": Kind(40, choice, chance=1 / 4),
     "scbench_many_shot": Kind(10, contains_any_case),
     "scbench_mf": Kind(5, first_number),
     "scbench_summary": Kind(200, rouge.lsum),
@@ -205,7 +209,8 @@ class MultiTurn(Task):
         for turn in row["multi_turns"]:
             rule, limit = rule_of(turn, kind)
             limit = int(row.get("max_new_tokens") or limit)
-            turns.append(Turn(asked(turn, rule), references(turn, rule), limit, {"score": rule}))
+            own = {"score": rule, "chance": KINDS[rule].chance}
+            turns.append(Turn(asked(turn, rule), references(turn, rule), limit, own))
         if self.shuffle is not None:
             random.Random(f"{self.shuffle}/{id}").shuffle(turns)
         first, *later = turns[: self.turns]

@@ -100,7 +100,7 @@ def test_options_stand_below_their_question_and_the_right_one_is_known_by_its_le
         "\n\nwho sat?\nA. a cat\nB. a mat \nC. a river\nD. nobody\nAnswer with one letter, A, B, C or D."
     )
     assert example.answers == [answer if isinstance(answer, str) else answer[0], "B"]
-    assert example.max_new_tokens == 40
+    assert example.max_new_tokens == 40 and example.tags["chance"] == 0.25
 
 
 MIXED = {

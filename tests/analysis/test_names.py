@@ -41,4 +41,5 @@ def test_names_are_left_alone_where_nothing_differs(book):
 
 def test_bits_are_read_from_the_configuration():
     assert bits('{"key_bits": 4, "value_bits": 2}') == "K4V2" and bits('{"key_bits": 4, "value_bits": 4}') == "4 bits"
+    assert bits('{"table": "C2.25"}') == "C2.25" and bits('{"table": "C2.50"}') == "C2.50"
     assert bits('{"table": "assets/x/mixed-3.yaml"}') == "mixed-3" and bits('{"budget": 0.5}') == ""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from methods.core.contract import LayerCache, ModelSpec, Stage, Step
 from methods.core.errors import UserError
-from methods.core.eviction import Cut, Eviction, EvictionCache
+from methods.core.eviction import Cut, Eviction, EvictionCache, on_device
 from methods.core.store import Store
 
 EVICT = ("prompt_end", "per_chunk")
@@ -62,7 +62,7 @@ class Capped(Eviction):
         raise NotImplementedError
 
     def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
-        room = torch.tensor(cut.limit, device=store.pos.device)[:, None, None]
+        room = on_device(cut.limit, store.pos.device)[:, None, None]
         return self.rank(store, step, room, cut.mass)
 
     def rank(self, store: Store, step: Step, room: Tensor, mass: Tensor | None) -> Tensor:
@@ -132,7 +132,7 @@ class CappedCache(EvictionCache):
             [_within(self._share(step, of(n)), step.rules.window) for n in self.prompt]
             for of in (method.cap, method.refill)
         )
-        self.caps = torch.tensor(self.cap, device=step.pos.device)[:, None]
+        self.caps = on_device(self.cap, step.pos.device)[:, None]
         self.store.most = max(self.cap) + 1
 
     def _inside_prompt(self, step: Step) -> None:

@@ -211,7 +211,7 @@ class EvictionCache(LayerCache):
         rank = torch.where(real, real.cumsum(-1) - 1, -1)
         q, q_pos = _join(queries or [(step.q, step.pos)])
         scores = method.score(store, step, Cut(q, q_pos, rank, n, self.prompt, limits, self.mass))
-        keep = self._pick(scores.masked_fill(~real, -torch.inf), torch.tensor(limits, device=n.device))
+        keep = self._pick(scores.masked_fill(~real, -torch.inf), on_device(limits, n.device))
         method.before_drop(store, keep)
         known = method.keeps_limit and not store.padded  # then the device need not be asked
         exact = min(limits) == max(limits) if known else bool((keep.sum(-1) == max(limits)).all())
@@ -242,6 +242,11 @@ class EvictionCache(LayerCache):
             self.queries[0] = (q[:, :, extra:], pos[:, extra:])
             if step.stage is not Stage.ENDS_PROMPT:  # a view would keep the whole chunk alive
                 self.queries[0] = tuple(x.clone() for x in self.queries[0])
+
+
+def on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """One number per row, [B], written there by the device itself: a copy from the host would be waited for."""
+    return torch.stack([torch.full((), n, device=device) for n in numbers])
 
 
 def _join(queries: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,132 @@
+"""A decode step of every method asks nothing of the device: the host runs ahead of it, and a CUDA graph can hold it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from kernels import backend
+from kernels.launch import noting
+from methods import load_method, method_names
+from methods.adakv import AdaKV
+from methods.core.contract import Method
+from runners.bind import KVCache
+from tests.kernels.both_forms import using
+from tests.methods.conftest import run
+from tests.tiny import SIZES, equip, tiny_model
+from tests.waiting import no_waiting, without_contents
+
+pytest.importorskip("triton")
+
+LENGTHS = (90, 35, 75)
+
+#: beyond the methods as they are configured: what a decode step of theirs may do besides
+KNOBS = {
+    "h2o, normalised": ("h2o", {"normalise": True}),
+    "keyformer, one noise per token": ("keyformer", {"noise": "per_token"}),
+    "keyformer, without noise": ("keyformer", {"noise": "none"}),
+    "keyformer, shared": ("keyformer", {"shared": True}),
+    "lococo, sums": ("lococo", {"accumulate_scores": True}),
+    "scissorhands, ties": ("scissorhands", {"tie": "prob"}),
+    "streaming_llm, original positions": ("streaming_llm", {"positions": "original"}),
+    "tova, by head": ("tova", {"granularity": "kv_head"}),
+}
+#: what waits all the same, by method and budget, where rows of a batch have different lengths
+WAITS = {
+    ("scissorhands", 0.5): "a full cache drops many slots at once, and each row is counted first",
+    ("scissorhands", 40): "the same",
+    ("streaming_llm", 40): "while some rows are full and others are not, each drops for itself",
+}
+# besides: a sliding layer counts its rows once in 64 tokens, nacl with a decode_interval whenever that has passed
+WAITED = (AssertionError, NotImplementedError, RuntimeError)
+#: ways to ask a device for a number, or to send it one
+ASKED = {
+    "item": lambda x: x.sum().item(),
+    "int": lambda x: int(x.sum()),
+    "bool": lambda x: bool(x.all()),
+    "list": lambda x: x.tolist(),
+    "to the host": lambda x: x.cpu(),
+    "from the host": lambda x: torch.ones(3).to(x.device),
+    "numbers of the host": lambda x: torch.tensor([1, 2], device=x.device),
+    "mask as index": lambda x: x[x > 0],
+    "written by mask": lambda x: x.index_put_((x > 0,), x),
+    "nonzero": lambda x: x.nonzero(),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "equal": lambda x: torch.equal(x, x),
+    "bincount": lambda x: torch.bincount(x.long()),
+    "unique": lambda x: x.unique(),
+    "repeat_interleave": lambda x: torch.repeat_interleave(x.long()),
+}
+RAGGED = "h2o, heads apart"  # every head drops from pages of its own
+CASES = {name: (name, {}) for name in method_names()} | KNOBS | {RAGGED: ("h2o", {})}
+
+
+def made(case: str, budget: float) -> Method:
+    name, knobs = CASES[case]
+    method = load_method(name, **({} if name == "full" else {"budget": budget}), **SIZES.get(name, {}), **knobs)
+    return replace(method, allocator=AdaKV()) if case == RAGGED else method
+
+
+def prompted(method: Method, model: PreTrainedModel, lengths: tuple[int, ...]) -> KVCache:
+    """A cache after a batch of prompts and two tokens."""
+    cache, g = method.cache_for(model), torch.Generator().manual_seed(1)
+    ids, new = (torch.randint(1, 97, (len(lengths), n), generator=g) for n in (max(lengths), 2))
+    mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    run(model, cache, ids, new=new, mask=mask.long())
+    return cache
+
+
+@torch.no_grad()
+def decode(model: PreTrainedModel, cache: KVCache, steps: int) -> None:
+    """Tokens without contents, one after the other."""
+    rows = cache.samples.shape[0]
+    one = torch.ones(rows, 1, dtype=torch.long, device="meta")
+    for _ in range(steps):
+        seen = torch.ones(rows, cache.get_seq_length() + 1, dtype=torch.long, device="meta")
+        with noting(), no_waiting():
+            model(one, attention_mask=seen, position_ids=one, past_key_values=cache, use_cache=True)
+
+
+@pytest.fixture(scope="module")
+def sliding(artefact_folder: Path) -> PreTrainedModel:
+    return equip(tiny_model("mistral"), artefact_folder)
+
+
+@pytest.fixture(autouse=True)
+def triton_anywhere(monkeypatch):
+    monkeypatch.setattr(backend, "_trouble", lambda device, interpreted: None)
+
+
+@pytest.mark.parametrize(("form", "budget"), [("triton", 0.5), ("reference", 40)])
+@pytest.mark.parametrize("case", CASES)
+def test_rows_of_different_lengths_decode_without_waiting(case, form, budget, gqa):
+    prompt = prompted(made(case, budget), gqa, LENGTHS)
+    with using(form):
+        if (CASES[case][0], budget) in WAITS:
+            with pytest.raises(WAITED):
+                decode(*without_contents((gqa, prompt)), steps=12)
+        else:
+            decode(*without_contents((gqa, prompt)), steps=4)
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_sliding_layers_decode_without_waiting(name, sliding):
+    prompt = prompted(made(name, 40), sliding, LENGTHS)
+    with using("triton"):
+        decode(*without_contents((sliding, prompt)), steps=4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_of_one_length_drop_as_many_slots_as_they_like_without_waiting(case, gqa):
+    prompt = prompted(made(case, 40), gqa, (60, 60))
+    with using("triton"):
+        decode(*without_contents((gqa, prompt)), steps=30 if "scissorhands" in case else 4)
+
+
+@pytest.mark.parametrize("ask", ASKED, ids=ASKED)
+def test_what_waits_is_noticed(ask):
+    x = without_contents(torch.ones(3))
+    with pytest.raises(WAITED), no_waiting():
+        ASKED[ask](x)

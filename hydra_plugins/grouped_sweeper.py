@@ -62,7 +62,7 @@ class GroupedSweeper(BasicSweeper):
                     raise result._return_value
             return results
 
-        self.launcher.launch = launched
+        self.launcher.launch = launched  # type: ignore[method-assign, assignment]
         return super().sweep(arguments)
 
     def split_arguments(  # type: ignore[override]
@@ -80,7 +80,7 @@ class GroupedSweeper(BasicSweeper):
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Compose every job, and one cell per setting of a method, so that a mistyped name is said before all else."""
         for job in batch:
-            for cell in job_cells(job) or [job]:
+            for cell in job_cells(job) or [list(job)]:
                 setting, _ = numbers_apart(cell)
                 if setting not in self._checked:
                     self._compose(cell)
@@ -100,7 +100,7 @@ class GroupedSweeper(BasicSweeper):
         plain = [override for override in cell if override != f"budget={POINTS}"]
         method = self._compose(plain).method
         points = [plain]
-        for key, values in OmegaConf.to_container(method.get("sweep") or OmegaConf.create({"budget": [1]})).items():
-            name = key if key == "budget" else f"method.{key}"
+        for key, values in (method.get("sweep") or OmegaConf.create({"budget": [1]})).items():
+            name = "budget" if key == "budget" else f"method.{key!s}"
             points = [[*point, f"{name}={value}"] for point in points for value in values]
         return points

@@ -12,7 +12,8 @@ from methods import load_method
 from methods.core.codec import CodecCache
 from methods.core.contract import Stage, Step
 from methods.core.errors import BudgetMiss, UserError
-from methods.core.quantized import QuantizedStore, Scheme
+from methods.core.quantized import QuantizedStore
+from methods.core.scheme import Scheme
 from methods.kivi import KIVI
 from runners.meter import nbytes
 from tests.kernels.formula import formula

@@ -59,7 +59,7 @@ class Report:
     def check_budget(self, method: str) -> None:
         """Raises BudgetMiss when more was held at the prompt's end than asked for and documented."""
         if self.held_prompt > self.asked + self.overhead:
-            raise BudgetMiss(method, self.asked + self.overhead, self.held_prompt)
+            raise BudgetMiss(method, self.asked + self.overhead, self.held_prompt, self.full_prompt)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the share, as plain values."""

@@ -322,7 +322,7 @@ def sample_number(id: str) -> int:
 def test_a_missed_budget_fails_the_cell_with_both_numbers(command, monkeypatch):
     def miss(self):
         if self.method.name == "nacl":
-            raise BudgetMiss("nacl", asked=1000, measured=4096)
+            raise BudgetMiss("nacl", asked=1000, measured=4096, full=8192)
 
     monkeypatch.setattr(KVCache, "check_budget", miss)
     code, out, err = command()

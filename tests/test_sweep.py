@@ -284,7 +284,7 @@ def test_the_time_limit_holds_for_cells_that_run_alone(command):
 def test_a_missed_budget_ends_its_cell_and_no_other(command, tmp_path, monkeypatch):
     def miss(self):
         if self.method.name == "nacl" and self.method.budget == 0.2:
-            raise BudgetMiss("nacl", asked=1000, measured=4096)
+            raise BudgetMiss("nacl", asked=1000, measured=4096, full=8192)
 
     monkeypatch.setattr(KVCache, "check_budget", miss)
     code, _, err = command(*GRID)

@@ -8,9 +8,12 @@ class UserError(ValueError):
 class BudgetMiss(RuntimeError):
     """A cache holds more than its budget and its documented overhead allow.
 
-    asked, measured: bytes at the end of the prompt.
+    asked, measured: bytes at the end of the prompt.  full: those of the full cache.
     """
 
-    def __init__(self, method: str, asked: int, measured: int):
-        super().__init__(f"{method}: {measured:,} bytes are held at the end of the prompt, {asked:,} were asked for")
+    def __init__(self, method: str, asked: int, measured: int, full: int):
+        super().__init__(
+            f"{method}: {measured:,} bytes are held at the end of the prompt, {measured / full:.1%} of the full "
+            f"cache's; {asked:,} were asked for, {asked / full:.1%}"
+        )
         self.asked, self.measured = asked, measured

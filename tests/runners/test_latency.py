@@ -98,12 +98,12 @@ def test_the_prompt_is_the_same_for_all_methods_and_follows_the_seed(model):
 
 
 def test_a_method_that_holds_more_than_it_may_is_no_measurement(model, monkeypatch):
-    from runners.meter import Meter
+    from runners.meter import Report
 
     def misses(self, name):
-        raise BudgetMiss(name, 1, 2)
+        raise BudgetMiss(name, 1, 2, 4)
 
-    monkeypatch.setattr(Meter, "check_budget", misses)
+    monkeypatch.setattr(Report, "check_budget", misses)
     with pytest.raises(BudgetMiss):
         measure(model, [load_method("snapkv", budget=0.25, window=4)], Timed(40, 1, 2, 1))
 

@@ -202,7 +202,7 @@ def test_a_method_that_does_not_free_what_it_drops_misses_its_budget(store, held
     assert miss.value.measured == report.held_prompt == held
     assert miss.value.asked == report.asked + report.overhead < held
     assert f"{held:,}" in str(miss.value) and f"{miss.value.asked:,}" in str(miss.value)
-    assert "snapkv" in str(miss.value)
+    assert "snapkv" in str(miss.value) and f"{held / report.full_prompt:.1%} of the full" in str(miss.value)
 
 
 def test_nothing_is_on_the_host_when_the_model_is_there_itself(llama):

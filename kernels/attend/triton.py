@@ -1,7 +1,6 @@
 """`attend` on a GPU: one pass over the slots with a running softmax; long contexts of few queries are split.
 
-Paper: Dao 2023, arXiv:2307.08691 (tiles with a running maximum and sum); Dao et al. 2023, Flash-Decoding (splitting the
-       slots and merging by log-sum-exp).
+Paper: Dao 2023, arXiv:2307.08691 (tiles with a running maximum and sum); for the splits, see splits.py.
 Here:  the query heads of a KV head are rows of one tile, r = t * G + g, so that keys and values are read once per
        group. Tiles look up first which slots any of their rows may see, so that causal, padded and windowed layouts
        skip the rest by the same code. What is launched depends on shapes only: a step can be captured in a CUDA graph.
@@ -9,7 +8,6 @@ Here:  the query heads of a KV head are rows of one tile, r = t * G + g, so that
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,81 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attend import Rules
-from kernels.backend import DTYPES, interpreted
+from kernels.attend.splits import merged, pick_splits
+from kernels.attend.tiles import (
+    LN2,
+    dot,
+    finish,
+    last_contiguous,
+    packed_rows,
+    scores,
+    seen_range,
+    strides,
+    tiles,
+    upcast,
+)
+from kernels.backend import DTYPES
 from kernels.launch import launch
-from kernels.noise import Stem
-from kernels.noise.triton import log_uniform
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-# shared memory for the tiles of keys and values in flight; a block may have 99 KiB on the smallest of the GPUs
-TILE_BYTES = 64 * 1024
-# slots of one split are worth a program of their own from here on
-LEAST_SPLIT = 256
-# slots whose positions are looked at together to find those that a tile needs
-SCAN = tl.constexpr(1024)
-# programs per multiprocessor that hide each other's waits while decoding
-PER_PROCESSOR = 2
-
-
-@triton.jit
-def dot(a, b, UPCAST: tl.constexpr):
-    """a @ b in float32; UPCAST: the interpreter multiplies no bfloat16."""
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def tanh(x):
-    return 1 - 2 / (tl.exp(2 * x) + 1)
-
-
-@triton.jit
-def scores(
-    x, q_at, k_at, slope, start, tau, scale, cap, window,
-    POSITIONS: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, SLOPE: tl.constexpr,
-    NOISE: tl.constexpr, TAU: tl.constexpr,
-):  # fmt: skip
-    """Products q·k as logits to the base 2, -inf where nothing is seen; all but x broadcast to its shape.
-
-    q_at, k_at: positions or indices.  start: of the noise.
-    """
-    distance = q_at - k_at
-    if CAP:
-        x = tanh(x * (scale / cap)) * cap
-    else:
-        x = x * scale
-    if SLOPE:
-        x -= slope * distance.to(tl.float32)
-    if NOISE:
-        x -= tl.log(-log_uniform(start, k_at))
-    if TAU:
-        x = x / tau
-    x = x * LOG2E
-    if CAUSAL:
-        x = tl.where(distance >= 0, x, -float("inf"))
-    if POSITIONS:
-        x = tl.where(k_at >= 0, x, -float("inf"))
-    if WINDOW:
-        x = tl.where(distance < window, x, -float("inf"))
-    return x
-
-
-@triton.jit
-def seen_range(POS, lo, hi, first, last, window, WINDOW: tl.constexpr):
-    """From the first slot of [lo, hi) that a query in [first, last] sees to behind the last one; empty: (hi, lo)."""
-    low, high = hi, lo
-    for j in range(lo, hi, SCAN):
-        at = j + tl.arange(0, SCAN)
-        pos = tl.load(POS + at, mask=at < hi, other=-1)
-        seen = (pos >= 0) & (pos <= last)
-        if WINDOW:
-            seen &= pos > first - window
-        low = tl.minimum(low, tl.min(tl.where(seen, at, hi)))
-        high = tl.maximum(high, tl.max(tl.where(seen, at + 1, lo)))
-    return low, high
 
 
 @triton.jit
@@ -137,19 +75,6 @@ def sweep(
             v = tl.load(V + place * v_ss + n[:, None] * v_ss + dv[None, :], mask=v_mask, other=0.0)  # [N, DV]
             acc = acc * shrink[:, None] + dot(p.to(v.dtype), v, UPCAST)
     return acc, biggest, total
-
-
-@triton.jit
-def finish(acc, biggest, total, OUT, LSE, row, dv, real, DV: tl.constexpr):
-    """Store output rows and their log-sum-exp, to the base e; rows that saw nothing give 0 and -inf."""
-    nothing = total == 0.0
-    if OUT is not None:
-        out = acc / tl.where(nothing, 1.0, total)[:, None]
-        where = OUT + row.to(tl.int64)[:, None] * DV + dv[None, :]
-        tl.store(where, out.to(OUT.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
-    if LSE is not None:
-        lse = tl.where(nothing, -float("inf"), biggest * LN2 + tl.log(tl.where(nothing, 1.0, total)))
-        tl.store(LSE + row, lse, mask=real)
 
 
 @triton.jit(do_not_specialize=["T", "S", "split", "splits", "offset"])
@@ -271,29 +196,6 @@ def ragged(
     finish(acc, biggest, total, OUT, LSE, (b * H * G + head) * splits + tl.program_id(1), dv, real, DV)
 
 
-@triton.jit
-def merge(
-    PART, PART_LSE, OUT, LSE, splits,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Program r: row r of [B, Hq, T] from its splits' outputs and log-sum-exps."""
-    r = tl.program_id(0).to(tl.int64)
-    s, dv = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_DV)
-    lse = tl.load(PART_LSE + r * splits + s, mask=s < splits, other=-float("inf"))
-    biggest = tl.max(lse)
-    base = tl.where(biggest == -float("inf"), 0.0, biggest)
-    weight = tl.exp(lse - base)
-    total = tl.sum(weight)
-    safe = tl.where(total == 0.0, 1.0, total)
-    if OUT is not None:
-        at = PART + (r * splits + s)[:, None] * DV + dv[None, :]
-        part = tl.load(at, mask=(s < splits)[:, None] & (dv < DV)[None, :], other=0.0)
-        out = tl.sum(part * weight[:, None], 0) / safe
-        tl.store(OUT + r * DV + dv, out.to(OUT.dtype.element_ty), mask=dv < DV)
-    if LSE is not None:
-        tl.store(LSE + r, tl.where(total == 0.0, -float("inf"), base + tl.log(safe)))
-
-
 def attend(
     q: Tensor,
     k: Tensor,
@@ -383,65 +285,6 @@ def attend_pages(
     if splits > 1:
         merged(part, part_lse, out, None, splits, B * Hq, DV)
     return out
-
-
-def merged(
-    part: Tensor | None, part_lse: Tensor, out: Tensor | None, lse: Tensor | None, splits: int, rows: int, DV: int
-) -> None:
-    """Outputs [rows, splits, DV] and log-sum-exps [rows, splits] of the splits into those of all slots."""
-    sizes = {"DV": DV, "BLOCK_DV": triton.next_power_of_2(DV), "BLOCK_SPLITS": triton.next_power_of_2(splits)}
-    launch(merge, (rows,), part, part_lse, out, lse, splits, **sizes, num_warps=4)
-
-
-def tiles(rows: int, D: int, DV: int, dtype: torch.dtype) -> dict[str, int]:
-    """Sizes of a tile, warps and stages: as large as registers and TILE_BYTES of shared memory allow."""
-    width, size = triton.next_power_of_2(max(16, D)), dtype.itemsize
-    wide = triton.next_power_of_2(max(16, DV))
-    most = {2: 128 if max(width, wide) <= 128 else 64, 4: 32 if max(width, wide) <= 128 else 16}[size]
-    M = min(most, max(16, triton.next_power_of_2(rows)))
-    N = min(128, max(16, TILE_BYTES // (2 * size * (width + wide))))
-    if size == 4:
-        N = min(N, 32)
-    # few rows leave registers and shared memory for one more stage, and decoding waits for memory alone
-    launched = {"num_warps": 8 if M > 64 else 4, "num_stages": 3 if M == 16 else 2}
-    return {"BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": width, "BLOCK_DV": wide, **launched}
-
-
-def pick_splits(device: torch.device, programs: int, S: int) -> int:
-    """Parts of S slots, so that `programs` programs of one part each fill the device."""
-    wanted = PER_PROCESSOR * processors(device) // max(1, programs)
-    return max(1, min(wanted, S // LEAST_SPLIT, 128))
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; for the interpreter one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def upcast(x: Tensor) -> bool:
-    """Whether products need float32 operands: the interpreter's of bfloat16 are wrong."""
-    return interpreted() and x.dtype == torch.bfloat16
-
-
-def start_of(stem: Stem, B: int, Hq: int) -> Tensor:
-    """What a slot's key is added to before the last mixing, [B, Hq, T or 1], int32."""
-    return stem.start().view(B, Hq, -1)
-
-
-def packed_rows(x: Tensor) -> Tensor:
-    """x with its last dimension in one piece, as it always lies in a cache."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def last_contiguous(pos: Tensor) -> Tensor:
-    """Positions [B, H or 1, S] in one piece along the slots."""
-    return pos if pos.stride(-1) == 1 or pos.shape[-1] == 1 else pos.contiguous()
-
-
-def strides(x: Tensor | None, n: int) -> tuple[int, ...]:
-    """The strides of the first n dimensions, 0 where one element stands for all or there is no tensor."""
-    return (0,) * n if x is None else tuple(0 if x.shape[i] == 1 else x.stride(i) for i in range(n))
 
 
 def rehearse(brief: bool = False) -> None:

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attend import Plan, Rules
-from kernels.attend.triton import finish, last_contiguous, merged, packed_rows, pick_splits, scores, strides
+from kernels.attend.splits import merged, pick_splits
+from kernels.attend.tiles import finish, last_contiguous, packed_rows, scores, strides
 from kernels.backend import DTYPES, interpreted
 from kernels.launch import launch
 from kernels.quantize import BITS, Packed, codes_per_pack

@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attend import Rules
-from kernels.attend.triton import (
+from kernels.attend.tiles import (
+    LOG2E,
     SCAN,
-    attend,
     dot,
     last_contiguous,
     packed_rows,
@@ -21,11 +21,10 @@ from kernels.attend.triton import (
     tiles,
     upcast,
 )
+from kernels.attend.triton import attend
 from kernels.backend import DTYPES
 from kernels.launch import launch
 from kernels.noise import Stem
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attend.triton import strides
+from kernels.attend.tiles import strides
 from kernels.backend import DTYPES
 from kernels.launch import launch
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import backend
+from kernels import Rules, backend
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # what rounding inputs and weights to a type costs an output of size one
@@ -18,6 +18,30 @@ needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="with a
 on_each_device = pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=needs_interpreter), pytest.param("cuda", marks=pytest.mark.cuda)]
 )
+
+
+#: what a layer may do to its logits; a window is as long as a case needs it
+RULES = ("plain", "window", "softcap", "slopes", "all rules")
+
+
+class Inputs:
+    """Random queries of the newest T tokens over S slots, and rules by name."""
+
+    window = 9
+
+    def __init__(self, g, heads=(4, 2), T=1, S=63, D=32, B=1, dtype=torch.float32, DV=None):
+        Hq, H = heads
+        shapes = ((B, Hq, T, D), (B, H, S, D), (B, H, S, DV or D))
+        self.q, self.k, self.v = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
+        self.q_pos = torch.arange(S - T, S, dtype=torch.int32).expand(B, -1)
+        self.k_pos = torch.arange(S, dtype=torch.int32).expand(B, 1, -1)
+        self.slopes = torch.rand(Hq, generator=g)
+
+    def rules(self, name: str, device: str = "cpu") -> Rules:
+        assert name in RULES, name
+        given = {"window": self.window, "softcap": 1.5, "slopes": self.slopes.to(device)}
+        given = {rule: value for rule, value in given.items() if name in (rule, "all rules")}
+        return Rules(self.q.shape[-1] ** -0.5, **given)
 
 
 @contextmanager

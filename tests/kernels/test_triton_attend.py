@@ -5,39 +5,28 @@ import itertools
 import pytest
 import torch
 
-from kernels import Rules, attend, attend_pages, attend_with_lse
-from tests.kernels.both_forms import DTYPES, TOLERANCE, close, generator, moved, on_each_device, poison, using
+from kernels import attend, attend_pages, attend_with_lse
+from tests.kernels.both_forms import (
+    DTYPES,
+    RULES,
+    TOLERANCE,
+    Inputs,
+    close,
+    generator,
+    moved,
+    on_each_device,
+    poison,
+    using,
+)
 from tests.kernels.formula import formula
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poison")
 __all__ = ["generator", "poison"]
 
-RULES = {
-    "plain": {},
-    "window": {"window": 5},
-    "softcap": {"softcap": 1.5},
-    "slopes": {"slopes": True},
-    "all rules": {"window": 5, "softcap": 1.5, "slopes": True},
-}
 
-
-class Case:
-    """Random inputs, queries of T newest tokens over S slots."""
-
-    def __init__(self, g, heads=(4, 2), T=1, S=63, D=32, B=1, dtype=torch.float32, DV=None):
-        Hq, H = heads
-        shapes = ((B, Hq, T, D), (B, H, S, D), (B, H, S, DV or D))
-        self.q, self.k, self.v = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
-        self.q_pos = torch.arange(S - T, S, dtype=torch.int32).expand(B, -1)
-        self.k_pos = torch.arange(S, dtype=torch.int32).expand(B, 1, -1)
-        self.slopes = torch.rand(Hq, generator=g)
-
-    def rules(self, name, device="cpu"):
-        given = dict(RULES[name])
-        if given.get("slopes"):
-            given["slopes"] = self.slopes.to(device)
-        return Rules(self.q.shape[-1] ** -0.5, **given)
+class Case(Inputs):
+    window = 5
 
     def check(self, device, rules="plain", plan="positions", splits=None):
         q, k, v, q_pos, k_pos = moved(device, self.q, self.k, self.v, self.q_pos, self.k_pos)
@@ -202,12 +191,12 @@ def test_pages_and_tail_are_one_softmax(t, splits, rules, device, generator):
 
 
 def test_splits_fill_the_device_and_never_fall_below_what_is_worth_a_program(monkeypatch):
-    from kernels.attend import triton
+    from kernels.attend import splits
 
-    monkeypatch.setattr(triton, "processors", lambda device: 132)
+    monkeypatch.setattr(splits, "processors", lambda device: 132)
     gpu = torch.device("cuda")
-    assert triton.pick_splits(gpu, 8, 32_768) == 33  # one sequence of eight KV heads
-    assert triton.pick_splits(gpu, 128, 32_768) == 2
-    assert triton.pick_splits(gpu, 4096, 32_768) == 1
+    assert splits.pick_splits(gpu, 8, 32_768) == 33  # one sequence of eight KV heads
+    assert splits.pick_splits(gpu, 128, 32_768) == 2
+    assert splits.pick_splits(gpu, 4096, 32_768) == 1
     for programs, S in itertools.product((1, 7, 100), (0, 1, 255, 256, 1000, 131_072)):
-        assert 1 <= triton.pick_splits(gpu, programs, S) <= max(1, S // triton.LEAST_SPLIT)
+        assert 1 <= splits.pick_splits(gpu, programs, S) <= max(1, S // splits.LEAST_SPLIT)

@@ -4,24 +4,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Rules
 from kernels.attend_quantized import attend_quantized
 from kernels.quantize import Packed, dequantize, quantize
-from tests.kernels.both_forms import DTYPES, TOLERANCE, close, generator, moved, on_each_device, poison, using
+from tests.kernels.both_forms import (
+    DTYPES,
+    RULES,
+    TOLERANCE,
+    Inputs,
+    close,
+    generator,
+    moved,
+    on_each_device,
+    poison,
+    using,
+)
 from tests.kernels.formula import formula
 
 triton = pytest.importorskip("triton")
 tl, plane = triton.language, pytest.importorskip("kernels.attend_quantized.triton").plane
 pytestmark = pytest.mark.usefixtures("poison")
 __all__ = ["generator", "poison"]
-
-RULES = {
-    "plain": {},
-    "window": {"window": 41},
-    "softcap": {"softcap": 1.5},
-    "slopes": {"slopes": True},
-    "all rules": {"window": 41, "softcap": 1.5, "slopes": True},
-}
 
 
 @triton.jit
@@ -33,29 +35,20 @@ def planes(WORDS, OUT, PACK: tl.constexpr, BITS: tl.constexpr, LIFT: tl.constexp
         tl.store(OUT + s * 256 + i, plane(word, s, BITS, LIFT, DOT).to(tl.float32))
 
 
-class Case:
+class Case(Inputs):
     """Random queries, keys and values; the oldest of n slots are packed: so many keys, and so many values."""
+
+    window = 41
 
     def __init__(
         self, g, heads=(4, 1), T=1, n=63, keys=32, values=51, D=32, DV=None, B=1, bits=4, dim=2, group=16,
         dtype=torch.float32,
     ):  # fmt: skip
-        Hq, H = heads
-        DV = DV or D
-        shapes = ((B, Hq, T, D), (B, H, n, D), (B, H, n, DV))
-        self.q, k, v = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
+        super().__init__(g, heads, T, n, D, B, dtype, DV or D)
+        k, v, DV = self.k, self.v, DV or D
         along = next(x for x in range(min(max(group, 8), D, DV), 0, -1) if D % x == 0 and DV % x == 0 and x % 8 == 0)
         self.k = (quantize(k[:, :, :keys], bits, group if dim == 2 else along, dim) if keys else None, k[:, :, keys:])
         self.v = (quantize(v[:, :, :values], bits, along, 3) if values else None, v[:, :, values:])
-        self.q_pos = torch.arange(n - T, n, dtype=torch.int32).expand(B, -1)
-        self.k_pos = torch.arange(n, dtype=torch.int32).expand(B, 1, -1)
-        self.slopes = torch.rand(Hq, generator=g)
-
-    def rules(self, name: str, device: str = "cpu") -> Rules:
-        given = dict(RULES[name])
-        if given.get("slopes"):
-            given["slopes"] = self.slopes.to(device)
-        return Rules(self.q.shape[-1] ** -0.5, **given)
 
     def run(self, device: str, rules: str = "plain", plan: str = "positions", splits: int | None = None) -> Tensor:
         q, q_pos, k_pos = moved(device, self.q, self.q_pos, self.k_pos)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Rules, Stem, attend_with_mass, ema_weights, mass, noisy_mass, uniform, weighted_mass
-from tests.kernels.both_forms import DTYPES, close, generator, moved, on_each_device, poison, using
+from kernels import Stem, attend_with_mass, ema_weights, mass, noisy_mass, uniform, weighted_mass
+from tests.kernels.both_forms import DTYPES, RULES, Inputs, close, generator, moved, on_each_device, poison, using
 from tests.kernels.formula import formula
 from tests.kernels.test_mass import dense
 
@@ -15,33 +15,10 @@ drawn = pytest.importorskip("kernels.noise.triton").uniform
 pytestmark = pytest.mark.usefixtures("poison")
 __all__ = ["generator", "poison"]
 
-RULES = {
-    "plain": {},
-    "window": {"window": 9},
-    "softcap": {"softcap": 1.5},
-    "slopes": {"slopes": True},
-    "all rules": {"window": 9, "softcap": 1.5, "slopes": True},
-}
-# what the references lose where products are rounded to the type before the softmax
-LOSS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
-
-class Case:
-    """Random inputs, queries of T newest tokens over S slots."""
-
-    def __init__(self, g, heads=(4, 2), T=20, S=63, D=32, B=1, dtype=torch.float32):
-        Hq, H = heads
-        shapes = ((B, Hq, T, D), (B, H, S, D), (B, H, S, D))
-        self.q, self.k, self.v = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
-        self.q_pos = torch.arange(S - T, S, dtype=torch.int32).expand(B, -1)
-        self.k_pos = torch.arange(S, dtype=torch.int32).expand(B, 1, -1)
-        self.slopes = torch.rand(Hq, generator=g)
-
-    def rules(self, name, device="cpu"):
-        given = dict(RULES[name])
-        if given.get("slopes"):
-            given["slopes"] = self.slopes.to(device)
-        return Rules(self.q.shape[-1] ** -0.5, **given)
+class Case(Inputs):
+    def __init__(self, g, heads=(4, 2), T=20, S=63, **more):
+        super().__init__(g, heads, T, S, **more)
 
     def check(self, op, device, rules="plain", tolerance=1e-4, **more) -> Tensor:
         """Runs the op in both forms on the same inputs, the reference in float32."""

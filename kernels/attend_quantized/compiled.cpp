@@ -141,10 +141,17 @@ inline int place(const Packed &x, int d) {
     return d % codes * (x.width / codes) + d / codes;
 }
 
-// Tokens per piece when every head is cut into so many: whole groups.
-inline int64_t piece(const Packed &x, int64_t pieces) {
+// Piece i of a head that is cut into so many, in whole groups: each(t, tokens, tile) for its tiles of numbers.
+template <class Each> inline void sweep(const Packed &x, int64_t head, int64_t i, int64_t pieces, Each each) {
     const int64_t unit = x.dim == 2 ? x.group : TILE, units = (x.n + unit - 1) / unit;
-    return (units + pieces - 1) / pieces * unit;
+    const int64_t size = (units + pieces - 1) / pieces * unit, to = std::min(x.n, (i + 1) * size);
+    alignas(64) float tile[TILE * WIDEST];
+    for (int64_t t = i * size; t < to;) {
+        const int tokens = tokens_at(x, t, to);
+        any_numbers(x, head, t, tokens, tile);
+        each(t, tokens, tile);
+        t += tokens;
+    }
 }
 
 } // namespace
@@ -155,21 +162,16 @@ extern "C" {
 void packed_dot(const float *q, int64_t heads, int64_t rows, const Packed *keys, float *out, int64_t stride,
                 int64_t pieces, int threads) {
     const Packed &x = *keys;
-    const int64_t size = piece(x, pieces);
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
     for (int64_t head = 0; head < heads; ++head)
         for (int64_t i = 0; i < pieces; ++i) {
-            const int64_t from = std::min(x.n, i * size), to = std::min(x.n, from + size);
-            alignas(64) float tile[TILE * WIDEST];
             std::vector<float> own(rows * x.width);
             for (int64_t r = 0; r < rows; ++r)
                 for (int d = 0; d < x.width; ++d)
                     own[r * x.width + place(x, d)] = q[(head * rows + r) * x.width + d];
-            for (int64_t t = from, tokens; t < to; t += tokens) {
-                tokens = tokens_at(x, t, to);
-                any_numbers(x, head, t, tokens, tile);
+            sweep(x, head, i, pieces, [&](int64_t t, int tokens, const float *tile) {
                 dots(own.data(), rows, tile, tokens, x.width, out + head * rows * stride + t, stride);
-            }
+            });
         }
 }
 
@@ -177,18 +179,13 @@ void packed_dot(const float *q, int64_t heads, int64_t rows, const Packed *keys,
 void packed_mix(const float *p, int64_t stride, int64_t heads, int64_t rows, const Packed *values, float *out,
                 int64_t pieces, int threads) {
     const Packed &x = *values;
-    const int64_t size = piece(x, pieces);
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
     for (int64_t head = 0; head < heads; ++head)
         for (int64_t i = 0; i < pieces; ++i) {
-            const int64_t from = std::min(x.n, i * size), to = std::min(x.n, from + size);
-            alignas(64) float tile[TILE * WIDEST];
             std::vector<float> total(rows * x.width);
-            for (int64_t t = from, tokens; t < to; t += tokens) {
-                tokens = tokens_at(x, t, to);
-                any_numbers(x, head, t, tokens, tile);
+            sweep(x, head, i, pieces, [&](int64_t t, int tokens, const float *tile) {
                 mixes(p + head * rows * stride + t, stride, rows, tile, tokens, x.width, total.data());
-            }
+            });
             float *result = out + (i * heads + head) * rows * x.width;
             for (int64_t r = 0; r < rows; ++r)
                 for (int d = 0; d < x.width; ++d) result[r * x.width + d] = total[r * x.width + place(x, d)];

@@ -66,7 +66,7 @@ def noisy_mass(
         from kernels.mass import triton
 
         return triton.mass(q, k, rules, q_pos, k_pos, plan, stem=stem, tau=tau)
-    return noisy.noisy_mass(q, k, rules, stem, q_pos=q_pos, k_pos=k_pos, tau=tau, plan=plan)
+    return noisy.noisy_mass(q, k, rules, stem, q_pos, k_pos, tau, plan)
 
 
 def attend_with_mass(

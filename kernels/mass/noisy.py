@@ -12,21 +12,9 @@ BLOCK_ELEMENTS, LEAST_ROWS = 1 << 21, 8
 
 
 def noisy_mass(
-    q: Tensor,
-    k: Tensor,
-    rules: Rules,
-    stem: Stem | None,
-    *,
-    q_pos: Tensor,
-    k_pos: Tensor,
-    tau: float | Tensor = 1.0,
-    plan: str = "positions",
+    q: Tensor, k: Tensor, rules: Rules, stem: Stem | None, q_pos: Tensor, k_pos: Tensor, tau: float | Tensor, plan: str
 ) -> Tensor:
-    """Rows softmax((logits + noise) / tau) summed over the queries: [B, Hq, S], float32.
-
-    q [B, Hq, T, D], k [B, H, S, D], q_pos [B, T], k_pos [B, H or 1, S]. stem: keys of the noise up to the slots'
-    positions, state [B, Hq, T or 1]; None: no noise. tau: above 0, one for all or per query, [B, T]. A query that sees
-    nothing gives nothing. plan="tail": no slot is padding and the queries are the newest slots in order.
+    """What `kernels.mass.noisy_mass` gives.
 
     With u uniform, -log(-log u) is Gumbel noise. At tau = 1 a noisy row is the plain one divided by -log u and brought
     back to sum 1, so that a block costs one logarithm per element beside its attention. Rows are whole within a block:

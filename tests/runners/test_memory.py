@@ -1,0 +1,59 @@
+"""What a group is thought to take before it takes it, by hand."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from methods import load_method
+from runners.memory import Size
+from runners.sweep import Sweep, block_of, rows_of
+from tasks.base import Choice, Example, Forced, Turn
+
+CONFIG = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100}
+TOKEN = 2 * 2 * 2 * 16 * 4  # keys and values, layers, KV heads, width, bytes of a number
+PLAIN = Example("a/0", "a cat", " sat", ["on a mat"], 10)
+TURNS = replace(PLAIN, turns=(Turn("where?", ["on a mat"], 10),))
+CHOICES = replace(
+    PLAIN, max_new_tokens=1, choices=(Choice(" sat", " here"), Choice(" sat", " there"), Choice(" ran", " away"))
+)
+
+
+@pytest.fixture
+def sweep() -> Sweep:
+    made = Sweep.__new__(Sweep)
+    made.size, made.cfg = Size(CONFIG, torch.float32), OmegaConf.create({"chunk": None})
+    made._known = {"a/0": 100}
+    return made
+
+
+def bytes_of(sweep: Sweep, *examples: Example, **knobs: Any) -> int:
+    cell = SimpleNamespace(method=load_method("snapkv", **{"budget": 0.25, "window": 4} | knobs))
+    return sweep.member_bytes(SimpleNamespace(cell=cell), examples)  # type: ignore[arg-type]
+
+
+def test_a_member_takes_its_share_of_the_prompt_and_what_is_generated(sweep):
+    assert bytes_of(sweep, PLAIN) == (25 + 10) * TOKEN
+    assert bytes_of(sweep, PLAIN, budget=40) == (40 + 10) * TOKEN
+    assert bytes_of(sweep, PLAIN, budget=4000) == (100 + 10) * TOKEN
+    assert bytes_of(sweep, PLAIN, PLAIN) == 2 * (25 + 10) * TOKEN
+    sweep.cfg.chunk = 50
+    assert bytes_of(sweep, PLAIN) == (100 + 10) * TOKEN
+
+
+def test_questions_and_choices_go_on_from_a_copy(sweep):
+    assert bytes_of(sweep, TURNS) == 2 * (25 + 10) * TOKEN
+    # two prompts, and choices of at most as many tokens as letters
+    assert bytes_of(sweep, CHOICES) == 2 * 2 * (25 + 6) * TOKEN
+
+
+def test_rows_are_prompts_and_blocks_what_has_logits_at_once():
+    assert [rows_of(example) for example in (PLAIN, TURNS, CHOICES)] == [1, 1, 2]
+    assert [block_of(example) for example in (PLAIN, TURNS, CHOICES)] == [1, 1, 6]
+    assert block_of(replace(CHOICES, stride=2)) == 2
+    fed = Forced("", "prefix", 0, 97, 80, 8, range(80, 97))
+    assert block_of(replace(PLAIN, forced=fed)) == 8 and block_of(replace(PLAIN, forced=replace(fed, stride=500))) == 97
+    assert Size(CONFIG, torch.float32).logits(8, 3) == 8 * 3 * 100 * (4 + 4)

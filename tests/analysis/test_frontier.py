@@ -213,13 +213,13 @@ def test_the_area_has_the_interval_of_its_bootstrap(book):
 
 
 def test_an_area_is_over_the_samples_that_all_its_points_have(book):
-    book.cell(scores=[1.0] * 8)
-    book.cell("nacl", [0.0] + [1.0] * 7, 0.5)
-    book.cell("nacl", [None, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0], 0.25)
+    book.cell(scores=[1.0] * 20)
+    book.cell("nacl", [0.0] + [1.0] * 19, 0.5)
+    book.cell("nacl", [None] + [1.0] * 10 + [0.0] * 9, 0.25)
     results = load(book.root)
     (nacl,) = areas(results, points(results)).to_dict("records")
     # the first sample counts at neither point
-    assert nacl["n"] == 7 and nacl["area"] == pytest.approx((100 * 4 / 7 + 100) / 2)
+    assert nacl["n"] == 19 and nacl["area"] == pytest.approx((100 * 10 / 19 + 100) / 2)
 
 
 def test_a_cell_of_other_conditions_than_its_full_cache_is_named(book):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class StreamingLLM(Eviction):
     prefill: "exact" or "streaming".
     dialogue: make room before a later turn is read, so that the cache never exceeds its size, instead of after it.
     """
+
+    keeps_limit: ClassVar[bool] = True
 
     sinks: int = 4
     positions: str = "rolled"
@@ -171,7 +174,7 @@ class StreamingCache(EvictionCache):
         """Drop to the limit, less `room` for tokens to come; sinks and one recent token stay."""
         limit, least = self.limit, self.method.sinks + 1
         self.limit = [max(n - room, least) for n in limit]
-        self._drop(step)
+        self._drop(step, None if step.rules.window else self.held)  # a sliding layer lets go of slots by itself
         self.held = [min(n, m) for n, m in zip(self.held, self.limit, strict=True)]
         self.limit = limit
 

@@ -117,10 +117,9 @@ class CappedCache(EvictionCache):
             self._drop_one(step)
             self.held = [n - o for n, o in zip(self.held, over, strict=True)]
         else:
-            self.held = self.limit = [
-                refill if o else n for n, refill, o in zip(self.held, self.refill, over, strict=True)
-            ]
-            self._drop(step)
+            held = self.held
+            self.held = self.limit = [refill if o else n for n, refill, o in zip(held, self.refill, over, strict=True)]
+            self._drop(step, held)
 
     def _end_prompt(self, step: Step) -> None:
         super()._end_prompt(step)

@@ -198,13 +198,18 @@ class EvictionCache(LayerCache):
         self.limit = [min(n, share(step.layer, step.n_layers, self.method.slots(n))) for n in self.prompt]
         self._drop(step)
 
-    def _drop(self, step: Step) -> None:
-        """Score all slots, keep the best."""
+    def _drop(self, step: Step, held: list[int] | None = None) -> None:
+        """Score all slots, keep the best.
+
+        held: slots that every head of a row holds, where that is known; else the device may have to be asked.
+        """
         method, store = self.method, self.store
         queries, self.queries, self.since = self.queries, [], 0
         real = store.pos >= 0  # [B, H, S]
         n = real.sum(-1, keepdim=True)  # [B, H, 1]
-        held = n.amax(dim=(1, 2)).tolist() if store.padded else [len(store)] * len(self.limit)
+        known = method.keeps_limit and (held is not None or not store.padded)
+        if held is None:
+            held = n.amax(dim=(1, 2)).tolist() if store.padded else [len(store)] * len(self.limit)
         limits = [min(limit, m) for limit, m in zip(self.limit, held, strict=True)]
         if limits == held:
             return
@@ -213,7 +218,6 @@ class EvictionCache(LayerCache):
         scores = method.score(store, step, Cut(q, q_pos, rank, n, self.prompt, limits, self.mass))
         keep = self._pick(scores.masked_fill(~real, -torch.inf), on_device(limits, n.device))
         method.before_drop(store, keep)
-        known = method.keeps_limit and not store.padded  # then the device need not be asked
         exact = min(limits) == max(limits) if known else bool((keep.sum(-1) == max(limits)).all())
         store.keep(keep, max(limits), exact=exact)
 

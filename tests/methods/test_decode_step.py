@@ -33,13 +33,8 @@ KNOBS = {
     "streaming_llm, original positions": ("streaming_llm", {"positions": "original"}),
     "tova, by head": ("tova", {"granularity": "kv_head"}),
 }
-#: what waits all the same, by method and budget, where rows of a batch have different lengths
-WAITS = {
-    ("scissorhands", 0.5): "a full cache drops many slots at once, and each row is counted first",
-    ("scissorhands", 40): "the same",
-    ("streaming_llm", 40): "while some rows are full and others are not, each drops for itself",
-}
-# besides: a sliding layer counts its rows once in 64 tokens, nacl with a decode_interval whenever that has passed
+# What waits all the same: a sliding layer lets go of slots once in 64 tokens, and counts them where rows have padding
+# or have dropped some; nacl with a decode_interval counts what it has drawn whenever that has passed.
 WAITED = (AssertionError, NotImplementedError, RuntimeError)
 #: ways to ask a device for a number, or to send it one
 ASKED = {
@@ -103,12 +98,8 @@ def triton_anywhere(monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_rows_of_different_lengths_decode_without_waiting(case, form, budget, gqa):
     prompt = prompted(made(case, budget), gqa, LENGTHS)
-    with using(form):
-        if (CASES[case][0], budget) in WAITS:
-            with pytest.raises(WAITED):
-                decode(*without_contents((gqa, prompt)), steps=12)
-        else:
-            decode(*without_contents((gqa, prompt)), steps=4)
+    with using(form):  # at 40 slots the shortest row fills up later than the others; a full scissorhands drops many
+        decode(*without_contents((gqa, prompt)), steps=12 if CASES[case][0] in ("scissorhands", "streaming_llm") else 4)
 
 
 @pytest.mark.parametrize("name", method_names())

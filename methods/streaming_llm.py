@@ -122,7 +122,8 @@ class StreamingCache(EvictionCache):
                 self._hold_sinks(step)
             return
         whole = self._gap(step) == 0  # [B, H], heads that have dropped nothing yet
-        self.held = [n + step.q.shape[2] for n in self.held]
+        new = (step.pos >= 0).sum(-1).tolist() if step.padded else [step.q.shape[2]] * len(self.held)
+        self.held = [n + m for n, m in zip(self.held, new, strict=True)]
         over = [n - limit for n, limit in zip(self.held, self.limit, strict=True)]
         if all(n == 1 for n in over):
             self._drop_oldest()

@@ -73,6 +73,27 @@ def test_rows_that_fill_up_at_different_times_keep_their_own(gqa):
     assert (actual[1] - expected[0]).abs().max() < 1e-4
 
 
+def test_rows_of_a_padded_turn_keep_their_own(gqa):
+    ids, turn, new = torch.cat((tokens(9), tokens(9, seed=3))), torch.cat((tokens(4, seed=4),) * 2), tokens(8, seed=2)
+    method = load_method("streaming_llm", budget=12)
+    batch, alone = method.cache_for(gqa), method.cache_for(gqa)
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[1, 9:12] = 0  # the second row's turn is one token
+    positions = torch.tensor([[9, 10, 11, 12], [0, 0, 0, 9]])
+    with torch.no_grad():
+        run(gqa, batch, ids)
+        gqa(turn, attention_mask=mask, position_ids=positions, past_key_values=batch, use_cache=True)
+        run(gqa, alone, ids[1:], new=turn[1:, 3:])
+        for i in range(new.shape[1]):
+            mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), dim=1)
+            at = mask.sum(-1, keepdim=True) - 1
+            one = {"attention_mask": mask, "position_ids": at, "past_key_values": batch, "use_cache": True}
+            both = gqa(new[:, i : i + 1].expand(2, -1), **one).logits
+            own = gqa(new[:, i : i + 1], position_ids=at[1:], past_key_values=alone, use_cache=True).logits
+            assert kept(batch, 1, 1) == kept(alone, 1)
+            assert (both[1] - own[0]).abs().max() < 1e-4
+
+
 def test_rolled_positions_equal_a_forward_over_the_kept_tokens_alone():
     # in a model of one layer keys and values depend on the token alone, so dropping equals never having read
     model = tiny_llama(4, 2, n_layers=1)

@@ -1,6 +1,9 @@
 """Two methods or two folders, sample by sample."""
 
+import pytest
+
 from analysis import compare
+from analysis.load import load
 from tests.analysis.conftest import Book
 
 
@@ -31,6 +34,18 @@ def test_only_samples_that_both_have_count(book, capsys):
     book.cell("snapkv", [1.0, 1.0, None], 0.5)
     assert compare.main(["nacl", "snapkv", "--results", str(book.root)]) == 0
     assert "| 1 | 100.00 | 100.00 |" in capsys.readouterr().out
+
+
+def test_p_values_are_corrected_for_as_many_comparisons(book):
+    for budget in (0.5, 0.25):
+        book.cell("nacl", [1.0] * 8, budget)
+        book.cell("snapkv", [0.0] * 5 + [1.0] * 3, budget)
+    one = load(book.root)
+    found, _ = compare.pairs(one, one, ("nacl", "snapkv"))
+    single = [float(compare.table([pair])["p (Holm)"].iloc[0]) for pair in found]
+    both = [float(p) for p in compare.table(found)["p (Holm)"]]
+    assert single[0] == single[1] == pytest.approx(2 / 32, abs=0.02)
+    assert both == pytest.approx([2 * p for p in single], abs=0.001)
 
 
 def test_an_unknown_name_lists_what_there_is(book, capsys):

@@ -50,6 +50,24 @@ def test_a_task_near_chance_is_named_and_counts_nowhere(book, capsys):
     assert "near chance with the full cache, not counted: guess-mini" in capsys.readouterr().out
 
 
+def test_losses_are_not_ranked_and_no_score_is_named_near_chance_for_it(book):
+    fill(book)
+    metric = {"name": "nll", "unit": "nats", "better": "lower", "scale": 1, "digits": 3}
+    book.cell(scores=[2.0] * 20, task="text-mini", metric=metric)
+    book.cell("nacl", [3.0] * 20, 0.5, task="text-mini", metric=metric)
+    ranks, apart = leaderboard.ranking(list(gathered(load(book.root))), "tiny", "aware", 0.5)
+    assert set(ranks["tasks"]) == {2} and not apart
+
+
+def test_methods_are_ranked_on_the_samples_that_all_of_them_have(book):
+    book.cell(scores=[1.0] * 8)
+    book.cell("nacl", [1.0] * 4 + [0.0] * 4, 0.5)
+    book.cell("snapkv", [None, None, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0], 0.5)
+    ranks, _ = leaderboard.ranking(list(gathered(load(book.root))), "tiny", "aware", 0.5)
+    assert ranks.set_index("method")["retained"].to_dict() == {"snapkv": "66.7%", "nacl": "33.3%"}
+    assert set(ranks["n"]) == {6}
+
+
 def test_being_behind_survives_holms_correction_for_many_methods(book):
     best = np.concatenate([[1.0], np.full(2000, 1.0)])
     worse = np.concatenate([[0.9], np.where(np.arange(2000) < 20, 1.0, 0.9)])  # p = 2 * 21 / 2001

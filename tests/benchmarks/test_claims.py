@@ -45,6 +45,16 @@ def test_a_tie_is_no_win_and_layers_left_whole_are_another_method(book):
     assert [(row.value, row.holds) for row in equal.rows] == [(-25, False)] * 2
 
 
+def test_a_tie_with_the_full_cache_is_what_four_bits_claim(book):
+    full = [1.0, 0.0] * 10
+    for task, scores in zip(claims.TASKS, (full, full[::-1], [0.0] * 20, [1.0] * 20)):
+        book.cell(scores=full, task=task)
+        book.cell("kivi", scores, config={"key_bits": 4, "value_bits": 4}, task=task)
+    same, swapped, worse, better = claims.kivi(records(book)).rows
+    assert swapped.low < 0 == swapped.value < swapped.high
+    assert [row.holds for row in (same, swapped, worse, better)] == [True, True, False, True]
+
+
 def test_a_searched_table_is_judged_on_unseen_samples_with_no_more_bytes(book, tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "ASSETS", tmp_path)
     folder = tmp_path / "kvtuner" / "reference" / "kivi"

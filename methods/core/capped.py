@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from methods.core.allocate import Uniform
 from methods.core.contract import LayerCache, ModelSpec, Stage, Step
 from methods.core.errors import UserError
 from methods.core.eviction import Cut, Eviction, EvictionCache, on_device
@@ -33,6 +34,11 @@ class Capped(Eviction):
         super().__post_init__()
         if self.evict not in EVICT:
             raise UserError(f"{type(self).__name__}: method.evict={self.evict}; it is {' or '.join(EVICT)}")
+        if self.budget > 1 and type(self.allocator) is not Uniform:
+            raise UserError(
+                f"{self.name}: budget={self.budget:g} with method.allocator={type(self.allocator).__name__}: how far a "
+                "head of a short prompt may grow is not known; give a share in (0, 1]"
+            )
 
     @property
     def changes_prompt(self) -> bool:  # type: ignore[override]

@@ -1,11 +1,14 @@
 """What every method must do that goes on dropping while it decodes; a new one enrols itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM
 
 from methods import load_method, method_names
+from methods.adakv import AdaKV
 from methods.core.capped import Capped
 from methods.core.contract import Stage
 from methods.core.errors import UserError
@@ -264,3 +267,9 @@ def test_dropping_after_every_chunk_changes_the_prompt_and_keeps_to_the_cap(name
     assert (out[0] - whole[0]).abs().max() > 1e-3
     with pytest.raises(UserError, match=r"method\.evict=never"):
         load_method(name, evict="never")
+
+
+def test_heads_of_different_numbers_take_a_share():
+    apart = replace(load_method("h2o", budget=0.3), allocator=AdaKV())
+    with pytest.raises(UserError, match=r"h2o: budget=40 with method\.allocator=AdaKV.*give a share"):
+        replace(apart, budget=40)

@@ -60,6 +60,8 @@ CASES = {name: (name, {}) for name in method_names()} | KNOBS | {RAGGED: ("h2o",
 
 def made(case: str, budget: float) -> Method:
     name, knobs = CASES[case]
+    if case == RAGGED:
+        budget = min(budget, 0.3)  # it takes a share only
     method = load_method(name, **({} if name == "full" else {"budget": budget}), **SIZES.get(name, {}), **knobs)
     return replace(method, allocator=AdaKV()) if case == RAGGED else method
 

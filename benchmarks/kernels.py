@@ -60,7 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "snapkv 0.25": {"budget": 0.25},
     "adakv 0.25": {"budget": 0.25},
     "h2o 0.25": {"budget": 0.25},
-    "snapkv 32": {"budget": 32},  # slots: nearly nothing to attend to, what no cache can undercut
+    "snapkv 40": {"budget": 40},  # slots: nearly nothing to attend to, what no cache can undercut
 }
 #: caches that also decode without the C++ forms
 ALSO_IN_PYTORCH = ("kivi 4", "per_token 4", "adakv 0.25")

@@ -93,6 +93,18 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> 
     return folder
 
 
+@pytest.fixture(scope="module")
+def sharp_model(tiny_model_dir: Path):
+    """The model of that folder with weights so large that attention matters; a random one is nearly uniform."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data *= 8
+    return model
+
+
 @pytest.fixture(scope="session")
 def artefact_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder where methods look for artefacts beside those that ship; `tests.tiny.equip` fills it for a model."""

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from methods import load_method
 from methods.core.contract import Method
@@ -16,13 +15,8 @@ LENGTH = 48
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model_dir):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
-    torch.manual_seed(1)
-    for parameter in model.parameters():  # a random model is nearly uniform; make attention matter
-        if parameter.dim() > 1:
-            parameter.data *= 8
-    return model
+def model(sharp_model):
+    return sharp_model
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ import copy
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from methods import load_method
 from runners.bind import unbound
@@ -27,13 +25,8 @@ metric_list: [{{metric: exact_match}}]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model_dir):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data *= 8
-    return model
+def model(sharp_model):
+    return sharp_model
 
 
 def evaluated(lm: Any, task: LmEval) -> dict[str, Any]:

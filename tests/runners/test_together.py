@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from methods import load_method, method_names
 from methods.core.codec import Codec
@@ -281,14 +280,9 @@ class Said(Task):
 
 
 @pytest.fixture(scope="module")
-def reader(tiny_model_dir, tiny_tokenizer, artefact_folder):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
-    for parameter in model.parameters():  # a random model is nearly uniform; make attention matter
-        if parameter.dim() > 1:
-            parameter.data *= 8
-    return Setting(
-        equip(model, artefact_folder), Said(), lambda: Encoder(tiny_tokenizer, (2,), window=2048), "aware", 64, 1
-    )
+def reader(sharp_model, tiny_tokenizer, artefact_folder):
+    model = equip(sharp_model, artefact_folder)
+    return Setting(model, Said(), lambda: Encoder(tiny_tokenizer, (2,), window=2048), "aware", 64, 1)
 
 
 def asked(kind: str, rows: int) -> list[Example]:

@@ -7,7 +7,7 @@ Here:   the score is the mean negative log-likelihood in nats, whose differences
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -35,7 +35,7 @@ class Piece:
 
     start: int
     length: int
-    counted: range
+    counted: Sequence[int]
     weight: float
 
 
@@ -78,7 +78,7 @@ class Perplexity(Apart):
             raise UserError(f"perplexity: task.through={self.through}; give one of {', '.join(CACHED + ONE_PASS)}")
         if self.count not in COUNTS:
             raise UserError(f"perplexity: task.count={self.count}; give one of {', '.join(COUNTS)}")
-        for key, least in (("length", 2), ("prompt", 2), ("stride", 1)):
+        for key, least in (("length", 2), ("prompt", 2), ("stride", 2 if self.through == "chunk" else 1)):
             value = getattr(self, key)
             if value is not None and (type(value) is not int or value < least):
                 raise UserError(f"perplexity: task.{key}={value}; give a whole number of tokens, {least} or more")
@@ -119,7 +119,7 @@ class Perplexity(Apart):
             settings["prompt"] = self._prompt
         if self.through in ("stream", "chunk"):
             # both methods of a comparison count the same tokens
-            settings |= {"cap": self.cap, "count": self.count}
+            settings |= {"cap": self.cap, "count": self.count, "counted_from": next(self._counted(), None)}
         if self.through == "strided":
             settings["hf_compat"] = self.hf_compat
         return settings
@@ -220,7 +220,7 @@ class Perplexity(Apart):
             raise UserError(
                 f"perplexity: task.prompt={self._prompt} leaves nothing to predict of task.length={self._length}"
             )
-        if self.through in CACHED and not len(self._counted()):
+        if self.through in CACHED and next(self._counted(), None) is None:
             raise UserError(
                 f"perplexity: task.length={self._length} ends before compression is felt with budget={self.cap} and "
                 f"task.stride={self._stride}; give a longer piece, or less of the others"
@@ -241,26 +241,27 @@ class Perplexity(Apart):
         n = self._reading.count(text)
         if self.through in ONE_PASS:
             return one_pass(self.through, n + self._reading.opening, self._length, self._stride, self.hf_compat)
-        counted = self._counted()
         own = self._length - self._reading.opening  # tokens of the text in a piece
         starts = range(0, n - own + 1, own)
+        counted = list(self._counted()) if starts else []
         return [Piece(start, self._length, counted, len(counted)) for start in starts]
 
-    def _counted(self) -> range:
-        """Places that count in a piece, a range with gaps left to `_example` in chunk."""
+    def _counted(self) -> Iterator[int]:
+        """Places that count in a piece; the first token of a block of `chunk` is never predicted."""
+        cap, stride = int(self.cap or 0), self._stride
         if self.through == "prefix":
-            return range(self._prompt, self._length)
-        if self.count == "all":
-            return range(1, self._length)
-        cap = int(self.cap or 0)
-        # the query of token `cap` still finds all before it; what it drops is felt by the next one
-        return range(cap + 2 if self.through == "stream" else 2 * self._stride, self._length)
+            first = self._prompt
+        elif self.count == "all":
+            first = 1
+        elif self.through == "stream":
+            # the queries of the step behind `cap` tokens still find all before them; what it drops the next one feels
+            first = cap + stride + 1
+        else:
+            # the first block that ends with more than `cap` tokens is compressed
+            first = (cap // stride + 1) * stride
+        return (place for place in range(first, self._length) if self.through != "chunk" or place % stride)
 
     def _example(self, id: str, name: str, text: str, piece: Piece) -> Example:
-        counted: Sequence[int] = piece.counted
-        if self.through == "chunk":
-            # the first token of a block is never predicted
-            counted = [place for place in piece.counted if place % self._stride]
         cached = self.through in CACHED
         forced = Forced(
             text,
@@ -269,11 +270,11 @@ class Perplexity(Apart):
             piece.length,
             prompt=int(self.cap or 0) + 1 if self.through == "stream" else self._prompt,
             stride=self._stride if cached else piece.length,
-            counted=counted,
+            counted=piece.counted,
             bos=cached,
         )
         tags = {"subset": name, "category": name, "file": name}
-        return Example(id, "", "", [], 0, tags, forced=forced, weight=piece.weight if not cached else len(counted))
+        return Example(id, "", "", [], 0, tags, forced=forced, weight=piece.weight)
 
 
 def one_pass(through: str, n: int, length: int, stride: int, hf_compat: bool = False) -> list[Piece]:

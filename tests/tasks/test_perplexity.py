@@ -90,10 +90,17 @@ def test_prefix_counts_from_the_prompts_end_and_takes_three_quarters_by_default(
 def test_stream_counts_what_a_query_predicts_that_could_not_find_everything(tmp_path):
     assert counted(made(tmp_path, 30, length=20, through="stream", cap=8)) == [list(range(10, 20))]
     assert counted(made(tmp_path, 30, length=20, through="stream", cap=8, count="all")) == [list(range(1, 20))]
+    # tokens 8 to 11 are fed at once and still find all; what they push out is missed by token 12
+    assert counted(made(tmp_path, 30, length=20, through="stream", cap=8, stride=4)) == [list(range(13, 20))]
 
 
-def test_chunk_counts_from_the_third_block_and_never_a_blocks_first_token(tmp_path):
-    assert counted(made(tmp_path, 20, length=16, stride=4, through="chunk", cap=8)) == [[9, 10, 11, 13, 14, 15]]
+@pytest.mark.parametrize(("cap", "first"), [(3, 5), (4, 9), (7, 9), (8, 13)])
+def test_chunk_counts_behind_the_first_block_that_overflows_and_never_a_blocks_first_token(tmp_path, cap, first):
+    places = [place for place in range(first, 16) if place % 4]
+    assert counted(made(tmp_path, 20, length=16, stride=4, through="chunk", cap=cap)) == [places]
+
+
+def test_chunk_counts_every_block_if_all_is_asked_for(tmp_path):
     everything = counted(made(tmp_path, 30, length=16, stride=4, through="chunk", cap=8, count="all"))[0]
     assert everything == [place for place in range(16) if place % 4]
 
@@ -107,6 +114,7 @@ def test_chunk_counts_from_the_third_block_and_never_a_blocks_first_token(tmp_pa
         ({"length": 0}, "task.length=0"),
         ({"limit": 0}, "task.limit=0"),
         ({"count": "some"}, "task.count=some"),
+        ({"through": "chunk", "cap": 8, "stride": 1}, "task.stride=1; give .* 2 or more"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused(tmp_path, knobs, says):
@@ -121,6 +129,10 @@ def test_a_text_that_is_too_short_is_named_with_its_length(tmp_path):
         made(tmp_path, 50, length=10, prompt=10).examples()
     with pytest.raises(UserError, match="before compression is felt"):
         made(tmp_path, 50, length=10, through="stream", cap=20).examples()
+    with pytest.raises(UserError, match="before compression is felt"):
+        made(tmp_path, 50, length=16, through="chunk", stride=4, cap=15).examples()
+    with pytest.raises(UserError, match="before compression is felt"):  # only the first token of a block is left
+        made(tmp_path, 50, length=9, through="chunk", stride=4, cap=4).examples()
 
 
 def record(losses: list[list[float]], held: float = 0.5) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from tasks.sources import cached_only, expand, hub_trouble
 VERSION = "1"  # goes into every record; raise it when a score could change
 FEW_SHOT_SEED = 1234  # of lm_eval's own runs
 MOST_NEW = 256  # what lm_eval's model of the Hugging Face library takes where a task names nothing
+MOST_NEW_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first counts there
 # where lm_eval keeps them: looking through all its 14,000 names takes fifteen seconds
 FOLDERS = {
     "piqa": "piqa",
@@ -103,7 +104,7 @@ class LmEval(Task):
             n, split = len(task.eval_docs), task.config.test_split or task.config.validation_split
             odd = f", not the published {ITEMS[name]}" if ITEMS.get(name, n) != n else ""
             found.append(f"{name} ({self._repository(task)}{split}, {n} items{odd})")
-        where = "bundled" if self._bundled else self.data
+        where = self.include if self.data == "bundled" and self.include is not None else self.data
         return f"{self.name} ({where}): {', '.join(found)}; {len(self._examples)} samples, lm_eval {lm_eval_version()}"
 
     def _repository(self, task: Any) -> str:
@@ -305,7 +306,8 @@ class LmEval(Task):
         rest = [prompt[len(examples) :] for prompt in prompts]
         tags: dict[str, Any] = {"subset": name, "category": name}
         if made[0].request_type == "generate_until":
-            most = int(made[0].args[1].get("max_gen_toks") or MOST_NEW)
+            limits = [made[0].args[1].get(key) for key in MOST_NEW_KEYS]
+            most = next((int(limit) for limit in limits if limit is not None), MOST_NEW)
             answers = [str(task.doc_to_target(doc))]
             return Example(id, examples, rest[0], answers, most, tags, chat=False)
         texts = [one.args[1] for one in made]

@@ -122,7 +122,8 @@ def test_the_seven_tasks_of_the_preset_are_known():
     assert LmEval(wanted, "hub", shots=5)._names == wanted
 
 
-def test_a_task_file_of_ones_own_generates_and_is_read_by_its_filters(tmp_path):
+@pytest.mark.parametrize("key", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_a_task_file_of_ones_own_generates_and_is_read_by_its_filters(tmp_path, key):
     put(tmp_path / "rows.jsonl", [{"context": "the mat is red", "question": "\nwhich colour?", "answer": "red"}])
     (tmp_path / "own.yaml").write_text(
         "task: own\n"
@@ -132,12 +133,13 @@ def test_a_task_file_of_ones_own_generates_and_is_read_by_its_filters(tmp_path):
         "output_type: generate_until\n"
         'doc_to_text: "{{context}}{{question}}"\n'
         "doc_to_target: answer\n"
-        'generation_kwargs: {max_gen_toks: 5, until: ["."]}\n'
+        f'generation_kwargs: {{{key}: 5, until: ["."]}}\n'
         "filter_list:\n"
         "  - {name: colour, filter: [{function: regex, regex_pattern: '(red|blue)'}, {function: take_first}]}\n"
         "metric_list: [{metric: exact_match}]\n"
     )
     task = LmEval(include=str(tmp_path))
+    assert task.source().startswith(f"lm_eval ({tmp_path}): own (test, 1 items)")
     (example,) = task.examples()
     assert example.kind == "answer" and example.max_new_tokens == 5 and example.answers == ["red"]
     assert (example.context, example.question) == ("the mat is red", "\nwhich colour?")

@@ -208,9 +208,8 @@ class MultiTurn(Task):
         turns = []
         for turn in row["multi_turns"]:
             rule, limit = rule_of(turn, kind)
-            limit = int(row.get("max_new_tokens") or limit)
             own = {"score": rule, "chance": KINDS[rule].chance}
-            turns.append(Turn(asked(turn, rule), references(turn, rule), limit, own))
+            turns.append(Turn(asked(turn, rule), references(turn, rule), row.get("max_new_tokens") or limit, own))
         if self.shuffle is not None:
             random.Random(f"{self.shuffle}/{id}").shuffle(turns)
         first, *later = turns[: self.turns]
@@ -263,7 +262,8 @@ def references(turn: Mapping[str, Any], rule: str) -> list[str]:
 
 def letter_of(turn: Mapping[str, Any], answer: str) -> str:
     """The letter of the option that is the answer, or the answer if it is a letter. ValueError for anything else."""
-    options = [str(text).strip() for text in turn.get("options") or ()]
+    given = turn.get("options")
+    options = [str(text).strip() for text in given] if isinstance(given, list) else []
     names = options if answer.strip() in options else matching.LETTERS
     if len(options) != len(matching.LETTERS):
         raise ValueError(f"{len(options)} options")
@@ -281,8 +281,14 @@ def problem(row: Mapping[str, Any], kind: str) -> str | None:
         return "`context` is empty or missing"
     if not isinstance(turns, list) or not turns:
         return "`multi_turns` is empty or missing; it is a list of `input` and `answer`"
-    if not all(isinstance(turn, dict) and turn.get("input") and turn.get("answer") for turn in turns):
+    # a number may be the answer, 0 as well
+    if not all(
+        isinstance(turn, dict) and turn.get("input") and turn.get("answer") not in (None, "", []) for turn in turns
+    ):
         return "`multi_turns` has a question without `input` or `answer`"
+    most = row.get("max_new_tokens")
+    if most is not None and (type(most) is not int or most < 1):
+        return f"`max_new_tokens` is {most}; it is a whole number of tokens, 1 or more"
     try:
         for turn in turns:
             references(turn, rule_of(turn, kind)[0])

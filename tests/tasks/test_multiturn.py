@@ -179,9 +179,13 @@ def test_the_sets_that_cannot_be_scored_are_refused_with_those_that_can(tmp_path
         ({"context": ""}, "`context`"),
         ({"multi_turns": []}, "`multi_turns` is empty"),
         ({"multi_turns": [{"input": "x"}]}, "`answer`"),
+        ({"multi_turns": [asking([])]}, "`answer`"),
+        ({"max_new_tokens": "many"}, "`max_new_tokens` is many"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` is 0"),
         ({"kind": "?"}, "`kind` is ?"),
         ({"kind": "scbench_choice_eng"}, "`options`"),
         ({"kind": "scbench_choice_eng", "multi_turns": [asking("a dog")]}, "`options`"),
+        ({"kind": "scbench_choice_eng", "multi_turns": [asking("B", options=4)]}, "`options`"),
         ({"kind": "scbench_choice_eng", "multi_turns": [asking("B", options=["a", "b", "c"])]}, "`options`"),
         ({"kind": MIXED["kind"]}, "`task` and `name` say none of summary, passkey"),
         ({"kind": MIXED["kind"], "multi_turns": [asking("B", task="scbench_kv")]}, "`task` and `name`"),
@@ -190,6 +194,12 @@ def test_the_sets_that_cannot_be_scored_are_refused_with_those_that_can(tmp_path
 def test_a_row_that_cannot_be_run_says_why(tmp_path, row, why):
     (example,) = MultiTurn(write(tmp_path, **row)).examples()
     assert example.error is not None and why in example.error
+
+
+def test_zero_is_an_answer(tmp_path):
+    row = {"kind": "scbench_mf", "multi_turns": [asking(0), asking(12)]}
+    (example,) = MultiTurn(write(tmp_path, **row)).examples()
+    assert example.error is None and example.answers == ["0"] and example.turns[0].answers == ["12"]
 
 
 @pytest.mark.parametrize("knobs", [{"mode": "x"}, {"history": "x"}, {"compress": "x"}, {"turns": 0}, {"limit": 0}])

@@ -100,6 +100,7 @@ def test_99_per_cent_is_asked_of_the_lower_end_and_of_the_length():
     assert "fails" in criterion(rows(full, full, tokens=8))
     # right on the whole, far off on single samples
     assert "passes as a point estimate" in criterion(rows([0.6, 0.4, 0.5, 0.5], full))
+    assert "passes as a point estimate" in criterion(rows([0.5], [0.5]))
 
 
 def test_a_ratio_of_means_is_not_a_mean_of_ratios():
@@ -107,11 +108,18 @@ def test_a_ratio_of_means_is_not_a_mean_of_ratios():
     ratio, low, high = ratio_interval(np.array([1.0, 0.0]), np.array([1.0, 1.0]), drawn)
     assert ratio == 0.5 and 0 <= low < high <= 1
     assert ratio_interval(np.zeros(2), np.zeros(2), drawn) == (1, 1, 1)
+    assert ratio_interval(np.ones(2), np.zeros(2), drawn) == (np.inf, np.inf, np.inf)
 
 
 def test_a_row_without_a_summary_is_an_error_of_that_row(tmp_path):
     (example,) = Summarization(data=write(tmp_path, highlights="")).examples()
     assert example.error and "highlights" in example.error
+
+
+@pytest.mark.parametrize("most", ["many", 0, 1.5])
+def test_a_row_whose_limit_is_no_number_of_tokens_is_an_error_of_that_row(tmp_path, most):
+    (example,) = Summarization(data=write(tmp_path, max_new_tokens=most)).examples()
+    assert example.error == f"`max_new_tokens` is {most}; it is a whole number of tokens, 1 or more"
 
 
 def test_a_conversation_in_turns_is_one_text_with_its_speakers(tmp_path):
@@ -120,11 +128,13 @@ def test_a_conversation_in_turns_is_one_text_with_its_speakers(tmp_path):
     (example,) = Summarization(data=write(tmp_path, **row)).examples()
     assert example.context.endswith("\n\nAnn: Hi.\nBo: Hello?") and example.answers == ["Two people meet."]
     assert "glad" not in example.prompt
-    (example,) = Summarization(data=write(tmp_path, **said, summary="They meet.")).examples()
+    (example,) = Summarization(data=write(tmp_path, **said, summary="They meet.", speakers=2)).examples()
     assert example.context.endswith("\n\nHi.\nHello?") and example.answers == ["They meet."]
 
 
-@pytest.mark.parametrize("knobs", [{"setup": "x"}, {"beams": 0}, {"limit": 0}])
+@pytest.mark.parametrize(
+    "knobs", [{"setup": "x"}, {"beams": 0}, {"limit": 0}, {"max_new_tokens": -5}, {"shuffle": "x"}]
+)
 def test_a_setting_that_cannot_work_is_refused(knobs):
     with pytest.raises(UserError, match=f"task.{next(iter(knobs))}="):
         Summarization(**knobs)

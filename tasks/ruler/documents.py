@@ -48,7 +48,7 @@ def read_squad(path: Path) -> Collection:
                 ]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not a SQuAD v2 file (no {error})") from error
-    return Collection(documents, questions)
+    return _collection(path, documents, questions)
 
 
 def read_hotpot(path: Path) -> Collection:
@@ -64,6 +64,12 @@ def read_hotpot(path: Path) -> Collection:
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a HotpotQA file with distractors ({error})") from error
+    return _collection(path, documents, questions)
+
+
+def _collection(path: Path, documents: list[str], questions: list[Question]) -> Collection:
+    if not any(question.outputs for question in questions):
+        raise UserError(f"{path}: holds no question with an answer")
     return Collection(documents, questions)
 
 

@@ -74,8 +74,7 @@ class Ruler(Grid):
         if self.data == "bundled":
             return "ruler-mini"
         own_text = self._written or self.data == "prose"
-        essays = any(task in niah.NIAH and niah.NIAH[task].haystack == "essay" for task in self._chosen)
-        return "ruler-custom" if own_text or (essays and self._splitter[0] != "punkt") else "ruler"
+        return "ruler-custom" if own_text or (self._has_essays and self._splitter[0] != "punkt") else "ruler"
 
     def source(self) -> str:
         n = len(self._chosen)
@@ -83,7 +82,11 @@ class Ruler(Grid):
         if self._written:
             origin = "bundled" if self.data == "bundled" else self.data
             return f"{self.name} ({origin}), {what}, {len(self.examples())} samples, sha256 {self._written[1][:12]}"
-        text = f"{self._haystack.where}, sha256 {self._haystack.sha256[:12]}, cut by {self._splitter[0]}"
+        text = self.data
+        if text not in ("prose", "hub") and not expand(text).exists():
+            raise UserError(f"ruler: task.data={text}: nothing at {expand(text).absolute()}")
+        if self._has_essays:
+            text = f"{self._haystack.where}, sha256 {self._haystack.sha256[:12]}, cut by {self._splitter[0]}"
         missing = [task for task in TASKS if task not in self._chosen] if self.subset is None else []
         without = f", without {' and '.join(missing)} (no files)" if missing else ""
         return f"{self.name} (made with {text}), {what}{without}, {self.samples} samples per task and length"
@@ -147,6 +150,11 @@ class Ruler(Grid):
     def _file(self, name: str) -> Path:
         return expand(self.data) / name
 
+    @property
+    def _has_essays(self) -> bool:
+        """Whether a chosen task hides its needles in essays; the others need none."""
+        return any(task in niah.NIAH and niah.NIAH[task].haystack == "essay" for task in self._chosen)
+
     @cached_property
     def _haystack(self) -> Haystack:
         return read_haystack(self.data, self.revision)
@@ -182,7 +190,10 @@ class Ruler(Grid):
     def _lengths(self) -> list[int]:
         assert self._tokens is not None
         if self.lengths is not None:
-            return [self._tokens.resolve("ruler", length) for length in grid.as_list(self.lengths)]
+            asked = grid.as_list(self.lengths)
+            if not asked or not all(isinstance(n, int | float) and n > 0 for n in asked):
+                raise UserError(f"ruler: task.lengths={self.lengths}; give tokens, or shares of the window up to 1")
+            return list(dict.fromkeys(self._tokens.resolve("ruler", length) for length in asked))
         longest = self._tokens.longest
         found = [length for length in LENGTHS if longest is None or length <= longest]
         if not found:

@@ -213,6 +213,30 @@ def test_a_question_brings_its_gold_then_its_article_then_others(folder):
     assert len(re.findall("Document", documents.make(random.Random(1), question, squad.documents, 99).context)) == 30
 
 
+def test_question_sets_need_no_essays(folder):
+    (folder / "essay.txt").unlink()
+    ruler = made(folder, "qa")
+    assert f"(made with {folder}), 2 tasks" in ruler.source() and len(ruler.examples()) == 6
+    with pytest.raises(UserError, match="no text; give a text file"):
+        made(folder, "niah_single_2").source()
+    with pytest.raises(UserError, match="nothing at"):
+        made(folder / "nowhere", "vt").source()
+
+
+@pytest.mark.parametrize(
+    ("file", "empty"),
+    [
+        ("dev-v2.0.json", {"data": []}),
+        ("dev-v2.0.json", {"data": [{"paragraphs": [{"context": "a", "qas": [{"question": "?", "answers": []}]}]}]}),
+        ("hotpot_dev_distractor_v1.json", []),
+    ],
+)
+def test_a_question_set_without_an_answer_is_named(folder, file, empty):
+    (folder / file).write_text(json.dumps(empty))
+    with pytest.raises(UserError, match=f"{file}: holds no question with an answer"):
+        made(folder, "qa").examples()
+
+
 def test_hotpot_questions_keep_their_ten_documents(folder):
     hotpot = documents.read_hotpot(folder / "hotpot_dev_distractor_v1.json")
     sample = documents.make(random.Random(1), hotpot.questions[2], hotpot.documents, 3)
@@ -263,6 +287,20 @@ def test_the_wrapper_of_a_chat_template_counts(folder):
     ruler = Ruler(str(folder), subset=["niah_single_1"], lengths=[1500], samples=2)
     ruler.fit(lambda: Tokens(TOKENS.encode, TOKENS.decode, 100_000, wrapper=300))
     assert all(TOKENS.count(e.prompt) + 128 + 300 <= 1500 for e in ruler.examples())
+
+
+@pytest.mark.parametrize("lengths", ["long", [], [0], [-5]])
+def test_lengths_that_are_none_are_named(folder, lengths):
+    ruler = Ruler(str(folder), subset=["vt"], lengths=lengths)
+    ruler.fit(lambda: TOKENS)
+    with pytest.raises(UserError, match=r"ruler: task\.lengths=.*; give tokens, or shares"):
+        ruler.examples()
+
+
+def test_a_length_that_is_given_twice_is_taken_once(folder):
+    ruler = Ruler(str(folder), subset=["vt"], lengths=[0.02, 2000, 2000], samples=1)
+    ruler.fit(lambda: TOKENS)
+    assert [example.id for example in ruler.examples()] == ["vt/2000/0"]
 
 
 def test_without_lengths_the_published_ones_that_fit_are_taken(folder):

@@ -170,7 +170,7 @@ class Needle(Grid):
         asked = grid.as_list(self.lengths)
         if not asked or not all(isinstance(n, int | float) and n > 0 for n in asked):
             raise UserError(f"needle: task.lengths={self.lengths}; give tokens, shares of the window, or original")
-        return asked
+        return list(dict.fromkeys(asked))
 
     @cached_property
     def _depths(self) -> list[float]:
@@ -181,7 +181,7 @@ class Needle(Grid):
         asked = grid.as_list(self.depths)
         if not asked or not all(isinstance(d, int | float) and 0 <= d <= 100 for d in asked):
             raise UserError(f"needle: task.depths={self.depths}; give per cent from 0 to 100, sigmoid or original")
-        return [float(d) for d in asked]
+        return list(dict.fromkeys(map(float, asked)))
 
     @cached_property
     def _examples(self) -> list[Example]:
@@ -194,7 +194,8 @@ class Needle(Grid):
             return grid.limited(kept, self.limit)
         tokens = self._tokens
         assert tokens is not None, "fit comes before examples"
-        lengths = [tokens.resolve("needle", length) for length in self._asked_lengths]
+        # a share and a number may be the same
+        lengths = dict.fromkeys(tokens.resolve("needle", length) for length in self._asked_lengths)
         made = [
             self._example(tokens, kind, length, depth, repeat)
             for kind in self._kinds

@@ -69,6 +69,12 @@ def test_lengths_are_shares_of_the_window_by_default(essay):
     assert len(made(essay, lengths=[0.5], depths=None).examples()) == 11
 
 
+def test_a_place_that_is_given_twice_is_taken_once(essay):
+    task = made(essay, lengths=[0.5, 10_000, 3000, 3000], depths=[0, 0.0, 50])
+    ids = [example.id for example in task.examples()]
+    assert ids == [f"single/{length}/{depth}/0" for length in (10_000, 3000) for depth in (0, 50)]
+
+
 def test_the_original_grid_and_the_sigmoid_depths(essay):
     task = Needle(str(essay), lengths="original", depths="original")
     assert task._asked_lengths[:3] == [1000, 1441, 1882] and task._asked_lengths[-1] == 16000

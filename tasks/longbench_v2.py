@@ -131,8 +131,9 @@ class LongBenchV2(Task):
         domains = list(dict.fromkeys(str(row.get("domain")) for row in self._rows))
         wanted = chosen("longbench_v2", "subset", self.subset, domains)
         rows = [row for row in self._rows if str(row.get("domain")) in wanted][: self.limit]
-        seen = Counter(row.get("_id") for row in rows)
-        ids = [row.get("_id") if seen[row.get("_id")] == 1 else i for i, row in enumerate(rows)]
+        named = [str(row.get("_id")) for row in rows]
+        seen = Counter(named)
+        ids = [name if seen[name] == 1 else str(i) for i, name in enumerate(named)]
         return [self._example(f"v2/{id}", row) for id, row in zip(ids, rows)]
 
     def _example(self, id: str, row: Mapping[str, Any]) -> Example:

@@ -99,6 +99,7 @@ def test_a_broken_row_says_what_is_wrong_and_the_others_stay(tmp_path, change, s
 def test_ids_that_come_twice_are_told_apart(tmp_path):
     ids = [example.id for example in task(tmp_path, item(), item(), item(_id="b")).examples()]
     assert len(set(ids)) == 3 and ids[2] == "v2/b"
+    assert task(tmp_path, item(_id=["a", "b"])).examples()[0].error is None
 
 
 def test_another_wording_of_the_template_is_refused(tmp_path, monkeypatch):

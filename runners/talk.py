@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from runners.dialogue import Dialogue, Question
 from runners.generate import Timings
 from runners.session import Answer, Heard, Limits, State, now
+
+Found = TypeVar("Found")
 
 
 class Talk:
@@ -21,7 +24,13 @@ class Talk:
     """
 
     def __init__(
-        self, talks: Sequence[Dialogue], history: str, recompress: bool, protocol: str, ends: int | None, device: Any
+        self,
+        talks: Sequence[Dialogue],
+        history: str,
+        recompress: bool,
+        protocol: str,
+        ends: int | None,
+        device: torch.device,
     ):
         self.talks, self.history, self.recompress, self.ends, self.device = talks, history, recompress, ends, device
         prompts = [talk.first.prompt for talk in talks]
@@ -74,7 +83,7 @@ class Talk:
         own = self.history == "own"
         self.heard.append(self._timed("decode", lambda: state.answer(logits, limits, exact=own)))
 
-    def _timed(self, what: str, call: Callable[[], Any]) -> Any:
+    def _timed(self, what: str, call: Callable[[], Found]) -> Found:
         began = now(self.device)
         found = call()
         self._seconds[what] += now(self.device) - began

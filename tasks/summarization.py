@@ -83,7 +83,7 @@ class Summarization(Apart):
     data: "bundled", "hub", or a path: .jsonl rows with a source and a summary, under the names of the public sets.
     subset: names of files, or with data=hub of the sets there; None takes all, of the hub cnn_dailymail.
     beams: width of the search; 1 is greedy.
-    max_new_tokens: of a summary; None: the set-up's.
+    max_new_tokens: of a summary; None: the set-up's, or in `plain` what a row names itself.
     shuffle: a seed: take the samples of a seeded permutation instead of the first ones.
     limit: samples per subset; None takes all.
     """
@@ -229,7 +229,7 @@ class Summarization(Apart):
             context=before + self._cut(source, before + after),
             question=after,
             answers=[summary],
-            max_new_tokens=self.max_new_tokens or most or self._most_new,
+            max_new_tokens=self.max_new_tokens or (most if self.setup == "plain" else None) or self._most_new,
             min_new_tokens=self._setup.min_new_tokens,
             tags=tags,
             chat=self._setup.chat,

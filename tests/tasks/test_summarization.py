@@ -7,7 +7,7 @@ import pytest
 
 from methods.core.errors import UserError
 from tasks import rouge
-from tasks.summarization import FRAME, Summarization, criterion, distinct, lead, ratio_interval
+from tasks.summarization import FRAME, SETUPS, Summarization, criterion, distinct, lead, ratio_interval
 from tasks.tokens import Tokens
 
 
@@ -114,6 +114,13 @@ def test_a_ratio_of_means_is_not_a_mean_of_ratios():
 def test_a_row_without_a_summary_is_an_error_of_that_row(tmp_path):
     (example,) = Summarization(data=write(tmp_path, highlights="")).examples()
     assert example.error and "highlights" in example.error
+
+
+def test_a_rows_own_limit_leaves_the_papers_set_ups_as_they_are(tmp_path):
+    data = write(tmp_path, max_new_tokens=7)
+    limits = {setup: Summarization(setup, data).examples()[0].max_new_tokens for setup in SETUPS}
+    assert limits == {"plain": 7, "keyformer": 128, "h2o": 64, "lm_eval": 128}
+    assert Summarization("keyformer", data, max_new_tokens=9).examples()[0].max_new_tokens == 9
 
 
 @pytest.mark.parametrize("most", ["many", 0, 1.5])

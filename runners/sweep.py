@@ -178,7 +178,8 @@ class Sweep:
                 with self._stops(member):
                     self._own_run(member).complete(member.cell)
         for member in self.members:
-            member.record.refresh()
+            with self._stops(member):
+                member.record.refresh()
 
     def _own_run(self, member: Member) -> Run:
         """The run of a member that runs alone; with a model of its own if the method may edit it."""
@@ -239,7 +240,8 @@ class Sweep:
         """One batch for all members that lack any of it."""
         groups: dict[tuple[str, ...], tuple[list[Example], list[Member]]] = {}
         for member in self.sharing:
-            member.record.refresh()
+            with self._stops(member):
+                member.record.refresh()
             lacking = self.lacking(member, batch)
             bad = [failed(example, example.error) for example in lacking if example.error]
             if bad:

@@ -310,6 +310,18 @@ def test_a_record_made_under_other_conditions_stops_its_cell_only(command, tmp_p
     assert sorted(len(own) for own in records(tmp_path / "results").values()) == [2, 4, 4, 4, 4]
 
 
+def test_a_damaged_record_stops_its_cell_only(command, tmp_path):
+    command(*GRID, "task.limit=1")
+    (path,) = (tmp_path / "results").glob("*/*/nacl-b0.2*/samples.jsonl")
+    whole = path.read_bytes()
+    path.write_bytes(b"oops\n" + whole)
+    code, out, err = command(*GRID)
+    assert code == 2 and err.count(f"failed: nacl at budget=0.2: {path}, line 1: not a sample's record") == 1
+    assert "records: " in out and path.read_bytes() == b"oops\n" + whole
+    path.unlink()
+    assert sorted(len(own) for own in records(tmp_path / "results").values()) == [6] * 4
+
+
 def test_the_plan_says_cells_groups_bytes_and_time_and_runs_nothing(command, tmp_path, monkeypatch):
     command("-m", "method=nacl", "budget=0.5", "task.limit=1")
     before = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.json*")}

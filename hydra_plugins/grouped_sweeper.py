@@ -20,6 +20,8 @@ from runners.jobs import Failed, announce, group, job_cells, numbers_apart, tidy
 
 # runners that take a group; training, or a measurement of speed, does not
 RUNNERS = ("evaluate",)
+# ways of task=perplexity whose pieces and counted tokens depend on the cap
+CAPPED = ("stream", "chunk")
 # `budget=sweep` stands for the points that the method's YAML names
 POINTS = "sweep"
 
@@ -49,6 +51,7 @@ class GroupedSweeper(BasicSweeper):
             raise ValueError(f"hydra.sweeper.shards={shards}: give a whole number, 1 or more")
         self.shards = shards
         self._checked: set[tuple[str, ...]] = set()
+        self._caps: dict[tuple[str, ...], bool] = {}
 
     def sweep(self, arguments: list[str]) -> Any:
         """Hydra's own; but of a job that has said what failed, Hydra would print every override once more."""
@@ -71,8 +74,10 @@ class GroupedSweeper(BasicSweeper):
         """The grid as jobs; called by Hydra's sweeper with what was typed."""
         (cells,) = BasicSweeper.split_arguments(overrides, None)
         cells = [point for cell in cells for point in self._points(tidy(cell))]
-        jobs = group(cells) if self._evaluates(cells[0]) else cells
-        jobs = [job for job in jobs for _ in range(self.shards if job_cells(job) else 1)]
+        first = self._compose(cells[0])
+        jobs = group(cells, self._capped) if first.hydra.runtime.choices.get("runner") in RUNNERS else cells
+        shards = 1 if first.plan else self.shards  # what is only said is said once
+        jobs = [job for job in jobs for _ in range(shards if job_cells(job) else 1)]
         announce(len(jobs))
         n = max_batch_size or len(jobs)
         return [jobs[at : at + n] for at in range(0, len(jobs), n)]
@@ -90,8 +95,12 @@ class GroupedSweeper(BasicSweeper):
         assert self.hydra_context is not None and self.config is not None
         return self.hydra_context.config_loader.load_sweep_config(self.config, list(cell))
 
-    def _evaluates(self, cell: Sequence[str]) -> bool:
-        return self._compose(cell).hydra.runtime.choices.get("runner") in RUNNERS
+    def _capped(self, shared: tuple[str, ...]) -> bool:
+        """Whether the task's texts depend on the budget: it is the cap that a text is fed through."""
+        if shared not in self._caps:
+            task = self._compose(shared).task
+            self._caps[shared] = task.get("through") in CAPPED and OmegaConf.is_interpolation(task, "cap")
+        return self._caps[shared]
 
     def _points(self, cell: list[str]) -> list[list[str]]:
         """The cell itself; for budget=sweep one cell per point of the method's own frontier."""

@@ -335,6 +335,8 @@ def test_the_plan_says_cells_groups_bytes_and_time_and_runs_nothing(command, tmp
     assert {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.json*")} == before
     code, out, _ = command("method=nacl", "budget=0.5", "task.limit=1", "plan=true")
     assert code == 0 and "everything is on disk" in out
+    code, out, _ = command(*GRID, "plan=true", "hydra.sweeper.shards=3")
+    assert code == 0 and out.count("read once for 5 cells") == 1
 
 
 def test_globs_ranges_and_each_methods_own_points_are_cells(command):

@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 some samples failed or a budget was missed; 2 something th
 """
 
 import difflib
+import errno
 import os
 import re
 import sys
@@ -26,6 +27,7 @@ from runners.jobs import Failed
 
 CONF = Path(__file__).resolve().parent / "conf"
 INTERRUPTED = 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Hydra's words for a name that no file of a group has
 UNKNOWN_CHOICE = re.compile(r"Could not find '([\w/]+)/([^']*)'\s+Available options in '[^']*':\s*(.*?)(\n\S|$)", re.S)
@@ -71,10 +73,13 @@ def main() -> int:
         report(error)
         return 2
     except OSError as error:
+        if error.errno in FULL:
+            report(UserError(f"cannot write on ({error.strerror}); make room and run the same command again"))
         # Hydra makes the sweep's folder before any of our code runs
-        if ".hydra-runs" not in str(error.filename):
+        elif ".hydra-runs" in str(error.filename):
+            report(UserError(f"results={os.path.dirname(error.filename)}: cannot be written ({error.strerror})"))
+        else:
             raise
-        report(UserError(f"results={os.path.dirname(error.filename)}: cannot be written ({error.strerror})"))
         return 2
     return 0
 
@@ -94,9 +99,7 @@ def explain(error: Exception) -> str:
     if isinstance(cause, UserError):
         return str(cause)
     text = str(cause)
-    if found := re.search(
-        r"Could not find '([\w/]+)/([^']*)'\s+Available options in '[^']*':\s*(.*?)(\n\S|$)", text, re.S
-    ):
+    if found := UNKNOWN_CHOICE.search(text):
         group, name, options = found[1], found[2], found[3].split()
         close = difflib.get_close_matches(name, options, 1)
         hint = f"did you mean {close[0]}? " if close else ""

@@ -1,5 +1,6 @@
 """The command line from end to end, on a tiny random model and a small split of its own."""
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 import run
 from methods.core.errors import BudgetMiss
@@ -294,6 +296,15 @@ def test_a_file_in_the_way_of_the_results_is_said_before_anything_runs(command, 
         assert code == 2 and f"results={folder}: cannot be written" in err and len(err.splitlines()) == 1
     code, _, err = command("-m", "budget=0.5,0.25", results=tmp_path / "file")
     assert code == 2 and "cannot be written" in err and "Traceback" not in err
+
+
+def test_a_disk_that_is_full_before_a_sweep_begins_is_said_in_one_line(command, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(OmegaConf, "save", full)
+    code, _, err = command("-m", "budget=0.5,0.25")
+    assert code == 2 and "cannot write on (No space left on device); make room" in err and len(err.splitlines()) == 1
 
 
 def test_a_sample_that_runs_out_of_memory_is_recorded_and_tried_again_next_time(command, tmp_path, monkeypatch):

@@ -208,4 +208,5 @@ def _replace(path: Path, value: dict[str, Any]) -> None:
 
 def _unwritable(results: Path, error: OSError) -> UserError:
     what = error.strerror or str(error)
-    return UserError(f"results={results}: cannot be written ({what}: {error.filename}); give a folder that can")
+    where = f": {error.filename}" if error.filename else ""
+    return UserError(f"results={results}: cannot be written ({what}{where}); give a folder that can")

@@ -119,6 +119,15 @@ def test_a_full_disk_stops_with_what_was_done_whole(record, monkeypatch):
     assert record.samples_path.read_bytes() == whole
 
 
+def test_a_disk_that_is_full_before_the_first_sample_is_said_without_a_file_that_has_no_name(record, monkeypatch):
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); give"):
+        record.begin(NOW)
+
+
 def test_a_folder_that_cannot_be_written_is_a_users_error(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing")):

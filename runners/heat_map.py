@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from methods.core.errors import UserError
+from runners import show
 from tasks.base import Example
 
 COLOURS = ("#F0496E", "#EBB839", "#0CD79F")  # worst, middling, best; those of the public needle test
@@ -121,9 +122,12 @@ def read_record(folder: Path) -> tuple[list[Sample], str]:
 def draw_all(examples: Iterable[Example], folders: Iterable[Path]) -> None:
     """Draw the records of a task whose samples all have a length and a depth; of another task nothing."""
     if all(example.tags.get("length") and example.tags.get("depth") is not None for example in examples):
-        for folder in folders:
-            with contextlib.suppress(UserError):  # samples that have a place and no name of a cell
-                draw(folder)
+        try:
+            for folder in folders:
+                with contextlib.suppress(UserError):  # samples that have a place and no name of a cell
+                    draw(folder)
+        except OSError as error:  # the table is worth more
+            show.note(f"no heat maps: {error.strerror}; python -m runners.heat_map RECORD draws them later")
 
 
 def draw(folder: Path, path: Path | None = None) -> Path | None:

@@ -1,5 +1,6 @@
 """The tasks needle and ruler from the command line, on a tiny random model whose tokenizer counts the prompts."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import run
+from runners import heat_map
 
 ESSAY = " ".join(f"Sentence {i} tells of a river, a road and a mill." for i in range(60))
 
@@ -51,6 +53,17 @@ def test_a_grid_is_made_for_the_models_tokenizer_and_nothing_is_cut(command, tmp
     assert not any(row["cut"] for row in rows) and all(row["tokens_in"] <= 1500 for row in rows)
     assert "length 1500" in out and "depth 100 %" in out and "6 cells: " in out
     assert len(list((tmp_path / "results").glob("*/*/*/heat_map.png"))) == 2  # of the method and of the full cache
+
+
+@pytest.mark.parametrize("grid", [(), ("-m",)])
+def test_heat_maps_that_a_full_disk_has_no_room_for_cost_nothing_else(command, tmp_path, monkeypatch, grid):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(heat_map, "heat_map", full)
+    words = ("task=needle", "method=snapkv", "task.kinds=[single]", "task.lengths=[0.75]", "task.depths=[0]")
+    code, out, err = command(*grid, *words)
+    assert code == 0 and err.count("no heat maps: No space left on device") == 1 and "record" in out.splitlines()[-1]
 
 
 def test_ruler_is_made_for_the_models_tokenizer(command, tmp_path):

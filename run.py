@@ -77,7 +77,8 @@ def main() -> int:
             report(UserError(f"cannot write on ({error.strerror}); make room and run the same command again"))
         # Hydra makes the sweep's folder before any of our code runs
         elif ".hydra-runs" in str(error.filename):
-            report(UserError(f"results={os.path.dirname(error.filename)}: cannot be written ({error.strerror})"))
+            results = str(error.filename).partition("/.hydra-runs")[0]
+            report(UserError(f"results={results}: cannot be written ({error.strerror})"))
         else:
             raise
         return 2

@@ -298,6 +298,15 @@ def test_a_file_in_the_way_of_the_results_is_said_before_anything_runs(command, 
     assert code == 2 and "cannot be written" in err and "Traceback" not in err
 
 
+def test_results_that_cannot_be_written_are_named_by_a_sweep_too(command, tmp_path, monkeypatch):
+    def read_only(cfg, path):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(OmegaConf, "save", read_only)
+    code, _, err = command("-m", "budget=0.5,0.25")
+    assert code == 2 and err == f"error: results={tmp_path / 'results'}: cannot be written (Read-only file system)\n"
+
+
 def test_a_disk_that_is_full_before_a_sweep_begins_is_said_in_one_line(command, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -6,6 +6,7 @@ file that `load` reads like a folder: records for committing, without their text
 """
 
 import base64
+import contextlib
 import gzip
 import json
 import os
@@ -300,7 +301,8 @@ def _keep(root: Path, table: pd.DataFrame, books: dict[str, dict[str, Any]]) -> 
         table.to_parquet(draft)
         draft.replace(root / CACHE)
     except OSError:  # a read-only folder is read without a cache
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def _why(error: Exception) -> str:

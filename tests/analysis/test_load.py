@@ -1,12 +1,25 @@
 """Reading result folders, whole and broken ones."""
 
+import errno
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from analysis.load import CACHE, NothingToRead, load, texts
 from analysis.points import points
+
+
+def test_a_folder_on_a_read_only_file_system_is_read_without_a_cache(book, monkeypatch):
+    book.cell(scores=[1.0, 0.5])
+
+    def read_only(path, *args, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)  # also for a file that is not there
+    assert load(book.root).finished["score"].tolist() == [1.0, 0.5]
 
 
 def test_cells_and_samples_are_read(book):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -51,12 +51,19 @@ def tidy(cell: Sequence[str]) -> list[str]:
     return found
 
 
-def group(cells: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Jobs in order of first appearance: what all cells of a job share, and `cells=[...]` with the rest of each."""
+def group(
+    cells: Sequence[Sequence[str]], capped: Callable[[tuple[str, ...]], bool] = lambda shared: False
+) -> list[list[str]]:
+    """Jobs in order of first appearance: what all cells of a job share, and `cells=[...]` with the rest of each.
+
+    capped: whether with these shared overrides the task takes the budget too, so that every budget is a job of its own.
+    """
     jobs: dict[tuple[str, ...], list[list[str]]] = {}
     for cell in cells:
         shared = tuple(override for override in cell if not _own(override))
-        own = [override for override in cell if _own(override)]
+        if capped(shared):
+            shared += tuple(override for override in cell if override.startswith("budget="))
+        own = [override for override in cell if override not in shared]
         members = jobs.setdefault(shared, [])
         if own not in members:
             members.append(own)

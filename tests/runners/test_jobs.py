@@ -17,6 +17,13 @@ def test_cells_that_differ_in_the_method_only_are_one_job():
     assert [sorted(cell) for cell in job_cells(jobs[0])] == [sorted(grid[i]) for i in (0, 1, 3)]
 
 
+def test_budgets_that_the_task_takes_too_are_jobs_of_their_own():
+    grid = [[f"method={m}", f"budget={b}", "task=t"] for b in (8, 16) for m in ("full", "h2o")]
+    jobs = group(grid, lambda shared: shared == ("task=t",))
+    assert [job[:-1] for job in jobs] == [["task=t", "budget=8"], ["task=t", "budget=16"]]
+    assert [sorted(cell) for job in jobs for cell in job_cells(job)] == [sorted(cell) for cell in grid]
+
+
 @pytest.mark.parametrize("own", ["method.window=3", "+method.x=1", "~method.kernel", "seed=2"])
 def test_knobs_and_seeds_share_a_prompt(own):
     jobs = group([["task=longbench", "method=snapkv"], ["task=longbench", "method=snapkv", own]])

@@ -25,7 +25,10 @@ SHOWN_COMMANDS = 5
 
 
 def report(sweep: Sweep, resamples: int) -> int:
-    """Print one line per cell, then what failed and how to run it again; returns the exit code."""
+    """Print one line per cell, or several where its task has no average; then what failed and how to run it again.
+
+    Returns the exit code.
+    """
     if not sweep.members:
         return sweep.code
     run = sweep.run
@@ -34,13 +37,19 @@ def report(sweep: Sweep, resamples: int) -> int:
         return max(_failures(sweep), sweep.code)
     full = _finished(sweep, sweep.members[0])
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("method", "budget", "n", "score", "difference", "95 % interval", "KV bytes", "worst"):
-        table.add_column(name, no_wrap=True, justify="left" if name in ("method", "worst") else "right")
     lower = run.task.metric.better == "lower"
+    lines = []
     for member in sorted(sweep.members, key=lambda m: (m.cell is not run.full, m.cell.name, -m.cell.method.budget)):
         ours = _finished(sweep, member)
         rows = compare(run.task, run.scored(ours, full), resamples, seed=0) if set(ours) & set(full) else []
-        table.add_row(_name(member), f"{member.cell.method.budget:g}", *_line(rows, list(ours.values()), lower))
+        for name, found in _lines(rows, list(ours.values()), lower):
+            lines.append((name, [_name(member), f"{member.cell.method.budget:g}", *found]))
+    several = len({name for name, _ in lines if name}) > 1
+    columns = ["n", "score", "difference", "95 % interval", "KV bytes", "worst"]
+    for name in ["method", "budget", *["row"] * several, *columns]:
+        table.add_column(name, no_wrap=True, justify="left" if name in ("method", "row", "worst") else "right")
+    for name, found in lines:
+        table.add_row(*found[:2], *[name] * several, *found[2:])
     show.draw(table)
     for line in show.about(run.task.metric):
         show.say(line)
@@ -74,11 +83,24 @@ def _finished(sweep: Sweep, member: Member) -> dict[str, dict[str, Any]]:
     return {e.id: rows[e.id] for e in sweep.run.examples if e.id in rows and "error" not in rows[e.id]}
 
 
-def _line(rows: Sequence[Compared], ours: Sequence[dict[str, Any]], lower: bool) -> list[str]:
-    """n, score, difference, interval, bytes and the subset that lost most, for one cell; lower: a low score is good."""
+def _lines(rows: Sequence[Compared], ours: Sequence[dict[str, Any]], lower: bool) -> list[tuple[str, list[str]]]:
+    """The names and lines of the rows that stand for one cell; lower: a low score is good."""
     if not rows:
-        return ["0", *["-"] * 5]
-    whole = rows[-1]  # the widest average stands last
+        return [("", ["0", *["-"] * 5])]
+    return [(whole.row.name, _line(whole, rows, ours, lower)) for whole in widest(rows)]
+
+
+def widest(rows: Sequence[Compared]) -> list[Compared]:
+    """The last average; without one the means over several subsets, or else every subset."""
+    averages = [one for one in rows if one.row.kind == "average"]
+    subsets = [one for one in rows if one.row.kind == "subset"]
+    most = max((one.row.n for one in subsets), default=0)
+    means = [one for one in rows if one.row.kind == "category" and one.row.n > most]
+    return averages[-1:] or means or subsets
+
+
+def _line(whole: Compared, rows: Sequence[Compared], ours: Sequence[dict[str, Any]], lower: bool) -> list[str]:
+    """n, score, difference, interval, bytes and the subset that lost most."""
     held, of = (fmean(row["ledger"][key] / row["batch"] for row in ours) for key in ("held_prompt", "full_prompt"))
     subsets = [one for one in rows if one.row.kind == "subset" and one.difference is not None]
     gains = [((one.difference or 0.0) * (-1 if lower else 1), one) for one in subsets]

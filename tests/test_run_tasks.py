@@ -74,6 +74,33 @@ def test_a_cap_is_a_number_of_slots(command, tmp_path):
     assert code == 0 and "through=chunk" in out and "perplexity of texts" in out, err
 
 
+@pytest.mark.parametrize(("through", "groups"), [("stream", 2), ("chunk", 2), ("prefix", 1)])
+def test_a_sweep_over_caps_has_a_group_per_cap(command, tmp_path, through, groups):
+    data = write(tmp_path / "texts.jsonl", {"text": TEXT * 6})
+    more = ("task.length=60", "task.stride=6", f"task.through={through}")
+    code, out, err = command("-m", "task=perplexity", data, *more, "method=h2o,streaming_llm", "budget=16,24")
+    assert code == 0, err
+    assert out.count("nats per token") == groups
+    cells = [json.loads(path.read_text())["identity"] for path in (tmp_path / "results").glob("*/*/*/cell.json")]
+    if through != "prefix":
+        caps = sorted((cell["method"]["name"], cell["task"]["fingerprint"]["cap"]) for cell in cells)
+        assert caps == [(name, cap) for name in ("full", "h2o", "streaming_llm") for cap in (16, 24)]
+        assert all(cell["budget"] in (1, cell["task"]["fingerprint"]["cap"]) for cell in cells)
+
+
+def test_a_sweep_shows_every_text_where_there_is_no_average(command, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in ("one", "two"):
+        write(tmp_path / "texts" / f"{name}.jsonl", {"text": TEXT * 6})
+    data = f"task.data={tmp_path / 'texts'}"
+    code, out, err = command("-m", "task=perplexity", data, "task.length=60", "method=snapkv", "budget=0.5")
+    assert code == 0, err
+    lines = [line.split()[:3] for line in out.splitlines()]
+    assert [line for line in lines if line[:1] in (["full"], ["snapkv"])] == [
+        ["full", "1", "one"], ["full", "1", "two"], ["snapkv", "0.5", "one"], ["snapkv", "0.5", "two"],
+    ]  # fmt: skip
+
+
 def test_turns_and_requests_have_their_tables(command, tmp_path):
     turns = [{"input": "where is the mat?", "answer": " here."}, {"input": "who sat?", "answer": " the cat."}]
     data = write(tmp_path / "kept.jsonl", {"context": TEXT * 2, "multi_turns": turns, "max_new_tokens": 4})

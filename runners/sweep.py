@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -367,7 +368,7 @@ class Sweep:
 
     def command(self, member: Member) -> str:
         """The command that runs only what this cell lacks."""
-        return " ".join(["python run.py", *map(quoted, [*self.shared, *member.words])])
+        return f"python run.py {shlex.join([*self.shared, *member.words])}"
 
     def failures(self, member: Member) -> dict[str, str]:
         """Samples that failed, with their errors."""
@@ -402,11 +403,6 @@ def _place() -> show.Place | None:
         return None
     in_order = hydra.runtime.choices["hydra/launcher"] == "basic"
     return show.Place(hydra.job.num + 1, groups, began if in_order else None)
-
-
-def quoted(word: str) -> str:
-    """An override for a shell."""
-    return f"'{word}'" if set(word) & set(" []{}()*$'\"\\") else word
 
 
 def describe(error: Exception) -> str:

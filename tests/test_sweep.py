@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import signal
 import sys
 import time
@@ -250,6 +251,13 @@ def test_a_sample_that_fails_twice_is_recorded_and_its_command_is_printed(comman
     assert command(*again.split()[5:])[0] == 0
     (rows,) = [own for cell, own in records(tmp_path / "results").items() if cell.startswith("nacl-b0.2")]
     assert len(rows) == 8 and sum("error" in row for row in rows) == 2
+
+
+def test_the_command_of_what_failed_can_be_given_to_a_shell(command, tmp_path):
+    folder = f"'{tmp_path / 'a & b; [c]'}'"  # quoted for Hydra
+    code, _, err = command("-m", "method=nacl", "budget=0.2", "time_limit=0.000001", "task.limit=1", results=folder)
+    (*_, again) = [line.strip() for line in err.splitlines() if line.strip().startswith("python run.py")]
+    assert code == 1 and f"results={folder}" in shlex.split(again) and shlex.split(again)[-1] == "budget=0.2"
 
 
 def test_nan_is_a_failure_of_its_member_only(command, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from methods.core.errors import UserError
 from runners.check import check
-from runners.jobs import Failed
+from runners.jobs import Failed, spread
 
 CONF = Path(__file__).resolve().parent / "conf"
 INTERRUPTED = 130
@@ -61,6 +61,7 @@ def main() -> int:
     # Hydra's parser wants its flags before the overrides; this is the one that people type anywhere
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     try:
+        sys.argv[1:] = spread(sys.argv[1:])
         job()
     except Failed as failed:
         return failed.code

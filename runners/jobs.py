@@ -37,6 +37,25 @@ class Failed(Exception):
         self.code = code
 
 
+def spread(words: Sequence[str]) -> list[str]:
+    """A command line whose `method.KEY=VALUE` is a sweep of one value where the method is swept, or a named grid's.
+
+    Hydra sets what is not swept before there is a method, in the default one, which may have no such knob.
+    """
+    parse = OverridesParser.create().parse_override
+    typed = {word: parse(word) for word in words if "=" in word and not word.startswith("-")}
+    several = any(
+        one.key_or_group == "experiment" or (one.key_or_group == "method" and one.is_sweep_override())
+        for one in typed.values()
+    )
+    found = []
+    for word in words:
+        key, _, value = word.partition("=")
+        alone = word in typed and not typed[word].is_sweep_override()
+        found.append(f"{key}=choice({value})" if several and alone and key.startswith("method.") else word)
+    return found
+
+
 def tidy(cell: Sequence[str]) -> list[str]:
     """Numbers as typed: range(0.1,0.5,0.1) gives 0.30000000000000004."""
     found = []

@@ -148,8 +148,24 @@ class Perplexity(Apart):
             a, b = (math.exp(mean_loss([pair[i] for pair in own])) for i in (0, 1))
             counted = sum(ours["counted"] for ours, _ in own)
             lines.append(f"perplexity of {name}: {a:.3f}, full {b:.3f}, ratio {a / b:.4f}; {counted:,} tokens counted")
+            lines += self._beyond(own)
         held = remarks.held(rows)
         return [*lines, held] if held else lines
+
+    def _beyond(self, rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
+        """A line of the places beyond the model's window, where a full cache is no upper bound; empty without any."""
+        window = self._reading.longest
+        if window is None or self._length <= window:
+            return []
+        curves = [[bin for pair in rows for bin in pair[i]["curve"] if bin[0] >= window] for i in (0, 1)]
+        if not curves[0]:
+            return []
+        a, b = (math.exp(sum(loss for _, _, loss in own) / sum(n for _, n, _ in own)) for own in curves)
+        counted = sum(n for _, n, _ in curves[0])
+        first = min(place for place, _, _ in curves[0])
+        return [
+            f"  of these beyond the model's window, from place {first:,} on: {a:.3f}, full {b:.3f}; {counted:,} tokens"
+        ]
 
     def _check_felt(self, rows: Sequence[tuple[Example, Mapping[str, Any], Mapping[str, Any]]]) -> None:
         if not remarks.compared(rows) or any(ours["curve"] != full["curve"] for _, ours, full in rows):
@@ -219,6 +235,11 @@ class Perplexity(Apart):
         if self.through == "prefix" and self._prompt >= self._length:
             raise UserError(
                 f"perplexity: task.prompt={self._prompt} leaves nothing to predict of task.length={self._length}"
+            )
+        if self.through == "strided" and self._stride > self._length:
+            raise UserError(
+                f"perplexity: task.stride={self._stride} skips tokens between pieces of task.length={self._length}; "
+                "give a stride of at most the length"
             )
         if self.through in CACHED and next(self._counted(), None) is None:
             raise UserError(

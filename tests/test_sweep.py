@@ -357,6 +357,14 @@ def test_globs_ranges_and_each_methods_own_points_are_cells(command):
     assert code == 0 and points == ["0.05", "0.1", "0.25", "0.5", "0.75"]
 
 
+def test_a_knob_of_one_value_is_for_all_methods_of_a_sweep(command):
+    for words in [("-m", "method=kivi,per_token"), ("experiment=core-bits",)]:
+        code, out, err = command(*words, "method.bits=4", "task=longbench", "plan=true", "task.limit=1")
+        assert code == 0 and "kivi bits=4" in out and "per_token bits=4" in out and "bits=2" not in out, err
+    code, _, err = command("-m", "method=kivi,nacl", "method.bits=4", "plan=true", "task.limit=1")
+    assert code == 2 and "method.bits: no such setting" in err
+
+
 def test_every_named_grid_composes(command):
     for path in sorted((ROOT / "conf" / "experiment").glob("*.yaml")):
         code, out, err = command(f"experiment={path.stem}", "plan=true", "task=longbench")

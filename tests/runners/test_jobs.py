@@ -2,7 +2,7 @@
 
 import pytest
 
-from runners.jobs import group, job_cells, tidy
+from runners.jobs import group, job_cells, spread, tidy
 
 
 def test_cells_that_differ_in_the_method_only_are_one_job():
@@ -15,6 +15,14 @@ def test_cells_that_differ_in_the_method_only_are_one_job():
     jobs = group(grid)
     assert [job[0] for job in jobs] == ["task=longbench", "task=needle"]
     assert [sorted(cell) for cell in job_cells(jobs[0])] == [sorted(grid[i]) for i in (0, 1, 3)]
+
+
+def test_knobs_are_spread_where_the_method_is():
+    swept = ["-m", "method=kivi,per_token", "method.bits=4", "method.x=1,2", "+method.y=[1,2]", "budget=1"]
+    assert spread(swept) == [*swept[:2], "method.bits=choice(4)", *swept[3:]]
+    assert spread(["experiment=core", "method.a=b c"]) == ["experiment=core", "method.a=choice(b c)"]
+    alone = ["-m", "method=kivi", "method.bits=4", "budget=0.5,1"]
+    assert spread(alone) == alone and spread(["--help"]) == ["--help"]
 
 
 def test_budgets_that_the_task_takes_too_are_jobs_of_their_own():

@@ -154,6 +154,23 @@ def test_a_compressed_cache_that_changes_no_loss_is_refused_with_the_reason(tmp_
     assert "50.0%" in said[1]
 
 
+def test_places_beyond_the_models_window_have_a_line_of_their_own(tmp_path):
+    task = made(tmp_path, 1000, length=800)
+    curves = [[0, 10, 20.0], [512, 5, 5.0], [768, 5, 15.0]], [[0, 10, 10.0], [512, 5, 5.0], [768, 5, 25.0]]
+    rows = [(task.examples()[0], record(curves[0], held=1.0), record(curves[1], held=1.0))]
+    assert not any("window" in line for line in task.remarks(rows))  # a model without one
+    task = made(tmp_path, 1000, length=800)
+    task.fit(lambda: words(512))
+    said = task.remarks([(task.examples()[0], *rows[0][1:])])
+    assert said[1] == "  of these beyond the model's window, from place 512 on: 7.389, full 20.086; 10 tokens"
+
+
+def test_a_stride_that_skips_tokens_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"task\.stride=50 skips tokens.*task\.length=40"):
+        made(tmp_path, 100, length=40, stride=50, through="strided").examples()
+    assert made(tmp_path, 100, length=40, stride=40, through="strided").examples()
+
+
 def test_a_method_that_drops_nothing_while_a_text_is_fed_is_sent_to_prefix(tmp_path):
     task = made(tmp_path, 100, length=40, through="stream", cap=8)
     row = record([[0, 10, 20.0]], held=1.0)

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,16 @@ def _folder_of(found: Any) -> Path:
     files = found.cache_files
     files = [one for own in files.values() for one in own] if isinstance(files, dict) else files
     return Path(files[0]["filename"]).parent if files else Path()
+
+
+def check_stand_in(task: str, kind: type, knobs: Mapping[str, Any], stand_in: str) -> None:
+    """Raises UserError for a setting of the dataclass `kind` that the bundled split in its place does not have."""
+    for field in fields(kind):
+        if field.name in knobs and knobs[field.name] != field.default:
+            raise UserError(
+                f"{task}: task.{field.name}={knobs[field.name]} needs task.data=hub or a path: with task.data=bundled "
+                f"{stand_in} takes the task's place, which has no such setting"
+            )
 
 
 def check_limit(task: str, limit: int | None) -> None:

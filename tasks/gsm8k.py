@@ -16,7 +16,7 @@ from typing import Any
 from methods.core.errors import UserError
 from tasks import remarks
 from tasks.base import Apart, Example, Task
-from tasks.files import Files, check_limit, hub_rows, read_files
+from tasks.files import Files, check_limit, check_stand_in, hub_rows, read_files
 from tasks.pins import PINNED
 from tasks.prompts import lm_eval_task, lm_eval_version
 from tasks.reasoning import Reasoning
@@ -38,7 +38,10 @@ VARIANTS = {
 
 def gsm8k(data: str = "bundled", limit: int | None = None, **knobs: Any) -> Task:
     """GSM8K from data of one's own or the hub; `bundled` is reasoning-mini, since no word problems are bundled."""
-    return Reasoning(limit=limit) if str(data) == "bundled" else GSM8K(data, limit=limit, **knobs)
+    if str(data) != "bundled":
+        return GSM8K(data, limit=limit, **knobs)
+    check_stand_in("gsm8k", GSM8K, knobs, "reasoning-mini")
+    return Reasoning(limit=limit)
 
 
 @dataclass(frozen=True)

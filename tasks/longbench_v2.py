@@ -22,7 +22,7 @@ import yaml
 from methods.core.errors import UserError
 from tasks import remarks
 from tasks.base import Example, Metric, Row, Task
-from tasks.files import Files, check_limit, chosen, hub_rows, read_files
+from tasks.files import Files, check_limit, check_stand_in, chosen, hub_rows, read_files
 from tasks.lm_eval_harness import LmEval
 from tasks.pins import PINNED
 from tasks.prompts import lm_eval_folder, lm_eval_version
@@ -42,7 +42,10 @@ DIGEST = "fb68fca4"  # of lm_eval's template, whose wording was compared with th
 
 def longbench_v2(data: str = "bundled", limit: int | None = None, **knobs: Any) -> Task:
     """LongBench v2 from data of one's own or the hub; `bundled` is lm_eval-mini in its place."""
-    return LmEval(limit=limit) if str(data) == "bundled" else LongBenchV2(data, limit=limit, **knobs)
+    if str(data) != "bundled":
+        return LongBenchV2(data, limit=limit, **knobs)
+    check_stand_in("longbench_v2", LongBenchV2, knobs, "lm_eval-mini")
+    return LmEval(limit=limit)
 
 
 @dataclass

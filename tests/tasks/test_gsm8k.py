@@ -135,6 +135,12 @@ def test_a_row_that_lacks_its_answer_costs_no_other_its_examples(tmp_path):
     assert broken[1].error and broken[2].context == whole[2].context
 
 
+def test_settings_that_the_bundled_split_does_not_have_are_refused():
+    assert gsm8k(shots=None, variant="gsm8k", flexible=True).name == "reasoning-mini"
+    with pytest.raises(UserError, match=r"gsm8k: task\.shots=8 needs task\.data=hub or a path.*reasoning-mini"):
+        gsm8k(shots=8)
+
+
 def test_bundled_is_the_split_that_is_bundled():
     assert isinstance(gsm8k(limit=1), Reasoning) and gsm8k().name == "reasoning-mini"
 

@@ -121,6 +121,11 @@ def test_answers_without_a_letter_are_counted(tmp_path):
     assert "no letter found: 100.0%, full 0.0%" in said and "1 right to wrong" in said
 
 
+def test_settings_that_the_bundled_questions_do_not_have_are_refused():
+    with pytest.raises(UserError, match=r"longbench_v2: task\.subset=\['law'\] needs task\.data=hub or a path"):
+        longbench_v2.longbench_v2(subset=["law"])
+
+
 def test_bundled_are_the_four_choice_questions_that_are_bundled():
     stand_in = longbench_v2.longbench_v2(limit=1)
     assert isinstance(stand_in, LmEval) and stand_in.name == "lm_eval-mini"

@@ -97,18 +97,17 @@ def draw(cells: Sequence[tuple[str, Rows]], path: Path, title: str = "") -> None
     figure, axes = plt.subplots(
         len(batches), 3, figsize=(11, 0.6 + 2.7 * len(batches)), squeeze=False, layout="constrained"
     )
+    look = looks([label for label, _ in cells])
     for line, batch in zip(axes, batches):
         for axis, what in zip(line, panels):
             axis.set_title(f"{what}, batch {batch}", fontsize=9)
             axis.set_xlabel("prompt, tokens", fontsize=8)
             axis.tick_params(labelsize=8)
         for label, points in curves(cells, batch).items():
-            look: dict[str, Any] = {"label": label, "marker": "o", "markersize": 3}
-            look |= {"color": "black", "linestyle": "--"} if label == "full" else {}
             lengths = [point.length for point in points]
-            _bars(line[0], lengths, [point.prompts for point in points], look)
-            _bars(line[1], lengths, [[1000 * step for step in point.steps] for point in points], look)
-            line[2].plot(lengths, [point.held / 2**20 for point in points], **look)
+            _bars(line[0], lengths, [point.prompts for point in points], look[label])
+            _bars(line[1], lengths, [[1000 * step for step in point.steps] for point in points], look[label])
+            line[2].plot(lengths, [point.held / 2**20 for point in points], **look[label])
         for axis in line:
             axis.set_ylim(bottom=0)
             axis.set_xlim(left=0)
@@ -116,6 +115,14 @@ def draw(cells: Sequence[tuple[str, Rows]], path: Path, title: str = "") -> None
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How each curve is drawn, the same in all panels, whichever curves a panel has."""
+    plain = {"marker": "o", "markersize": 3}
+    methods = [label for label in dict.fromkeys(labels) if label != "full"]
+    found = {label: {**plain, "label": label, "color": f"C{i}"} for i, label in enumerate(methods)}
+    return {**found, "full": {**plain, "label": "full", "color": "black", "linestyle": "--"}}
 
 
 def _bars(axis: Any, lengths: Sequence[int], rounds: Sequence[Sequence[float]], look: Mapping[str, Any]) -> None:
@@ -160,7 +167,8 @@ def read(folder: Path) -> tuple[str, Rows, str]:
         raise UserError(f"{folder}: not a record that can be read ({error})") from error
     if not finished:
         raise UserError(f"{folder}: holds no times; give a record of task=latency")
-    return label, finished, f"{model}, {finished[0]['threads']} threads"
+    threads = finished[0]["threads"]
+    return label, finished, f"{model}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def main() -> None:

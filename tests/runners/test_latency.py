@@ -145,6 +145,19 @@ def test_the_full_caches_curve_is_drawn_once_and_from_the_same_rounds(tmp_path, 
     assert (tmp_path / "latency.png").stat().st_size > 10_000
 
 
+def test_a_curve_has_one_colour_in_all_panels_whichever_curves_these_have(tmp_path, monkeypatch):
+    cells = [("kivi 0.25", [row(batch=1)]), ("snapkv 0.25", [row(batch=1), row(batch=2)]), ("full", [row(batch=2)])]
+    shown, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (shown.extend(self.axes), save(self, *a, **k)))
+    draw(cells, tmp_path / "latency.png")
+    colours = [
+        {line.get_label(): line.get_color() for line in axis.get_lines() if len(line.get_xdata())} for axis in shown
+    ]
+    held = [own for own in colours if "snapkv 0.25" in own]
+    assert len(held) == 2 and len({own["snapkv 0.25"] for own in held}) == 1
+    assert {own["full"] for own in held} == {"black"} and held[0]["kivi 0.25"] != held[0]["snapkv 0.25"]
+
+
 def test_a_record_of_another_task_is_refused(tmp_path):
     (tmp_path / "cell.json").write_text(
         json.dumps({"identity": {"method": {"name": "full"}, "budget": 1, "model": {"name": "m"}, "dtype": "float32"}})
@@ -153,7 +166,7 @@ def test_a_record_of_another_task_is_refused(tmp_path):
     with pytest.raises(UserError, match="task=latency"):
         read(tmp_path)
     (tmp_path / "samples.jsonl").write_text(json.dumps(row()) + "\n")
-    assert read(tmp_path)[0] == "full" and read(tmp_path)[2] == "m, float32, 1 threads"
+    assert read(tmp_path)[0] == "full" and read(tmp_path)[2] == "m, float32, 1 thread"
 
 
 @pytest.mark.cuda

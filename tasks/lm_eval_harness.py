@@ -103,7 +103,9 @@ class LmEval(Task):
         for name, task in self._loaded.items():
             n, split = len(task.eval_docs), task.config.test_split or task.config.validation_split
             odd = f", not the published {ITEMS[name]}" if ITEMS.get(name, n) != n else ""
-            found.append(f"{name} ({self._repository(task)}{split}, {n} items{odd})")
+            drawn = dict(task.config.generation_kwargs or {}).get("do_sample")
+            greedy = ", greedily and not by chance as it asks" if drawn else ""
+            found.append(f"{name} ({self._repository(task)}{split}, {n} items{odd}{greedy})")
         where = self.include if self.data == "bundled" and self.include is not None else self.data
         return f"{self.name} ({where}): {', '.join(found)}; {len(self._examples)} samples, lm_eval {lm_eval_version()}"
 

@@ -145,6 +145,10 @@ def test_a_task_file_of_ones_own_generates_and_is_read_by_its_filters(tmp_path, 
     assert (example.context, example.question) == ("the mat is red", "\nwhich colour?")
     assert task.score(example, " it is red.") == 1 and task.score(example, " it is. red") == 0
     assert list(task.parts(example, "blue")) == ["exact_match, colour"]
+    own = tmp_path / "own.yaml"
+    own.write_text(own.read_text().replace("generation_kwargs: {", "generation_kwargs: {do_sample: true, "))
+    said = LmEval(include=str(tmp_path)).source()
+    assert "own (test, 1 items, greedily and not by chance as it asks)" in said
 
 
 @pytest.mark.parametrize(

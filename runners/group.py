@@ -91,22 +91,28 @@ class Group:
         return copy.deepcopy(self, {id(one): one for one in lent})
 
     def answer(
-        self, logits: Tensor, limits: Sequence[Limits], exact: bool = False, deadline: float | None = None
+        self,
+        logits: Tensor,
+        limits: Sequence[Limits],
+        exact: bool = False,
+        seconds: float | None = None,
+        spent: float = 0.0,
     ) -> list[Heard | Exception]:
         """Greedy answers of all members, in their order; the error of one that has failed.
 
         A member leaves when all its rows have ended: nothing can be fed afterwards.
 
         logits [active * B, V]: after what was last fed.  limits: one per prompt.
-        deadline: on time.perf_counter's clock; who has not ended by then fails with TimeLimit.
+        seconds: who has not ended by then fails with TimeLimit; `spent` of them are gone already.
         """
         assert not exact, "rows that end apart from each other cannot go on together"
-        self._decode(logits, limits, deadline)
+        self._decode(logits, limits, seconds, spent)
         return [found for member in self.members if (found := member.heard or member.error) is not None]
 
-    def _decode(self, logits: Tensor, limits: Sequence[Limits], deadline: float | None) -> None:
+    def _decode(self, logits: Tensor, limits: Sequence[Limits], seconds: float | None, spent: float) -> None:
         if not self.active:
             return
+        until = None if seconds is None else time.perf_counter() + seconds - spent
         session, device = self.session, logits.device
         rows = _Tokens([*limits] * len(self.active), device)
         n, steps = session.mask.shape[1], max(0, rows.most - 1)
@@ -116,9 +122,9 @@ class Group:
         look_every = LOOK_EVERY.get(device.type, 1)
         for done in range(steps):
             if done % look_every == 0:
-                if deadline is not None and time.perf_counter() > deadline:
+                if seconds is not None and until is not None and time.perf_counter() > until:
                     for member in self.active:
-                        member.fail(TimeLimit("was not done within the time limit"))
+                        member.fail(TimeLimit(seconds))
                 stay = [i for i, over in enumerate(rows.ended(self.B)) if not over and self.active[i].error is None]
                 if len(stay) < len(self.active):
                     self._leave(rows, done, but=stay)

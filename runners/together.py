@@ -67,7 +67,7 @@ def together(
     question_done = now(model.device)
     limits = [prompt.limits for prompt in prompts]
     outcomes = []
-    for one in group.answer(logits, limits, deadline=None if limit is None else began + limit):
+    for one in group.answer(logits, limits, seconds=limit, spent=question_done - began):
         times = prompt_done - began, question_done - prompt_done
         if isinstance(one, Heard):
             timings = Timings(*times, one.at - question_done, sum(map(len, firsts)), one.steps)
@@ -103,11 +103,11 @@ def begin(
 def limited(group: Group, seconds: float | None, spent: float) -> Iterator[None]:
     """Inside the block all members fail with TimeLimit once the time is up. spent: seconds that are gone already."""
     try:
-        with within(group.model, None if seconds is None else seconds - spent):
+        with within(group.model, seconds, spent):
             yield
-    except TimeLimit:
+    except TimeLimit as error:
         for member in group.members:
-            member.fail(TimeLimit(f"was not done within time_limit={seconds:g} seconds"))
+            member.fail(error)
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from analysis import screen
 from methods.core.errors import BudgetMiss
 from runners import overview, show
 from runners.cells import Run
@@ -111,14 +112,14 @@ class Evaluate:
         label = "" if run.cell is run.full else run.cell.name
         if both:
             rows = compare(run.task, run.scored(ours, full), self.resamples, seed=0)
-            show.draw(show.scores(rows, label))
+            screen.draw(show.scores(rows, label))
             for line in [
                 *show.about(run.task.metric),
                 *run.task.remarks([(example, ours[example.id], full[example.id]) for example in both]),
             ]:
                 show.say(line)
             pairs = [(ours[example.id], full[example.id]) for example in both]
-            show.draw(show.costs(cost_rows(pairs), label))
+            screen.draw(show.costs(cost_rows(pairs), label))
             cut = sum(row["cut"] for row, _ in pairs)
             show.say(f"{run.settings(pairs)}; {cut} of {len(both)} samples cut in the middle")
             draw_all(run.examples, [cell.record.folder for cell in run.cells])

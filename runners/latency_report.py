@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from rich import box
 from rich.table import Table
 
+from analysis import screen
 from methods.core.errors import UserError
 from runners import show
 
@@ -32,12 +32,10 @@ class Point(NamedTuple):
 
 def table(cells: Sequence[tuple[str, Rows]]) -> Table:
     """One line per cell, length and batch; cells: labels and recorded samples."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in (
+    shown = screen.table(
         "method", "tokens", "batch", "prompt, ms", "against full", "decode, ms/token", "against full", "tokens/s",
         "KV held", "of full", "KV read", "KV peak",
-    ):  # fmt: skip
-        shown.add_column(name, no_wrap=True, justify="left" if name == "method" else "right")
+    )  # fmt: skip
     for label, rows in cells:
         for row in rows:
             times, book, batch = row["times"], row["ledger"], row["batch"]
@@ -62,7 +60,7 @@ def table(cells: Sequence[tuple[str, Rows]]) -> Table:
 
 def show_times(cells: Sequence[tuple[str, Rows, Path]], title: str) -> None:
     """Print the table of cells (label, samples, folder of the record), and draw each into its folder."""
-    show.draw(table([(label, rows) for label, rows, _ in cells]))
+    screen.draw(table([(label, rows) for label, rows, _ in cells]))
     show.say("against full: time over the full cache's, taken in turns; median of the rounds, lowest to highest")
     for label, rows, folder in cells:
         if rows:

@@ -8,9 +8,8 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.table import Table
 
+from analysis import screen
 from methods.core.errors import BudgetMiss
 from runners import show
 from runners.compare import Compared, compare
@@ -36,7 +35,6 @@ def report(sweep: Sweep, resamples: int) -> int:
         _report_times(sweep)
         return max(_failures(sweep), sweep.code)
     full = _finished(sweep, sweep.members[0])
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     lower = run.task.metric.better == "lower"
     lines = []
     for member in sorted(sweep.members, key=lambda m: (m.cell is not run.full, m.cell.name, -m.cell.method.budget)):
@@ -46,11 +44,10 @@ def report(sweep: Sweep, resamples: int) -> int:
             lines.append((name, [_name(member), f"{member.cell.method.budget:g}", *found]))
     several = len({name for name, _ in lines if name}) > 1
     columns = ["n", "score", "difference", "95 % interval", "KV bytes", "worst"]
-    for name in ["method", "budget", *["row"] * several, *columns]:
-        table.add_column(name, no_wrap=True, justify="left" if name in ("method", "row", "worst") else "right")
+    table = screen.table("method", "budget", *["row"] * several, *columns, left=("row", "worst"))
     for name, found in lines:
         table.add_row(*found[:2], *[name] * several, *found[2:])
-    show.draw(table)
+    screen.draw(table)
     for line in show.about(run.task.metric):
         show.say(line)
     show.say(
@@ -148,9 +145,7 @@ def plan(sweep: Sweep) -> None:
         member.record.refresh()
     lacking = {id(m): [e for e in sweep.lacking(m, run.examples) if not e.error] for m in sweep.members}
     sharing = {id(member) for member in sweep.sharing}
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("method", "budget", "done", "to run", "KV bytes of the longest", "runs"):
-        table.add_column(name, no_wrap=True, justify="left" if name in ("method", "runs") else "right")
+    table = screen.table("method", "budget", "done", "to run", "KV bytes of the longest", "runs", left=("runs",))
     for member in sweep.members:
         todo = lacking[id(member)]
         longest = max(todo, key=sweep.tokens, default=None)
@@ -162,7 +157,7 @@ def plan(sweep: Sweep) -> None:
             "-" if longest is None else show.size(sweep.member_bytes(member, [longest])),
             "in the group" if id(member) in sharing else f"alone: {sweep.why_alone(member)}",
         )
-    show.draw(table)
+    screen.draw(table)
     together = {e.id: e for m in sweep.sharing for e in lacking[id(m)]}
     alone = [e for m in sweep.alone for e in lacking[id(m)]]
     if not together and not alone:

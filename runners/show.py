@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from analysis import screen
 from runners.compare import Compared
 from tasks.base import Metric
 
@@ -108,15 +108,7 @@ class Bar:
 
 def scores(rows: Sequence[Compared], method: str) -> Table:
     """Scores of the method and of the full cache, and their difference. A method of "" is the full cache alone."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("task", no_wrap=True)
-    table.add_column("n", justify="right")
-    if method:
-        table.add_column(method, justify="right")
-    table.add_column("full", justify="right")
-    if method:
-        table.add_column("difference", justify="right")
-        table.add_column("95 % interval", justify="right")
+    table = screen.table("task", "n", *([method, "full", "difference", "95 % interval"] if method else ["full"]))
     kind = rows[0].row.kind if rows else ""
     for one in rows:
         if one.row.kind != kind and {kind, one.row.kind} & {"subset", "category"} and one.row.kind != "bin":
@@ -146,22 +138,10 @@ def about(metric: Metric) -> list[str]:
 
 def costs(rows: Sequence[tuple[str, str, str]], method: str) -> Table:
     """Bytes and speeds: (what, the method's, the full cache's)."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("per sample", no_wrap=True)
-    if method:
-        table.add_column(method, justify="right")
-    table.add_column("full", justify="right")
+    table = screen.table("per sample", *[method] * bool(method), "full")
     for what, ours, full in rows:
         table.add_row(*([what, ours, full] if method else [what, full]))
     return table
-
-
-def draw(table: Table) -> None:
-    """Print a table; without a terminal in its natural width, so that nothing is cut off in a file."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table)
 
 
 def size(n: float | None) -> str:

@@ -7,6 +7,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+# tables as wide as they are, so that a test may look for a whole row
+os.environ["COLUMNS"] = "160"
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 
 # what cells of one group may differ in: the prompt's own pass depends on none of them
 OWN = ("method", "method.", "+method.", "++method.", "~method.", "budget", "seed")
@@ -27,6 +29,13 @@ def announced() -> tuple[int, float]:
     """How many groups the sweep of this process has, and when it began; one, outside a sweep."""
     groups, began = os.environ.get(GROUPS, "1 0").split()
     return int(groups), float(began)
+
+
+def shard() -> tuple[int, int]:
+    """Which of a group's jobs this one is, from 1, and of how many: they share its samples between them."""
+    hydra = HydraConfig.get()
+    shards = int(hydra.sweeper.get("shards", 1)) if hydra.mode == RunMode.MULTIRUN else 1
+    return (int(hydra.job.num) % shards + 1, shards) if shards > 1 else (1, 1)
 
 
 class Failed(Exception):

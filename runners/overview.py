@@ -14,6 +14,7 @@ from methods.core.errors import BudgetMiss
 from runners import show
 from runners.compare import Compared, compare
 from runners.heat_map import draw_all
+from runners.jobs import shard
 from runners.latency_report import show_times
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ def report(sweep: Sweep, resamples: int) -> int:
     if not sweep.members:
         return sweep.code
     run = sweep.run
+    number, shards = shard()
+    if number > 1:  # the first one waits for the others' samples, and prints the table of all
+        show.say(f"job {number} of {shards} for these samples is done; the table is the first one's")
+        return max(_failures(sweep), sweep.code)
     if run.timed:
         _report_times(sweep)
         return max(_failures(sweep), sweep.code)
@@ -53,6 +58,10 @@ def report(sweep: Sweep, resamples: int) -> int:
     show.say(
         "KV bytes: measured at the end of the prompt, as a share of the full cache's; speeds are not measured in groups"
     )
+    pairs = [(row, full[id]) for member in sweep.members for id, row in _finished(sweep, member).items() if id in full]
+    if pairs:
+        cut = sum(row["cut"] for row in full.values())
+        show.say(f"{run.settings(pairs)}; {cut} of {len(full)} samples cut in the middle")
     draw_all(run.examples, [member.cell.record.folder for member in sweep.members])
     show.say(f"records: {run.full.record.folder.parent}")
     return max(_failures(sweep), sweep.code)

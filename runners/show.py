@@ -1,6 +1,7 @@
 """What a run prints: progress while it works, the result table when it is done. Pure display."""
 
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from tasks.base import Metric
 
 # seconds between two lines of progress where there is no terminal to draw a bar on
 PLAIN_EVERY = 15.0
+# and the longest that nothing is said for
+LONGEST_SILENCE = 240.0
 
 
 def say(text: str) -> None:
@@ -50,6 +53,7 @@ class Place:
 class Bar:
     """Progress over samples, with the time left; a line now and then where standard error is no terminal.
 
+    The lines come also while one sample takes long, from the first one on.
     place: of the group whose samples these are, in a sweep of several.
     """
 
@@ -57,6 +61,8 @@ class Bar:
         self.label = f"group {place.number} of {place.of}, {label}" if place else label
         self.total, self.place, self.done, self.failed = total, place, 0, 0
         self.began = self.shown = time.monotonic()
+        self.ended = threading.Event()
+        self.lines = threading.Thread(target=self._go_on_saying, daemon=True)
         console = Console(stderr=True)
         self.bar: Progress | None = None
         if console.is_terminal:
@@ -76,11 +82,16 @@ class Bar:
     def __enter__(self) -> Self:
         if self.bar:
             self.bar.start()
+        else:
+            self.lines.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self.bar:
             self.bar.stop()
+            return
+        self.ended.set()
+        self.lines.join()
 
     def advance(self, samples: int, failed: int = 0) -> None:
         """So many more samples are done. failed: answers among them, of any cell, that could not be had."""
@@ -89,13 +100,25 @@ class Bar:
         if self.bar:
             self.bar.update(self.task, advance=samples, rest=self._rest())
             return
-        now = time.monotonic()
-        if now - self.shown >= PLAIN_EVERY or self.done == self.total:
-            self.shown = now
-            spent = now - self.began
-            left = spent / self.done * (self.total - self.done)
-            more = f"; {rest}" if (rest := self._rest()) else ""
-            note(f"{self.label}: {self.done}/{self.total} samples, {spent:.0f} s, about {left:.0f} s left{more}")
+        if time.monotonic() - self.shown >= PLAIN_EVERY or self.done == self.total:
+            self._say()
+
+    def _say(self) -> None:
+        self.shown = time.monotonic()
+        spent = self.shown - self.began
+        left = ""
+        if self.done:
+            left = f", about {duration(spent / self.done * (self.total - self.done))} left"
+        more = f"; {rest}" if (rest := self._rest()) else ""
+        note(f"{self.label}: {self.done}/{self.total} samples, {duration(spent)}{left}{more}")
+
+    def _go_on_saying(self) -> None:
+        """A line after each silence; twice as long from one to the next, so that a night's log stays short."""
+        silence = PLAIN_EVERY
+        while not self.ended.wait(max(0.0, self.shown + silence - time.monotonic())):
+            if time.monotonic() - self.shown >= silence:
+                self._say()
+                silence = min(2 * silence, LONGEST_SILENCE)
 
     def _rest(self) -> str:
         """What has failed so far, and how long all groups will take."""

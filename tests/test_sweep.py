@@ -95,6 +95,21 @@ def test_a_sweep_ends_with_one_line_per_cell(command, tmp_path):
         (m, b, "6") for m, b in [("full", "1"), *[(m, b) for m in ("nacl", "snapkv") for b in ("0.5", "0.2")]]
     ]
     assert f"records: {tmp_path / 'results'}" in out
+    assert "protocol=aware, dtype=float32, device=cpu" in out and "0 of 6 samples cut in the middle" in out
+
+
+def test_a_table_of_a_sweep_is_whole_at_80_columns(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = command("-m", "method=snapkv", "budget=0.5", "method.window=8,16")
+    table = out[out.index("method ") : out.index("KV bytes:")]
+    assert code == 0 and max(map(len, table.splitlines())) <= 80 and "…" not in table
+    assert table.count(" to ") == 3 and "snapkv window=16" in table
+
+
+def test_jobs_that_share_a_groups_samples_print_its_table_once(command):
+    code, out, _ = command(*GRID, "hydra.sweeper.shards=2")
+    assert code == 0 and out.count("95 % interval") == 1
+    assert "job 2 of 2 for these samples is done" in out
 
 
 def test_what_is_on_disk_is_not_run_again_and_needs_no_model(command, tmp_path, monkeypatch):

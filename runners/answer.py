@@ -20,6 +20,7 @@ from runners.dialogue import Dialogue, dialogue
 from runners.forced import force
 from runners.generate import Timings, generate, start
 from runners.latency import measure
+from runners.problem import Problem, problem
 from runners.prompt import Encoded, Encoder
 from runners.session import Answer, Heard, now
 from runners.talk import Talk
@@ -126,12 +127,12 @@ def _answer(
             record(failed(example, str(miss)))
         raise
     except Exception as error:  # one sample's failure must not cost the others
-        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        found = problem(error)
         del error  # its traceback holds the tensors of the failed pass
         if setting.model.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(batch) == 1:
-            record(failed(batch[0], problem))
+            record(failed(batch[0], found))
             return
         for example in batch:
             _answer(setting, method, [example], run, record)
@@ -140,9 +141,11 @@ def _answer(
         record(row)
 
 
-def failed(example: Example, problem: str) -> dict[str, Any]:
+def failed(example: Example, why: str | Problem) -> dict[str, Any]:
     """The row of a sample that could not be run."""
-    return {"id": example.id, "error": problem}
+    if isinstance(why, Problem):
+        return {"id": example.id, "error": why.line, "traceback": why.traceback}
+    return {"id": example.id, "error": why}
 
 
 def about(example: Example) -> dict[str, Any]:

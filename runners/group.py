@@ -21,6 +21,7 @@ from methods.core.contract import LayerCache, Method, ModelSpec, Step
 from methods.core.group import Rows, Shared
 from runners.bind import KVCache, bind
 from runners.meter import Meter
+from runners.problem import problem
 from runners.session import LOOK_EVERY, Answer, Heard, Limits, NewTokens, Session, now
 from runners.time_limit import TimeLimit
 
@@ -193,7 +194,7 @@ class Member:
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        # the traceback holds tensors of the failed step
+        problem(error)  # the traceback, which is let go next, holds tensors of the failed step
         self.fate.append(error.with_traceback(None))
         for layer in self.layers:
             layer.inner = None

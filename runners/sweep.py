@@ -33,6 +33,7 @@ from runners.dialogue import dialogue
 from runners.jobs import NUMBERS, announced, numbers_apart, unpack
 from runners.load import Checkpoint, load_model
 from runners.memory import Size, device_bytes
+from runners.problem import problem
 from runners.shared_record import SharedRecord
 from runners.together import answer_together, why_alone
 from tasks.base import Example
@@ -310,22 +311,22 @@ class Sweep:
         if len(members) > self.most:
             return self._halves(members, examples)
         methods = [member.cell.method for member in members]
-        problem = None
+        wrong = None
         try:
             found = answer_together(self.run.setting, methods, examples, self.cfg.time_limit)
         except UserError:
             raise
         except Exception as error:
-            problem = describe(error)
+            wrong = problem(error)
             found = []
             if isinstance(error, torch.OutOfMemoryError) and len(members) > 1:
                 self.most = max(1, len(members) // 2)
             del error  # its traceback holds the tensors of the failed pass
-        if problem is not None:
+        if wrong is not None:
             if self.run.device.type == "cuda":
                 torch.cuda.empty_cache()
             if len(members) > 1:
-                show.note(f"{examples[0].id}: {problem}; trying groups of {max(1, len(members) // 2)}")
+                show.note(f"{examples[0].id}: {wrong.line}; trying groups of {max(1, len(members) // 2)}")
                 return self._halves(members, examples)
             return self._alone(members[0], examples)
         for member, rows in zip(members, found):
@@ -353,10 +354,11 @@ class Sweep:
                 except UserError:
                     raise
                 except Exception as error:
+                    problem(error)
                     rows = error.with_traceback(None)
                 if isinstance(rows, (UserError, BudgetMiss)):
                     raise rows
-                self._add(member, [failed(example, describe(rows))] if isinstance(rows, Exception) else rows)
+                self._add(member, [failed(example, problem(rows))] if isinstance(rows, Exception) else rows)
 
     def _add(self, member: Member, rows: Sequence[dict[str, Any]]) -> None:
         def say_waiting() -> None:
@@ -403,9 +405,3 @@ def _place() -> show.Place | None:
         return None
     in_order = hydra.runtime.choices["hydra/launcher"] == "basic"
     return show.Place(hydra.job.num + 1, groups, began if in_order else None)
-
-
-def describe(error: Exception) -> str:
-    """An error in one line."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"

@@ -52,7 +52,7 @@ def blocks() -> dict[str, str]:
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what runs, with the two files of the page added and nothing else."""
     copy = tmp_path_factory.mktemp("tree")
-    for folder in ("methods", "conf", "kernels", "runners", "tasks", "hydra_plugins"):
+    for folder in ("methods", "conf", "kernels", "runners", "tasks", "analysis", "hydra_plugins"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=SKIP)
     shutil.copy(ROOT / "run.py", copy)
     (copy / "assets").symlink_to(ROOT / "assets")

@@ -257,7 +257,7 @@ def test_a_sample_that_fails_twice_is_recorded_and_its_command_is_printed(comman
 
     monkeypatch.setattr(EvictionCache, "settle", settle)
     code, _, err = command(*GRID)
-    assert code == 1 and "failed: nacl at budget=0.2: 2 of 6 samples: " in err and "(RuntimeError: lost)" in err
+    assert code == 1 and "failed: nacl at budget=0.2: 2 of 6 samples: " in err and "(RuntimeError: lost (" in err
     assert "Error executing job" not in err  # Hydra's own word, with the overrides of every cell
     assert len(tries) == 4  # in the group and once more alone
     (again,) = [line.strip() for line in err.splitlines() if line.strip().startswith("python run.py")]

@@ -11,7 +11,7 @@ from torch import Tensor
 from methods.core.allocate import Uniform
 from methods.core.contract import LayerCache, ModelSpec, Stage, Step
 from methods.core.errors import UserError
-from methods.core.eviction import Cut, Eviction, EvictionCache, on_device
+from methods.core.eviction import Cut, Eviction, EvictionCache, check_scores, on_device
 from methods.core.store import Store
 
 EVICT = ("prompt_end", "per_chunk")
@@ -161,7 +161,10 @@ class CappedCache(EvictionCache):
         store = self.store
         assert self.caps is not None
         real = store.pos >= 0  # [B, H, S]
-        worth = self.method.rank(store, step, self.caps[..., None], self.mass).masked_fill(~real, torch.inf)
+        worth = self.method.rank(store, step, self.caps[..., None], self.mass)
+        if worth.device.type == "cpu":  # elsewhere a look waits for the device
+            check_scores(self.method, worth.masked_fill(~real, -torch.inf), real)
+        worth = worth.masked_fill(~real, torch.inf)
         least = worth == worth.amin(-1, keepdim=True)
         slot = torch.where(least, store.pos, -1).argmax(-1)  # [B, H], the newest of them
         if store.padded:  # a row that is not full has a free place already

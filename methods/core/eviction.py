@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -216,7 +217,10 @@ class EvictionCache(LayerCache):
         rank = torch.where(real, real.cumsum(-1) - 1, -1)
         q, q_pos = _join(queries or [(step.q, step.pos)])
         scores = method.score(store, step, Cut(q, q_pos, rank, n, self.prompt, limits, self.mass))
-        keep = self._pick(scores.masked_fill(~real, -torch.inf), on_device(limits, n.device))
+        scores = scores.masked_fill(~real, -torch.inf)
+        if step.stage is Stage.ENDS_PROMPT or scores.device.type == "cpu":  # elsewhere a look waits for the device
+            check_scores(method, scores, real)
+        keep = self._pick(scores, on_device(limits, n.device))
         method.before_drop(store, keep)
         exact = min(limits) == max(limits) if known else bool((keep.sum(-1) == max(limits)).all())
         store.keep(keep, max(limits), exact=exact)
@@ -246,6 +250,20 @@ class EvictionCache(LayerCache):
             self.queries[0] = (q[:, :, extra:], pos[:, extra:])
             if step.stage is not Stage.ENDS_PROMPT:  # a view would keep the whole chunk alive
                 self.queries[0] = tuple(x.clone() for x in self.queries[0])
+
+
+def check_scores(method: Eviction, scores: Tensor, real: Tensor) -> None:
+    """Raises FloatingPointError that names the place of the method's `score` (or `worth`) if its scores rank nothing.
+
+    scores [B, H, S]: -inf for padding.  real [B, H, S]: what is no padding. A row may score some slots -inf, not all.
+    """
+    broken = int(scores.isnan().sum())
+    nothing = bool(((scores == -torch.inf).all(-1).all(-1) & real.any(-1).any(-1)).any())
+    if not broken and not nothing:
+        return
+    code = inspect.unwrap(getattr(type(method), "worth", type(method).score)).__code__
+    what = f"NaN for {broken} of {int(real.sum())} slots" if broken else "-inf for all slots of a row"
+    raise FloatingPointError(f"{code.co_name} gave {what}: {code.co_filename}, line {code.co_firstlineno}")
 
 
 def on_device(numbers: list[int], device: torch.device) -> Tensor:

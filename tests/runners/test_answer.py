@@ -190,7 +190,7 @@ def test_a_failing_sample_does_not_cost_the_others(setting, kind, monkeypatch, t
     batch = [make(f"a/{i}", "#" * (i == 1) + TEXT) for i in range(3)]
     found = rows(replace(setting, protocol=protocol), snapkv(), *batch)
     assert [row["id"] for row in found] == ["a/0", "a/1", "a/2"]
-    assert found[1] == {"id": "a/1", "error": "RuntimeError: out of memory"}
+    assert found[1]["id"] == "a/1" and found[1]["error"].startswith("RuntimeError: out of memory (")
     assert not any("error" in row for row in (found[0], found[2])), found
 
 

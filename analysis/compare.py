@@ -2,7 +2,7 @@
 
 Two folders: every cell that both hold, sample by sample. Two names of methods (with `--results`): the cells at the same
 budget on the same task. Prints B minus A with its paired interval, flips in both directions and p-values after Holm's
-correction.
+correction. One side is better where the interval excludes zero and that p is below 0.05.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import stats
-from analysis.frontier import markdown
+from analysis.frontier import show
 from analysis.load import NothingToRead, Results, load
 from analysis.names import at, bits, labels
 from analysis.paired import PLACE, by_sample, subset_means
@@ -81,7 +81,9 @@ def table(found: list[Pair]) -> pd.DataFrame:
             rows.append(_row(pair, both[["a", "b", *PLACE]], f", {measure}" if several else ""))
     made = pd.DataFrame(rows)
     if len(made):
-        made["p (Holm)"] = [f"{p:.3f}" for p in stats.holm(list(made.pop("p")))]
+        p = np.array(stats.holm(list(made.pop("p"))))
+        made["p (Holm)"] = [stats.p_text(one) for one in p]
+        made.loc[p >= stats.SURE, "verdict"] = "tie"
         if not made["bits"].any():
             made = made.drop(columns="bits")
     return made
@@ -117,6 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("a", metavar="A", help="a method's name, or a folder of results")
     parser.add_argument("b", metavar="B", help="another one")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where two methods are looked for")
+    parser.add_argument("--markdown", action="store_true", help="a table to paste, whatever the screen's width")
     given = parser.parse_args(arguments)
     try:
         folders = [Path(x) for x in (given.a, given.b)]
@@ -138,7 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     except NothingToRead as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
-    print(f"A = {given.a}, B = {given.b}\n\n{markdown(made)}", end="")
+    print(f"A = {given.a}, B = {given.b}\n")
+    show(made, given.markdown)
     return 0
 
 

@@ -6,6 +6,7 @@ wide grey line is the front, which no point beats.
 """
 
 import argparse
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import style
+from analysis import screen, stats, style
 from analysis.area import areas
 from analysis.load import NothingToRead, load
 from analysis.paired import WHOLE
@@ -118,7 +119,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
                 "retained": "" if pd.isna(p["retained"]) else f"{p['retained']:.0%}",
                 "worst subset": "" if full else f"{p['worst']} {p['worst_difference']:+.{digits}f}",
                 "lost/won": "" if full or p["better"] == "lower" else f"{p['lost']}/{p['won']}",
-                "p (Holm)": "" if full else f"{p['p_holm']:.3f}",
+                "p (Holm)": "" if full else stats.p_text(p["p_holm"]),
                 "note": ", ".join(notes).replace("_", " "),
             }
         )
@@ -139,6 +140,19 @@ def markdown(table: pd.DataFrame) -> str:
         "| " + " | ".join(str(v).replace("|", "\\|") for v in row) + " |" for row in table.itertuples(index=False)
     ]
     return "\n".join(lines) + "\n"
+
+
+def show(table: pd.DataFrame, as_markdown: bool = False) -> None:
+    """Print a table of texts: as wide as the screen is, or as Markdown."""
+    if as_markdown:
+        print(markdown(table), end="")
+        return
+    names = [str(name) for name in table.columns]
+    numbers = {name for name in names if re.match(r"[-+<]?\d", str(table[name].iloc[0]))}
+    shown = screen.table(*names, left=[name for name in names if name not in numbers])
+    for row in table.itertuples(index=False):
+        shown.add_row(*map(str, row))
+    screen.draw(shown)
 
 
 def page(table: pd.DataFrame, under: pd.DataFrame) -> str:

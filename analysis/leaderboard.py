@@ -8,43 +8,58 @@ Holm's correction for as many methods, share its rank.
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from analysis import stats
-from analysis.frontier import markdown
+from analysis.frontier import show
 from analysis.load import NothingToRead, load
 from analysis.paired import Cells, Compared, gathered, near_chance, subset_means
 
-SURE = 0.05  # corrected p below which a method is behind the best one
+
+@dataclass
+class Ranking:
+    """rows: one per method that has every task: rank, retained share with interval.  apart: tasks near chance.
+
+    lacking: by method that is not ranked, the tasks that it lacks.
+    """
+
+    rows: pd.DataFrame
+    apart: list[str]
+    lacking: dict[str, list[str]]
 
 
-def ranking(tasks: Sequence[Compared], model: str, protocol: str, budget: float) -> tuple[pd.DataFrame, list[str]]:
-    """One row per method that has every task at this budget: retained share with interval, rank; and tasks left out."""
+def ranking(tasks: Sequence[Compared], model: str, protocol: str, budget: float) -> Ranking:
+    """The methods at one budget; where none has every task, those that have the same ones as the one with most."""
     kept: dict[str, dict[str, np.ndarray]] = {}
-    apart, samples = [], 0
+    apart, samples = [], dict[str, int]()
     for task in tasks:
         if (task.key["model"], task.key["protocol"]) != (model, protocol):
             continue
         at = [one for one in task.cells if one.first["budget"] == budget and one.first["method"] != "full"]
         if not at or at[0].first["metric"]["better"] != "higher":
             continue
-        shares, n = _retained(at)
-        samples += n
+        shares, samples[task.key["task"]] = _retained(at)
         if shares is None:
             apart.append(task.key["task"])
         for name, share in (shares or {}).items():
             kept.setdefault(name, {})[task.key["task"]] = share
-    most = max(map(len, kept.values()), default=0)
-    complete = {name: np.mean(list(own.values()), axis=0) for name, own in kept.items() if len(own) == most}
+    wanted = max(map(frozenset, kept.values()), key=lambda own: (len(own), sorted(own)), default=frozenset())
+    complete = {
+        name: np.mean([own[task] for task in sorted(wanted)], axis=0)
+        for name, own in kept.items()
+        if wanted <= own.keys()
+    }
+    lacking = {name: sorted(wanted - own.keys()) for name, own in kept.items() if not wanted <= own.keys()}
     order = sorted(complete, key=lambda name: -complete[name][0])
     behind = _behind([complete[name] for name in order])
     rows = []
     for place, name in enumerate(order):
         low, high = stats.interval(complete[name][1:])
-        worst = min(kept[name], key=lambda task: kept[name][task][0])
+        worst = min(sorted(wanted), key=lambda task: kept[name][task][0])
         rows.append(
             {
                 "rank": place + 1 if behind[place] else 1,
@@ -52,11 +67,11 @@ def ranking(tasks: Sequence[Compared], model: str, protocol: str, budget: float)
                 "retained": f"{complete[name][0]:.1%}",
                 "95 % interval": f"{low:.1%} to {high:.1%}",
                 "worst task": f"{worst} {kept[name][worst][0]:.1%}",
-                "tasks": most,
-                "n": samples,
+                "tasks": len(wanted),
+                "n": sum(samples[task] for task in wanted),
             }
         )
-    return pd.DataFrame(rows), apart
+    return Ranking(pd.DataFrame(rows), apart, lacking)
 
 
 def _retained(cells: Sequence[Cells]) -> tuple[dict[str, np.ndarray] | None, int]:
@@ -84,13 +99,14 @@ def _behind(shares: Sequence[np.ndarray]) -> list[bool]:
         return [False] * len(shares)
     best = shares[0]
     p = [min(1.0, 2 * (1 + int((share[1:] >= best[1:]).sum())) / len(share)) for share in shares[1:]]
-    return [False, *(corrected < SURE for corrected in stats.holm(p))]
+    return [False, *(corrected < stats.SURE for corrected in stats.holm(p))]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 when there is nothing to rank."""
     parser = argparse.ArgumentParser(prog="python -m analysis.leaderboard", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", type=Path, nargs="?", default=Path("results"))
+    parser.add_argument("--markdown", action="store_true", help="tables to paste, whatever the screen's width")
     given = parser.parse_args(arguments)
     try:
         results = load(given.results)
@@ -103,12 +119,16 @@ def main(arguments: list[str] | None = None) -> int:
     found = results.cells[results.cells["method"] != "full"][["model", "protocol", "budget"]].drop_duplicates()
     shown = 0
     for model, protocol, budget in sorted(found.itertuples(index=False, name=None)):
-        ranks, apart = ranking(tasks, model, protocol, budget)
-        if len(ranks) or apart:
+        found_here = ranking(tasks, model, protocol, budget)
+        if len(found_here.rows) or found_here.apart:
             shown += 1
-            print(f"{model}, {protocol}, budget {budget:g}\n\n{markdown(ranks) if len(ranks) else ''}")
-        if apart:
-            print(f"near chance with the full cache, not counted: {', '.join(apart)}\n")
+            print(f"{model}, {protocol}, budget {budget:g}\n")
+        if len(found_here.rows):
+            show(found_here.rows, given.markdown)
+        for name, tasks_lacking in found_here.lacking.items():
+            print(f"not ranked: {name}, which has no {', '.join(tasks_lacking)}\n")
+        if found_here.apart:
+            print(f"near chance with the full cache, not counted: {', '.join(found_here.apart)}\n")
     if not shown:
         print("leaderboard: no method has finished samples in common with the full cache", file=sys.stderr)
     return 0 if shown else 2

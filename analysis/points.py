@@ -12,6 +12,8 @@ from analysis.paired import KEYS, WHOLE, Cells, alike, gathered, near_chance, su
 #: what the horizontal axis shows, as shares of the full cache's bytes: held when the prompt has ended, read by the last
 #: decode step, held at the fullest moment
 AXES = ("held", "read", "peak")
+#: part of a point's bytes that a better one may hold on top and still beat it: less than shares differ by chance
+SLACK = 0.02
 TOGETHER = 32  # points whose statistics are computed at once
 
 
@@ -21,9 +23,10 @@ def points(results: Results, x: str = "held", resamples: int = stats.RESAMPLES) 
     bits: what a cell that names its bits was given instead of a budget, such as "4 bits", "K4V2" or a table's name.
     share: of the full cache's bytes along `x`, with its mean.  score, full, difference: in the metric's unit, each with
     its interval (`_low`, `_high`).  difference is above 0 where the method is better.  lost, won: samples that flipped.
+    tie: the interval of the difference holds zero, or its p after the correction is no sign of one.
     p_holm: corrected for the methods compared on the same task; none for the full cache.  worst, worst_difference: the
-    subset that lost most.  near_chance: the full cache's score is no more than guessing.  partial: most of the samples
-    are missing; such a point is on no front.
+    subset that lost most.  near_chance: the full cache's score is no more than guessing.  at_chance: nor is the
+    point's own.  partial: most of the samples are missing; such a point is on no front.
     """
     rows: list[dict] = []
     for task in gathered(results, x):
@@ -34,6 +37,7 @@ def points(results: Results, x: str = "held", resamples: int = stats.RESAMPLES) 
     if len(table):
         others = table[table["method"] != "full"]
         table["p_holm"] = others.groupby([*KEYS, "category"])["p"].transform(lambda p: stats.holm(list(p)))
+        table["tie"] |= table["p_holm"] >= stats.SURE
         table = table.sort_values([*KEYS, "label", "budget", "bits"], kind="stable", ignore_index=True)
     return table
 
@@ -45,12 +49,30 @@ def curves(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def on_front(table: pd.DataFrame, among: str | None = None) -> pd.Series:
-    """Which points no other one beats, within their task, protocol, category and `among` (such as family)."""
+    """Which points no other one beats, within their task, protocol, category and `among` (such as family).
+
+    A point beats another with up to SLACK more bytes. What scores no more than guessing, or than slots kept at random
+    in no more bytes, is on no front.
+    """
     keys = [*KEYS, "category", *([among] if among else [])]
     marks = pd.Series(False, index=table.index)
-    for _, group in table[~table["simulated"] & ~table["partial"]].groupby(keys):
+    counted = table[~table["simulated"] & ~table["partial"] & ~table["at_chance"] & ~_at_random(table)]
+    for _, group in counted.groupby(keys):
         higher = group["better"].iloc[0] == "higher"
-        marks[group.index] = stats.pareto(group["share"].to_numpy(), group["score"].to_numpy(), higher)
+        marks[group.index] = stats.pareto(group["share"].to_numpy(), group["score"].to_numpy(), higher, SLACK)
+    return marks
+
+
+def _at_random(table: pd.DataFrame) -> pd.Series:
+    """Which points another method's slots, kept at random in no more bytes, do as well as."""
+    marks = pd.Series(False, index=table.index)
+    for _, group in table.groupby([*KEYS, "category"]):
+        null = group[group["method"] == "random"]
+        others = group[~group["method"].isin(["random", "full"])]
+        sign = 1 if group["better"].iloc[0] == "higher" else -1
+        for index, point in others.iterrows():
+            within = null[null["share"] <= point["share"] * (1 + SLACK)]
+            marks[index] = bool((sign * within["score"] >= sign * point["score"]).any())
     return marks
 
 
@@ -118,5 +140,6 @@ def _rows(key: dict[str, str], cells: Sequence[Cells], resamples: int) -> Iterat
                 "worst": means.subsets[chosen][by_subset.argmin()],
                 "worst_difference": float(by_subset.min()),
                 "near_chance": guessed,
+                "at_chance": near_chance(stats.Estimate(found[0, i], low[i], high[i]), chance, metric),
                 "partial": one.partial,
             }

@@ -13,6 +13,7 @@ import numpy as np
 
 RESAMPLES = 2000
 LEVEL = 0.95
+SURE = 0.05  # p below which a difference is more than noise
 RIGHT = 0.5  # a sample's score from which on it counts as solved, for flips
 ROOM = 2**22  # numbers that are drawn at once
 
@@ -144,11 +145,19 @@ def area(share: np.ndarray, score: np.ndarray, low: float, higher: bool = True) 
     return np.concatenate((floor, best), axis=-1) @ np.diff(edges) / -np.log(low)
 
 
-def pareto(share: np.ndarray, score: np.ndarray, higher: bool = True) -> np.ndarray:
-    """Which points [k] no other beats: none has a better score at no more share, or less share at no worse score."""
+def p_text(p: float) -> str:
+    """A p-value to three decimals; none is 0."""
+    return "<0.001" if p < 0.0005 else f"{p:.3f}"
+
+
+def pareto(share: np.ndarray, score: np.ndarray, higher: bool = True, slack: float = 0.0) -> np.ndarray:
+    """Which points [k] no other beats: none has a better score at no more share, or less share at no worse score.
+
+    slack: part of a point's share that a better one may take on top of it.
+    """
     score = score if higher else -score
     on = np.ones(len(share), dtype=bool)
     for i in range(len(share)):
-        no_worse = (share <= share[i]) & (score >= score[i])
+        no_worse = (share <= share[i] * (1 + slack)) & (score >= score[i])
         on[i] = not (no_worse & ((share < share[i]) | (score > score[i]))).any()
     return on

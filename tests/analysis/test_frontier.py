@@ -62,8 +62,8 @@ def test_only_samples_that_all_seeds_have_are_pooled_and_any_seed_of_the_full_ca
 
 def test_where_lower_is_better_a_higher_value_is_a_loss(book):
     metric = {"name": "nll", "unit": "nats", "better": "lower", "scale": 1, "digits": 3}
-    book.cell(scores=[2.0, 2.0], metric=metric)
-    book.cell("nacl", [2.5, 2.5], 0.5, metric=metric)
+    book.cell(scores=[2.0] * 8, metric=metric)
+    book.cell("nacl", [2.5] * 8, 0.5, metric=metric)
     p = points(load(book.root)).set_index("label").loc["nacl"]
     assert p["score"] == 2.5 and p["difference"] == pytest.approx(-0.5) and not p["tie"]
     assert not p["near_chance"] and (p["lost"], p["won"]) == (0, 0) and np.isnan(p["retained"])
@@ -107,7 +107,8 @@ def test_the_command_writes_pictures_and_tables(book, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert {r["label"] for r in rows} == {"full", "nacl", "random", "fake"}
     best = [(r["label"], r["budget"]) for r in rows if r["category"] == "QA" and r["front"] == "True"]
-    assert best == [("full", "1.0"), ("nacl", "0.25"), ("nacl", "0.5")]  # a category has a front of its own
+    # a category has a front of its own; at 0.25 nothing of QA is left
+    assert best == [("full", "1.0"), ("nacl", "0.5")]
     family = [(r["label"], r["budget"]) for r in rows if r["category"] == "all" and r["family_front"] == "True"]
     assert ("random", "0.5") not in family and ("full", "1.0") in family
     text = (out / "frontier.md").read_text()
@@ -278,3 +279,20 @@ def test_a_legend_of_long_names_fits_the_width_of_one_column(book):
     (legend,) = figure.legends
     box = legend.get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0
+
+
+def test_what_scores_no_more_than_guessing_or_than_random_slots_is_on_no_front(book):
+    book.cell(scores=[1.0] * 40)
+    book.cell("snapkv", [1.0] * 1 + [0.0] * 39, 0.02)  # two points above nothing
+    book.cell("h2o", [1.0] * 10 + [0.0] * 30, 0.1)
+    book.cell("random", [1.0] * 12 + [0.0] * 28, 0.1)
+    book.cell("nacl", [1.0] * 30 + [0.0] * 10, 0.2)
+    table = points(load(book.root))
+    assert set(table[on_front(table)]["label"]) == {"random", "nacl", "full"}
+
+
+def test_a_difference_whose_p_says_nothing_is_a_tie(book):
+    book.cell(scores=[1.0] * 3)
+    book.cell("nacl", [0.0] * 3, 0.5)
+    table = points(load(book.root)).set_index("label")
+    assert table.loc["nacl", "difference_high"] < 0 and table.loc["nacl", "p_holm"] > 0.05 and table.loc["nacl", "tie"]

@@ -148,3 +148,14 @@ def test_the_front_holds_what_no_other_point_beats():
     assert stats.pareto(share, score).tolist() == [True, False, True, False, True]
     # where lower is better, the two cheapest points are beaten in score by the second only
     assert stats.pareto(share, score, higher=False).tolist() == [True, True, False, False, True]
+
+
+def test_a_little_more_share_does_not_save_a_point_that_another_beats():
+    share, score = np.array([0.099, 0.100, 0.05]), np.array([1.0, 98.0, 0.5])
+    assert stats.pareto(share, score).tolist() == [True, True, True]
+    assert stats.pareto(share, score, slack=0.02).tolist() == [False, True, True]
+    assert stats.pareto(np.array([0.1, 0.1005]), np.array([50.0, 50.0]), slack=0.02).tolist() == [True, False]
+
+
+def test_no_p_value_is_printed_as_nothing():
+    assert [stats.p_text(p) for p in (0.0, 0.0004, 0.0006, 0.385)] == ["<0.001", "<0.001", "0.001", "0.385"]

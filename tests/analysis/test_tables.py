@@ -16,8 +16,8 @@ def fill(book):
     book.cell(scores=[1.0] * 8)
     book.cell("nacl", [1.0] * 8, 0.5)
     book.cell("nacl", [0.0] * 7 + [1.0], 0.25)
-    book.cell(scores=[1.0] * 4, task="other-mini")
-    book.cell("random", [0.0] * 4, 0.5, task="other-mini")
+    book.cell(scores=[1.0] * 8, task="other-mini")
+    book.cell("random", [0.0] * 8, 0.5, task="other-mini")
 
 
 def test_a_table_has_a_line_per_method_and_budget_and_ties_in_bold(book):
@@ -40,16 +40,16 @@ def test_what_a_paper_claims_stands_in_the_first_line_of_its_method(book):
 
 
 def test_cells_that_name_their_bits_have_a_line_each(book):
-    book.cell(scores=[1.0] * 4)
-    for bits, scores in ((4, [1.0] * 4), (2, [0.0] * 4)):
+    book.cell(scores=[1.0] * 16)
+    for bits, scores in ((4, [1.0] * 16), (2, [0.0] * 16)):
         book.cell("kivi", scores, config={"key_bits": bits, "value_bits": bits}, share=bits / 16)
-    book.cell("kivi", [1.0, 1.0, 0.0, 0.0], config={"key_bits": 4, "value_bits": 2}, share=3 / 16)
+    book.cell("kivi", [1.0] * 13 + [0.0] * 3, config={"key_bits": 4, "value_bits": 2}, share=3 / 16)
     for table, share in (("tables/C3.25.yaml", 0.2), ("C2.25", 0.14), ("C2.50", 0.15)):
-        book.cell("kvtuner", [1.0] * 4, config={"table": table}, share=share)
+        book.cell("kvtuner", [1.0] * 16, config={"table": table}, share=share)
     lines = tables.grid(tables.snapshot(load(book.root), "")).splitlines()
     assert [line.split(" (")[0] for line in lines[3:]] == [
         "| kivi | 4 bits | 25.0% | **100.0**",
-        "| kivi | K4V2 | 18.8% | **50.0**",
+        "| kivi | K4V2 | 18.8% | **81.2**",
         "| kivi | 2 bits | 12.5% | 0.0",
         "| kvtuner | C3.25 | 20.0% | **100.0**",
         "| kvtuner | C2.50 | 15.0% | **100.0**",
@@ -63,7 +63,7 @@ def test_a_readme_is_filled_between_its_marks(book, tmp_path):
     text = "before\n<!-- table: quiz -->\nold\n<!-- end -->\nafter\n"
     made = tables.fill(text, tmp_path)
     assert "old" not in made and made.startswith("before\n") and made.endswith("\nafter\n")
-    assert "| nacl | 0.5 |" in made and "`python run.py`, n = 4 (other-mini), 8 (quiz-mini)" in made
+    assert "| nacl | 0.5 |" in made and "`python run.py`, n = 8 (other-mini), 8 (quiz-mini)" in made
     assert tables.fill(made, tmp_path) == made
     with pytest.raises(NothingToRead, match=r"quiz\.json: no such file"):
         tables.fill(text, tmp_path / "nowhere")
@@ -94,7 +94,7 @@ def test_a_figure_is_shown_with_its_command_once_it_is_there(book, tmp_path):
     fill(book)
     (tmp_path / "quiz.json").write_text(json.dumps(tables.snapshot(load(book.root), "python run.py")))
     made = tables.fill(text, tmp_path)
-    assert "(benchmarks/quiz.png)" in made and "`python run.py`, n = 4 (other-mini), 8 (quiz-mini); every" in made
+    assert "(benchmarks/quiz.png)" in made and "`python run.py`, n = 8 (other-mini), 8 (quiz-mini); every" in made
     assert "benchmarks/quiz.parquet" in made and tables.fill(made, tmp_path) == made
 
 

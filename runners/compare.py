@@ -14,7 +14,7 @@ class Compared:
     """One row of the result table: the method's row, the full cache's, and the 95 % interval of their difference.
 
     interval: in the metric's unit, lower and upper; None where a subset has fewer than two samples.
-    digits: decimal places of the metric.
+    digits: decimal places of the metric, to which it is shown.
     """
 
     row: Row
@@ -26,7 +26,7 @@ class Compared:
     def difference(self) -> float | None:
         if self.row.score is None or self.full.score is None:
             return None
-        return round(self.row.score - self.full.score, self.digits)
+        return self.row.score - self.full.score
 
 
 def compare(
@@ -41,24 +41,29 @@ def compare(
     the plain percentile one. The same samples give the same intervals. Parts of one sample are drawn together.
     """
     rows = task.summarize([(example, score) for example, score, _ in samples])
-    full = {row.name: row for row in task.summarize([(example, score) for example, _, score in samples])}
-    members: dict[str, list[tuple[Example, float]]] = {}
+    full = {_key(row): row for row in task.summarize([(example, score) for example, _, score in samples])}
+    members: dict[tuple[str, str], list[tuple[Example, float]]] = {}
     for example, score, reference in samples:
-        for name in task.groups(example):
-            members.setdefault(name, []).append((example, score - reference))
+        for key in dict.fromkeys(task.groups(example)):
+            members.setdefault(key, []).append((example, score - reference))
     return [
         Compared(
             row,
-            full[row.name],
-            _interval(task, row.name, members.get(row.name, []), resamples, seed),
+            full[_key(row)],
+            _interval(task, _key(row), members.get(_key(row), []), resamples, seed),
             task.metric.digits,
         )
         for row in rows
     ]
 
 
+def _key(row: Row) -> tuple[str, str]:
+    """What tells a row from all others: a category may be called like a subset."""
+    return row.kind, row.name
+
+
 def _interval(
-    task: Task, name: str, members: Sequence[tuple[Example, float]], resamples: int, seed: int
+    task: Task, key: tuple[str, str], members: Sequence[tuple[Example, float]], resamples: int, seed: int
 ) -> tuple[float, float] | None:
     subsets: dict[str, list[tuple[Example, float]]] = {}
     for example, difference in members:
@@ -79,12 +84,10 @@ def _interval(
         return float(low), float(high)
     # every row is a mean of subset means, so one sample per subset that carries the drawn mean gives the row's own
     stand_ins = [own[0][0] for own in subsets.values()]
-    values = [
-        _score_of(name, task.summarize(list(zip(stand_ins, drawn)))) for drawn in np.stack(means, axis=1).tolist()
-    ]
+    values = [_score_of(key, task.summarize(list(zip(stand_ins, drawn)))) for drawn in np.stack(means, axis=1).tolist()]
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
-def _score_of(name: str, rows: Sequence[Row]) -> float:
-    return next(row.score or 0.0 for row in rows if row.name == name)
+def _score_of(key: tuple[str, str], rows: Sequence[Row]) -> float:
+    return next(row.score or 0.0 for row in rows if _key(row) == key)

@@ -95,7 +95,7 @@ class Encoder:
             self._texts[forced.text] = self.plain(forced.text)
         ids = self._texts[forced.text]
         if not forced.bos:
-            ids = [*self.opening, *ids]
+            ids = [*(self.prefix if forced.prefix else self.opening), *ids]
             return ids[forced.start : forced.start + forced.length]
         return [*self.opening, *ids[forced.start :]][: forced.length]
 
@@ -104,6 +104,12 @@ class Encoder:
         """The tokens that the tokenizer puts before every text: a beginning of sequence, or nothing."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self._encode("")[:1] == [bos] else []
+
+    @property
+    def prefix(self) -> list[int]:
+        """A token from which a text's first one can be predicted: the beginning of a sequence, else its end, if any."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return [token for token in (bos, eos) if token is not None][:1]
 
     def text(self, ids: Sequence[int]) -> str:
         """An answer as it is scored: special tokens skipped."""
@@ -116,8 +122,9 @@ class Encoder:
         if self.chat and self.tokenizer.chat_template:
             text, _ = self.wrap("a", 1)
             wrapper = len(self.plain(text)) - len(self.plain("a"))
-        longest = None if limit is None else limit - len(self._encode(""))
-        return Tokens(self.plain, self._decode, longest, wrapper, len(self.opening))
+        special = len(self._encode(""))
+        longest = None if limit is None else limit - special
+        return Tokens(self.plain, self._decode, longest, wrapper, len(self.opening), special, len(self.prefix))
 
     def plain(self, text: str) -> list[int]:
         """Token ids of a text, without special ones."""

@@ -36,6 +36,8 @@ class Forced:
     counted: the places in the piece whose prediction counts.
     bos: the piece begins with a beginning-of-sequence token of its own, if the tokenizer has one, and `start` does not
         count it; otherwise only the text does, and it is its token 0.
+    prefix: of a text whose beginning only has one: it is there even if the tokenizer adds none, and is then the end of a
+        sequence where no token begins one.
     """
 
     text: str
@@ -46,6 +48,7 @@ class Forced:
     stride: int
     counted: Sequence[int]
     bos: bool = True
+    prefix: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,13 +157,13 @@ class Metric:
     digits: int = 2
 
     def mean(self, scores: Iterable[float], weights: Iterable[float] | None = None) -> float | None:
-        """The mean of scores as the table shows it, rounded; None when there are none."""
+        """The mean of scores in the table's unit, not rounded; None when there are none."""
         scores = list(scores)
         if not scores:
             return None
         shares = [1.0] * len(scores) if weights is None else list(weights)
         total = sum(score * share for score, share in zip(scores, shares, strict=True))
-        return round(self.scale * total / sum(shares), self.digits)
+        return self.scale * total / sum(shares)
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ class Row:
 
     kind: "subset", "bin", "category" or "average".
     n: samples behind the score.
-    score: in the metric's unit, rounded to its places; None when n is 0.
+    score: in the metric's unit, not rounded, since means are taken of it; None when n is 0.
     note: how it was averaged, where that is not obvious.
     """
 
@@ -181,7 +184,7 @@ class Row:
 
 
 def percent(scores: Iterable[float]) -> float | None:
-    """100 times the mean of scores in [0, 1], rounded to two places; None when there are none."""
+    """100 times the mean of scores in [0, 1]; None when there are none."""
     return Metric().mean(scores)
 
 
@@ -236,9 +239,12 @@ class Task(ABC):
     def fingerprint(self) -> dict[str, Any]:
         """What a score depends on besides the prediction: hashes and versions, ready for JSON."""
 
-    def groups(self, example: Example) -> list[str]:
-        """Names of the result rows that this sample counts towards; a small table may leave some of them out."""
-        return [example.tags["subset"], example.tags["category"], "average"]
+    def groups(self, example: Example) -> list[tuple[str, str]]:
+        """Kind and name of the result rows that this sample counts towards; a small table may leave some of them out.
+
+        A name alone says too little: a category is often called like one of its subsets.
+        """
+        return [("subset", example.tags["subset"]), ("category", example.tags["category"]), ("average", "average")]
 
     def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
         """The result table of scored samples: subsets, then categories, then averages, each in order of appearance."""
@@ -265,8 +271,8 @@ class Task(ABC):
 class Apart(Task):
     """A task whose subsets have no average: a mean of different metrics, or lengths, would mean nothing."""
 
-    def groups(self, example: Example) -> list[str]:
-        return [example.tags["subset"]]
+    def groups(self, example: Example) -> list[tuple[str, str]]:
+        return [("subset", example.tags["subset"])]
 
     def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
         """One row per subset, or per part of its score."""
@@ -290,7 +296,7 @@ def as_parts(example: Example, record: Mapping[str, Any]) -> list[tuple[Example,
 
 
 def mean_by_category(subsets: Iterable[tuple[dict[str, Any], Row]]) -> list[Row]:
-    """One row per category: the plain mean of its subsets' printed scores, whatever their sizes."""
+    """One row per category: the plain mean of its subsets' scores, whatever their sizes."""
     members: dict[str, list[Row]] = {}
     for tags, row in subsets:
         members.setdefault(tags["category"], []).append(row)
@@ -306,4 +312,4 @@ def average_rows(name: str, subsets: Sequence[tuple[dict[str, Any], Row]]) -> li
 def mean_row(name: str, kind: str, rows: list[Row], what: str) -> Row:
     scores = [row.score for row in rows if row.score is not None]
     note = f"mean of {len(scores)} {what}" if len(scores) > 1 else ""
-    return Row(name, kind, sum(row.n for row in rows), round(fmean(scores), 2) if scores else None, note)
+    return Row(name, kind, sum(row.n for row in rows), fmean(scores) if scores else None, note)

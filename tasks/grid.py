@@ -49,12 +49,13 @@ class Grid(Task):
     def score(self, example: Example, prediction: str) -> float:
         return MATCHING[example.tags["metric"]](prediction, example.answers)
 
-    def groups(self, example: Example) -> list[str]:
+    def groups(self, example: Example) -> list[tuple[str, str]]:
         tags = example.tags
-        names = [tags["subset"]]
+        found = [("subset", tags["subset"])]
         if not tags.get("control"):
-            names += [tags["category"], *(name for name, _ in axes(tags)), "average"]
-        return names
+            found += [("category", name) for name in (tags["category"], *(name for name, _ in axes(tags)))]
+            found.append(("average", "average"))
+        return found
 
     def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
         """Subsets, categories of several, lengths, depths, the average; all but the first are means of subsets."""

@@ -154,8 +154,8 @@ class LmEval(Task):
                 found[f"{name}{suffix}"] = value
         return found
 
-    def groups(self, example: Example) -> list[str]:
-        return [example.tags["subset"], _mean_of(example.tags)]
+    def groups(self, example: Example) -> list[tuple[str, str]]:
+        return [("subset", example.tags["subset"]), ("category", _mean_of(example.tags))]
 
     def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
         """One row per task and metric, then the mean of each metric over the tasks that have it."""

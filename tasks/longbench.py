@@ -101,17 +101,17 @@ class LongBench(Task):
             prediction = metrics.first_line(prediction)
         return metrics.best_score(tags["metric"], prediction, example.answers, tags.get("all_classes"))
 
-    def groups(self, example: Example) -> list[str]:
+    def groups(self, example: Example) -> list[tuple[str, str]]:
         tags = example.tags
-        names = [tags["subset"], tags["category"]]
+        found = [("subset", tags["subset"]), ("category", tags["category"])]
         if "bin" in tags:
-            names += [f"{tags['subset']} {tags['bin']}", f"average {tags['bin']}"]
+            found += [("bin", f"{tags['subset']} {tags['bin']}"), ("average", f"average {tags['bin']}")]
         if not tags["language"]:
-            return [*names, "average"]
+            return [*found, ("average", "average")]
         for code, language in LANGUAGES.items():
             if tags["language"] in (code, CODE):
-                names += [f"average {language}", f"average {language} by subset"]
-        return names
+                found += [("average", f"average {language}"), ("average", f"average {language} by subset")]
+        return found
 
     def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
         """Subsets, their length bins in LongBench-E, categories, averages.

@@ -96,8 +96,9 @@ class LongBenchV2(Task):
     def score(self, example: Example, prediction: str) -> float:
         return float(letter(prediction) == example.answers[0])
 
-    def groups(self, example: Example) -> list[str]:
-        return ["overall", *(example.tags[key] for key in LEVELS), example.tags["domain"]]
+    def groups(self, example: Example) -> list[tuple[str, str]]:
+        levels = [("category", example.tags[key]) for key in LEVELS]
+        return [("average", "overall"), *levels, ("subset", example.tags["domain"])]
 
     def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
         """Plain means over samples: all of them, by difficulty, by length, by domain."""

@@ -20,6 +20,7 @@ from tasks.pins import PINNED
 from tasks.tokens import Tokens
 
 VERSION = "1"  # goes into every record; raise it when a score could change
+ROLLING_VERSION = "2"  # the same, of through=rolling
 HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 CACHED, ONE_PASS = ("prefix", "stream", "chunk"), ("windows", "strided", "rolling")
 COUNTS = ("memory", "all")
@@ -113,7 +114,7 @@ class Perplexity(Apart):
             "through": self.through,
             "length": self._length,
             "stride": self._stride,
-            "counting": VERSION,
+            "counting": ROLLING_VERSION if self.through == "rolling" else VERSION,
         }
         if self.through == "prefix":
             settings["prompt"] = self._prompt
@@ -130,12 +131,19 @@ class Perplexity(Apart):
     def score(self, example: Example, prediction: str) -> float:
         raise NotImplementedError("perplexity has no predictions: the loss of the text itself is the score")
 
+    def groups(self, example: Example) -> list[tuple[str, str]]:
+        return [(self._kind(example.tags), example.tags["subset"])]
+
     def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
         """The mean over the tokens of each subset, and below it by their place in the piece."""
-        found = []
-        for tags, row in sorted(self._subsets(rows), key=lambda pair: list(self._texts).index(pair[0]["file"])):
-            found.append(replace(row, kind="bin") if tags["subset"] != tags["file"] else row)
-        return found
+        order = list(self._texts)
+        found = sorted(self._subsets(rows), key=lambda pair: order.index(pair[0]["file"]))
+        return [replace(row, kind=self._kind(tags)) for tags, row in found]
+
+    @staticmethod
+    def _kind(tags: Mapping[str, Any]) -> str:
+        """Of a sample's row: a text, or a bin of places in it."""
+        return "subset" if tags["subset"] == tags["file"] else "bin"
 
     def remarks(self, rows: Sequence[tuple[Example, Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
         """Perplexities. Raises UserError if nothing that was dropped can have been felt."""
@@ -214,6 +222,8 @@ class Perplexity(Apart):
         if self.length is not None:
             return self.length
         longest = self._reading.longest or MOST
+        if self.through in ONE_PASS and self._reading.longest:
+            longest += self._reading.special  # no special token is added to a piece, but the opening inside it
         if self.data != "bundled":
             return min(longest, MOST)
         # a large vocabulary needs fewer tokens for the same text
@@ -235,6 +245,11 @@ class Perplexity(Apart):
         if self.through == "prefix" and self._prompt >= self._length:
             raise UserError(
                 f"perplexity: task.prompt={self._prompt} leaves nothing to predict of task.length={self._length}"
+            )
+        if self.through == "rolling" and not self._reading.prefix:
+            raise UserError(
+                "perplexity: task.through=rolling predicts a text from its first token on, and this tokenizer has no token "
+                "that begins or ends a sequence to predict it from; give task.through=windows or strided"
             )
         if self.through == "strided" and self._stride > self._length:
             raise UserError(
@@ -261,7 +276,8 @@ class Perplexity(Apart):
     def _cut(self, text: str) -> list[Piece]:
         n = self._reading.count(text)
         if self.through in ONE_PASS:
-            return one_pass(self.through, n + self._reading.opening, self._length, self._stride, self.hf_compat)
+            before = self._reading.prefix if self.through == "rolling" else self._reading.opening
+            return one_pass(self.through, n + before, self._length, self._stride, self.hf_compat)
         own = self._length - self._reading.opening  # tokens of the text in a piece
         starts = range(0, n - own + 1, own)
         counted = list(self._counted()) if starts else []
@@ -293,6 +309,7 @@ class Perplexity(Apart):
             stride=self._stride if cached else piece.length,
             counted=piece.counted,
             bos=cached,
+            prefix=self.through == "rolling",
         )
         tags = {"subset": name, "category": name, "file": name}
         return Example(id, "", "", [], 0, tags, forced=forced, weight=piece.weight)
@@ -302,8 +319,8 @@ def one_pass(through: str, n: int, length: int, stride: int, hf_compat: bool = F
     """The pieces of a text of n tokens, its beginning-of-sequence token included, and what counts in each.
 
     "windows": blocks, the rest is dropped.  "strided": windows of `length` every `stride` tokens, in which what the
-    window before has not seen counts; hf_compat: weighed one short of that.  "rolling": every token counts once,
-    after one token of context at least.
+    window before has not seen counts; hf_compat: weighed one short of that.  "rolling": as lm_eval: every token counts
+    once, after one token of context at least, which for the text's first one is the beginning-of-sequence token.
     """
     if through == "windows":
         return [Piece(a, length, range(1, length), length - 1) for a in range(0, n - length + 1, length)]

@@ -59,8 +59,8 @@ class Reasoning(Task):
         subsets = [({**tags, "category": _mean_of(tags)}, row) for tags, row in self._subsets(rows)]
         return [row for _, row in subsets] + mean_by_category(subsets)
 
-    def groups(self, example: Example) -> list[str]:
-        return [example.tags["subset"], _mean_of(example.tags)]
+    def groups(self, example: Example) -> list[tuple[str, str]]:
+        return [("subset", example.tags["subset"]), ("category", _mean_of(example.tags))]
 
     def remarks(self, rows: remarks.Rows) -> list[str]:
         lines = [remarks.lengths(rows), remarks.held(rows)]

@@ -13,6 +13,8 @@ class Tokens:
     encode: text to token ids, without special tokens.  decode: token ids to text.
     longest: tokens that a prompt and its answer may take together without the prompt being cut; None: no limit.
     wrapper: tokens that the chat template puts around a prompt.  opening: tokens that come before every text.
+    special: tokens that are put around every text, which `longest` leaves room for.
+    prefix: tokens that can stand before a text so that its first one is predicted too: 1, or 0 without any such.
     """
 
     encode: Callable[[str], Sequence[int]]
@@ -20,6 +22,8 @@ class Tokens:
     longest: int | None = None
     wrapper: int = 0
     opening: int = 0
+    special: int = 0
+    prefix: int = 1
 
     def count(self, text: str) -> int:
         """Tokens of a text."""

@@ -5,9 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runners import show
 from runners.compare import compare
 from runners.evaluate import cost_rows
 from tasks.base import Example, Task
+from tasks.needle import Needle
+from tasks.ruler.task import Ruler
 
 
 class Toy(Task):
@@ -79,6 +82,44 @@ def test_intervals_do_not_depend_on_what_else_is_in_the_table():
     more = alone + scored(b=("y", [1.0, 0.0], [0.0, 0.0]))
     found = {one.row.name: one.interval for one in compare(Toy(), more, 300, 0)}
     assert compare(Toy(), alone, 300, 0)[0].interval == found["a"] == found["x"] != found["b"]
+
+
+def place(kind: str, group: str, i: int) -> Example:
+    tags = {"subset": kind, "category": group, "length": 100, "depth": None}
+    return Example(f"{kind}/{i}", "c", "q", ["a"], 1, tags)
+
+
+@pytest.mark.parametrize("task", [Toy(), Needle(), Ruler()], ids=lambda task: task.name)
+def test_a_subset_called_like_its_category_counts_every_sample_once(task):
+    lost, kept, n = 5, 35, 40
+    samples = [(place("passkey", "passkey", i), float(i >= lost), 1.0) for i in range(n)]
+    assert kept == n - lost
+    found = {one.row.name: one.interval for one in compare(task, samples, resamples=4000, seed=0)}
+    half = 100 * 1.96 * (lost / n * kept / n / n) ** 0.5  # twice the samples would give 0.7 of it
+    low, high = found["passkey"]
+    assert low == pytest.approx(-12.5 - half, abs=2.5) and high == pytest.approx(-12.5 + half, abs=2.5)
+
+
+def test_one_lost_sample_of_eight_is_a_tie_and_one_of_one_has_no_interval():
+    samples = [(place("passkey", "passkey", i), float(i > 0), 1.0) for i in range(8)]
+    assert compare(Needle(), samples, 4000, 0)[0].interval[1] == 0.0
+    assert {one.interval for one in compare(Needle(), samples[:1], 4000, 0)} == {None}
+
+
+def test_a_category_called_like_one_of_its_subsets_has_a_row_and_an_interval_of_its_own():
+    samples = [(place("vt", "vt", i), 0.0, 1.0) for i in range(4)]
+    samples += [(place("vt_long", "vt", i), 1.0, 1.0) for i in range(4)]
+    rows = {one.row.kind: one for one in reversed(compare(Toy(), samples, 100, 0))}
+    assert (rows["subset"].difference, rows["subset"].interval) == (-100.0, (-100.0, -100.0))
+    assert (rows["category"].difference, rows["category"].interval) == (-50.0, (-50.0, -50.0))
+
+
+def test_means_are_taken_of_exact_scores_and_rounded_on_screen_only():
+    third = [1.0, 0.0, 0.0]
+    rows = compare(Toy(), scored(a=("x", third, third), b=("x", third, third), c=("x", [1.0], [1.0])), 50, 0)
+    category = next(one.row for one in rows if one.row.name == "x")
+    assert category.score == pytest.approx(500 / 9, abs=1e-9)
+    assert show.points(category.score, 2) == "55.56"
 
 
 def ledger_row(held: int, end: int, batch: int = 1, steps: int = 4) -> dict:

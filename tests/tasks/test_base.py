@@ -32,8 +32,8 @@ def test_prompt_is_context_and_question_with_nothing_between():
     assert sample("a", "x").prompt == "once more"
 
 
-def test_percent_rounds_to_two_places_and_knows_no_mean_of_nothing():
-    assert percent([1, 0, 0]) == 33.33
+def test_percent_is_exact_and_knows_no_mean_of_nothing():
+    assert percent([1, 0, 0]) == 100 / 3
     assert percent([]) is None
 
 
@@ -59,7 +59,7 @@ def test_one_category_has_no_average_of_averages():
 def test_every_row_counts_the_samples_whose_groups_name_it():
     rows = [(sample("a", "x"), 1.0), (sample("b", "y"), 0.0), (sample("b", "y"), 0.0)]
     for row in Parrot().summarize(rows):
-        assert row.n == sum(row.name in Parrot().groups(example) for example, _ in rows)
+        assert row.n == sum((row.kind, row.name) in Parrot().groups(example) for example, _ in rows)
 
 
 def test_no_samples_make_an_empty_table():

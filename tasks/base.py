@@ -36,8 +36,8 @@ class Forced:
     counted: the places in the piece whose prediction counts.
     bos: the piece begins with a beginning-of-sequence token of its own, if the tokenizer has one, and `start` does not
         count it; otherwise only the text does, and it is its token 0.
-    prefix: of a text whose beginning only has one: it is there even if the tokenizer adds none, and is then the end of a
-        sequence where no token begins one.
+    prefix: of a text whose beginning only has one: it is there even if the tokenizer adds none, and is then the end of
+        a sequence where no token begins one.
     """
 
     text: str

@@ -248,8 +248,8 @@ class Perplexity(Apart):
             )
         if self.through == "rolling" and not self._reading.prefix:
             raise UserError(
-                "perplexity: task.through=rolling predicts a text from its first token on, and this tokenizer has no token "
-                "that begins or ends a sequence to predict it from; give task.through=windows or strided"
+                "perplexity: task.through=rolling predicts a text from its first token on, and this tokenizer has no "
+                "token that begins or ends a sequence to predict it from; give task.through=windows or strided"
             )
         if self.through == "strided" and self._stride > self._length:
             raise UserError(

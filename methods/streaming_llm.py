@@ -66,10 +66,11 @@ class StreamingLLM(Eviction):
         return self.prefill == "streaming"
 
     def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
-        if self.positions == "rolled" and not spec.alibi and any(rope is None for rope in spec.ropes):
+        other = [i for i, rope in enumerate(spec.ropes) if rope is None]
+        if self.positions == "rolled" and other and not spec.alibi:
             raise UserError(
-                f"StreamingLLM: method.positions=rolled needs RoPE with fixed frequencies or ALiBi, {spec.name} has "
-                "neither; method.positions=original works"
+                "StreamingLLM: method.positions=rolled needs ALiBi, or RoPE of a known form with fixed frequencies in "
+                f"every layer; layer {other[0]} of {spec.name} has neither; method.positions=original works"
             )
         return [StreamingCache(self, prompt_len) for _ in range(spec.n_layers)]
 

@@ -22,9 +22,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kernels import Rules
-from methods.core.contract import LayerCache, Method, ModelSpec, Rope, Stage, Step
+from methods.core.contract import LayerCache, Method, ModelSpec, Stage, Step
 from methods.core.errors import UserError
 from runners.meter import Meter, Report
+from runners.rotation import Turning, turnings
 
 NAME = "kvfrontier"
 
@@ -47,7 +48,7 @@ class KVLayer(CacheLayerMixin):
         super().__init__()
         self.cache, self.index, self.inner = cache, index, inner
         self.seen = 0  # columns of the batch, padding included
-        self.extras: dict[str, Tensor] = {}  # hidden, cos, sin of the current step
+        self.extras: dict[str, Any] = {}  # what the method asked for of the current step
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -118,6 +119,11 @@ class KVCache(Cache):
         samples: Sequence[int] | None = None,
     ):
         spec = bind(model)
+        self.turnings: list[Turning] = model.__dict__["_kvfrontier"]["turnings"]
+        unknown = [i for i, turning in enumerate(self.turnings) if not turning.known]
+        if "rope" in method.needs and unknown:
+            raise UserError(f"{method.name}: needs keys as they are before RoPE, and how layer {unknown[0]} of "
+                            f"{spec.name} turns them is not known")  # fmt: skip
         # by identity: two methods with the same knobs may have edited the model differently
         prepared = model.__dict__.setdefault("_kvfrontier_prepared", {})
         if id(method) not in prepared:
@@ -207,7 +213,7 @@ class KVCache(Cache):
     def lent(self) -> list[Any]:
         """What is the method's or the model's, and not this sequence's."""
         adapters = (tensor for layer in self.layers for tensor in layer.inner.adapters())
-        lent = (self.method, self.spec, self.spec.__dict__.get("prepared"), *adapters)
+        lent = (self.method, self.spec, self.turnings, self.spec.__dict__.get("prepared"), *adapters)
         return [one for one in lent if one is not None]
 
     def report(self) -> Report:
@@ -287,7 +293,8 @@ def bind(model: PreTrainedModel) -> ModelSpec:
         state: dict[str, Any] = {"stock": config._attn_implementation, "modules": modules, "adapter": adapter}
         for module in modules:
             module.register_forward_pre_hook(_extras, with_kwargs=True)
-        state[NAME] = _spec(model, config, modules)
+        state["turnings"] = turnings(model, modules)
+        state[NAME] = _spec(model, config, modules, state["turnings"])
         model.__dict__["_kvfrontier"] = state
         try:
             _switch_on(model)
@@ -345,22 +352,15 @@ def _extras(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     layer = cache.layers[module.layer_idx]
     if "hidden" in cache.method.needs:
         layer.extras["hidden"] = args[0] if args else kwargs["hidden_states"]
-    rope = cache.spec.ropes[layer.index]
     if "rope" not in cache.method.needs:
         return
-    if (pair := kwargs.get("position_embeddings")) is not None:
-        cos, sin = (x[..., : x.shape[-1] // 2] for x in pair)
-        layer.extras["cos"], layer.extras["sin"] = cos, sin
-    elif rope is not None:
-        angle = kwargs["position_ids"][..., None].float() * rope.inv_freq.to(model_device(module))
-        layer.extras["cos"], layer.extras["sin"] = angle.cos(), angle.sin()
+    turning = cache.turnings[layer.index]
+    layer.extras["turned"], layer.extras["interleaved"] = turning.turns, turning.interleaved
+    if turning.turns:
+        layer.extras["cos"], layer.extras["sin"] = turning.factors(kwargs)
 
 
-def model_device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
-def _spec(model: PreTrainedModel, config: Any, modules: list[nn.Module]) -> ModelSpec:
+def _spec(model: PreTrainedModel, config: Any, modules: list[nn.Module], turned: list[Turning]) -> ModelSpec:
     n_heads = config.num_attention_heads
     first = next(model.parameters())
     return ModelSpec(
@@ -372,7 +372,7 @@ def _spec(model: PreTrainedModel, config: Any, modules: list[nn.Module]) -> Mode
         max_positions=getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0),
         dtype=first.dtype,
         device=first.device,
-        ropes=_ropes(model, config, modules),
+        ropes=[turning.rope for turning in turned],
         alibi=config.model_type == "mpt",
     )
 
@@ -382,27 +382,6 @@ def _n_kv_heads(config: Any) -> int:
         return 1
     named = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
     return named or config.num_attention_heads
-
-
-def _ropes(model: PreTrainedModel, config: Any, modules: list[nn.Module]) -> list[Rope | None]:
-    """Rotary frequencies per layer; None without RoPE, or where they change with the length."""
-    if config.model_type == "gptj":
-        width = config.rotary_dim or config.hidden_size // config.num_attention_heads
-        freq = 1.0 / 10000 ** (torch.arange(0, width, 2).float() / width)
-        return [Rope(freq, interleaved=True)] * len(modules)
-    rotary = next((m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
-    if rotary is None:
-        return [None] * len(modules)
-    types_ = getattr(config, "layer_types", None) or [""] * len(modules)
-    ropes: list[Rope | None] = []
-    for kind in types_:
-        freq = getattr(rotary, f"{kind}_inv_freq", None)
-        freq = getattr(rotary, "inv_freq", None) if freq is None else freq
-        rope_type = getattr(rotary, "rope_type", "default")
-        rope_type = rope_type.get(kind, "default") if isinstance(rope_type, dict) else rope_type
-        changing = rope_type in ("dynamic", "longrope")
-        ropes.append(None if freq is None or changing else Rope(freq))
-    return ropes
 
 
 def _gptj_attn(self: Any, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None = None) -> Any:

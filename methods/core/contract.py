@@ -39,9 +39,10 @@ class Stage(Enum):
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions of a model, for turning stored keys and for undoing the turn.
+    """Rotary positions of a layer, for turning stored keys and for undoing the turn.
 
-    inv_freq: radians per position of each pair, [R / 2], where R <= D channels are rotated.
+    inv_freq: radians per position of each pair, [R / 2], where R <= D channels are rotated; negative where the layer
+    turns the other way, and none in a layer that leaves its keys as they are.
     interleaved: pairs are neighbours (GPT-J) instead of halves (Llama).
     """
 
@@ -50,6 +51,8 @@ class Rope:
 
     def rotate(self, x: Tensor, delta: Tensor) -> Tensor:
         """x [..., D] turned forward by delta [...] positions; the channels beyond R stay."""
+        if len(self.inv_freq) == 0:
+            return x
         angle = delta[..., None].float() * self.inv_freq.to(x.device)  # [..., R / 2]
         return rotate(x, angle.cos(), angle.sin(), self.interleaved)
 
@@ -66,7 +69,9 @@ class ModelSpec:
     max_positions: int
     dtype: torch.dtype
     device: torch.device
-    ropes: Sequence[Rope | None]  # one per layer
+    #: one per layer, found by turning keys as the layer does; None where nothing turns them so at every length, or
+    #: where the model's positions are not RoPE's
+    ropes: Sequence[Rope | None]
     alibi: bool = False
     prepared: Any = None  # what the method's `prepare` returned for this model
 
@@ -79,8 +84,9 @@ class Step:
     pos [B, T]: the tokens' positions in their own row, int32, -1 for padding.
     padded: whether any token of this step is padding.  seen: tokens per row before this step, [B], int32.
     samples [B]: numbers that identify the rows' samples, for keyed randomness.
-    hidden [B, T, M]: input of the attention block; cos, sin [B or 1, T, R / 2]: rotary factors of its pairs, a scaled
-    RoPE's multiplier included. Both only for methods that ask (`Method.needs`), cos and sin only where there is RoPE.
+    hidden [B, T, M]: input of the attention block.  turned: whether RoPE turned k.  cos, sin [B or 1, T, R / 2]: where
+    it did, the rotary factors of its pairs, a scaled RoPE's multiplier included.  interleaved: as in Rope. All of these
+    only for methods that ask (`Method.needs`).
     memo: statistics computed once for all caches that take in this step.
     """
 
@@ -99,16 +105,23 @@ class Step:
     hidden: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
+    turned: bool | None = None
+    interleaved: bool = False
     memo: dict[Any, Tensor] = field(default_factory=dict)
 
     @cached_property
     def k_raw(self) -> Tensor:
-        """Keys before RoPE, [B, H, T, D]: k turned back by the layer's own cos and sin; k itself without RoPE."""
+        """Keys before RoPE, [B, H, T, D]: k turned back by the layer's own cos and sin; k itself without RoPE.
+
+        Raises UserError for a method that does not ask for "rope".
+        """
+        if self.turned is None:
+            raise UserError('Step.k_raw: only for a method whose `needs` names "rope"')
         if self.cos is None or self.sin is None:
             return self.k
         cos, sin = self.cos[:, None].float(), self.sin[:, None].float()  # [B or 1, 1, T, R / 2]
         scale = cos.square() + sin.square()  # above 1 where a scaled RoPE multiplies keys
-        return rotate(self.k, cos / scale, -sin / scale, self.rope is not None and self.rope.interleaved)
+        return rotate(self.k, cos / scale, -sin / scale, self.interleaved)
 
     def rows(self, rows: slice) -> Step:
         """The same step for some rows of the batch, as views."""

@@ -1,0 +1,182 @@
+"""How layers turn their keys: whatever the form, as the model does, or methods that turn keys refuse it by name."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from methods import load_method
+from methods.core.errors import UserError
+from methods.full import Full
+from runners.bind import bind
+from tests.tiny import VOCAB
+
+_COMMON: dict[str, Any] = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=2048, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+_MOE = dict(moe_intermediate_size=16, num_experts_per_tok=2)
+#: a second layer that does not turn its keys, behind one that does and is silenced
+_SECOND = dict(num_hidden_layers=2, sliding_window=1024, layer_types=["sliding_attention", "full_attention"])
+
+#: name: model type, and the configuration of its one layer that says something
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "phi3, partial": ("phi3", dict(partial_rotary_factor=0.5)),
+    "stablelm, a quarter": ("stablelm", dict(head_dim=8)),
+    "olmo2": ("olmo2", {}),
+    "gptj": ("gptj", dict(rotary_dim=4)),
+    "gpt_neox": ("gpt_neox", {}),
+    "nemotron": ("nemotron", {}),
+    "cohere": ("cohere", {}),
+    "cohere2, without RoPE": ("cohere2", _SECOND),
+    "glm": ("glm", dict(head_dim=8)),
+    "glm4": ("glm4", dict(head_dim=8)),
+    "glm4_moe": ("glm4_moe", dict(head_dim=8, n_routed_experts=4, n_group=1, topk_group=1, **_MOE)),
+    "ernie4_5": ("ernie4_5", dict(head_dim=8)),
+    "ernie4_5_moe": ("ernie4_5_moe", dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=16)),
+    "helium": ("helium", dict(head_dim=8)),
+    "smollm3": ("smollm3", dict(no_rope_layers=[1])),
+    "smollm3, without RoPE": ("smollm3", dict(num_hidden_layers=2, no_rope_layers=[1, 0])),
+    "exaone4": ("exaone4", dict(sliding_window=None, layer_types=["full_attention"])),
+    "exaone4, without RoPE": ("exaone4", _SECOND),
+    "exaone_moe, without RoPE": (
+        "exaone_moe",
+        dict(head_dim=8, num_experts=4, n_group=1, topk_group=1, **_SECOND, **_MOE),
+    ),
+    "afmoe, without RoPE": ("afmoe", dict(head_dim=8, num_experts=4, num_dense_layers=1, **_SECOND, **_MOE)),
+    "nanochat": ("nanochat", {}),
+    "llama, yarn": (
+        "llama",
+        dict(
+            rope_parameters=dict(
+                rope_type="yarn",
+                rope_theta=1e4,
+                factor=4.0,
+                attention_factor=1.3,
+                original_max_position_embeddings=512,
+            )
+        ),
+    ),
+}
+#: keys are normed channel by channel after RoPE
+REFUSED = {"hunyuan_v1_dense": dict(head_dim=8), "hunyuan_v1_moe": dict(head_dim=8, num_experts=2, moe_topk=1, **_MOE)}
+
+
+def one_layer(kind: str, **knobs: Any) -> PreTrainedModel:
+    """A random model of one layer whose norms are no identities; of two, the first adds nothing."""
+    config = AutoConfig.for_model(kind, **{**_COMMON, "num_hidden_layers": 1, **knobs})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight += 0.3 * torch.randn(weight.shape)
+        if config.num_hidden_layers == 2:
+            model.model.layers[0].self_attn.o_proj.weight.zero_()
+    return model
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The untouched model and a copy of it to bind."""
+    kind, knobs = MODELS[request.param]
+    stock = one_layer(kind, **knobs)
+    return stock, copy.deepcopy(stock)
+
+
+def tokens(n: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCAB, (1, n), generator=torch.Generator().manual_seed(seed))
+
+
+def own_keys(model: PreTrainedModel, ids: Tensor, at: int) -> Tensor:
+    """Keys [H, T, D] that the untouched model makes of tokens whose first is at position `at`."""
+    cache = DynamicCache()
+    positions = torch.arange(at, at + ids.shape[1])[None]
+    model(ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    return cache.layers[-1].keys[0]
+
+
+@torch.no_grad()
+def test_a_key_turned_by_our_rope_is_the_models_own_at_the_later_position(pair):
+    stock, model = pair
+    rope = bind(model).ropes[-1]
+    ids = tokens(9)
+    for at, by in ((0, 7), (5, 7), (3, 900)):
+        turned = rope.rotate(own_keys(stock, ids, at), torch.full((1, 9), by))
+        expected = own_keys(stock, ids, at + by)
+        assert (turned - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_a_key_turned_back_is_the_one_that_the_model_turned_at_the_first_position(pair):
+    model = pair[1]
+    cache = _Watching().cache_for(model)
+    ids = tokens(1).expand(1, 9)
+    model(ids, past_key_values=cache, use_cache=True)
+    step = cache.layers[-1].inner.step
+    # one token's keys before RoPE are the same wherever it stands; a multiplier is undone too
+    raw = step.k_raw
+    assert (raw - raw[:, :, :1]).abs().max() <= 1e-5 * raw.abs().max()
+    expected = own_keys(pair[0], ids[:, :1], 0)
+    if step.cos is not None:
+        expected = expected / step.cos[0, 0, 0]
+    assert (raw[0, :, :1] - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_rolled_positions_are_those_of_the_kept_tokens_read_alone(pair):
+    # in a model of one layer keys and values depend on the token alone, so dropping equals never having read
+    stock, model = pair
+    ids, new = tokens(40), tokens(4, seed=2)
+    cache = load_method("streaming_llm", budget=12).cache_for(model)
+    model(ids, past_key_values=cache, use_cache=True)
+    stream = torch.cat((ids, new), dim=1)
+    for i in range(4):
+        at = torch.tensor([[40 + i]])
+        actual = model(new[:, i : i + 1], position_ids=at, past_key_values=cache, use_cache=True).logits[0, -1]
+        seen = torch.cat((stream[:, :4], stream[:, 40 + i - 8 : 40 + i + 1]), dim=1)
+        expected = stock(seen).logits[0, -1]
+        assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_rotation_that_no_form_gives_is_refused_by_name_by_what_turns_keys_and_by_nothing_else(kind):
+    model = one_layer(kind, **REFUSED[kind])
+    ids = tokens(30)
+    before = model(ids).logits
+    with pytest.raises(UserError, match=f"positions=rolled .* layer 0 of {kind} .*positions=original works"):
+        load_method("streaming_llm", budget=12).cache_for(model)
+    with pytest.raises(UserError, match=f"keys as they are before RoPE, and how layer 0 of {kind}"):
+        _Watching().cache_for(model)
+    for name in ("full", "snapkv"):
+        cache = load_method(name, budget=1).cache_for(model)
+        assert (model(ids, past_key_values=cache, use_cache=True).logits - before).abs().max() <= 1e-4
+
+
+def test_positions_that_are_added_to_the_input_are_no_rope():
+    for kind in ("gpt2", "opt"):
+        knobs = dict(ffn_dim=48, word_embed_proj_dim=32) if kind == "opt" else {}
+        model = one_layer(kind, **knobs)
+        assert bind(model).ropes == [None]
+        with pytest.raises(UserError, match="positions=rolled"):
+            load_method("streaming_llm", budget=12).cache_for(model)
+
+
+class _Watching(Full):
+    """The full cache, which asks for RoPE and remembers its step."""
+
+    needs = frozenset({"rope"})
+
+    def caches(self, spec, prompt_len):
+        layers = super().caches(spec, prompt_len)
+        for layer in layers:
+            take = layer.take
+            layer.take = lambda step, layer=layer, take=take: (layer.__dict__.update(step=step), take(step))
+        return layers

@@ -1,11 +1,13 @@
 """Attention as it is written on paper, for tests that need the right answer."""
 
+import math
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from kernels import Rules
+from tests.bounds import bound
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor) -> Tensor:
@@ -44,3 +46,43 @@ def logits(q: Tensor, k: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor) -> 
         x = x - rules.slopes.double()[:, None, None] * back
     seen = (back >= 0) & (k_pos >= 0)[:, :, None]
     return x, seen if rules.window is None else seen & (back < rules.window)
+
+
+#: the largest Gumbel noise that a uniform number of 23 bits becomes
+NOISIEST = 24 * math.log(2)
+
+
+def largest_logit(q: Tensor, k: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor, noisy: bool = False) -> float:
+    """Largest |logit| among the slots that get a share of some query's attention above rounding; 1 where none is seen.
+
+    noisy: Gumbel noise is added to the logits.
+    """
+    x, seen = logits(q, k, rules, q_pos, k_pos)
+    if noisy:
+        return x[seen].abs().max().item() + NOISIEST if seen.any() else 1.0
+    x = x.masked_fill(~seen, -torch.inf)
+    counted = x > x.amax(-1, keepdim=True) - 40.0  # the others' weights are below exp(-40)
+    return x[counted].abs().max().item() if counted.any() else 1.0
+
+
+def allowed(
+    q: Tensor,
+    k: Tensor,
+    rules: Rules,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    size: float | Tensor = 1.0,
+    *,
+    dtype: torch.dtype | None = None,
+    scores: torch.dtype | None = None,
+    noisy: bool = False,
+) -> float:
+    """What `bound` allows an output of attention, or a sum of it over the queries.
+
+    size: the largest value, or the largest sum, or what holds them.  dtype: of the result; None: q's.
+    scores: the logits'.
+    """
+    size = size.abs().max().item() if isinstance(size, Tensor) else size
+    logit = largest_logit(q, k, rules, q_pos, k_pos, noisy)
+    T, S, D = q.shape[2], k.shape[2], q.shape[3]
+    return bound(dtype or q.dtype, max(T, S), logit, size=size, width=D, scores=scores)

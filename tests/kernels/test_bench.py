@@ -42,9 +42,9 @@ def test_a_brief_run_checks_times_and_writes_what_it_ran_on(tmp_path, capsys):
     }
     for row in record["rows"]:
         least = max(row["bytes"] / record["ceilings"]["bytes_per_second"], row["flops"] / record["ceilings"]["flops"])
-        assert row["share_of_ceiling"] == pytest.approx(least / row["seconds"])
+        assert row["share_of_ceiling"] == least / row["seconds"]
         beside = {r["op"]: r["seconds"] for r in record["rows"] if r["setting"] == row["setting"]}.get(row["beside"])
-        assert row["times_beside"] == (pytest.approx(row["seconds"] / beside) if beside else None)
+        assert row["times_beside"] == (row["seconds"] / beside if beside else None)
     assert record["machine"]["torch"] == torch.__version__ and record["machine"]["threads"] == 1
     assert record["form"] in ("reference", "compiled")
     assert {check["form"] for check in record["agreement"]} >= {"reference"}
@@ -92,7 +92,7 @@ def test_heads_of_the_ragged_case_hold_a_quarter_on_average():
     found = {case.name: case for case in cases.decoding(TINY, 2, 512, torch.float32, CPU)}
     pages, even = found["attend_pages, a quarter on average"], found["attend to a quarter"]
     assert pages.beside == even.name
-    assert pages.moved == pytest.approx(even.moved, rel=0.06)  # positions, and a page's rest
+    assert even.moved <= pages.moved < 1.06 * even.moved  # positions, and a page's rest
 
 
 def test_the_ceiling_that_binds_is_the_one_that_counts():

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from kernels.rotate import rotate
-from tests.kernels.both_forms import DTYPES, close, generator, moved, on_each_device, poison, using
+from tests.bounds import bound, near
+from tests.kernels.both_forms import DTYPES, generator, moved, on_each_device, poison, using
 
 __all__ = ["generator", "poison"]
-# of numbers of size one, rounded once
-ROUNDED = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def turned(x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
@@ -23,6 +22,11 @@ def turned(x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
     out = torch.view_as_real(pairs)
     out = (out if interleaved else out.transpose(-1, -2)).flatten(-2)
     return torch.cat((out, x[..., R:].double()), dim=-1)
+
+
+def off(x: Tensor) -> float:
+    """How far a turned pair may be from its product with a sine and cosine."""
+    return bound(x.dtype, 2, size=2 * x.abs().max().item())
 
 
 def test_a_quarter_turn_by_hand():
@@ -37,7 +41,7 @@ def test_a_quarter_turn_by_hand():
 def test_pairs_are_complex_numbers(D, R, interleaved, generator):
     x = torch.randn(2, 3, 5, D, generator=generator)
     angle = torch.rand(2, 1, 5, R // 2, generator=generator) * 2 * math.pi
-    close(rotate(x, angle.cos(), angle.sin(), interleaved), turned(x, angle, interleaved), 1e-5)
+    near(rotate(x, angle.cos(), angle.sin(), interleaved), turned(x, angle, interleaved), off(x))
 
 
 @pytest.mark.usefixtures("poison")
@@ -55,4 +59,4 @@ def test_triton_turns_the_same_way(D, R, interleaved, dtype, device, generator):
         with using("triton"):
             out = rotate(x_there, cos, sin, interleaved)
         assert out.dtype == x.dtype
-        close(out, turned(x, angle.expand(2, 3, 9, -1), interleaved), ROUNDED[x.dtype])
+        near(out, turned(x, angle.expand(2, 3, 9, -1), interleaved), off(x))

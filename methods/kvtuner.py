@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 #: bits that a table may name; 16 leaves keys or values as they are
 BITS = (2, 4, 8, 16)
 MODES = ("kivi", "per_token")
+#: by mode, along which dimension the keys of a scale lie: tokens or channels
+KEYS_ALONG = {"kivi": 2, "per_token": 3}
 MAKE = "runner=tune"
 CARD = "card.json"
 
@@ -82,10 +84,24 @@ class KVTuner(Codec):
         if self.table is not None and (self.bits or self.key_bits):
             raise UserError(f"KVTuner: method.table={self.table} and method.bits: give one of them")
         super().__post_init__()
+        self._check_store()
         if self.table is not None:
             self.budget = 1.0
         if isinstance(self.table, Mapping):
             parse_table(self.table, "method.table")
+
+    def _check_store(self) -> None:
+        """Raises UserError for a store of the other mode: the searched tables would be those of other errors."""
+        along = self._store(Pair(4, 4)).schemes[0][0].dim
+        if along != KEYS_ALONG[self.mode]:
+            fits = next(mode for mode, dim in KEYS_ALONG.items() if dim == along)
+            packs = {2: "keys per channel", 3: "keys per token"}[along]
+            name = {"kivi": "kvtuner", "per_token": "kvtuner_per_token"}[self.mode]
+            store = self.config()["store"]["_target_"]
+            raise UserError(
+                f"KVTuner: method.mode={self.mode}, and method.store={store} packs {packs}, which is method.mode={fits}; "
+                f"give method={name}, which has the store of its mode"
+            )
 
     @property
     def changes_prompt(self) -> bool:  # type: ignore[override]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from runners.search import Trial, front
+from runners.search import Trial
 
 
-def draw_front(tried: Sequence[Trial], alike: Sequence[Trial], mode: str, picture: Path) -> None:
+def draw_front(
+    tried: Sequence[Trial], alike: Sequence[Trial], front: Sequence[Trial], mode: str, picture: Path
+) -> None:
     """Write `picture` (PNG): score against average bits, scales left out."""
     import matplotlib
 
@@ -20,7 +22,7 @@ def draw_front(tried: Sequence[Trial], alike: Sequence[Trial], mode: str, pictur
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
     axes.scatter(*points(tried), s=12, color="0.7", label="tables tried")
-    axes.plot(*points(front(tried)), "o-", color="tab:blue", drawstyle="steps-post", label="front")
+    axes.plot(*points(front), "o-", color="tab:blue", drawstyle="steps-post", label="front")
     axes.plot(*points(alike), "s", color="tab:red", label="all layers alike")
     for trial in alike:
         axes.annotate(str(trial.table[0]), (trial.bits, trial.score), xytext=(4, -12), textcoords="offset points")

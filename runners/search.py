@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 from methods.kvtuner import Table, nominal_bits
 from runners.pairs import Group
 
 SAMPLERS = ("nsga2", "tpe", "random")
+POPULATION = 50  # of NSGA-II, where trials suffice for many of them
+GENERATIONS = 8  # at least; the first one is drawn at random
+SMALLEST = 4  # population: with fewer there is nothing to cross
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,16 @@ def search(
     One integer per group says which of its pairs is taken. Where there are no more tables than trials, each is tried
     once and there is nothing to search. at_once: tables that `score` is asked for together; it may change the search.
     """
+    population = population_of(trials)
+    if sampler == "nsga2":
+        at_once = min(at_once, population)  # a generation is bred from the one before, once that is known
     if math.prod(len(group.pairs) for group in groups) <= trials:
         every = [tables(groups, choices) for choices in product(*(range(len(group.pairs)) for group in groups))]
         return [trial for i in range(0, len(every), at_once) for trial in _tried(every[i : i + at_once], score)]
     import optuna
 
     makers: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
-        "nsga2": optuna.samplers.NSGAIISampler,
+        "nsga2": partial(optuna.samplers.NSGAIISampler, population_size=population),
         "tpe": optuna.samplers.TPESampler,
         "random": optuna.samplers.RandomSampler,
     }
@@ -74,6 +81,11 @@ def search(
     finally:
         optuna.logging.set_verbosity(verbosity)
     return found
+
+
+def population_of(trials: int) -> int:
+    """Tables of one generation of NSGA-II: so few that the search has several generations."""
+    return max(SMALLEST, min(POPULATION, trials // GENERATIONS))
 
 
 def _choose(trial, groups: Sequence[Group]) -> Table:

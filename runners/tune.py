@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -34,7 +35,7 @@ from runners.load import (
     pick_threads,
 )
 from runners.pairs import Group, group_layers
-from runners.prompt import Encoder
+from runners.prompt import Encoded, Encoder
 from runners.record import digest
 from runners.search import SAMPLERS, Trial, best_under, front, search
 from runners.sensitivity import RELATIVE, Shift, profile
@@ -55,7 +56,8 @@ class Tune:
     stride: take every so many-th sample of the task only, and leave the others unseen.
     relative: see `runners.sensitivity.shifts`.
     eps, min_samples, outliers: see `group_layers`.  limits: average bits, each with a search of its own of `trials`
-    tables.  objective: "score" of the task, or "output_error", minus the sum of the layers' errors.
+    tables and a seed of its own; nothing above the highest is written.
+    objective: "score" of the task, or "output_error", minus the sum of the layers' errors.
     at_once: tables that share one pass over a prompt.  out: folder, None for the one where the method looks.
     """
 
@@ -129,6 +131,8 @@ class Tune:
         asked = examples[: self.samples]
         about = {
             "weights": checkpoint.weights,
+            # what is read and what ends an answer, whatever the model's settings made of them
+            "prompts": _digest_of([encoder(example) for example in asked]),
             "task": task.fingerprint,
             "samples": [example.id for example in asked],
             "method": {**replace(method, table=None, budget=1.0).config()},
@@ -139,14 +143,20 @@ class Tune:
         path = Path(cfg.results).expanduser() / "tune" / f"{name}-{digest(about)}.jsonl"
         scores = Scores(model, method, task, encoder, asked, cfg, path)
         rate = scores if self.objective == "score" else _Errors(shifts)
-        tried = [
-            trial
-            for limit in self.limits
-            for trial in search(groups, rate, limit, self.trials, self.sampler, cfg.seed, self.at_once)
-        ]
         uniform = [(Pair(bits, bits),) * len(shifts) for bits in self.bits]
         alike = [Trial(table, nominal_bits(table), score) for table, score in zip(uniform, rate(uniform))]
-        best = {limit: found for limit in self.limits if (found := best_under(tried, limit))}
+        tried: list[Trial] = []
+        best: dict[float, Trial] = {}
+        for limit in self.limits:
+            own = search(groups, rate, limit, self.trials, self.sampler, seed_of(cfg.seed, limit), self.at_once)
+            tried += own
+            if best_under(own, limit) is None:
+                show.note(f"at most {limit:g} bits: none of the {len(own)} tables searched is within; "
+                          "give more runner.trials, or a higher limit")  # fmt: skip
+            # tables of one pair for all layers were measured as well, and some are always within
+            if found := best_under([*own, *alike], limit):
+                best[limit] = found
+        worth = front(trial for trial in [*tried, *alike] if trial.bits <= max(self.limits))
         facts = {
             "objective": self.objective,
             "mode": method.mode,
@@ -165,12 +175,13 @@ class Tune:
             "made_with": {package: metadata.version(package) for package in ("torch", "transformers", "optuna")},
         }
         out = Path(self.out).expanduser() if self.out else artefacts.folders("kvtuner", model)[0] / method.mode
-        write(out, model, method, facts, shifts, groups, tried, alike, best)
+        write(out, model, method, facts, shifts, groups, tried, alike, worth, best)
         for limit, trial in best.items():
             show.say(f"at most {limit:g} bits: {table_name(trial)}, score {trial.score:.4f}")
         for trial in alike:
             show.say(f"all layers {trial.table[0]}: score {trial.score:.4f}")
-        show.say(f"{len(front(tried))} tables of {len({trial.table for trial in tried})} tried: {artefacts.shown(out)}")
+        n = len({trial.table for trial in [*tried, *alike]})
+        show.say(f"{len(worth)} tables on the front of {n} tried: {artefacts.shown(out)}")
         return 0
 
 
@@ -255,9 +266,10 @@ def write(
     groups: Sequence[Group],
     tried: Sequence[Trial],
     alike: Sequence[Trial],
+    worth: Sequence[Trial],
     best: dict[float, Trial],
 ) -> None:
-    """The tables of the front, a card and a figure, in place of what the folder held."""
+    """The tables of the front (`worth`), a card and a figure, in place of what the folder held."""
     width = bind(model).head_dim
 
     def row(trial: Trial, name: str) -> dict[str, Any]:
@@ -268,23 +280,33 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.yaml"):
         old.unlink()
-    for trial in front(tried):
+    for trial in worth:
         (out / f"{table_name(trial)}.yaml").write_text(table_yaml(trial.table))
     card = {
         "method": "kvtuner",
         **facts,
         "groups": [{"layers": list(group.layers), "pairs": list(map(str, group.pairs))} for group in groups],
-        "tables": [row(trial, table_name(trial)) for trial in front(tried)],
+        "tables": [row(trial, table_name(trial)) for trial in worth],
         "best": {f"{limit:g} bits": table_name(trial) for limit, trial in best.items()},
         "uniform": [row(trial, str(trial.table[0])) for trial in alike],
-        "tables_tried": len({trial.table for trial in tried}),
+        "tables_tried": len({trial.table for trial in [*tried, *alike]}),
         "profile": [{str(pair): vars(shift) for pair, shift in layer.items()} for layer in shifts],
         "model": artefacts.identity(model),
     }
     part = out / f"{CARD}.{os.getpid()}.tmp"
     part.write_text(json.dumps(card, indent=1) + "\n")
     part.replace(out / CARD)
-    draw_front(tried, alike, facts["mode"], out / "front.png")
+    draw_front(tried, alike, worth, facts["mode"], out / "front.png")
+
+
+def seed_of(seed: int, limit: float) -> int:
+    """The seed of one limit's search: searches of the same seed would draw the same tables first."""
+    return zlib.crc32(f"{seed}/{limit:g}".encode())
+
+
+def _digest_of(encoded: Sequence[Encoded]) -> str:
+    prompts = [one.prompt for one in encoded]
+    return digest([[p.ids, p.n_context, p.ends, p.max_new_tokens, p.min_new_tokens] for p in prompts])
 
 
 def table_name(trial: Trial) -> str:

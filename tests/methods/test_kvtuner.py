@@ -127,6 +127,9 @@ def test_tables_that_cannot_work_are_named(table, said):
 def test_settings_that_cannot_work_are_named(tmp_path):
     with pytest.raises(UserError, match=r"method\.mode=hqq"):
         load_method("kvtuner", mode="hqq")
+    for name, mode, other in (("kvtuner", "per_token", "KIVI"), ("kvtuner_per_token", "kivi", "PerToken")):
+        with pytest.raises(UserError, match=rf"method\.mode={mode}.*{other}.*give method=kvtuner"):
+            load_method(name, mode=mode)
     with pytest.raises(UserError, match="give one of them"):
         load_method("kvtuner", table="C3.25", bits=4)
     with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):

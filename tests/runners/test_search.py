@@ -6,7 +6,7 @@ import pytest
 
 from methods.kvtuner import Pair, nominal_bits
 from runners.pairs import Group
-from runners.search import SAMPLERS, Trial, best_under, front, search, tables
+from runners.search import SAMPLERS, Trial, best_under, front, population_of, search, tables
 
 PAIRS = (Pair(8, 8), Pair(8, 4), Pair(4, 4), Pair(4, 2), Pair(2, 2))
 FEW = [Group((0, 3), PAIRS), Group((1,), PAIRS), Group((2,), PAIRS[2:])]  # 75 tables
@@ -69,8 +69,8 @@ def test_tables_are_scored_together_and_none_is_lost():
         sizes.append(len(several))
         return score(several)
 
-    assert len(search(MANY, counting, limit=4, trials=70, at_once=16)) == 70
-    assert sizes == [16, 16, 16, 16, 6]
+    assert len(search(MANY, counting, limit=4, trials=140, at_once=16)) == 140
+    assert sizes == [16] * 8 + [12]
     assert points(search(FEW, counting, limit=4, trials=75, at_once=16)) == points(every(FEW))
 
 
@@ -96,6 +96,18 @@ def test_a_limit_draws_the_search_towards_fewer_bits():
         return sum(trial.bits <= 3 for trial in tried[100:]) / 100
 
     assert share(tight) > 2 * share(loose)
+
+
+def test_few_trials_are_several_generations_and_not_one_of_random_draws():
+    assert population_of(25) * 5 <= 25 and population_of(200) * 8 <= 200 and population_of(100_000) == 50
+
+    def within(seed):
+        # all in one go, as long as that asks for no more than a generation at once
+        return [trial.bits <= 3 for trial in search(MANY, score, limit=3, trials=48, seed=seed, at_once=48)]
+
+    shares = [within(seed) for seed in range(8)]
+    first, last = (sum(sum(own[part]) for own in shares) / 8 / 16 for part in (slice(16), slice(32, 48)))
+    assert last > first + 0.2
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

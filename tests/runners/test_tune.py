@@ -17,7 +17,7 @@ from methods.core import artefacts
 from methods.core.errors import UserError
 from methods.kvtuner import Pair, read_table
 from runners import tune
-from runners.search import Trial
+from runners.search import Trial, search
 from runners.tune import Tune, table_name
 from tasks.longbench import LongBench
 
@@ -140,6 +140,41 @@ def test_tables_of_the_stand_in_objective_are_ordered_by_error_and_refused_by_th
     assert scores == pytest.approx([-error for error in errors])
     code, _, err = command("method=kvtuner_per_token", "budget=0.3")
     assert code == 2 and "output_error" in err and "runner=tune method=kvtuner_per_token" in err
+
+
+def test_tables_of_one_pair_are_on_the_front_and_none_above_the_limit_is_written(command, place, tiny_model_dir):
+    # one table is drawn, and with this seed it is above the limit
+    options = ("runner.profile_prompts=2", "runner.objective=output_error", "runner.limits=[2.5]", "runner.trials=1")
+    code, _, err = command("runner=tune", "method=kvtuner_per_token", *options)
+    assert code == 0 and "at most 2.5 bits: none of the 1 tables searched is within" in err
+    folder = folder_of(place, tiny_model_dir, "per_token")
+    card = json.loads((folder / "card.json").read_text())
+    assert [path.stem for path in folder.glob("*.yaml")] == ["C2.00"] == [row["name"] for row in card["tables"]]
+    assert card["tables"][0]["table"] == "KV2 KV2" and card["best"] == {"2.5 bits": "C2.00"}
+    assert card["tables_tried"] == 4  # three pairs for all layers, and one that was drawn
+
+
+def test_every_limit_is_searched_with_a_seed_of_its_own(command, monkeypatch):
+    asked = []
+
+    def noted(groups, rate, limit, trials, sampler, seed, at_once):
+        asked.append((limit, seed))
+        return search(groups, rate, limit, trials, sampler, seed, at_once)
+
+    monkeypatch.setattr(tune, "search", noted)
+    options = ("runner.profile_prompts=1", "runner.objective=output_error", "runner.trials=2", "runner.limits=[4,6]")
+    for seed in (0, 1):
+        assert command("runner=tune", "method=kvtuner_per_token", *options, f"seed={seed}")[0] == 0
+    assert [limit for limit, _ in asked] == [4, 6] * 2
+    assert len({seed for _, seed in asked}) == 4
+
+
+def test_scores_of_other_prompts_are_not_taken_again(command, place):
+    few = ("runner=tune", "method=kvtuner_per_token", *QUICK, "runner.trials=1", "runner.profile_prompts=1")
+    for more in ([], ["batch_size=2"], ["model.max_length=60"]):
+        assert command(*few, *more)[0] == 0
+    # prompts of 60 tokens are cut, so they are others; rows of a batch are not
+    assert len(list((place.parent / "results" / "tune").glob("*.jsonl"))) == 2
 
 
 def test_a_search_whose_prompts_attend_to_packed_slots_runs_too(command, place, tiny_model_dir):

@@ -99,8 +99,8 @@ class KVTuner(Codec):
             name = {"kivi": "kvtuner", "per_token": "kvtuner_per_token"}[self.mode]
             store = self.config()["store"]["_target_"]
             raise UserError(
-                f"KVTuner: method.mode={self.mode}, and method.store={store} packs {packs}, which is method.mode={fits}; "
-                f"give method={name}, which has the store of its mode"
+                f"KVTuner: method.mode={self.mode}, and method.store={store} packs {packs}, which is "
+                f"method.mode={fits}; give method={name}, which has the store of its mode"
             )
 
     @property

@@ -1,6 +1,6 @@
 """Accuracy against memory: `python -m analysis.frontier RESULTS` draws the frontiers of all records below a folder.
 
-Writes frontier.png and frontier.svg (a panel per task), frontier.csv, frontier.md and frontier.tex. A curve's points
+Writes frontier.png, .svg and .pdf (a panel per task), frontier.csv, frontier.md and frontier.tex. A curve's points
 are a method's cells; the black line is the full cache with its interval; hollow points only simulate their saving; the
 wide grey line is the front, which no point beats.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import screen, stats, style
+from analysis import latex, screen, stats, style
 from analysis.area import areas
 from analysis.load import NothingToRead, load
 from analysis.paired import WHOLE
@@ -52,11 +52,13 @@ def draw(table: pd.DataFrame, x: str, log: bool = True, columns: int = 2, catego
         lines = -(-(len(looks) + 2) // across)
         size = (style.COLUMN * columns, 2.2 * rows + 0.15 * lines + 0.25)
         figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-        named = ""
+        named, several = "", table["model"].nunique() > 1
+        if not several:
+            figure.suptitle(table["model"].iloc[0], fontsize=style.RC["axes.titlesize"])
         for place, (axis, ((model, task, protocol, category), group)) in enumerate(zip(axes.flat, panels)):
             _panel(axis, group, looks, log)
             title = f"{task} ({protocol})" + ("" if category == WHOLE else f": {category}")
-            if table["model"].nunique() > 1:
+            if several:
                 title = f"{model}\n{title}"
             axis.set_title("\n".join(textwrap.fill(part, 48) for part in title.split("\n")))
             measured = f"{group['metric'].iloc[0]}, {group['unit'].iloc[0]}"
@@ -178,52 +180,6 @@ def page(table: pd.DataFrame, under: pd.DataFrame) -> str:
     return "\n".join(parts)
 
 
-def latex(table: pd.DataFrame) -> str:
-    """A table for a paper (booktabs): a line per method and budget, a column per task.
-
-    Ties with the full cache are bold; in brackets is the interval of the difference to it.
-    """
-    whole = table[(table["category"] == WHOLE) & ~table["near_chance"]]
-    columns = whole[["model", "task", "protocol"]].drop_duplicates().sort_values(["model", "task", "protocol"])
-    several = columns["model"].nunique() > 1
-    heads = [
-        _tex(f"{m}, {t}" if several else t) + ("" if p == "aware" else f" ({_tex(p)})")
-        for m, t, p in columns.itertuples(index=False)
-    ]
-    lines = [
-        rf"\begin{{tabular}}{{llr{'r' * len(heads)}}}", r"\toprule",
-        " & ".join(["method", "budget", "bytes", *heads]) + r" \\", r"\midrule",
-    ]  # fmt: skip
-    places = list(columns.itertuples(index=False, name=None))
-    order = whole.assign(first=whole["method"] != "full").sort_values(["first", "label", "share"])
-    for (label, _, _), group in order.groupby(["label", "budget", "bits"], sort=False):
-        p = group.iloc[0]
-        entries = {(row["model"], row["task"], row["protocol"]): _entry(row) for _, row in group.iterrows()}
-        budget = p["bits"] or f"{p['budget']:g}"
-        name = _tex(label) + (r"\textsuperscript{*}" if p["simulated"] else "")
-        cells = [name, _tex(budget), _tex(f"{group['share'].mean():.1%}"), *(entries.get(key, "") for key in places)]
-        lines.append(" & ".join(cells) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}"]
-    if whole["simulated"].any():
-        lines.append("% * the saving is simulated")
-    return "\n".join(lines) + "\n"
-
-
-def _entry(p: pd.Series) -> str:
-    digits = 1 if p["better"] == "higher" else p["digits"]
-    score = f"{p['score']:.{digits}f}"
-    if p["method"] == "full":
-        return score
-    low, high = (f"{p[end]:+.{digits}f}".replace("-", "$-$") for end in ("difference_low", "difference_high"))
-    return (rf"\textbf{{{score}}}" if p["tie"] else score) + rf" {{\scriptsize ({low}, {high})}}"
-
-
-def _tex(text: str) -> str:
-    for sign in ("\\", "&", "%", "$", "#", "_", "{", "}"):
-        text = text.replace(sign, r"\textbackslash " if sign == "\\" else f"\\{sign}")
-    return text.replace("~", r"\textasciitilde ").replace("^", r"\textasciicircum ")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 when there is nothing to draw."""
     parser = argparse.ArgumentParser(prog="python -m analysis.frontier", description=(__doc__ or "").split("\n")[0])
@@ -251,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     fronts = table.assign(front=on_front(table), family_front=on_front(table, "family"))
     fronts.drop(columns=["cells", "full_cells"]).to_csv(out / "frontier.csv", index=False)
     (out / "frontier.md").write_text(page(table, areas(results, table, given.x)))
-    (out / "frontier.tex").write_text(latex(table))
+    (out / "frontier.tex").write_text(latex.tables(table))
     print(f"{len(table[table['category'] == WHOLE])} points of {table['task'].nunique()} tasks in {out}/frontier.*")
     return 0
 

@@ -166,8 +166,9 @@ def _plotly(look: style.Look) -> dict[str, Any]:
     symbols = {"o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down", "P": "cross",
                "X": "x", "*": "star", "d": "diamond-tall", "p": "pentagon"}  # fmt: skip
     dashes = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}
+    symbol = symbols[look.marker] + ("-dot" if look.fill else "")
     return {
-        "colour": look.colour, "symbol": symbols[look.marker], "dash": dashes[look.stroke], "ringed": look.ringed,
+        "colour": look.colour, "symbol": symbol, "dash": dashes[look.stroke], "ringed": look.ringed,
     }  # fmt: skip
 
 

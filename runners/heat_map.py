@@ -18,7 +18,7 @@ from methods.core.errors import UserError
 from runners import show
 from tasks.base import Example
 
-COLOURS = ("#F0496E", "#EBB839", "#0CD79F")  # worst, middling, best; those of the public needle test
+COLOURS = ("#440154", "#21918C", "#FDE725")  # worst, middling, best: viridis, told apart by every kind of colour sight
 MISSING = "#BBBBBB"
 FAILED = 0.5  # a score of the full cache below this says that the model cannot do the cell
 
@@ -65,7 +65,7 @@ def heat_map(rows: Sequence[Sample], path: Path, title: str = "") -> None:
     )
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
-    image = None
+    image, crossed = None, False
     for ax, (kind, which) in zip(axes.flat, panels):
         own = [row for row in rows if row.kind == kind]
         found = cells(own)
@@ -76,7 +76,12 @@ def heat_map(rows: Sequence[Sample], path: Path, title: str = "") -> None:
         if which == "method":
             for (length, depth), (_, full) in found.items():
                 if full is not None and full < FAILED:
-                    ax.text(lengths.index(length), depths.index(depth), "×", ha="center", va="center")
+                    dark = (value[length, depth] or 0.0) < FAILED
+                    ax.text(
+                        lengths.index(length), depths.index(depth), "×", ha="center", va="center",
+                        color="white" if dark else "black",
+                    )  # fmt: skip
+                    crossed = True
         known = [one for one in value.values() if one is not None]
         mean = f", mean {fmean(known):.2f}" if known else ""
         ax.set_title(f"{kind}{', full cache' if which == 'full' else ''}{mean}, n={len(own)}", fontsize=9)
@@ -86,6 +91,8 @@ def heat_map(rows: Sequence[Sample], path: Path, title: str = "") -> None:
         ax.set_ylabel("depth, %", fontsize=8)
     if image is not None:
         figure.colorbar(image, ax=axes, label="score", shrink=0.8)
+    if crossed:
+        figure.supxlabel("× the full cache fails here too: this cell says nothing of the method", fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)

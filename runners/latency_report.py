@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from analysis import screen
+from analysis import screen, style
 from methods.core.errors import UserError
 from runners import show
 
@@ -116,11 +116,13 @@ def draw(cells: Sequence[tuple[str, Rows]], path: Path, title: str = "") -> None
 
 
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """How each curve is drawn, the same in all panels, whichever curves a panel has."""
-    plain = {"marker": "o", "markersize": 3}
-    methods = [label for label in dict.fromkeys(labels) if label != "full"]
-    found = {label: {**plain, "label": label, "color": f"C{i}"} for i, label in enumerate(methods)}
-    return {**found, "full": {**plain, "label": "full", "color": "black", "linestyle": "--"}}
+    """How each curve is drawn, the same in all panels and all pictures, whichever curves they have."""
+    found = {}
+    for label in dict.fromkeys(labels):
+        drawn = style.line(style.look(label, "other"), hollow=False)
+        found[label] = {**drawn, "marker": "o", "markersize": 3, "label": label}
+    full = {"marker": "o", "markersize": 3, "label": "full", "color": "black", "linestyle": "--"}
+    return {**found, "full": full}
 
 
 def _bars(axis: Any, lengths: Sequence[int], rounds: Sequence[Sequence[float]], look: Mapping[str, Any]) -> None:

@@ -115,7 +115,7 @@ def test_the_command_writes_pictures_and_tables(book, tmp_path, capsys):
     assert "| quiz-mini | aware | nacl |" in text and "Area under the frontier" in text and "Near chance" not in text
     again = tmp_path / "again"
     assert frontier.main([str(book.root), "--out", str(again)]) == 0
-    for kind in ("png", "svg", "csv", "md", "tex"):
+    for kind in ("png", "svg", "pdf", "csv", "md", "tex"):
         assert (again / f"frontier.{kind}").read_bytes() == (out / f"frontier.{kind}").read_bytes()
     assert "5 points of 1 tasks" in capsys.readouterr().out
 
@@ -241,21 +241,18 @@ def test_bits_are_places_on_one_curve_and_never_pooled_like_seeds(book):
     assert table["score"].to_dict() == {"2 bits": 0.0, "4 bits": 100.0} and set(table["seeds"]) == {1}
 
 
-def test_the_latex_table_escapes_names_and_marks_ties(book):
-    book.cell(scores=[1.0] * 8, task="quiz_100%-mini")
-    book.cell("h2o_x&y", [1.0] * 8, 0.5, task="quiz_100%-mini")
-    text = frontier.latex(points(load(book.root)))
-    assert r"quiz\_100\%-mini" in text and r"h2o\_x\&y & 0.5 & 50.0\% & \textbf{100.0}" in text
-    body = text.split(r"\midrule")[1].split(r"\bottomrule")[0]
-    assert all(line.count(" & ") == 3 for line in body.strip().splitlines())
-
-
-def test_no_two_methods_of_a_family_look_alike(book):
-    families = {f"m{i:02}": "eviction" for i in range(16)} | {f"q{i}": "quantization" for i in range(4)}
-    looks = style.looks(families)
-    assert len(set(looks.values())) == 20
-    assert {look.marker for label, look in looks.items() if label[0] == "m"} == {"o"}
-    assert style.line(looks["m00"], hollow=True)["markerfacecolor"] == "white"
+def test_no_two_methods_of_a_family_look_alike_and_none_changes_with_what_is_drawn_beside_it():
+    families = dict.fromkeys(style.METHODS, "eviction")
+    assert len(set(style.looks(families).values())) == len(style.METHODS)
+    assert {look.marker for look in style.looks(families).values()} == {"o"}
+    assert len({style.look(name, "eviction").colour for name in style.METHODS[:8]}) == 8
+    alone = style.looks({"h2o": "eviction", "mine": "other", "snapkv kernel=7": "eviction"})
+    beside = style.looks({**families, "mine": "other", "another": "other", "snapkv kernel=7": "eviction"})
+    assert {label: beside[label] for label in alone} == alone
+    settings = style.look("snapkv kernel=7", "eviction")
+    assert settings.colour == alone["snapkv kernel=7"].colour == style.look("snapkv", "eviction").colour
+    assert settings != style.look("snapkv", "eviction")
+    assert style.line(alone["h2o"], hollow=True)["markerfacecolor"] == "white"
 
 
 def test_a_picture_draws_hollow_points_on_a_logarithmic_axis_and_panels_per_category(book):
@@ -266,6 +263,7 @@ def test_a_picture_draws_hollow_points_on_a_logarithmic_axis_and_panels_per_cate
     assert axis.get_xscale() == "log" and lines[(0.01,)].get_markerfacecolor() == "white"
     assert lines[(0.25, 0.5)].get_markerfacecolor() != "white"
     figure = frontier.draw(table, "held", log=False, categories=True)
+    assert figure.get_suptitle() == "tiny"
     assert [a.get_title() for a in figure.axes] == ["quiz-mini (aware): QA", "quiz-mini (aware): summaries"]
     assert figure.axes[0].get_xscale() == "linear"
 

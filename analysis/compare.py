@@ -16,6 +16,7 @@ import pandas as pd
 
 from analysis import stats
 from analysis.frontier import show
+from analysis.generations import add_flag
 from analysis.load import NothingToRead, Results, load
 from analysis.names import at, bits, labels
 from analysis.paired import PLACE, by_sample, subset_means
@@ -120,13 +121,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("b", metavar="B", help="another one")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where two methods are looked for")
     parser.add_argument("--markdown", action="store_true", help="a table to paste, whatever the screen's width")
+    add_flag(parser)
     given = parser.parse_args(arguments)
     try:
         folders = [Path(x) for x in (given.a, given.b)]
         if all(f.exists() for f in folders):
-            sides, names = [load(f) for f in folders], None
+            sides, names = [load(f, given.all_generations) for f in folders], None
         else:
-            one = load(given.results)
+            one = load(given.results, given.all_generations)
             sides, names = [one, one], (given.a, given.b)
             known = sorted(set(labels(one.cells)))
             for name in names:

@@ -16,6 +16,7 @@ import pandas as pd
 
 from analysis import latex, screen, stats, style
 from analysis.area import areas
+from analysis.generations import add_flag
 from analysis.load import NothingToRead, load
 from analysis.paired import WHOLE
 from analysis.points import AXES, curves, on_front, points
@@ -191,9 +192,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--by", choices=("task", "category"), default="task", help="what has a panel of its own")
     parser.add_argument("--columns", type=int, default=2, help="panels side by side, each as wide as a paper's column")
     parser.add_argument("--out", type=Path, help="folder for the files (default: RESULTS)")
+    add_flag(parser)
     given = parser.parse_args(arguments)
     try:
-        results = load(given.results)
+        results = load(given.results, given.all_generations)
         table = chosen(points(results, given.x), given.task, given.model)
         for problem in results.problems:
             print(problem, file=sys.stderr)

@@ -16,6 +16,7 @@ import pandas as pd
 
 from analysis import stats
 from analysis.frontier import show
+from analysis.generations import add_flag
 from analysis.load import NothingToRead, load
 from analysis.paired import Cells, Compared, gathered, near_chance, subset_means
 
@@ -107,9 +108,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.leaderboard", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", type=Path, nargs="?", default=Path("results"))
     parser.add_argument("--markdown", action="store_true", help="tables to paste, whatever the screen's width")
+    add_flag(parser)
     given = parser.parse_args(arguments)
     try:
-        results = load(given.results)
+        results = load(given.results, given.all_generations)
     except NothingToRead as error:
         print(f"leaderboard: {error}", file=sys.stderr)
         return 2

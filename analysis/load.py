@@ -19,9 +19,9 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.names import told_apart
+from analysis.generations import asked, chosen
 
-FORMAT = 1  # of the records
+FORMATS = (1, 2)  # of records that can be read
 CACHE = ".analysis.parquet"
 METRIC = {"name": "score", "unit": "points of 100", "better": "higher", "scale": 100.0, "digits": 2}
 #: columns of `Results.samples` that hold no text; the texts are read by `texts`, from byte `at` on, `size` bytes
@@ -90,8 +90,11 @@ class Results:
         table.to_parquet(path, compression="zstd", index=False)
 
 
-def load(results: str | Path) -> Results:
-    """Everything below `results`, or in a packed file. Raises NothingToRead when there is no record at all."""
+def load(results: str | Path, all_generations: bool = False) -> Results:
+    """Everything below `results`, or in a packed file. Raises NothingToRead when there is no record at all.
+
+    all_generations: also records whose code or model files have changed since, beside the newest of each.
+    """
     root = Path(results)
     if root.is_file():
         return _unpack(root)
@@ -116,17 +119,21 @@ def load(results: str | Path) -> Results:
             problems.append(f"{name}: left out, {_why(error)}")
             continue
         problems += book["problems"]
-        if len(cell["conditions"]) > 1:
-            problems.append(f"{name}: mixed, computed under {len(cell['conditions'])} different conditions")
+        if book["runs"] > 1:
+            problems.append(f"{name}: mixed, computed under {book['runs']} different conditions")
         new_books[name] = book
-        cells.append({**cell, "ledger": book["ledger"], "layers": book["layers"]})
+        answered = bool((table["error"] == "").any())
+        age = f"{cell['began']} {book['stamp'][1]:020}"
+        cells.append({**cell, "age": age, "answered": answered, "ledger": book["ledger"], "layers": book["layers"]})
         tables.append(table)
     if not cells:
         raise NothingToRead(f"{root}: no record can be read; {problems[0]}")
     samples = pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
     if new_books != books:
         _keep(root, samples, new_books)
-    return Results(root, told_apart(pd.DataFrame(cells).set_index("cell", drop=False)), samples, problems)
+    drawn, said = chosen(pd.DataFrame(cells).set_index("cell", drop=False), all_generations)
+    own = samples[samples["cell"].isin(drawn.index)].reset_index(drop=True)
+    return Results(root, drawn, own, problems + [said] * bool(said))
 
 
 def texts(results: Results, cell: str, ids: set[str]) -> dict[str, dict[str, Any]]:
@@ -167,10 +174,11 @@ def _unpack(path: Path) -> Results:
 
 def _cell(name: str, folder: Path) -> dict[str, Any]:
     book = json.loads((folder / "cell.json").read_text())
-    if book["format"] != FORMAT:
-        raise ValueError(f"format {book['format']} is not {FORMAT}")
+    if book["format"] not in FORMATS:
+        raise ValueError(f"format {book['format']} is none of {', '.join(map(str, FORMATS))}")
     identity, runs = book["identity"], book["runs"]
     method, model, task, notes = identity["method"], identity["model"], identity["task"], runs[-1]
+    latest = notes["conditions"]
     passes = {name: value for name, value in model.items() if name not in ("name", "weights")}
     return {
         "cell": name,
@@ -183,7 +191,12 @@ def _cell(name: str, folder: Path) -> dict[str, Any]:
         "protocol": identity["protocol"],
         "seed": identity["seed"],
         "dtype": identity["dtype"],
-        "weights": model.get("weights", ""),
+        "weights": model.get("weights") or latest.get("weights", ""),
+        "files": latest.get("files", ""),
+        "code": f"{latest.get('code', '')}{latest.get('artefacts', '')}",
+        "place": notes.get("place", ""),
+        "began": notes.get("began", ""),
+        "ask": asked(identity),
         "passes": json.dumps({**passes, **identity.get("passes", {})}, sort_keys=True),
         "fingerprint": json.dumps(task.get("fingerprint", {}), sort_keys=True),
         "config": json.dumps({k: v for k, v in method["config"].items() if k != "seed"}, sort_keys=True),
@@ -199,6 +212,7 @@ def _samples(name: str, path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The latest line of each sample of one cell, and the cell's means and problems."""
     rows: dict[str, dict[str, Any]] = {}
     ledgers: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Any] = {}
     problems, at = [], 0
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
         if line:
@@ -206,6 +220,7 @@ def _samples(name: str, path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
                 read = json.loads(line)
                 rows[read["id"]] = _row(read) | {"at": at, "size": len(line)}
                 ledgers[read["id"]] = _per_sample(read)
+                runs[read["id"]] = read.get("run", 0)
             except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
                 problems.append(f"{name}: line {number} of samples.jsonl is no sample, left out ({_why(error)})")
         at += len(line) + 1
@@ -216,6 +231,7 @@ def _samples(name: str, path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     alike = len({len(one) for one in layers}) == 1
     return table, {
         "problems": problems,
+        "runs": len({runs[id] for id, ledger in ledgers.items() if ledger}),
         "ledger": {key: round(sum(one[key] for one in own) / len(own)) for key in LEDGER} if own else {},
         "layers": [round(sum(layer) / len(layers)) for layer in zip(*layers)] if alike else [],
     }

@@ -39,7 +39,8 @@ def varied(knobs: list[dict[str, Any]]) -> list[str]:
 
 
 def _model(row: pd.Series) -> dict[str, Any]:
-    return {"dtype": row["dtype"], "weights": row["weights"], **flat(json.loads(row["passes"]))}
+    made_of = {name: row[name] for name in ("dtype", "weights", "files")}
+    return {**made_of, **flat(json.loads(row["passes"]))}
 
 
 def _renamed(cells: pd.DataFrame, column: str, settings: Callable[[pd.Series], dict[str, Any]]) -> pd.Series:

@@ -15,8 +15,8 @@ WHOLE = "all"  # the category of a point over the whole task
 KEYS = ["model", "task", "protocol"]
 NEAR_CHANCE = 5.0  # points of 100 above chance: below that a full cache's score says nothing about a method
 ENOUGH = 0.9  # of the full cache's samples; with fewer a point is on no front and under no area
-#: what may differ between a method's cell and the full cache's: it names the method's own code and files
-OWN = {"code", "artefacts"}
+#: what may differ between a method's cell and the full cache's: its own code; and what tells models apart by name
+OWN = {"code", "artefacts", "weights", "files"}
 COLUMNS = ["score", "bytes"]
 PLACE = ["subset", "category", "measure", "weight", "chance", "control"]
 

@@ -16,6 +16,7 @@ import pandas as pd
 
 from analysis import style
 from analysis.area import areas
+from analysis.generations import add_flag
 from analysis.load import LEDGER, NothingToRead, Results, load, texts
 from analysis.paired import KEYS, WHOLE
 from analysis.points import on_front, points
@@ -180,9 +181,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--wandb", action="store_true", help="a W&B Report as well: its JSON, sent if it can be")
     parser.add_argument("--project", default="kvfrontier", help="of the W&B Report")
     parser.add_argument("--entity", default="", help="of the W&B Report (default: the account's own)")
+    add_flag(parser)
     given = parser.parse_args(arguments)
     try:
-        results = load(given.results)
+        results = load(given.results, given.all_generations)
         html = page(results)
     except NothingToRead as error:
         print(f"report: {error}", file=sys.stderr)

@@ -19,6 +19,7 @@ import pandas as pd
 import yaml
 
 from analysis.frontier import markdown
+from analysis.generations import add_flag
 from analysis.load import NothingToRead, Results, load
 from analysis.points import WHOLE, points
 
@@ -191,13 +192,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--command", default="", help="what made the records, for the reader")
     parser.add_argument("--expected", type=Path, help="YAML with what each method's paper claims")
     parser.add_argument("--readme", action="store_true", help="write the README's tables again")
+    add_flag(parser)
     given = parser.parse_args(arguments)
     if (given.results is None) != (given.name is None) or not (given.results or given.readme):
         parser.error("give RESULTS with --name, or --readme, or both")
     folder, readme = HOME / "benchmarks", HOME / "README.md"
     try:
         if given.results:
-            results = load(given.results)
+            results = load(given.results, given.all_generations)
             expected = yaml.safe_load(given.expected.read_text()) if given.expected else None
             book = snapshot(results, given.command, expected)
             for problem in results.problems:

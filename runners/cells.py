@@ -19,8 +19,9 @@ from methods import build_method, load_method
 from methods.core import artefacts
 from methods.core.contract import Method
 from methods.core.errors import UserError
-from runners import answer, latency, show
+from runners import answer, latency, show, together
 from runners.generate import Prompt, generate
+from runners.generations import Found, Shelf, check_found, say_what_changed
 from runners.load import (
     Checkpoint,
     checkpoint_of,
@@ -32,8 +33,8 @@ from runners.load import (
     pick_threads,
 )
 from runners.prompt import Encoder
-from runners.record import Record
-from runners.revision import code_revision, commit
+from runners.record import Record, generation_of
+from runners.revision import Code, code_of, commit
 from tasks.base import Example, Task, as_parts
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class Cell:
     """A method and its record.
 
     notes: for the record's reader, never compared: commit, command, the method's family, whether it only simulates,
-    what the task's average is a mean of.
+    what the task's average is a mean of, and what the hashes among the conditions are made of.
+    older: the newest record of the same question that other code or model files have answered.
     """
 
     name: str
@@ -56,6 +58,11 @@ class Cell:
     record: Record
     conditions: dict[str, Any]
     notes: dict[str, Any]
+    older: Found | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} at budget={self.method.budget:g}"
 
 
 class Run:
@@ -178,8 +185,23 @@ class Run:
             )
         ]
 
+    @cached_property
+    def shelf(self) -> Shelf:
+        return Shelf(self.results, self.checkpoint.name, self.task.name)
+
+    @property
+    def only_shows(self) -> bool:
+        """Whether nothing is computed: records are shown as they are, old ones first."""
+        return self.cfg.resume == "old"
+
     def complete(self, cell: Cell) -> None:
-        """Compute what the cell's record lacks. Raises BudgetMiss at the first sample that holds too much."""
+        """Compute what the cell's record lacks. Raises BudgetMiss at the first sample that holds too much.
+
+        With resume=old nothing is computed. Raises UserError then if there is no record.
+        """
+        if self.only_shows:
+            check_found(cell)
+            return
 
         def say_waiting() -> None:
             show.note(f"{cell.name}: another process writes {cell.record.folder}; waiting for it")
@@ -190,6 +212,7 @@ class Run:
             if not todo:
                 return
             cell.record.check(cell.conditions, force=self.cfg.resume == "force")
+            say_what_changed([cell])
             if done:
                 show.note(f"{cell.name}: {len(done)} of {len(self.examples)} samples are on disk")
             before = self.rows(cell)
@@ -218,8 +241,10 @@ class Run:
             show.note(f"{method.name}: the warm-up failed: {type(error).__name__}: {error}")
 
     def _cell(self, name: str, method: Method, knobs: Mapping[str, Any], words: Sequence[str]) -> Cell:
+        code = self._code(method, knobs)
+        conditions = self._conditions(method, knobs, code.digest)
         identity = {
-            "model": {"name": self.checkpoint.name, "weights": self.checkpoint.weights, **self._prompting()},
+            "model": {"name": self.checkpoint.name, **self._prompting()},
             "method": {"name": name, "config": method.config()},
             "budget": method.budget,
             "task": {
@@ -239,8 +264,22 @@ class Run:
             "simulated": method.simulated,
             "mean_over": self.task.mean_over,
             "command": _command(name, words),
+            "place": self.checkpoint.place,
+            "modules": code.modules,
         }
-        return Cell(name, method, Record(self.results, identity), self._conditions(method, knobs), notes)
+        record, older = self._on_disk(identity, conditions)
+        return Cell(name, method, record, conditions, notes, older)
+
+    def _on_disk(self, identity: dict[str, Any], conditions: dict[str, Any]) -> tuple[Record, Found | None]:
+        """The record that a cell is read from and written to, and the newest one that is older than this code."""
+        generation = generation_of(identity, {"conditions": conditions})
+        own = Record(self.results, identity, generation)
+        found = self.shelf.of(own, self.checkpoint.weights, self.checkpoint.place)
+        current = [one for one in found if one.generation == generation]
+        older = [one for one in found if one.generation != generation]
+        if older and (self.only_shows or (self.cfg.resume == "force" and not current)):
+            return older[-1].record(self.results), older[-1]
+        return current[-1].record(self.results) if current else own, older[-1] if older else None
 
     def _prompting(self) -> dict[str, Any]:
         """The settings of the model that decide what its prompts look like."""
@@ -251,13 +290,15 @@ class Run:
             "chat_options": plain(model.chat_options),
         }
 
-    def _conditions(self, method: Method, knobs: Mapping[str, Any]) -> dict[str, Any]:
+    def _code(self, method: Method, knobs: Mapping[str, Any]) -> Code:
+        """What computes the cell's samples: the method and its parts, the task, and the runners that answer."""
+        # a class of each module that answers stands for the whole module
+        parts = [type(method), type(self.task), answer.Setting, together.Outcome, Encoder, Checkpoint]
+        return code_of([*(f"{part.__module__}.{part.__qualname__}" for part in parts), *_targets(knobs)])
+
+    def _conditions(self, method: Method, knobs: Mapping[str, Any], code: str) -> dict[str, Any]:
         """What may change a number without being part of what was asked."""
-        modules = [type(method).__module__, *_targets(knobs), type(self.task).__module__]
-        names = ("answer", "session", "dialogue", "forced", "choices", "beams", "prompt", "bind", "meter", "together")
-        own = [f"runners.{name}" for name in names]
-        if self.timed:
-            own.append("runners.latency")
+        modules = [type(method).__module__, *_targets(knobs)]
         papers = [name.split(".")[1] for name in modules if name.startswith("methods.")]
         learned = artefacts.state(papers, str(self.checkpoint.folder), knobs.values())
         return {
@@ -266,7 +307,8 @@ class Run:
             "dtype": self.dtype_name,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "backend": self.backend,
-            "code": code_revision([*modules, *own]),
+            "weights": self.checkpoint.weights,
+            "code": code,
             **({"artefacts": learned} if learned else {}),
         }
 

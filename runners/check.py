@@ -11,7 +11,7 @@ from methods.core.errors import UserError
 
 PROTOCOLS = ("aware", "agnostic")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-RESUME = ("auto", "force")
+RESUME = ("auto", "old", "force")
 BACKENDS = ("auto", "reference", "triton")
 TRACKING = ("disabled", "offline", "online")
 

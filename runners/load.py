@@ -32,7 +32,8 @@ RANDOM_SEED = 0
 class Checkpoint:
     """A checkpoint on this machine.
 
-    path: as typed. folder: where it lies. commit: of the hub's repository, None for a folder.
+    path: as typed. folder: where it lies. commit, revision: of the hub's repository, and what stood for it as typed;
+    None for a folder.
     random: of the folder only the configuration is used, and the weights are drawn; resize: settings of the
     configuration that are changed then, as JSON.
     """
@@ -40,6 +41,7 @@ class Checkpoint:
     path: str
     folder: Path
     commit: str | None = None
+    revision: str | None = None
     random: bool = False
     resize: str = "{}"
 
@@ -56,6 +58,12 @@ class Checkpoint:
         if not self.random:
             return name
         return f"{name}-random" if self.resize == "{}" else f"{name}-random-{self.weights[-6:]}"
+
+    @property
+    def place(self) -> str:
+        """A hash of where it was looked for: other weights there are the same model, changed."""
+        where = f"{self.path}@{self.revision}" if self.commit else str(self.folder)
+        return hashlib.sha256(where.encode()).hexdigest()[:8]
 
     @property
     def window(self) -> int | None:
@@ -311,7 +319,7 @@ def _from_hub(repo: str, revision: str) -> Checkpoint:
             "at once with HF_HUB_OFFLINE=1"
         ) from error
     _check(repo, Path(folder))
-    return Checkpoint(repo, Path(folder), commit=Path(folder).name)
+    return Checkpoint(repo, Path(folder), commit=Path(folder).name, revision=revision)
 
 
 def _first_line(error: BaseException) -> str:

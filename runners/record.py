@@ -4,6 +4,7 @@
                                                      samples.jsonl   one JSON object per finished or failed sample
 
 A killed run loses at most the line it was writing; the next run completes the file and goes on behind it.
+docs/records.md says what is in a record, and what has a record of its own.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from typing import Any
 from methods.core.errors import UserError
 from runners.logs import link_log
 
-FORMAT = 1
+FORMAT = 2
+#: conditions that make a generation: where they differ, what was asked for has another record
+GENERATION = ("code", "weights", "files", "artefacts")
 
 
 def check_writable(results: Path) -> None:
@@ -41,17 +45,32 @@ def digest(value: Any, length: int = 8) -> str:
 class Record:
     """What is on disk about one cell.
 
-    identity: everything that names the cell, plain data with `model.name`, `task.name`, `method.name` and `budget`.
+    identity: everything that was asked for, plain data with `model.name`, `task.name`, `method.name` and `budget`.
+    generation: by which code and files it is answered.  folder: of a record that is there already.
     """
 
-    def __init__(self, results: Path, identity: dict[str, Any]):
+    def __init__(
+        self,
+        results: Path,
+        identity: dict[str, Any],
+        generation: dict[str, Any] | None = None,
+        folder: Path | None = None,
+    ):
         self.identity = json.loads(json.dumps(identity))  # as it will be read back: tuples are lists
-        method, budget = identity["method"]["name"], identity["budget"]
-        name = f"{method}-b{budget:g}-{digest(self.identity)}"
         self.results = results
-        self.folder = results / _plain(identity["model"]["name"]) / _plain(identity["task"]["name"]) / _plain(name)
+        self.folder = folder or self._folder(generation or {})
         self.samples_path = self.folder / "samples.jsonl"
         self.cell_path = self.folder / "cell.json"
+
+    def _folder(self, generation: dict[str, Any]) -> Path:
+        identity = self.identity
+        name = f"{identity['method']['name']}-b{identity['budget']:g}-{digest([identity, generation])}"
+        return (
+            self.results
+            / plain_name(identity["model"]["name"])
+            / plain_name(identity["task"]["name"])
+            / plain_name(name)
+        )
 
     @contextlib.contextmanager
     def lock(self, say_waiting: Callable[[], None]) -> Iterator[None]:
@@ -105,10 +124,12 @@ class Record:
             raise UserError(f"{self.cell_path}: cannot be read; delete the folder {self.folder}") from error
 
     def check(self, conditions: dict[str, Any], force: bool) -> None:
-        """Raises UserError if the record was made under other conditions, naming what differs, unless forced."""
+        """Raises UserError if samples were finished under other conditions, naming what differs, unless forced."""
         runs = self.runs()
         if not runs or force or conditions == runs[-1]["conditions"]:
             return
+        if all("error" in row for row in self.read().values()):
+            return  # nothing that could be mixed
         differ = differences(runs[-1]["conditions"], conditions)
         raise UserError(
             f"{self.folder}: was begun under other conditions ({differ}); "
@@ -122,7 +143,8 @@ class Record:
         """
         runs = self.runs()
         if not runs or conditions != runs[-1]["conditions"]:
-            runs.append({"conditions": conditions, **(notes or {})})
+            began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            runs.append({"conditions": conditions, "began": began, **(notes or {})})
         try:
             _replace(self.cell_path, {"format": FORMAT, "identity": self.identity, "runs": runs})
             link_log(self.folder)
@@ -191,7 +213,19 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys)
 
 
-def _plain(name: str) -> str:
+def asked(identity: dict[str, Any]) -> dict[str, Any]:
+    """What of a record's identity was asked for; one of format 1 also says by which weights it was answered."""
+    model = {key: value for key, value in identity["model"].items() if key != "weights"}
+    return {**identity, "model": model}
+
+
+def generation_of(identity: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """By which code and files a run of a record answered."""
+    weights = {"weights": identity["model"]["weights"]} if "weights" in identity["model"] else {}
+    return {**weights, **{key: value for key, value in run["conditions"].items() if key in GENERATION}}
+
+
+def plain_name(name: str) -> str:
     """A name that is safe as one folder."""
     return re.sub(r"[^\w.+=-]+", "_", name).strip(".") or "_"
 

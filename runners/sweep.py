@@ -30,6 +30,7 @@ from runners.check import check
 from runners.choices import encode
 from runners.claims import Claims
 from runners.dialogue import dialogue
+from runners.generations import check_found, say_what_changed
 from runners.jobs import NUMBERS, announced, numbers_apart, unpack
 from runners.load import Checkpoint, load_model
 from runners.memory import Size, device_bytes
@@ -58,7 +59,7 @@ class Member:
 
     @property
     def label(self) -> str:
-        return f"{self.cell.name} at budget={self.cell.method.budget}"
+        return self.cell.label
 
 
 class Sweep:
@@ -164,11 +165,18 @@ class Sweep:
 
     def work(self) -> None:
         """Compute what the records lack. What cannot go on is kept in the member; Ctrl-C passes through."""
+        lacking = []
         for member in self.members:
             with self._stops(member):
                 member.record.refresh()
-                if self.lacking(member, self.run.examples):
+                if self.run.only_shows:
+                    check_found(member.cell)
+                elif self.lacking(member, self.run.examples):
                     member.record.check()
+                    lacking.append(member.cell)
+        if self.run.only_shows:
+            return
+        say_what_changed(lacking)
         if self.sharing:
             self._work_together()
         if alone := [member for member in self.alone if self.lacking(member, self.run.examples)]:
@@ -203,7 +211,7 @@ class Sweep:
             member.stopped = error
 
     def lacking(self, member: Member, examples: Sequence[Example]) -> list[Example]:
-        if member.stopped is not None:
+        if member.stopped is not None or self.run.only_shows:
             return []
         done = member.record.finished
         return [example for example in examples if example.id not in done]

@@ -1,8 +1,8 @@
 """Cells as runs of Weights & Biases: `wandb=offline` writes them below the results folder, `wandb=online` sends them.
 
-One run per cell. Its id is a hash of the record's identity, so a cell that goes on later goes on in the same run. All
-is read from records after their samples are done: nothing is sent while something is timed, and nothing here fails a
-run.
+One run per record. Its id is a hash of the record's identity and folder, so a cell that goes on later goes on in the
+same run. All is read from records after their samples are done: nothing is sent while something is timed, and nothing
+here fails a run.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def of_cell(cell: Cell, rows: dict[str, dict[str, Any]], scores: Sequence[Compar
     finished = [row for row in rows.values() if "error" not in row]
     return Upload(
         folder=cell.record.folder,
-        id=digest(identity, 16),
+        id=digest([identity, cell.record.folder.name], 16),
         name=cell.record.folder.name,
         kind="cell",
         group=group or _group(names),
@@ -229,7 +229,7 @@ def of_frontier(run: Run, group: str | None, scratch: Path) -> Upload | None:
     names["protocol"] = identity["protocol"]
     return Upload(
         folder=run.full.record.folder.parent,
-        id=digest({"frontier": names, "weights": identity["model"]["weights"]}, 16),
+        id=digest({"frontier": names, "weights": run.checkpoint.weights}, 16),
         name=f"frontier of {names['task']}",
         kind="frontier",
         group=group or _group(names),

@@ -1,6 +1,7 @@
 """The command line from end to end, on a tiny random model and a small split of its own."""
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from omegaconf import OmegaConf
 
 import run
 from methods.core.errors import BudgetMiss
-from runners import answer, cells, load, sweep
+from runners import answer, cells, load, revision, sweep
 from runners.bind import KVCache
 
 ROOT = Path(run.__file__).parent
@@ -62,7 +63,9 @@ def command(tmp_path, tiny_model_dir, split, monkeypatch, capfd):
         # restored afterwards, also where run.main changes them
         monkeypatch.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0"))
         monkeypatch.delenv("KVFRONTIER_TRACEBACK", raising=False)
-        argv = ["run.py", f"model.path={tiny_model_dir}", f"task.data={split}", f"results={results}", *overrides]
+        flags = [word for word in overrides if word.startswith("--")]  # Hydra wants them first
+        argv = ["run.py", *flags, f"model.path={tiny_model_dir}", f"task.data={split}", f"results={results}"]
+        argv += [word for word in overrides if word not in flags]
         monkeypatch.setattr(sys, "argv", argv)
         capfd.readouterr()
         code = run.main()
@@ -419,6 +422,106 @@ def test_other_conditions_are_not_mixed_unless_forced(command, tmp_path):
     assert code == 0, err
     assert len(json.loads(path.read_text())["runs"]) == 2
     assert {r["run"] for r in samples(tmp_path / "results", "full").values()} == {0, 1}
+
+
+MINE = """from dataclasses import dataclass
+from methods.core.eviction import Eviction
+
+
+@dataclass
+class Mine(Eviction):
+    def score(self, store, step, cut):
+        return SIGN * store.pos.float()
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A method of the user's own, outside the tree; edit(text) writes it as a new process would read it."""
+    conf = tmp_path / "conf" / "method"
+    conf.mkdir(parents=True)
+    (conf / "mine.yaml").write_text("_target_: users_own.Mine\nbudget: ${budget}\nseed: ${seed}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def edit(text: str) -> None:
+        (tmp_path / "users_own.py").write_text(text)
+        for name in ("users_own",):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        for kept in (revision._code, revision._read, revision._source, revision._lies):
+            kept.cache_clear()
+
+    edit(MINE.replace("SIGN", "1"))
+    yield edit
+    sys.modules.pop("users_own", None)
+    for kept in (revision._code, revision._read, revision._source, revision._lies):
+        kept.cache_clear()
+
+
+def test_an_edited_method_is_computed_into_a_record_of_its_own_and_what_changed_is_said(command, tmp_path, mine):
+    mine_in = (f"--config-dir={tmp_path / 'conf'}", "method=mine", "budget=0.3", "task.limit=1")
+    results = tmp_path / "results"
+    assert command(*mine_in)[0] == 0
+    (old,) = results.glob("*/*/mine-*")
+    before = (old / "samples.jsonl").read_bytes()
+    mine(MINE.replace("SIGN", "1").replace("        return", "        # newest first\n        return"))
+    code, _, err = command(*mine_in)
+    assert code == 0 and "changed" not in err and len(list(results.glob("*/*/mine-*"))) == 1  # a comment is no change
+    mine(MINE.replace("SIGN", "-1"))
+    code, out, err = command(*mine_in)
+    assert code == 0, err
+    (new,) = set(results.glob("*/*/mine-*")) - {old}
+    assert f"mine at budget=0.3: changed since {old.name} (code: users_own)" in err and "resume=old" in err
+    assert f"record: {new}" in out and (old / "samples.jsonl").read_bytes() == before
+    assert len(list(results.glob("*/*/full-*"))) == 1  # whose code is the same
+    code, out, err = command(*mine_in)
+    assert code == 0 and "changed" not in err and f"record: {new}" in out
+
+
+def test_resume_old_shows_the_older_record_and_computes_nothing(command, tmp_path, mine, monkeypatch):
+    mine_in = (f"--config-dir={tmp_path / 'conf'}", "method=mine", "budget=0.3", "task.limit=1")
+    code, _, err = command(*mine_in, "resume=old")
+    assert code == 2 and "resume=old: " in err and "has no record of full" in err and len(err.splitlines()) == 1
+    command(*mine_in)
+    (old,) = (tmp_path / "results").glob("*/*/mine-*")
+    mine(MINE.replace("SIGN", "-1"))
+    monkeypatch.setattr(cells, "load_model", lambda *a: pytest.fail("the model was loaded"))
+    before = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.json*")}
+    code, out, err = command(*mine_in, "resume=old")
+    assert code == 0 and f"record: {old}" in out, err
+    code, out, err = command("-m", *mine_in[:2], "budget=0.3,0.4", "task.limit=2", "resume=old")
+    assert code == 2 and "no record of mine at budget=0.4" in err
+    assert {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.json*")} == before
+
+
+def test_resume_force_goes_on_in_the_older_record_and_notes_that_it_is_mixed(command, tmp_path, mine):
+    mine_in = (f"--config-dir={tmp_path / 'conf'}", "method=mine", "budget=0.3")
+    command(*mine_in, "task.limit=1")
+    mine(MINE.replace("SIGN", "-1"))
+    code, _, err = command(*mine_in, "task.limit=2", "resume=force")
+    assert code == 0, err
+    (folder,) = (tmp_path / "results").glob("*/*/mine-*")
+    assert {row["run"] for row in samples(tmp_path / "results", "mine").values()} == {0, 1}
+    assert len(json.loads((folder / "cell.json").read_text())["runs"]) == 2
+
+
+def test_a_record_of_an_earlier_form_is_found_under_its_own_name(command, tmp_path):
+    command("task.limit=1")
+    for method in ("full", "nacl"):
+        (folder,) = (tmp_path / "results").glob(f"*/*/{method}-*")
+        book = json.loads((folder / "cell.json").read_text())
+        (run_of_it,) = book["runs"]
+        book["format"], book["identity"]["model"]["weights"] = 1, run_of_it["conditions"].pop("weights")
+        run_of_it["conditions"]["code"] = "of every byte"
+        for name in ("began", "modules", "place"):
+            run_of_it.pop(name)
+        (folder / "cell.json").write_text(json.dumps(book))
+        folder.rename(folder.with_name(f"{folder.name[:-8]}01234567"))
+    code, out, err = command("task.limit=1", "resume=old")
+    assert code == 0 and out.splitlines()[-1].endswith("nacl-b0.5-01234567"), err
+    code, out, err = command("task.limit=1")
+    assert code == 0 and "nacl at budget=0.5: changed since nacl-b0.5-01234567 (code was of every byte, is " in err
+    assert not out.splitlines()[-1].endswith("01234567") and len(list((tmp_path / "results").glob("*/*/nacl-*"))) == 2
 
 
 def test_a_sweep_runs_every_cell_also_behind_one_that_cannot_work(command, tmp_path):

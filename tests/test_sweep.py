@@ -83,7 +83,8 @@ def test_a_sweep_writes_the_records_of_its_single_runs(command, tmp_path):
         [json.loads(path.read_text()) for path in sorted((tmp_path / folder).glob("*/*/*/cell.json"))]
         for folder in ("results", "alone")
     ]
-    assert conditions[0] == conditions[1]
+    began = [run.pop("began") for folder in conditions for cell in folder for run in cell["runs"]]
+    assert conditions[0] == conditions[1] and len(began) == 10
 
 
 def test_a_sweep_ends_with_one_line_per_cell(command, tmp_path):

@@ -15,13 +15,15 @@ class Book:
     def cell(
         self, method="full", scores=(1.0,), budget=1.0, *, task="quiz-mini", share=None, seed=0, subsets=None,
         protocol="aware", config=None, notes=None, metric=None, conditions=1, model="tiny", predictions=None,
-        fingerprint=None, weights="sha256:0", dtype="float32", torch="", rows=None,
+        fingerprint=None, weights="sha256:0", dtype="float32", torch="", rows=None, code=None, files=None, place=None,
+        began=None,
     ) -> Path:  # fmt: skip
         """One cell whose samples have these scores; None is a failed sample. Subsets default to one.
 
-        rows: for every sample, what its line has besides or instead.
+        rows: for every sample, what its line has besides or instead.  code, files, place, began: of format 2, in which
+        the weights are a condition too.
         """
-        own = hash(str((config, fingerprint, weights, dtype)))
+        own = hash(str((config, fingerprint, weights, dtype, code, files)))
         folder = self.root / model / task / f"{method}-b{budget:g}-{protocol}-{seed}-{abs(own) % 10**8}"
         folder.mkdir(parents=True)
         identity = {
@@ -36,19 +38,26 @@ class Book:
         family = {"full": "baseline", "kivi": "quantization"}.get(method, "eviction")
         runs = [
             {
-                "conditions": {"torch": torch or str(i), "code": method},
+                "conditions": {"torch": torch or str(i), "code": code or method},
                 "commit": "abc",
                 "family": family,
                 **(notes or {}),
             }
             for i in range(conditions)
         ]
-        (folder / "cell.json").write_text(json.dumps({"format": 1, "identity": identity, "runs": runs}))
+        if began is not None:
+            identity["model"].pop("weights")
+            for run in runs:
+                run["conditions"] |= {"weights": weights, **({"files": files} if files else {})}
+                run |= {"began": began, "place": place or ""}
+        form = 1 if began is None else 2
+        (folder / "cell.json").write_text(json.dumps({"format": form, "identity": identity, "runs": runs}))
         share = budget if share is None else share
         lines = []
         for i, score in enumerate(scores):
             subset, category = (subsets or [("qa", "QA")] * len(scores))[i]
-            row = {"id": f"{subset}/{i}", "tags": {"subset": subset, "category": category}}
+            tags = {"subset": subset, "category": category}
+            row = {"id": f"{subset}/{i}", "tags": tags, "run": i % conditions}
             other = dict(rows[i]) if rows else {}
             row["tags"] |= other.pop("tags", {})
             if score is None:

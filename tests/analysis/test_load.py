@@ -85,12 +85,12 @@ def test_broken_records_are_named_and_the_rest_is_given(book):
     newer = book.cell("tova", [1.0], 0.5)
     (newer / "cell.json").write_text((newer / "cell.json").read_text().replace('"format": 1', '"format": 99'))
     (book.cell("window", [1.0], 0.5) / "samples.jsonl").unlink()
-    book.cell("snapkv", [1.0], 0.5, conditions=2)
+    book.cell("snapkv", [1.0, 0.0], 0.5, conditions=2)
     found = load(book.root)
     said = "\n".join(found.problems)
     assert "h2o" in said and "format 99" in said and "line 3" in said and "mixed" in said
     assert sorted(found.cells["method"]) == ["full", "nacl", "snapkv", "window"]
-    assert len(found.finished) == 4
+    assert len(found.finished) == 5
 
 
 def test_an_empty_or_missing_folder_says_what_would_work(tmp_path):

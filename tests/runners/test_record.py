@@ -11,7 +11,6 @@ import pytest
 
 from methods.core.errors import UserError
 from runners.record import Record, check_writable, differences, digest
-from runners.revision import ROOT, code_revision
 
 NOW = {"torch": "2.13", "device": "cpu"}
 
@@ -151,12 +150,28 @@ def test_other_conditions_are_refused_by_name_unless_forced(record):
     record.check(later, force=False)  # forced once, it goes on under the newer ones
 
 
+def test_where_every_sample_had_failed_nothing_can_be_mixed_and_nothing_is_refused(record):
+    with record.begin(NOW) as writer:
+        writer.append({"id": "a/0", "error": "out of memory"})
+    record.check(NOW | {"torch": "2.14"}, force=False)
+    write(record, "a/1")
+    with pytest.raises(UserError, match=r"torch was 2\.13"):
+        record.check(NOW | {"torch": "2.14"}, force=False)
+
+
+def test_another_code_has_another_folder(tmp_path):
+    one = Record(tmp_path, identity(), {"code": "a"})
+    assert one.folder == Record(tmp_path, identity(), {"code": "a"}).folder
+    assert one.folder != Record(tmp_path, identity(), {"code": "b"}).folder
+
+
 def test_notes_are_kept_and_never_compared(record):
     with record.begin(NOW, {"commit": "abc"}):
         pass
     with record.begin(NOW, {"commit": "def"}):
         pass
-    assert record.runs() == [{"conditions": NOW, "commit": "abc"}]
+    (run,) = record.runs()
+    assert run["conditions"] == NOW and run["commit"] == "abc"
 
 
 def test_a_broken_cell_file_says_what_to_delete(record):
@@ -229,49 +244,3 @@ def test_differences_name_both_sides():
 
 def test_a_digest_does_not_depend_on_the_order_of_keys():
     assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
-
-
-def test_the_code_revision_follows_imports_and_leaves_other_methods_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("runners.revision.ROOT", tmp_path)
-    for name, text in {
-        "methods/a.py": "from methods.core.x import X\n",
-        "methods/b.py": "",
-        "methods/core/x.py": "def late():\n    import kernels.attend\n",
-        "kernels/attend/__init__.py": "",
-    }.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-
-    def revision() -> str:
-        from runners import revision
-
-        revision._imported.cache_clear()
-        return code_revision(["methods.a.A"])
-
-    first = revision()
-    (tmp_path / "methods/b.py").write_text("changed = True\n")
-    assert revision() == first
-    for name in ("methods/a.py", "methods/core/x.py", "kernels/attend/__init__.py"):
-        with (tmp_path / name).open("a") as file:
-            file.write("# changed\n")
-        assert revision() != first
-        first = revision()
-
-
-def test_the_code_revision_of_a_run_covers_the_shared_core():
-    from runners import revision
-
-    found = {path for name in ("methods.nacl", "runners.generate") for path in _all_sources(revision, name)}
-    names = {str(path.relative_to(ROOT)) for path in found}
-    assert {"methods/nacl.py", "methods/core/eviction.py", "methods/core/store.py", "runners/generate.py"} <= names
-    assert "methods/snapkv.py" not in names and "runners/evaluate.py" not in names
-
-
-def _all_sources(revision, name: str) -> set[Path]:
-    todo, found = [revision._source(name)], set()
-    while todo:
-        path = todo.pop()
-        if path not in found:
-            found.add(path)
-            todo += revision._imported(path)
-    return found

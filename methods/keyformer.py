@@ -67,7 +67,7 @@ class Keyformer(Capped):
         return [KeyformerCache(self, prompt_len, joint) for _ in range(spec.n_layers)]
 
     def slots(self, n: int) -> int:
-        return self._without_gap(super().slots(n))
+        return self._without_gap(super().slots(n)) if self.budget <= 1 else min(n, self.cap(n))
 
     def cap(self, n: int) -> int:
         return self.slots(n) if self.budget <= 1 else self._without_gap(int(self.budget))

@@ -7,8 +7,11 @@ Idea:  once, when the prompt ends, every head keeps (a) the first and the newest
 Here:  query heads that share a KV head add their scores. The sample is drawn by Gumbel-top-k with noise keyed by (seed,
        sample, layer, head, position). The paper protects beginning and end without saying how much of each: half and
        half, at most 256 first tokens. Proxies attend causally among themselves (the release lets early ones see later
-       ones: proxy_causal=false). Counts are cut, not rounded, so up to three slots of the budget stay unused;
-       where none would be left, the newest is kept.
+       ones: proxy_causal=false) and compete for slots like any other token, as the paper's Table 4 has it; its text
+       always keeps them. No prompt is too short to be cut (the release: min_len=2048). With decode_interval the newest
+       `decode_interval` queries score, or as many as there are proxies if these are fewer, since the prompt's are gone;
+       every draw is a new one. Counts are cut, not rounded, so up to three slots of the budget stay unused; where none
+       would be left, the newest is kept.
 """
 
 from dataclasses import dataclass
@@ -80,6 +83,8 @@ class NACL(Eviction):
             )
         if self.temperature <= 0:
             raise UserError(f"NACL: method.temperature={self.temperature}; it is above 0")
+        if self.min_len < 0:
+            raise UserError(f"NACL: method.min_len={self.min_len}; it is a number of tokens, at least 0")
         if self.decode_interval is not None and self.decode_interval < 1:
             raise UserError(f"NACL: method.decode_interval={self.decode_interval}; it is null or at least 1")
 
@@ -93,14 +98,20 @@ class NACL(Eviction):
         return protect, by_score, by_chance, proxy
 
     def sizes(self, n: int) -> Sizes:
-        """Tokens by role for a prompt of n tokens."""
-        protect, by_score, by_chance, proxy = self.shares
-        budget = self.budget if self.budget <= 1 else min(1.0, self.budget / n)
-        protected = slots(protect * budget, n)
+        """Tokens by role for a prompt of n tokens that is not kept whole."""
+        *kept, proxy = self.shares
+        of = n if self.budget <= 1 else 1
+        # 0.29 * 100 is 28.999999999999996
+        protected, by_score, by_chance = (int(share * self.budget * of + 1e-9) for share in kept)
         sinks = min(MAX_SINKS, protected // 2)
-        counts = slots(by_score * budget, n), slots(by_chance * budget, n)
-        recent = protected - sinks if protected + sum(counts) else 1  # a head without any slot could not attend
-        return Sizes(sinks, recent, *counts, proxies=max(1, slots(proxy, n)))
+        recent = (
+            protected - sinks if protected + by_score + by_chance else 1
+        )  # a head without any slot could not attend
+        return Sizes(sinks, recent, by_score, by_chance, max(1, slots(proxy, n)))
+
+    def whole(self, n: int) -> bool:
+        """Whether nothing of n tokens goes."""
+        return self.budget == 1 or n <= max(self.min_len, self.budget if self.budget > 1 else 0)
 
     @property
     def interval(self) -> int | None:
@@ -110,7 +121,10 @@ class NACL(Eviction):
         return self.sizes(n).proxies
 
     def slots(self, n: int) -> int:
-        return n if self.budget == 1 or n <= self.min_len else self.sizes(n).kept
+        return n if self.whole(n) else self.sizes(n).kept
+
+    def again(self, n: int, held: int) -> int:
+        return held if self.whole(held) else self.sizes(n).kept
 
     def voters(self, store: Store, step: Step) -> int:
         n = len(store)
@@ -134,7 +148,9 @@ class NACL(Eviction):
         best = top(votes.masked_fill(~others, -torch.inf), by_score[..., 0])
         heads = torch.arange(H, device=k.device)[None, :, None]
         layer = torch.full_like(heads, step.layer)
-        noise = gumbel(self.seed, step.samples[:, None, None], layer, heads, store.pos)
+        # a later draw is another one
+        drawn_at = (step.pos[:, -1:, None],) if cut.again else ()
+        noise = gumbel(self.seed, step.samples[:, None, None], layer, heads, store.pos, *drawn_at)
         drawn = top((votes / self.temperature + noise).masked_fill(~others | best, -torch.inf), by_chance[..., 0])
         return torch.where(protected | best | drawn, torch.inf, -torch.inf)
 

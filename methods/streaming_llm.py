@@ -25,7 +25,7 @@ from kernels import attend
 from kernels.attend.reference import logits
 from methods.core.contract import LayerCache, ModelSpec, Stage, Step
 from methods.core.errors import UserError
-from methods.core.eviction import Cut, Eviction, EvictionCache
+from methods.core.eviction import Cut, Eviction, EvictionCache, real_tokens, taken
 from methods.core.store import Store
 
 BLOCK = 256  # queries per block of a streaming prompt
@@ -100,7 +100,7 @@ class StreamingCache(EvictionCache):
 
     def take(self, step: Step) -> None:
         if self.method.dialogue and step.stage is Stage.TURN:
-            self._shrink(step, step.q.shape[2])
+            self._shrink(step, real_tokens(step))
         super().take(step)
 
     def attend(self, step: Step) -> Tensor:
@@ -123,8 +123,7 @@ class StreamingCache(EvictionCache):
                 self._hold_sinks(step)
             return
         whole = self._gap(step) == 0  # [B, H], heads that have dropped nothing yet
-        new = (step.pos >= 0).sum(-1).tolist() if step.padded else [step.q.shape[2]] * len(self.held)
-        self.held = [n + m for n, m in zip(self.held, new, strict=True)]
+        self.held = [n + m for n, m in zip(self.held, real_tokens(step), strict=True)]
         over = [n - limit for n, limit in zip(self.held, self.limit, strict=True)]
         if all(n == 1 for n in over):
             self._drop_oldest()
@@ -144,6 +143,7 @@ class StreamingCache(EvictionCache):
 
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
+        self.held = taken(self.held, rows)
         if self.sink_k is not None:
             self.sink_k = self.sink_k[rows]
 
@@ -172,10 +172,10 @@ class StreamingCache(EvictionCache):
         store.drop(recent.argmin(-1))
         self.held = self.limit
 
-    def _shrink(self, step: Step, room: int = 0) -> None:
-        """Drop to the limit, less `room` for tokens to come; sinks and one recent token stay."""
+    def _shrink(self, step: Step, room: list[int] | None = None) -> None:
+        """Drop to the limit, less `room` for the tokens to come of each row; sinks and one recent token stay."""
         limit, least = self.limit, self.method.sinks + 1
-        self.limit = [max(n - room, least) for n in limit]
+        self.limit = [max(n - m, least) for n, m in zip(limit, room or [0] * len(limit), strict=True)]
         self._drop(step, None if step.rules.window else self.held)  # a sliding layer lets go of slots by itself
         self.held = [min(n, m) for n, m in zip(self.held, self.limit, strict=True)]
         self.limit = limit

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from methods import load_method, method_names
 from methods.core import artefacts
 from methods.core.contract import Method
+from tests.methods.knobs import SETS
 from tests.tables import some_tables
 
 VOCAB = 97
@@ -116,9 +117,12 @@ def equip(model: PreTrainedModel, at: Path) -> PreTrainedModel:
             artefacts.save(made.method, made.name, model, made.tensors, made.facts, at=folder)
     some_tables(model, at)
     torch.manual_seed(0)
-    for budget in (0.5, 60, 40):  # what is trained and not calibrated: as training begins with it
-        method = load_method("lococo", budget=budget, **SIZES["lococo"])
-        untrained = method.new_compressors(model).state_dict()
-        folder = at / "lococo" / artefacts.model_id(model)
-        artefacts.save("lococo", method.artefact_name, model, untrained, {"hidden_act": "relu"}, at=folder)
+    # what is trained and not calibrated: as training begins with it
+    for knobs in ({}, *SETS["lococo"]):
+        for budget in (0.5, 60) if knobs else (0.5, 60, 40):
+            method = load_method("lococo", budget=budget, **{**SIZES["lococo"], **knobs})
+            untrained = method.new_compressors(model).state_dict()
+            folder = at / "lococo" / artefacts.model_id(model)
+            facts = {"hidden_act": method.hidden_act}
+            artefacts.save("lococo", method.artefact_name, model, untrained, facts, at=folder)
     return model

@@ -11,7 +11,7 @@ from torch import Tensor
 from methods.core.allocate import Uniform
 from methods.core.contract import LayerCache, ModelSpec, Stage, Step
 from methods.core.errors import UserError
-from methods.core.eviction import Cut, Eviction, EvictionCache, check_scores, on_device
+from methods.core.eviction import Cut, Eviction, EvictionCache, check_scores, on_device, taken
 from methods.core.store import Store
 
 EVICT = ("prompt_end", "per_chunk")
@@ -95,11 +95,8 @@ class CappedCache(EvictionCache):
 
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
-        if self.caps is None:
-            return
-        self.caps = self.caps.index_select(0, rows)
-        order = rows.tolist()
-        self.cap, self.refill, self.held = ([x[i] for i in order] for x in (self.cap, self.refill, self.held))
+        self.cap, self.refill, self.held = (taken(x, rows) for x in (self.cap, self.refill, self.held))
+        self.caps = None if self.caps is None else self.caps.index_select(0, rows)
 
     def _decide(self, step: Step) -> None:
         if step.stage is Stage.ENDS_PROMPT:
@@ -151,10 +148,6 @@ class CappedCache(EvictionCache):
 
     def _share(self, step: Step, n: int) -> int:
         return self.method.allocator.slots(step.layer, step.n_layers, n)
-
-    def _count(self) -> list[int]:
-        """Slots of each row's fullest head; waits for the device."""
-        return (self.store.pos >= 0).sum(-1).amax(-1).tolist()
 
     def _drop_one(self, step: Step) -> None:
         """Free the slot of every head that is worth least, for the next token to take."""

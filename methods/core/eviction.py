@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ class Cut:
     prompt: tokens of each row's prompt in this layer (in a sliding layer those inside its window).
     limit: slots that may stay per head, for each row.
     mass [B, Hq, S]: what `Eviction.voters` asked for in the step that decides; None if it asked for nothing.
+    again: whether the rows have been cut before.
     """
 
     q: Tensor
@@ -35,6 +36,7 @@ class Cut:
     prompt: list[int]
     limit: list[int]
     mass: Tensor | None = None
+    again: bool = False
 
 
 @dataclass
@@ -94,8 +96,15 @@ class Eviction(Method):
         """Drop again after every so many tokens since the prompt; None: never."""
         return None
 
+    def again(self, n: int, held: int) -> int:
+        """Slots that a head keeps when it drops again; n: tokens of the prompt, held: slots that it holds."""
+        return self.slots(n)
+
     def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
-        """Scores [B, H, S], float32: the highest are kept, +inf always, -inf never. Padding need not be looked at."""
+        """Scores [B, H, S], float32: the highest are kept, +inf always, -inf never.
+
+        Neither padding nor rows that fit (`cut.limit` is what they hold) need be looked at.
+        """
         raise NotImplementedError
 
     def before_drop(self, store: Store, keep: Tensor) -> None:
@@ -112,7 +121,9 @@ class EvictionCache(LayerCache):
         self.prompt_len = prompt_len
         self.prompt: list[int] = []  # tokens of each row's prompt, once it has ended
         self.limit: list[int] = []
-        self.since = 0  # tokens since slots were last dropped
+        self.since: list[int] = []  # tokens of each row since it last had to drop
+        self.again = False  # whether a prompt has ended before
+        self.dropped = False  # whether any slot has gone, so that heads may hold different numbers
         self.queries: list[tuple[Tensor, Tensor]] = []  # the newest ones, as many as `tail` needs
         self.voters = 0  # of this step
         self.mass: Tensor | None = None  # their attention, until the step is settled
@@ -156,6 +167,7 @@ class EvictionCache(LayerCache):
     def reorder(self, rows: Tensor) -> None:
         self.store.reorder(rows)
         self.queries = [(q[rows], pos[rows]) for q, pos in self.queries]
+        self.prompt, self.limit, self.since = (taken(x, rows) for x in (self.prompt, self.limit, self.since))
 
     def _shared_mass(self, step: Step) -> Tensor:
         """The voters' attention, computed once for all caches that hold the same whole prompt."""
@@ -172,7 +184,7 @@ class EvictionCache(LayerCache):
         slack = HEADROOM if step.stage is Stage.DECODE else 0
         if window is None or len(store) < window + slack:
             return
-        if store.in_order and (not self.limit or self.limit == self.prompt):  # nothing was dropped
+        if store.in_order and not self.dropped:
             store.keep_newest(window - 1)
             return
         seen_next = store.pos > step.pos[:, -1:, None] - window + 1  # [B, H, S]
@@ -186,18 +198,38 @@ class EvictionCache(LayerCache):
         """Drop slots where it is time to."""
         if step.stage is Stage.ENDS_PROMPT:
             self._end_prompt(step)
-        elif step.stage is not Stage.MID_PROMPT:
-            self.since += step.q.shape[2]
-            if self.method.interval is not None and self.since >= self.method.interval:
-                self._drop(step)
+        elif step.stage is not Stage.MID_PROMPT and self.method.interval is not None:
+            self._drop_again(step, self.method.interval)
 
     def _end_prompt(self, step: Step) -> None:
+        self.again = bool(self.prompt)
         seen = (step.pos.amax(-1) + 1).tolist()  # tokens, also when earlier ones have been dropped
         window = step.rules.window
         self.prompt = seen if window is None else [min(n, window - 1) for n in seen]
         share = self.method.allocator.slots
         self.limit = [min(n, share(step.layer, step.n_layers, self.method.slots(n))) for n in self.prompt]
+        self.since = [0] * len(self.prompt)
         self._drop(step)
+        self.queries, self.again = [], True
+
+    def _drop_again(self, step: Step, interval: int) -> None:
+        """Down to the budget in the rows that have read `interval` tokens since they last were."""
+        new = real_tokens(step)
+        self.since = [n + m for n, m in zip(self.since, new, strict=True)]
+        due = [n >= interval for n in self.since]
+        if not any(due):
+            return
+        self.since = [0 if d else n for n, d in zip(self.since, due, strict=True)]
+        share, held = self.method.allocator.slots, self._count()
+        again = [share(step.layer, step.n_layers, self.method.again(n, m)) for n, m in zip(self.prompt, held)]
+        self.limit = [n if d else m for n, m, d in zip(again, held, due, strict=True)]
+        self._drop(step, held)
+
+    def _count(self) -> list[int]:
+        """Slots of each row's fullest head; waits for the device once heads may hold different numbers."""
+        if not self.store.padded and not self.dropped:
+            return [len(self.store)] * len(self.limit)
+        return (self.store.pos >= 0).sum(-1).amax(-1).tolist()
 
     def _drop(self, step: Step, held: list[int] | None = None) -> None:
         """Score all slots, keep the best.
@@ -205,23 +237,26 @@ class EvictionCache(LayerCache):
         held: slots that every head of a row holds, where that is known; else the device may have to be asked.
         """
         method, store = self.method, self.store
-        queries, self.queries, self.since = self.queries, [], 0
         real = store.pos >= 0  # [B, H, S]
         n = real.sum(-1, keepdim=True)  # [B, H, 1]
         known = method.keeps_limit and (held is not None or not store.padded)
         if held is None:
-            held = n.amax(dim=(1, 2)).tolist() if store.padded else [len(store)] * len(self.limit)
+            held = self._count()
         limits = [min(limit, m) for limit, m in zip(self.limit, held, strict=True)]
         if limits == held:
             return
         rank = torch.where(real, real.cumsum(-1) - 1, -1)
-        q, q_pos = _join(queries or [(step.q, step.pos)])
-        scores = method.score(store, step, Cut(q, q_pos, rank, n, self.prompt, limits, self.mass))
+        q, q_pos = _join(self.queries or [(step.q, step.pos)])
+        scores = method.score(store, step, Cut(q, q_pos, rank, n, self.prompt, limits, self.mass, self.again))
+        fits = [limit == m for limit, m in zip(limits, held, strict=True)]
+        if any(fits):  # that another row must drop is no reason for this one to
+            scores = scores.masked_fill(on_device(fits, n.device)[:, None, None], torch.inf)
         scores = scores.masked_fill(~real, -torch.inf)
         if step.stage is Stage.ENDS_PROMPT or scores.device.type == "cpu":  # elsewhere a look waits for the device
             check_scores(method, scores, real)
         keep = self._pick(scores, on_device(limits, n.device))
         method.before_drop(store, keep)
+        self.dropped = True
         exact = min(limits) == max(limits) if known else bool((keep.sum(-1) == max(limits)).all())
         store.keep(keep, max(limits), exact=exact)
 
@@ -242,6 +277,8 @@ class EvictionCache(LayerCache):
         else:
             return
         self.queries.append((step.q, step.pos))
+        if step.padded and step.stage is Stage.TURN:  # its padding stands between a row's queries
+            self.queries = [_newest(*_join(self.queries), tail)]
         extra = sum(q.shape[2] for q, _ in self.queries) - tail
         while extra > 0 and self.queries[0][0].shape[2] <= extra:
             extra -= self.queries.pop(0)[0].shape[2]
@@ -266,7 +303,21 @@ def check_scores(method: Eviction, scores: Tensor, real: Tensor) -> None:
     raise FloatingPointError(f"{code.co_name} gave {what}: {code.co_filename}, line {code.co_firstlineno}")
 
 
-def on_device(numbers: list[int], device: torch.device) -> Tensor:
+def real_tokens(step: Step) -> list[int]:
+    """Tokens of each row in the step, without padding; waits for the device where there is some."""
+    if not step.padded:
+        return [step.q.shape[2]] * len(step.pos)
+    return (step.pos >= 0).sum(-1).tolist()
+
+
+def taken(numbers: list[int], rows: Tensor) -> list[int]:
+    """Of one number per row those of rows [B]; the device is waited for only where they differ."""
+    if len(set(numbers)) < 2:
+        return numbers[:1] * len(rows)
+    return [numbers[row] for row in rows.tolist()]
+
+
+def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """One number per row, [B], written there by the device itself: a copy from the host would be waited for."""
     return torch.stack([torch.full((), n, device=device) for n in numbers])
 
@@ -276,3 +327,10 @@ def _join(queries: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         return queries[0]
     q, pos = zip(*queries, strict=True)
     return torch.cat(q, dim=2), torch.cat(pos, dim=1)
+
+
+def _newest(q: Tensor, pos: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The newest n queries of each row, q [B, Hq, T, D] and pos [B, T], padding before them where there are fewer."""
+    order = (pos >= 0).to(torch.int8).argsort(dim=-1, stable=True)[:, -n:]  # [B, n]
+    at = order[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+    return q.gather(2, at), pos.gather(1, order)

@@ -25,7 +25,7 @@ from analysis.stats import RIGHT
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 TEXT_BYTES = 4_000_000  # of all flipped samples together, before they are compressed
 TEXT_CHARACTERS = 400  # of one text
-FLIPS = 20  # samples per cell, at most
+FLIPS = 20  # samples per cell and category, at most
 NUMBERS = [
     "budget", "n", "seeds", "share", "bytes", "score", "score_low", "score_high", "full", "difference",
     "difference_low", "difference_high", "retained", "retained_low", "retained_high", "lost", "won", "p_flips",
@@ -96,15 +96,19 @@ def _cell(results: Results, cell: str) -> dict[str, Any]:
         "prompt": None if alone.empty else round(float((alone["n_prompt"] / alone["prompt_s"]).median()), 1),
         "decode": None if steps.empty else round(float((1000 * steps["decode_s"] / steps["steps"]).median()), 3),
         "timed": len(alone),
-        "map": _map(own),
+        "maps": _maps(own),
     }
 
 
-def _map(own: pd.DataFrame) -> dict[str, Any] | None:
-    """Mean score by length and depth, for tasks whose samples have both."""
+def _maps(own: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Mean score by length and depth of all samples and of each category, where they have both."""
     placed = own.dropna(subset=["length", "depth"])
     if placed.empty:
-        return None
+        return {}
+    return {WHOLE: _map(placed)} | {str(name): _map(part) for name, part in placed.groupby("category")}
+
+
+def _map(placed: pd.DataFrame) -> dict[str, Any]:
     grid = placed.pivot_table(index="depth", columns="length", values="score", aggfunc="mean")
     return {
         "lengths": [float(x) for x in grid.columns],
@@ -116,18 +120,21 @@ def _map(own: pd.DataFrame) -> dict[str, Any] | None:
 def _flips(results: Results, table: pd.DataFrame) -> dict[str, Any]:
     """By cell, samples that the full cache solves and the method does not, or the other way round.
 
+    Of a category up to FLIPS, taken from its subsets in turn; `flipped` counts all of them by category.
     `samples` has by the full cache's cell what they share: prompt end, references, the full cache's answer and score.
     """
     whole = table[(table["category"] == WHOLE) & (table["better"] == "higher") & (table["method"] != "full")]
     found: dict[str, tuple[str, list[str]]] = {}
+    counts: dict[str, dict[str, int]] = {}
     for _, row in whole.iterrows():
         full = next(cell for cell in row["full_cells"] if cell in results.by_cell)
         theirs = results.by_cell[full]["score"]
         for cell in row["cells"]:
-            ours = results.by_cell[cell]["score"]
-            both = theirs.reindex(ours.index)
-            flipped = ours.index[both.notna() & ((ours >= RIGHT) != (both >= RIGHT))]
-            found[cell] = (full, [str(i) for i in flipped[:FLIPS]])
+            own = results.by_cell[cell]
+            both = theirs.reindex(own.index)
+            flipped = own[both.notna() & ((own["score"] >= RIGHT) != (both >= RIGHT))]
+            found[cell] = (full, [str(i) for i in spread(flipped).index])
+            counts[cell] = {str(name): len(part) for name, part in flipped.groupby("category")}
     shared = {full: {i for other, ids in found.values() if other == full for i in ids} for full, _ in found.values()}
     count = sum(len(ids) for _, ids in found.values()) + 3 * sum(map(len, shared.values()))
     each = min(TEXT_CHARACTERS, TEXT_BYTES // max(1, count))
@@ -144,15 +151,24 @@ def _flips(results: Results, table: pd.DataFrame) -> dict[str, Any]:
         }
     for cell, (full, names) in found.items():
         ours = texts(results, cell, set(names))
+        categories = results.by_cell[cell]["category"]
         flips[cell] = {
             "of": full,
+            "flipped": counts[cell],
             "samples": [
-                [i, round(float(ours[i]["score"]), 3), _start(str(ours[i].get("prediction", "")), each)]
+                [i, round(float(ours[i]["score"]), 3), _start(str(ours[i].get("prediction", "")), each), categories[i]]
                 for i in names
                 if i in ours and i in samples[full]
             ],
         }
     return {"flips": flips, "samples": samples}
+
+
+def spread(flipped: pd.DataFrame) -> pd.DataFrame:
+    """Up to FLIPS rows of each category, from its subsets in turn."""
+    turn = flipped.groupby(["category", "subset"]).cumcount()
+    in_turn = flipped.assign(turn=turn).sort_values(["turn", "category", "subset"], kind="stable")
+    return in_turn[in_turn.groupby("category").cumcount() < FLIPS]
 
 
 def _start(text: str, most: int) -> str:

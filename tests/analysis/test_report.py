@@ -56,8 +56,8 @@ def test_model_output_stands_in_the_page_as_data_only(html):
     assert "broken in" not in html.read_text()
     data = contents(html)
     (own,) = [f for cell, f in data["flips"].items() if "nacl-b0.5" in cell]
-    ((name, score, ours),) = own["samples"]
-    assert (name, score, ours) == ("qa/0", 0.0, NASTY)
+    ((name, score, ours, category),) = own["samples"]
+    assert (name, score, ours, category) == ("qa/0", 0.0, NASTY, "QA") and own["flipped"] == {"QA": 1}
     shared = data["samples"][own["of"]]["qa/0"]
     assert (shared["full"], shared["answers"], shared["prompt"], shared["score"]) == ("right", ["me"], "Who?", 1.0)
 
@@ -100,12 +100,28 @@ def test_many_flips_share_a_bounded_room(book, monkeypatch):
     monkeypatch.setattr(report, "TEXT_BYTES", 400)
     results = load(book.root)
     data = report.contents(results, points(results).assign(front=False))
-    shown = [ours for own in data["flips"].values() for _, _, ours in own["samples"]]
+    shown = [ours for own in data["flips"].values() for _, _, ours, _ in own["samples"]]
     texts = [
         t for own in data["samples"].values() for s in own.values() for t in (s["prompt"], s["full"], *s["answers"])
     ]
     assert len(shown) == 7 and NASTY[:10] in "".join(shown)
     assert sum(map(len, shown + texts)) <= 400 + 4 * len(shown + texts)  # an ellipsis each
+
+
+def test_flips_are_of_every_subset_and_maps_of_every_category(book, monkeypatch):
+    monkeypatch.setattr(report, "FLIPS", 4)
+    subsets = [("a", "x")] * 6 + [("b", "x")] * 6 + [("c", "y")] * 6
+    places = [{"tags": {"length": 256, "depth": 0 if name == "c" else 50}} for name, _ in subsets]
+    book.cell(scores=[1.0] * 18, subsets=subsets, rows=places)
+    book.cell("nacl", [0.0] * 18, 0.5, subsets=subsets, rows=places)
+    results = load(book.root)
+    data = report.contents(results, points(results).assign(front=False))
+    (own,) = data["flips"].values()
+    assert [name.split("/")[0] for name, *_ in own["samples"]] == ["a", "b", "c", "a", "b", "c", "c", "c"]
+    assert own["flipped"] == {"x": 12, "y": 6}
+    (cell,) = (cell for name, cell in data["cells"].items() if "nacl" in name)
+    assert cell["maps"]["x"]["depths"] == [50.0] and cell["maps"]["y"]["depths"] == [0.0]
+    assert cell["maps"]["all"]["depths"] == [0.0, 50.0]
 
 
 def test_nothing_to_report_is_said(tmp_path, capsys):
@@ -177,11 +193,20 @@ def test_a_browser_shows_heat_maps_speeds_categories_and_what_is_near_chance(bro
     page.select_option("#task", "quiz-mini")
     assert not page.is_visible("#map")
     page.select_option("#category", "summaries")
+    assert "No sample of this cell flipped" in page.inner_text("#flips")  # those that did are questions
     assert page.locator("#table tbody tr", has_text="nacl").first.inner_text().split("\t")[3] == "6"
     page.select_option("#task", "hard-mini")
     assert page.input_value("#protocol") == "agnostic" and page.locator("#table tbody tr").count() == 0
     assert "Near chance with the full cache, not compared: hard-mini (agnostic)" in page.inner_text("#apart")
     assert page.errors == []
+
+
+def test_nothing_is_wider_than_a_phone(browser_page):
+    page = browser_page
+    page.evaluate("document.querySelector('#task option').textContent = 'a-very-long-name-of-a-task-'.repeat(4)")
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_a_dark_page_draws_light_text(browser_page):

@@ -64,6 +64,15 @@ def _counts(n: int, key: str, resamples: int, seed: int) -> Iterator[np.ndarray]
         yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
 
 
+def seed_weights(seeds: int, key: str, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """What each of a method's seeds counts in its mean, [1 + resamples, seeds]: all alike, then of as many drawn with
+    replacement; key as in `bootstrap`, the method's name for instance.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(key.encode()), 2])
+    drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+    return np.concatenate([np.full((1, seeds), 1 / seeds), drawn])
+
+
 def signed(
     differences: np.ndarray, weights: np.ndarray, key: str, resamples: int = RESAMPLES, seed: int = 0
 ) -> np.ndarray:

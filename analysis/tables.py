@@ -12,6 +12,7 @@ import ast
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from analysis.points import WHOLE, points
 
 HOME = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(?P<head><!-- (?P<kind>table|figure): (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.S)
+#: what an interval says of a claim
+VERDICTS = HELD, NOT_HELD, OPEN = "held", "not held", "cannot be told here"
 KEPT = [
     "model", "task", "protocol", "label", "family", "simulated", "budget", "bits", "n", "seeds", "share", "bytes",
     "score", "score_low", "score_high", "full", "difference", "difference_low", "difference_high", "tie", "retained",
@@ -87,12 +90,13 @@ def grid(book: dict[str, Any]) -> str:
 
 
 def claimed(book: dict[str, Any]) -> str:
-    """One line per claim: what was measured for it, with intervals, and in how many of the comparisons it held."""
+    """One line per claim: what was measured for it, with intervals, and what the comparisons say, three verdicts."""
     lines = []
     for claim in book["claims"]:
         rows = claim["rows"]
-        held = sum(row["holds"] for row in rows)
-        verdict = "not held" if not held else "held" if held == len(rows) else f"held in {held} of {len(rows)}"
+        counts = Counter(row["verdict"] for row in rows)
+        said = [f"{verdict} in {counts[verdict]} of {len(rows)}" for verdict in VERDICTS if counts[verdict]]
+        verdict = next(iter(counts)) if len(counts) == 1 else ", ".join(said)
         line = {"method": f"`{claim['method']}`", "the paper's claim, in kind": claim["claim"]}
         lines.append(line | {"measured here": "; ".join(map(_measured, rows)), "verdict": verdict})
     return markdown(pd.DataFrame(lines))
@@ -102,7 +106,8 @@ def _measured(row: dict[str, Any]) -> str:
     digits = 3 if row["unit"].startswith("nats") else 1
     sign = "" if row["unit"] == "%" else "+"
     numbers = " to ".join(f"{row[key]:{sign}.{digits}f}" for key in ("low", "high"))
-    return f"{row['what']}: {row['value']:{sign}.{digits}f}{' %' if row['unit'] == '%' else ''} ({numbers})"
+    seeds = f", {row['seeds']} seeds" if row.get("seeds", 1) > 1 else ""
+    return f"{row['what']}: {row['value']:{sign}.{digits}f}{' %' if row['unit'] == '%' else ''} ({numbers}{seeds})"
 
 
 def _entry(point: pd.Series, most: int) -> str:

@@ -2,9 +2,10 @@
 
 Takes the records behind the core table (`python benchmarks/tables.py core`), runs what the claims need besides them
 (what is on disk is not run again), and writes benchmarks/claims.json and the README's table. Every number is a mean
-over the same samples on both sides, with the 95 % interval of a paired bootstrap. A comparison speaks for the claim
-where its value lies on the claim's side; the interval beside it says how sure that is. A claim whose records are not
-there is named and left out.
+over the same samples on both sides, with the 95 % interval of a paired bootstrap; of a method that draws at random it
+is a mean over at least three seeds, and seeds are drawn again as samples are. A comparison holds where all of its
+interval lies on the claim's side of the border, does not hold where none of it does, and else cannot be told here. A
+claim whose records are not there is named and left out.
 """
 
 from __future__ import annotations
@@ -27,19 +28,22 @@ import pandas as pd  # noqa: E402
 
 from analysis import stats  # noqa: E402
 from analysis.load import NothingToRead, Results, load  # noqa: E402
-from benchmarks.tables import searched  # noqa: E402
+from analysis.tables import HELD, NOT_HELD, OPEN  # noqa: E402
+from benchmarks.tables import RANDOM, SEEDS, searched  # noqa: E402
 
 TASKS = ("longbench-mini", "needle-mini", "reasoning-mini", "summarization-mini")
 RATES = (8, 16, 32)
 PROTOCOLS = ("aware", "agnostic")
 NACL_LEFT = 0.95  # of the full cache's score, with half of the cache
+KIVI_LOST = 1.0  # points of 100, at 4 bits
+SAME_BYTES = 0.005  # two tables within this share of each other are equally large
 LEFT_WHOLE = 0.5 + 0.5 / RATES[0]  # bytes of a model of four layers of which two are whole and two at the first rate
 ASSETS = HOME / "assets"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: what, its value and interval as shown, samples, and whether it speaks for the claim."""
+    """One comparison: what, its value and interval as shown, samples and seeds, and what it says of the claim."""
 
     what: str
     value: float
@@ -47,7 +51,8 @@ class Row:
     high: float
     unit: str
     n: int
-    holds: bool
+    verdict: str
+    seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,27 @@ class Records:
         self.results = results
 
     def samples(self, task: str, method: str, budget: float = 1.0, protocol: str = "aware", **knobs: object) -> Scores:
-        """The finished samples of the one cell that has these knobs. Raises NothingToRead if there is no such cell."""
+        """The finished samples of the cells that have these knobs, one cell per seed.
+
+        Raises NothingToRead if there is none, or if a method that draws at random has too few seeds.
+        """
         cells = self.results.cells
         same = cells[(cells["task"] == task) & (cells["method"] == method) & (cells["protocol"] == protocol)]
+        where = f"{method} at budget {budget:g} {knobs or ''} on {task}, {protocol}"
+        found: dict[int, pd.DataFrame] = {}
         for cell, row in same.iterrows():
             config = json.loads(row["config"])
             asked = math.isclose(row["budget"], budget) and all(config.get(k) == v for k, v in knobs.items())
             if asked and not _extra(config, knobs):
                 own = self.results.finished[self.results.finished["cell"] == cell].set_index("id")
-                return Scores(own, row["metric"], row["mean_over"])
-        raise NothingToRead(f"no cell of {method} at budget {budget:g} {knobs or ''} on {task}, {protocol}")
+                found.setdefault(int(row["seed"]), own)
+                if method not in RANDOM:  # its seeds are the same run again
+                    break
+        if not found:
+            raise NothingToRead(f"no cell of {where}")
+        if method in RANDOM and len(found) < len(SEEDS):
+            raise NothingToRead(f"{where} draws at random and has {len(found)} of {len(SEEDS)} seeds")
+        return Scores([found[seed] for seed in sorted(found)], row["metric"], row["mean_over"], method)
 
 
 def _extra(config: dict, knobs: dict) -> bool:
@@ -85,41 +101,57 @@ def _extra(config: dict, knobs: dict) -> bool:
 
 @dataclass(frozen=True)
 class Scores:
-    """Samples by id with subset, category, score and bytes; how the task shows and averages them."""
+    """Samples by id with subset, category, score and bytes, a table per seed; how the task shows and averages them."""
 
-    samples: pd.DataFrame
+    seeds: list[pd.DataFrame]
     metric: dict
     mean_over: str
+    method: str
 
     def only(self, ids: set[str]) -> Scores:
-        return Scores(self.samples[self.samples.index.isin(ids)], self.metric, self.mean_over)
+        return Scores([own[own.index.isin(ids)] for own in self.seeds], self.metric, self.mean_over, self.method)
 
     @property
     def bytes(self) -> float:
-        return float(self.samples["bytes"].mean())
+        return float(np.mean([own["bytes"].mean() for own in self.seeds]))
 
 
 def both(a: Scores, b: Scores) -> tuple[np.ndarray, np.ndarray, int]:
-    """Mean scores of the samples that both have, resampled alike: [1 + R] each, the means themselves first; and n."""
-    joined = a.samples.join(b.samples[["score"]].rename(columns={"score": "other"}), how="inner").sort_index()
+    """Mean scores of the samples that both have, resampled alike: [1 + R] each, the means themselves first; and n.
+
+    Seeds are drawn for the whole task, and for each side by itself.
+    """
+    columns = [own["score"].rename(i) for i, own in enumerate([*a.seeds, *b.seeds])]
+    joined = a.seeds[0][["category", "subset"]].join(columns, how="inner").sort_index()
     if joined.empty:
         raise NothingToRead("two cells have no sample in common")
     subsets = joined.groupby(["category", "subset"])
     share = stats.subset_weights([category for category, _ in subsets.groups], a.mean_over)
-    total = np.zeros((1 + stats.RESAMPLES, 2))
+    total = np.zeros((1 + stats.RESAMPLES, len(columns)))
     for weight, ((_, name), part) in zip(share, subsets, strict=True):
-        values = part[["score", "other"]].to_numpy(dtype=float)
+        values = part[list(range(len(columns)))].to_numpy(dtype=float)
         total += weight * stats.bootstrap(values, np.ones(len(part)), str(name))
-    return total[:, 0], total[:, 1], len(joined)
+    sides = np.split(total, [len(a.seeds)], axis=1)
+    ours, theirs = (
+        (side * stats.seed_weights(side.shape[1], own.method)).sum(axis=1) for side, own in zip(sides, (a, b))
+    )
+    return ours, theirs, len(joined)
 
 
-def difference(what: str, ours: Scores, theirs: Scores, strict: bool = True) -> Row:
-    """Ours less theirs, above 0 where ours is better; strict: a tie does not speak for us."""
+def verdict(found: stats.Estimate, border: float = 0.0, strict: bool = True) -> str:
+    """What an interval says of "above the border"; strict: on the border is not above it, so that a tie is no win."""
+    if found.low > border or (found.low == border and not strict):
+        return HELD
+    return NOT_HELD if found.high < border else OPEN
+
+
+def difference(what: str, ours: Scores, theirs: Scores, border: float = 0.0, strict: bool = True) -> Row:
+    """Ours less theirs, above 0 where ours is better, and whether it is above the border."""
     a, b, n = both(ours, theirs)
     sign = 1 if ours.metric["better"] == "higher" else -1
     found = stats.estimate(sign * ours.metric["scale"] * (a - b))
-    holds = found.value > 0 if strict else found.value >= 0
-    return Row(what, found.value, found.low, found.high, ours.metric["unit"], n, holds)
+    said = verdict(found, border, strict)
+    return Row(what, found.value, found.low, found.high, ours.metric["unit"], n, said, len(ours.seeds))
 
 
 def left(what: str, ours: Scores, full: Scores, least: float) -> Row:
@@ -128,7 +160,8 @@ def left(what: str, ours: Scores, full: Scores, least: float) -> Row:
     found = stats.retained(a, b)
     if found is None:
         raise NothingToRead(f"{what}: the full cache scores nothing")
-    return Row(what, 100 * found.value, 100 * found.low, 100 * found.high, "%", n, found.value >= least)
+    said = verdict(found, least, strict=False)
+    return Row(what, 100 * found.value, 100 * found.low, 100 * found.high, "%", n, said, len(ours.seeds))
 
 
 def nacl(core: Records) -> Claim:
@@ -145,9 +178,8 @@ def kivi(core: Records) -> Claim:
     rows = []
     for task in TASKS:
         ours = core.samples(task, "kivi", key_bits=4, value_bits=4)
-        row = difference(task, ours, core.samples(task, "full"))
-        rows.append(Row(**{**asdict(row), "holds": row.low <= 0 <= row.high or row.value > 0}))
-    return Claim("kivi", "at 4 bits no more than noise away from the full cache", rows)
+        rows.append(difference(task, ours, core.samples(task, "full"), -KIVI_LOST, strict=False))
+    return Claim("kivi", f"at 4 bits no more than {KIVI_LOST:g} point of 100 below the full cache", rows)
 
 
 def qfilters() -> Iterator[Callable[[Records], Claim]]:
@@ -179,28 +211,32 @@ def needles_at_equal_bytes(own: Records) -> Claim:
 def kvtuner(method: str, mode: str, own: Records) -> Claim:
     """Searched tables against the same bits everywhere, on samples that the search has not seen.
 
-    A table speaks for the claim where it scores no less than KV4 or KV2 with no more bytes, and is not the same table.
+    Of the tables as small as KV4 or KV2 the one that the search scored best is taken. It dominates where it scores no
+    less with fewer bytes, or more with as many.
     """
     folder = ASSETS / "kvtuner" / "reference" / mode
     card = json.loads((folder / "card.json").read_text())
     everything = own.samples("reasoning-mini", "full")
-    unseen = set(everything.samples.index) - set(card["samples"])
+    unseen = set(everything.seeds[0].index) - set(card["samples"])
     rows = []
     for bits in (4, 2):
         alike = own.samples("reasoning-mini", method, key_bits=bits, value_bits=bits).only(unseen)
         found = []
         for entry in card["tables"]:
-            if set(entry["table"].split()) == {f"KV{bits}"}:
+            if len(set(entry["table"].split())) == 1:  # all layers alike, and no find of the search
                 continue
             ours = own.samples("reasoning-mini", method, table=entry["name"]).only(unseen)
-            if ours.bytes <= 1.005 * alike.bytes:
-                what = f"{entry['name']} with {ours.bytes / alike.bytes:.2f} of the bytes of KV{bits}"
-                found.append(difference(what, ours, alike, strict=False))
-        rows += [max(found, key=lambda row: row.value)] if found else []
-        if not found:
+            if ours.bytes <= (1 + SAME_BYTES) * alike.bytes:
+                found.append((entry["score"], -ours.bytes, entry["name"], ours))
+        if found:
+            _, _, name, ours = max(found, key=lambda one: one[:2])
+            part = ours.bytes / alike.bytes
+            what = f"{name} with {part:.2f} of the bytes of KV{bits}"
+            rows.append(difference(what, ours, alike, strict=part > 1 - SAME_BYTES))
+        else:
             score = both(alike, everything.only(unseen))[0][0] * alike.metric["scale"]
             rows.append(Row(f"no other table as small as KV{bits}, which scores", score, score, score,
-                            alike.metric["unit"], len(unseen), False))  # fmt: skip
+                            alike.metric["unit"], len(unseen), NOT_HELD))  # fmt: skip
     said = {"kivi": "keys per channel", "per_token": "per token"}[mode]
     return Claim(method, f"a searched table dominates KV4 and KV2 at no more bytes ({said}; unseen samples)", rows)
 
@@ -213,7 +249,8 @@ def lococo() -> Claim:
         for text, found in card["held_out"].items():
             for rival, (value, low, high) in found["gain"].items():
                 what = f"{card['slots']} slots against {rival}, {text}"
-                rows.append(Row(what, value, low, high, "nats per token", found["rows"], value > 0))
+                said = verdict(stats.Estimate(value, low, high))
+                rows.append(Row(what, value, low, high, "nats per token", found["rows"], said))
     return Claim("lococo", "fused slots predict held-out text better than dropping at equal slots", rows)
 
 
@@ -232,7 +269,8 @@ def sweeps() -> list[list[str]]:
 def show(claim: Claim) -> None:
     print(f"\n{claim.method}: {claim.claim}")
     for row in claim.rows:
-        print(f"  {'+' if row.holds else '-'} {row.what}: {row.value:.3f} ({row.low:.3f} to {row.high:.3f}) {row.unit}")
+        seeds = f", {row.seeds} seeds" if row.seeds > 1 else ""
+        print(f"  {row.what}: {row.value:.3f} ({row.low:.3f} to {row.high:.3f}) {row.unit}{seeds}: {row.verdict}")
 
 
 def gather(folder: Path, made: Sequence[Callable[[Records], Claim]]) -> tuple[list[Claim | None], Results | None]:

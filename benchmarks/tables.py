@@ -10,8 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 HOME = Path(__file__).resolve().parent.parent
 EXPECTED = {"core": HOME / "benchmarks" / "expected.yaml"}
+#: methods that draw at random, and the seeds that each of them is run with
+RANDOM, SEEDS = ("keyformer", "nacl", "random"), (0, 1, 2)
 #: texts per subset of perplexity-mini, which is read token by token and not shared between cells
 TEXTS = "task.limit=6"
 
@@ -19,12 +23,21 @@ TEXTS = "task.limit=6"
 def sweeps(name: str) -> list[list[str]]:
     """The overrides of every sweep behind a table."""
     if name == "separation":
-        return [["experiment=separation"], ["experiment=protocols"]]
+        return [["experiment=separation"], reseeded("experiment=separation"), ["experiment=protocols"]]
     if name == "frontier-mini":
-        return [["experiment=frontier-mini"]]
-    shared = [["experiment=core"], ["experiment=core-bits"], *searched("experiment=core-bits")]
+        return [["experiment=frontier-mini"], reseeded("experiment=frontier-mini")]
+    core = [["experiment=core"], reseeded("experiment=core")]
+    shared = [*core, ["experiment=core-bits"], *searched("experiment=core-bits")]
     fused = ["experiment=core-fused"]
     return [*shared, *([*part, "task=perplexity", TEXTS] for part in [*shared, fused]), fused]
+
+
+def reseeded(sweep: str) -> list[str]:
+    """The same sweep of the methods that draw at random, with the seeds that it has not."""
+    grid = yaml.safe_load((HOME / "conf" / "experiment" / f"{sweep.partition('=')[2]}.yaml").read_text())
+    methods = grid["hydra"]["sweeper"]["params"]["method"].split(",")
+    own = [method for method in RANDOM if method in methods or methods == ["glob(*)"]]
+    return [sweep, f"method={','.join(own)}", f"seed={','.join(map(str, SEEDS[1:]))}"]
 
 
 def searched(sweep: str) -> list[list[str]]:

@@ -69,21 +69,24 @@ def test_a_readme_is_filled_between_its_marks(book, tmp_path):
         tables.fill(text, tmp_path / "nowhere")
 
 
-def test_claims_say_what_was_measured_and_how_often_they_held(tmp_path):
-    better = {"what": "8x", "value": 2.25, "low": -1.0, "high": 5.5, "unit": "points of 100", "n": 8, "holds": True}
-    worse = {**better, "what": "16x", "value": -3.0, "holds": False}
-    left = {"what": "quiz", "value": 96.0, "low": 94.0, "high": 98.0, "unit": "%", "n": 8, "holds": True}
+def test_claims_say_what_was_measured_and_which_of_three_verdicts_each_comparison_gives(tmp_path):
+    held, not_held, open_ = tables.VERDICTS
+    better = {"what": "8x", "value": 2.25, "low": 1.0, "high": 5.5, "unit": "points of 100", "n": 8, "verdict": held}
+    worse = {**better, "what": "16x", "value": -3.0, "low": -5.5, "high": -1.0, "verdict": not_held}
+    tie = {**better, "what": "32x", "low": -1.0, "verdict": open_, "seeds": 3}
+    left = {"what": "quiz", "value": 96.0, "low": 94.0, "high": 98.0, "unit": "%", "n": 8, "verdict": open_}
     claims = [
-        {"method": "a", "claim": "above b", "rows": [better, worse]},
+        {"method": "a", "claim": "above b", "rows": [better, worse, tie, tie]},
         {"method": "a", "claim": "much is left", "rows": [left]},
         {"method": "a", "claim": "above c", "rows": [worse]},
     ]
     (tmp_path / "said.json").write_text(json.dumps({"command": "python x.py", "claims": claims}))
     lines = tables.fill("<!-- table: said -->\n<!-- end -->\n", tmp_path).splitlines()
     assert lines[4:7] == [
-        "| `a` | above b | 8x: +2.2 (-1.0 to +5.5); 16x: -3.0 (-1.0 to +5.5) | held in 1 of 2 |",
-        "| `a` | much is left | quiz: 96.0 % (94.0 to 98.0) | held |",
-        "| `a` | above c | 16x: -3.0 (-1.0 to +5.5) | not held |",
+        "| `a` | above b | 8x: +2.2 (+1.0 to +5.5); 16x: -3.0 (-5.5 to -1.0); 32x: +2.2 (-1.0 to +5.5, 3 seeds); "
+        "32x: +2.2 (-1.0 to +5.5, 3 seeds) | held in 1 of 4, not held in 1 of 4, cannot be told here in 2 of 4 |",
+        "| `a` | much is left | quiz: 96.0 % (94.0 to 98.0) | cannot be told here |",
+        "| `a` | above c | 16x: -3.0 (-5.5 to -1.0) | not held |",
     ]
     assert "`python x.py`" in lines
 

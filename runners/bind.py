@@ -24,6 +24,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kernels import Rules
 from methods.core.contract import LayerCache, Method, ModelSpec, Stage, Step
 from methods.core.errors import UserError
+from runners import sight
+from runners.decoder import CannotBind, Decoder, decoder_of, drops_attention
 from runners.meter import Meter, Report
 from runners.rotation import Turning, turnings
 
@@ -55,7 +57,14 @@ class KVLayer(CacheLayerMixin):
         """Nothing to do: the stores see their first tensors in `take`."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Handle, None]:
-        self.seen += key_states.shape[-2]
+        spec, shape = self.cache.spec, tuple(key_states.shape)
+        if len(shape) != 4 or (shape[1], shape[3]) != (spec.n_kv_heads, spec.head_dim):
+            raise CannotBind(
+                self.cache.kind,
+                f"its layers store {' x '.join(map(str, shape[1::2]))} numbers of a token's keys instead of "
+                f"{spec.n_kv_heads} heads x {spec.head_dim}, such as latents",
+            )
+        self.seen += shape[2]
         return Handle(self, key_states, value_states), None
 
     def get_seq_length(self) -> int:
@@ -119,6 +128,7 @@ class KVCache(Cache):
         samples: Sequence[int] | None = None,
     ):
         spec = bind(model)
+        self.kind: str = model.__dict__["_kvfrontier"]["kind"]
         self.turnings: list[Turning] = model.__dict__["_kvfrontier"]["turnings"]
         unknown = [i for i, turning in enumerate(self.turnings) if not turning.known]
         if "rope" in method.needs and unknown:
@@ -238,9 +248,31 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     _need(key, Handle, module)
+    kind = key.layer.cache.kind
+    if dropout:
+        raise CannotBind(kind, "in training mode it drops attention at random; model.eval() does not")
+    if value is not None or key.layer.index != module.layer_idx:
+        raise CannotBind(kind, "some of its layers attend to another layer's keys and values")
+    for name in _NOT_OURS:
+        if kwargs.get(name) is not None:
+            raise CannotBind(kind, f"its attention also takes {name}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = key.layer.attend(key, query, attention_mask, Rules(scale, softcap, sliding_window))
+    out = key.layer.attend(key, query, attention_mask, Rules(scale, softcap, _window(kind, attention_mask)))
     return out.transpose(1, 2).contiguous(), None
+
+
+#: what an attention function may be given beside queries, keys, values and a mask, and that changes its answer
+_NOT_OURS = ("s_aux", "position_bias", "alibi", "attention_bias", "bias", "indices")
+
+
+def _window(kind: str, mask: Tensor | None) -> int | None:
+    """The window that a mask stands for. Raises CannotBind if it is not ours, or stands for more than a window."""
+    seen = getattr(mask, "sight", None)
+    if seen is None:
+        raise CannotBind(kind, "it attends by a mask of its own making")
+    if not seen.lawful:
+        raise CannotBind(kind, "what its tokens see is neither all that came before them nor a sliding window")
+    return seen.window
 
 
 def _need(given: Any, kind: type, module: nn.Module) -> None:
@@ -252,56 +284,46 @@ def _need(given: Any, kind: type, module: nn.Module) -> None:
         )
 
 
-def _mask(
-    batch_size: int,
-    kv_length: int,
-    attention_mask: Tensor | None = None,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> Tensor:
-    """The 2-D padding mask over all tokens seen; causality is the layers' own business."""
-    if attention_mask is None:
-        return torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    return attention_mask
-
-
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionMaskInterface.register(NAME, sight.mask)
 
 
 def bind(model: PreTrainedModel) -> ModelSpec:
     """Let `model` run on our caches; the second call does nothing. Returns what methods may know of it.
 
-    Raises UserError with the architecture's name when its attention cannot be reached.
+    Raises UserError with the architecture's name when its attention cannot be reached or would not be the model's own;
+    the model is left as it was.
     """
-    if NAME not in model.__dict__.setdefault("_kvfrontier", {}):
-        config = model.config.get_text_config(decoder=True)
-        modules = _attention_modules(model)
-        if len(modules) != config.num_hidden_layers:
-            raise UserError(f"model: {config.model_type} cannot be bound, {len(modules)} of its "
-                            f"{config.num_hidden_layers} layers have an attention that is known")  # fmt: skip
-        adapter = _ADAPTERS.get(config.model_type)
-        if adapter is None and type(modules[0]).__name__ in _OWN_FORWARD:
-            raise UserError(f"model: {config.model_type} cannot be bound, it does not use the attention interface; "
-                            f"an adapter exists for {', '.join(_ADAPTERS)}")  # fmt: skip
-        if hasattr(modules[0], "sinks") or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-            raise UserError(
-                f"model: {config.model_type} cannot be bound, its attention has learned sinks or is chunked"
-            )
-        if config.model_type == "falcon" and config.alibi:
-            raise UserError("model: falcon with config.alibi=true cannot be bound; falcon with rotary positions can")
-        state: dict[str, Any] = {"stock": config._attn_implementation, "modules": modules, "adapter": adapter}
-        for module in modules:
-            module.register_forward_pre_hook(_extras, with_kwargs=True)
-        state["turnings"] = turnings(model, modules)
-        state[NAME] = _spec(model, config, modules, state["turnings"])
+    state = model.__dict__.get("_kvfrontier")
+    if state is None:
+        decoder = decoder_of(model, _ADAPTERS)
+        state = _attach(model, decoder)
         model.__dict__["_kvfrontier"] = state
-        try:
-            _switch_on(model)
-        except (ValueError, KeyError) as error:
-            del model.__dict__["_kvfrontier"]
-            raise UserError(f"model: {config.model_type} cannot be bound: {error}") from error
-    return model.__dict__["_kvfrontier"][NAME]
+        _switch_on(model)
+    _need_whole_attention(state)
+    return state[NAME]
+
+
+def _attach(model: PreTrainedModel, decoder: Decoder) -> dict[str, Any]:
+    """Hooks on the attention modules of a model, and what binding notes of it."""
+    turned = turnings(model, decoder.modules)
+    state = {
+        NAME: _spec(model, decoder.config, decoder.modules, turned),
+        "turnings": turned,
+        "kind": decoder.config.model_type,
+        "stock": [(config, config._attn_implementation_internal) for config in decoder.configs],
+        "modules": decoder.modules,
+        "adapter": _ADAPTERS.get(decoder.config.model_type),
+    }
+    for module in decoder.modules:
+        module.register_forward_pre_hook(_extras, with_kwargs=True)
+    return state
+
+
+def _need_whole_attention(state: dict[str, Any]) -> None:
+    """Raises CannotBind where the model would leave attention out at random."""
+    if any(map(drops_attention, state["modules"])):
+        raise CannotBind(state["kind"], "in training mode it drops attention at random; model.eval() does not")
 
 
 @contextmanager
@@ -312,12 +334,10 @@ def unbound(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         yield model
         return
     state["on"] = False
-    if state["adapter"] is None:
-        model.set_attn_implementation(state["stock"])
-    else:
-        model.config._attn_implementation_internal = state["stock"]
-        for module in state["modules"]:
-            del module.__dict__[state["adapter"][0]]
+    for config, stock in state["stock"]:
+        config._attn_implementation_internal = stock
+    for module in state["modules"] if state["adapter"] else ():
+        del module.__dict__[state["adapter"][0]]
     try:
         yield model
     finally:
@@ -325,23 +345,14 @@ def unbound(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def _switch_on(model: PreTrainedModel) -> None:
+    """Let the text decoder ask for our attention and our masks; the other towers keep their own."""
     state = model.__dict__["_kvfrontier"]
     state["on"] = True
-    if state["adapter"] is None:
-        model.set_attn_implementation(NAME)
-        config = model.config.get_text_config(decoder=True)
-        if config._attn_implementation != NAME:
-            raise ValueError("it does not take an attention implementation")
-    else:
+    for config, _ in state["stock"]:
+        config._attn_implementation_internal = NAME
+    for module in state["modules"] if state["adapter"] else ():
         name, function = state["adapter"]
-        for module in state["modules"]:
-            setattr(module, name, types.MethodType(function, module))
-        model.config._attn_implementation_internal = NAME  # so that the model asks for our mask
-
-
-def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    found = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
-    return sorted(found, key=lambda m: m.layer_idx)
+        setattr(module, name, types.MethodType(function, module))
 
 
 def _extras(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -386,7 +397,8 @@ def _n_kv_heads(config: Any) -> int:
 
 def _gptj_attn(self: Any, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None = None) -> Any:
     _need(key, Handle, self)
-    return key.layer.attend(key, query, attention_mask, Rules(1 / float(self.scale_attn))), None
+    window = _window(key.layer.cache.kind, attention_mask)
+    return key.layer.attend(key, query, attention_mask, Rules(1 / float(self.scale_attn), window=window)), None
 
 
 def _mpt_forward(
@@ -405,7 +417,8 @@ def _mpt_forward(
     q, k, v = (x.view(B, T, self.n_heads, self.head_dim).transpose(1, 2) for x in qkv.chunk(3, dim=2))
     handle, _ = past_key_values.update(k, v, self.layer_idx)
     slopes = -position_bias[:, 0, -2].float()  # the bias one token back
-    out = handle.layer.attend(handle, q, attention_mask, Rules(self.softmax_scale, slopes=slopes))
+    window = _window(past_key_values.kind, attention_mask)
+    out = handle.layer.attend(handle, q, attention_mask, Rules(self.softmax_scale, window=window, slopes=slopes))
     return self.out_proj(out.transpose(1, 2).reshape(B, T, -1)), None
 
 
@@ -429,7 +442,8 @@ def _falcon_forward(
     k, v = k[:, ::group], v[:, ::group]
     q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
     handle, _ = layer_past.update(k, v, self.layer_idx)
-    out = handle.layer.attend(handle, q, attention_mask, Rules(1 / math.sqrt(self.head_dim)))
+    window = _window(layer_past.kind, attention_mask)
+    out = handle.layer.attend(handle, q, attention_mask, Rules(1 / math.sqrt(self.head_dim), window=window))
     return self.dense(out.transpose(1, 2).reshape(B, T, -1)), None
 
 

@@ -125,7 +125,7 @@ def test_attention_left_out_at_random_in_training_mode_is_refused(name):
 @torch.no_grad()
 def test_of_a_vision_language_model_the_text_decoder_alone_is_bound():
     torch.manual_seed(0)
-    tower = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2)
+    tower = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
     config = AutoConfig.for_model(
         "llava",
         text_config=dict(_SIZES, model_type="llama"),

@@ -25,6 +25,7 @@ from runners.generations import Found, Shelf, check_found, say_what_changed
 from runners.load import (
     Checkpoint,
     checkpoint_of,
+    date_of,
     load_model,
     load_tokenizer,
     pick_backend,
@@ -33,7 +34,7 @@ from runners.load import (
     pick_threads,
 )
 from runners.prompt import Encoder
-from runners.record import Record, generation_of
+from runners.record import Record, digest, generation_of
 from runners.revision import Code, code_of, commit
 from tasks.base import Example, Task, as_parts
 
@@ -130,6 +131,7 @@ class Run:
             window=self.checkpoint.window,
             chat=bool(model.chat),
             chat_options=plain(model.chat_options),
+            date=date_of(self.checkpoint, model),
         )
 
     @cached_property
@@ -266,6 +268,7 @@ class Run:
             "command": _command(name, words),
             "place": self.checkpoint.place,
             "modules": code.modules,
+            "files": self.checkpoint.files,
         }
         record, older = self._on_disk(identity, conditions)
         return Cell(name, method, record, conditions, notes, older)
@@ -288,6 +291,7 @@ class Run:
             "max_length": self.checkpoint.max_length(model.max_length),
             "chat": bool(model.chat),
             "chat_options": plain(model.chat_options),
+            **({"date": date} if (date := date_of(self.checkpoint, model)) else {}),
         }
 
     def _code(self, method: Method, knobs: Mapping[str, Any]) -> Code:
@@ -308,6 +312,7 @@ class Run:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "backend": self.backend,
             "weights": self.checkpoint.weights,
+            **({"files": digest(files, 16)} if (files := self.checkpoint.files) else {}),
             "code": code,
             **({"artefacts": learned} if learned else {}),
         }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods.core.errors import UserError
+from runners.model_files import DATE, asks_for_the_date, dated, deciding, hash_of, weight_files
 from tasks.sources import unreachable
 
 if TYPE_CHECKING:
@@ -87,11 +88,18 @@ class Checkpoint:
             return f"random:{hashlib.sha256(drawn).hexdigest()[:16]}"
         if self.commit:
             return self.commit
-        total = hashlib.sha256()
-        for path in sorted([*self.folder.glob("*.safetensors"), self.folder / "config.json", *_tokenizer(self.folder)]):
-            with path.open("rb") as file:
-                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-        return f"sha256:{total.hexdigest()[:16]}"
+        names = [*weight_files(self.path, self.folder), "config.json", *(path.name for path in _tokenizer(self.folder))]
+        return f"sha256:{hash_of(self.folder, names)}"
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Hashes of the files that decide prompts and stops, by name; none where the hub's commit stands for them."""
+        return {} if self.commit else deciding(self.folder)
+
+    @cached_property
+    def is_dated(self) -> bool:
+        """Whether its chat template writes today's date."""
+        return asks_for_the_date(self.folder)
 
     @property
     def ends(self) -> set[int]:
@@ -146,6 +154,16 @@ def checkpoint_of(model: Mapping[str, Any]) -> Checkpoint:
         f"model.init=random: no config.json in {shape}; give model.shape=DIR, a folder with the config.json of the "
         "shape that is wanted"
     )
+
+
+def date_of(checkpoint: Checkpoint, model: Mapping[str, Any]) -> str | None:
+    """The day that the checkpoint's chat template takes for today, by the setting `date`; None: it asks for none.
+
+    Raises UserError unless the setting is a day.
+    """
+    date = str(model.get("date") or DATE)
+    dated("", date)
+    return date if model["chat"] and checkpoint.is_dated else None
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> "PreTrainedTokenizerBase":
@@ -272,7 +290,7 @@ def _check(path: str, folder: Path) -> None:
     """Raises UserError unless the folder holds what a checkpoint needs."""
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={path}: no config.json in {folder}; give the folder of a transformers checkpoint")
-    if not any(folder.glob("*.safetensors")):
+    if not weight_files(path, folder):
         other = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern)]
         hint = (
             f"{other[0]} is not read, because only safetensors are; save the model again with save_pretrained"

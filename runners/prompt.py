@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from methods.core.errors import UserError
 from runners.generate import Prompt
+from runners.model_files import dated
 from tasks.base import Example, Forced
 from tasks.tokens import Tokens
 from tasks.truncate import truncate_middle
@@ -37,6 +38,7 @@ class Encoder:
     max_length: tokens of a prompt, before the chat template is put around it; None: only the window limits it.
     window: positions that the model has, for prompt and answer together; None: no limit.
     chat: use the chat template where the example wants one and the tokenizer has one; chat_options go to the template.
+    date: what a template that writes today's date is told, such as 2024-07-26; None: it asks for none.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -45,6 +47,7 @@ class Encoder:
     window: int | None = None
     chat: bool = True
     chat_options: Mapping[str, Any] = field(default_factory=dict)
+    date: str | None = None
     _texts: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, example: Example) -> Encoded:
@@ -170,7 +173,9 @@ class Encoder:
         for user, assistant in turns:
             messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
         messages.append({"role": "user", "content": last})
-        options = self.chat_options
+        options = dict(self.chat_options)
+        if self.date:
+            options["chat_template"] = dated(self.tokenizer.get_chat_template(), self.date)
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
         assert isinstance(text, str)
         return text

@@ -27,6 +27,7 @@ from runners.generate import generate
 from runners.load import (
     Checkpoint,
     checkpoint_of,
+    date_of,
     load_model,
     load_tokenizer,
     pick_backend,
@@ -340,6 +341,7 @@ def _encoder(checkpoint: Checkpoint, cfg: DictConfig) -> Encoder:
         window=checkpoint.window,
         chat=bool(cfg.model.chat),
         chat_options=_plain(cfg.model.chat_options),
+        date=date_of(checkpoint, cfg.model),
     )
 
 

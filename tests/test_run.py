@@ -4,6 +4,7 @@ import errno
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -503,6 +504,22 @@ def test_resume_force_goes_on_in_the_older_record_and_notes_that_it_is_mixed(com
     (folder,) = (tmp_path / "results").glob("*/*/mine-*")
     assert {row["run"] for row in samples(tmp_path / "results", "mine").values()} == {0, 1}
     assert len(json.loads((folder / "cell.json").read_text())["runs"]) == 2
+
+
+def test_a_mended_stop_token_or_template_begins_a_record_of_its_own(command, tmp_path, tiny_model_dir):
+    own = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    assert command(f"model.path={own}", "method=full", "task.limit=1")[0] == 0
+    (old,) = (tmp_path / "results").glob("*/*/full-*")
+    (own / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    code, _, err = command(f"model.path={own}", "method=full", "task.limit=2")
+    assert code == 0 and f"changed since {old.name} (the model's files: generation_config.json)" in err
+    (own / "chat_template.jinja").write_text("{{ strftime_now('%Y') }} {{ messages[-1].content }}")
+    code, _, err = command(f"model.path={own}", "method=full", "task.limit=1", "model.date=2031-12-30")
+    assert code == 0
+    books = [json.loads(path.read_text()) for path in (tmp_path / "results").glob("*/*/*/cell.json")]
+    assert len(books) == 3 and [b["identity"]["model"].get("date") for b in books].count("2031-12-30") == 1
+    sizes = sorted(len(p.read_text().splitlines()) for p in (tmp_path / "results").glob("*/*/*/samples.jsonl"))
+    assert sizes == [2, 2, 4]
 
 
 def test_a_record_of_an_earlier_form_is_found_under_its_own_name(command, tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints: found, checked and loaded, with an answer to everything that can be missing."""
 
+import hashlib
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from runners import load
 from runners.load import (
     Checkpoint,
     checkpoint_of,
+    date_of,
     find,
     load_model,
     load_tokenizer,
@@ -18,6 +20,7 @@ from runners.load import (
     pick_dtype,
     pick_threads,
 )
+from runners.prompt import Encoder
 
 
 @pytest.fixture
@@ -199,3 +202,71 @@ def test_the_shape_of_llama_8b_ships_with_the_project():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.folder))
     assert sum(p.numel() for p in model.parameters()) == 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "generation_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "merges.txt",
+        "added_tokens.json", "special_tokens_map.json", "vocab.json", "tokenizer.model", "config.json",
+        "additional_chat_templates/rag.jinja",
+    ],
+)  # fmt: skip
+def test_every_file_that_decides_prompts_or_stops_is_part_of_what_a_model_is(copy, name):
+    before = find(str(copy)).files
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_bytes(b'{"eos_token_id": [1, 2]}')
+    after = find(str(copy)).files
+    assert {key for key in before | after if before.get(key) != after.get(key)} == {name}
+
+
+def test_what_only_tells_of_a_model_is_no_part_of_it(copy):
+    before = find(str(copy)).files
+    for name in ("README.md", "trainer_state.json", "measured.json", "picture.png"):
+        (copy / name).write_text("{}")
+    assert find(str(copy)).files == before
+
+
+def test_the_weights_of_a_record_written_before_are_known_again(tmp_path):
+    """The hash as commit 4be9054 made it: names and contents, in the order of their names."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"w")
+    (tmp_path / "tokenizer.json").write_text("[]")
+    total = hashlib.sha256()
+    for name, content in (("config.json", b"{}"), ("model.safetensors", b"w"), ("tokenizer.json", b"[]")):
+        total.update(name.encode() + hashlib.sha256(content).digest())
+    assert Checkpoint("x", tmp_path).weights == f"sha256:{total.hexdigest()[:16]}"
+
+
+@pytest.mark.parametrize(
+    "name", ["../other/model.safetensors", "/etc/model.safetensors", "a/../../b", "C:\\w", "..\\w"]
+)
+def test_an_index_that_leads_out_of_the_folder_is_refused(copy, name):
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json names .* outside the folder"):
+        find(str(copy))
+
+
+def test_weights_in_a_folder_below_count_where_an_index_names_them(copy):
+    (copy / "part").mkdir()
+    (copy / "part" / "a.safetensors").write_bytes(b"1")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "part/a.safetensors"}}))
+    before = find(str(copy)).weights
+    (copy / "part" / "a.safetensors").write_bytes(b"2")
+    assert find(str(copy)).weights != before
+    (copy / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(UserError, match="cannot be read: no `weight_map`"):
+        find(str(copy))
+
+
+def test_a_template_that_writes_todays_date_is_told_a_fixed_one(copy):
+    settings = {"chat": True}
+    assert date_of(find(str(copy)), settings) is None
+    template = "{% if strftime_now is defined %}{% set form = '%d %b %Y' %}\n {{ strftime_now(form) }}{% endif %}"
+    (copy / "chat_template.jinja").write_text(template + ": {{ messages[-1].content }}")
+    assert date_of(find(str(copy)), settings) == "2024-07-26"
+    day = date_of(find(str(copy)), settings | {"date": "2031-12-30"})
+    assert Encoder(load_tokenizer(find(str(copy))), ends=[], date=day).templated([], "a") == " 30 Dec 2031: a"
+    for wrong in ("today", "2024-13-01", 7):
+        with pytest.raises(UserError, match=f"model.date={wrong}: give a day such as 2024-07-26"):
+            date_of(find(str(copy)), settings | {"date": wrong})

@@ -2,7 +2,7 @@
 
 The model's attention calls `cache.update`, which returns a handle instead of tensors; the handle travels through the
 model to the attention function registered here, which lets the layer's cache take in the step and answer it. A stock
-attention function that meets the handle fails loudly.
+attention function that meets the handle fails loudly; calls without one of our caches meet the untouched model.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import types
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
 from kernels import Rules
 from methods.core.contract import LayerCache, Method, ModelSpec, Stage, Step
 from methods.core.errors import UserError
 from runners import sight
 from runners.decoder import CannotBind, Decoder, decoder_of, drops_attention
+from runners.lengths import Lengths, Reach
 from runners.meter import Meter, Report
+from runners.passes import Bound, Passes
 from runners.rotation import Turning, turnings
 
 NAME = "kvfrontier"
@@ -77,10 +79,15 @@ class KVLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def offload(self) -> None:
+        raise NotImplementedError("a compressed cache stays on its device")
+
+    prefetch = offload
+
     def reset(self) -> None:
         raise NotImplementedError("a new sequence needs a new cache: method.cache_for(model)")
 
-    def crop(self, max_length: int) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError(
             "tokens cannot be taken back from a compressed cache; assisted generation is not for it"
         )
@@ -117,7 +124,7 @@ class Standing:
     padded: bool
 
 
-class KVCache(Cache):
+class KVCache(Bound):
     """A transformers Cache whose layers belong to a method; made by `Method.cache_for`."""
 
     def __init__(
@@ -134,12 +141,10 @@ class KVCache(Cache):
         if "rope" in method.needs and unknown:
             raise UserError(f"{method.name}: needs keys as they are before RoPE, and how layer {unknown[0]} of "
                             f"{spec.name} turns them is not known")  # fmt: skip
-        # by identity: two methods with the same knobs may have edited the model differently
-        prepared = model.__dict__.setdefault("_kvfrontier_prepared", {})
-        if id(method) not in prepared:
-            prepared[id(method)] = (method, method.prepare(model))
-        self.spec = dataclasses.replace(spec, prepared=prepared[id(method)][1])
+        prepared = model.__dict__.setdefault("_kvfrontier_prepared", Prepared())
+        self.spec = dataclasses.replace(spec, prepared=prepared.by(method, model))
         self.method, self.prompt_len = method, prompt_len
+        self.reach: Reach | None = None  # where frequencies follow the length
         self._samples = samples
         self._here: Standing | None = None
         self._counts: Tensor | None = None  # [B], tokens per row so far
@@ -199,7 +204,7 @@ class KVCache(Cache):
         rows [B], long: which row of `other` each row goes on from; None: the same.
         """
         assert other._counts is not None and isinstance(other._samples, Tensor), "the other has seen nothing yet"
-        self.prompt_len, self._here = other.prompt_len, other._here
+        self.prompt_len, self._here, self.reach = other.prompt_len, other._here, other.reach
         self._counts = other._counts if rows is None else other._counts[rows]
         self._samples = other._samples if rows is None else other._samples[rows]
         for own, its in zip(self.layers, other.layers, strict=True):
@@ -208,9 +213,22 @@ class KVCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         if self._counts is not None:
-            self._counts = self._counts[beam_idx]
+            self._counts = self._counts[beam_idx.to(self._counts.device)]
         if isinstance(self._samples, Tensor):
-            self._samples = self._samples[beam_idx]
+            self._samples = self._samples[beam_idx.to(self._samples.device)]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with these rows only, given by number or as a mask over the rows."""
+        self.reorder_cache(torch.arange(self._rows())[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Go on with every row so many times, side by side; the copies count as the same sample."""
+        self.reorder_cache(torch.arange(self._rows()).repeat_interleave(repeats))
+
+    def _rows(self) -> int:
+        if self._counts is None:
+            raise RuntimeError("this cache has no rows yet: it has seen no token")
+        return len(self._counts)
 
     def compress_next(self) -> None:
         """The next forward ends a prompt, as the first one did: what is stored then is compressed again."""
@@ -233,6 +251,24 @@ class KVCache(Cache):
     def check_budget(self) -> None:
         """Raises BudgetMiss when the prompt's end left more than the budget and its documented overhead."""
         self.meter.books.check_budget(self.method.name)
+
+
+class Prepared:
+    """What methods have made of a model in `prepare`, each for as long as the method lives."""
+
+    def __init__(self) -> None:
+        self.made: dict[int, tuple[weakref.ref[Method], Any]] = {}
+
+    def by(self, method: Method, model: PreTrainedModel) -> Any:
+        """What this very method made, which it does once: one with the same knobs may edit the model otherwise."""
+        key = id(method)
+        if key not in self.made or self.made[key][0]() is not method:
+            made = self.made
+            self.made[key] = (weakref.ref(method, lambda gone: made.pop(key, None)), method.prepare(model))
+        return self.made[key][1]
+
+    def __reduce__(self) -> tuple[type[Prepared], tuple[()]]:
+        return Prepared, ()  # a copy of the model, or one from a file, knows no method yet
 
 
 def _attention(
@@ -279,8 +315,7 @@ def _need(given: Any, kind: type, module: nn.Module) -> None:
     """Raises RuntimeError unless a step came through one of our caches."""
     if not isinstance(given, kind):
         raise RuntimeError(
-            f"{type(module).__name__} is bound to kvfrontier and needs past_key_values=method.cache_for(model); "
-            "for the stock attention use runners.bind.unbound(model)"
+            f"{type(module).__name__} attends to something other than its layer of the cache of method.cache_for(model)"
         )
 
 
@@ -296,28 +331,22 @@ def bind(model: PreTrainedModel) -> ModelSpec:
     """
     state = model.__dict__.get("_kvfrontier")
     if state is None:
-        decoder = decoder_of(model, _ADAPTERS)
-        state = _attach(model, decoder)
+        state = _attach(model, decoder_of(model, _ADAPTERS))
         model.__dict__["_kvfrontier"] = state
-        _switch_on(model)
     _need_whole_attention(state)
     return state[NAME]
 
 
 def _attach(model: PreTrainedModel, decoder: Decoder) -> dict[str, Any]:
-    """Hooks on the attention modules of a model, and what binding notes of it."""
-    turned = turnings(model, decoder.modules)
-    state = {
-        NAME: _spec(model, decoder.config, decoder.modules, turned),
-        "turnings": turned,
-        "kind": decoder.config.model_type,
-        "stock": [(config, config._attn_implementation_internal) for config in decoder.configs],
-        "modules": decoder.modules,
-        "adapter": _ADAPTERS.get(decoder.config.model_type),
-    }
-    for module in decoder.modules:
+    """Hooks on a model, and what binding notes of it."""
+    kind, modules = decoder.config.model_type, decoder.modules
+    turned = turnings(model, modules)
+    spec = _spec(model, decoder.config, modules, turned)
+    passes = Passes(NAME, decoder.configs, modules, _ADAPTERS.get(kind), Lengths(model))
+    passes.watch(model)
+    for module in modules:
         module.register_forward_pre_hook(_extras, with_kwargs=True)
-    return state
+    return {NAME: spec, "turnings": turned, "kind": kind, "modules": modules, "passes": passes}
 
 
 def _need_whole_attention(state: dict[str, Any]) -> None:
@@ -328,31 +357,17 @@ def _need_whole_attention(state: dict[str, Any]) -> None:
 
 @contextmanager
 def unbound(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The model with its own attention inside the block, bound again after it if it was bound before."""
+    """The model with its own attention inside the block, whatever cache it is given."""
     state = model.__dict__.get("_kvfrontier")
-    if not state or not state["on"]:
+    if not state:
         yield model
         return
-    state["on"] = False
-    for config, stock in state["stock"]:
-        config._attn_implementation_internal = stock
-    for module in state["modules"] if state["adapter"] else ():
-        del module.__dict__[state["adapter"][0]]
+    passes, before = state["passes"], state["passes"].barred
+    passes.barred = True
     try:
         yield model
     finally:
-        _switch_on(model)
-
-
-def _switch_on(model: PreTrainedModel) -> None:
-    """Let the text decoder ask for our attention and our masks; the other towers keep their own."""
-    state = model.__dict__["_kvfrontier"]
-    state["on"] = True
-    for config, _ in state["stock"]:
-        config._attn_implementation_internal = NAME
-    for module in state["modules"] if state["adapter"] else ():
-        name, function = state["adapter"]
-        setattr(module, name, types.MethodType(function, module))
+        passes.barred = before
 
 
 def _extras(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -448,6 +463,10 @@ def _falcon_forward(
 
 
 #: models that do not use the attention interface: which method of the attention module to replace, and by what
-_ADAPTERS = {"gptj": ("_attn", _gptj_attn), "mpt": ("forward", _mpt_forward), "falcon": ("forward", _falcon_forward)}
+_ADAPTERS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "gptj": ("_attn", _gptj_attn),
+    "mpt": ("forward", _mpt_forward),
+    "falcon": ("forward", _falcon_forward),
+}
 #: attention classes known to compute attention themselves, for which there is no adapter
 _OWN_FORWARD = {"BloomAttention", "GPTNeoSelfAttention", "CodeGenAttention"}

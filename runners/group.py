@@ -10,7 +10,6 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -278,15 +277,9 @@ class _Joint(Method):
         return [LayerCache() for _ in range(spec.n_layers)]
 
 
-@cache
-def _joint(asks: frozenset[str]) -> _Joint:
-    """One object per set: a model remembers every method it has met."""
-    return _Joint(asks=asks)
-
-
 def _empty(model: PreTrainedModel, members: Sequence[Member], prompt_len: int | None, samples: Any) -> KVCache:
     asks = frozenset().union(*(member.method.needs for member in members))
-    batch = KVCache(model, _joint(asks), prompt_len, samples)
+    batch = KVCache(model, _Joint(asks=asks), prompt_len, samples)
     batch.meter = _Unwatched([])
     return batch
 

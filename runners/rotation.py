@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kernels import rotate
 from methods.core.contract import Rope
+from runners.lengths import changes, undisturbed
 
 #: positions whose keys are compared: near ones say which channels are pairs, a far one which frequencies they have
 NEAR, FAR = (0, 3, 10), 1000
@@ -30,8 +31,6 @@ _WRITTEN = {
     "neighbours": lambda x: x[..., ::2],
     "pairs": lambda x: x,
 }
-#: RoPE whose frequencies follow the length of the sequence
-CHANGING = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def _ask(model: PreTrainedModel, modules: Sequence[nn.Module]) -> tuple[list[_As
         return ((same, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": same})
 
     positions = {"position_ids": at[None].to(ids.device)} if named else {}
-    with _evaluating(model), _hooked(modules, hand_over):
+    with _evaluating(model), undisturbed(model), _hooked(modules, hand_over):
         try:
             cache = DynamicCache()  # whose layers keep every position, sliding ones too
             model(input_ids=ids, past_key_values=cache, use_cache=True, **positions)
@@ -205,7 +204,7 @@ def _changing(module: nn.Module, kind: str) -> bool:
     """Whether the module's frequencies follow the length of the sequence; kind: of its layers, if it has several."""
     rope_type = getattr(module, "rope_type", "default")
     rope_type = rope_type.get(kind, "default") if isinstance(rope_type, dict) else rope_type
-    return rope_type in CHANGING
+    return changes(rope_type)
 
 
 def _plain_token(config: Any) -> int:

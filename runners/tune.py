@@ -225,9 +225,6 @@ class Scores:
                     for example, ids in zip(batch, answers, strict=True):
                         totals[i] += self.sign * self.task.score(example, self.encoder.text(ids))
                 bar.advance(len(batch))
-        # a model remembers every method it has met
-        for method in methods:
-            self.model.__dict__["_kvfrontier_prepared"].pop(id(method), None)
         return [total / len(self.examples) for total in totals]
 
     def _answer(self, methods: Sequence[KVTuner], batch: Sequence[Example]) -> list[list[list[int]]]:

@@ -378,17 +378,6 @@ def test_an_architecture_that_cannot_be_bound_is_refused_by_name_and_left_as_it_
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_bound_model_without_our_cache_says_so(name):
-    model = tiny_model(name)
-    bind(model)
-    ids, _ = padded_prompt([9])
-    for cache in ({"use_cache": False}, {"use_cache": True}, {"past_key_values": DynamicCache(), "use_cache": True}):
-        with pytest.raises(RuntimeError, match="bound to kvfrontier and needs past_key_values"):
-            model(ids, **cache)
-
-
-@torch.no_grad()
 def test_unbound_gives_the_untouched_model_and_binding_comes_back_after_it(pair):
     _, stock, bound = pair
     ids, mask = tokens_of(PADDED)

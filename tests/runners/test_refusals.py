@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from methods import load_method
 from methods.core.errors import UserError
-from runners.bind import NAME, bind
+from runners.bind import NAME
 from tests.tiny import feed, padded_prompt, tiny_model
 
 _SIZES = dict(
@@ -135,15 +135,16 @@ def test_of_a_vision_language_model_the_text_decoder_alone_is_bound():
     )
     stock = AutoModelForImageTextToText.from_config(config).eval()
     model = copy.deepcopy(stock)
-    bind(model)
-    assert model.config.text_config._attn_implementation == NAME
-    assert model.config.vision_config._attn_implementation == stock.config.vision_config._attn_implementation != NAME
+    cache, during = load_method("full").cache_for(model), []
+    parts = (model.config.text_config, model.config.vision_config)
+    model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda *_: during.extend(part._attn_implementation for part in parts)
+    )
     ids, mask = padded_prompt([24])
     ids = ids.clamp_max(95)
     ids[:, 2:6] = 96
     image = dict(pixel_values=torch.randn(1, 3, 8, 8))
     expected = stock(ids, attention_mask=mask, use_cache=True, **image).logits
-    logits = model(
-        ids, attention_mask=mask, past_key_values=load_method("full").cache_for(model), use_cache=True, **image
-    )
+    logits = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True, **image)
+    assert during == [NAME, stock.config.vision_config._attn_implementation] and during[1] != NAME
     assert (logits.logits - expected).abs().max() <= 1e-5

@@ -1,5 +1,6 @@
 """Members of a group give what they give alone: tokens, ledger, and where they end."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -243,11 +244,13 @@ def test_what_members_need_of_a_step_is_there(model):
 
 def test_the_model_remembers_no_group_that_has_ended(model):
     together(model, [load_method("full")], prompts(1))
-    before = len(model.__dict__["_kvfrontier_prepared"])
+    gc.collect()
+    before = len(model.__dict__["_kvfrontier_prepared"].made)
     method = load_method("snapkv", budget=0.5)
     for _ in range(3):
         together(model, [method], prompts(1))
-    assert len(model.__dict__["_kvfrontier_prepared"]) == before + 1
+    gc.collect()
+    assert len(model.__dict__["_kvfrontier_prepared"].made) == before + 1
 
 
 TEXT = "the cat sat on a mat and read about a long river in the north where nobody answers questions. " * 2

@@ -47,10 +47,15 @@ def encode(encoder: Encoder, example: Example, choice: Choice) -> Asked:
     prompt alone end. A prompt that is too long loses its start. Raises ValueError if the text has no room, or no token.
     """
     prompt, text = example.context + choice.question, choice.text
+    opening, start = encoder.opening, example.context
+    if prompt and encoder.chats(example):
+        split = len(start)
+        prompt, split = encoder.wrap(prompt, split)
+        opening, start = [], prompt[:split]  # a template writes its own
     if prompt:
         bare = prompt.rstrip()  # white space before the text is part of its first token
-        ids = [*encoder.opening, *encoder.plain(bare)]
-        whole = [*encoder.opening, *encoder.plain(prompt + text)]
+        ids = [*opening, *encoder.plain(bare)]
+        whole = [*opening, *encoder.plain(prompt + text)]
         own = whole[len(ids) :]
     else:
         tokenizer = encoder.tokenizer
@@ -59,7 +64,7 @@ def encode(encoder: Encoder, example: Example, choice: Choice) -> Asked:
         ids, own = ([prefix], own) if own[:1] != [prefix] else (own[:1], own[1:])
     if not ids or not own:
         raise ValueError("a choice needs a token, and one before it")
-    context = [*encoder.opening, *encoder.plain(example.context)]
+    context = [*opening, *encoder.plain(start)]
     n_context = next((i for i, (a, b) in enumerate(zip(ids, context)) if a != b), min(len(ids), len(context)))
     limit = min((n for n in (encoder.max_length, encoder.window) if n is not None), default=None)
     return fit(ids, n_context, own, limit)

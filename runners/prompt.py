@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from methods.core.errors import UserError
@@ -16,6 +17,9 @@ from tasks.truncate import truncate_middle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+MARK = "\ue000turn\ue001"  # private characters, which no text has
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,14 @@ class Encoder:
             return ids[forced.start : forced.start + forced.length]
         return [*self.opening, *ids[forced.start :]][: forced.length]
 
-    @property
+    @cached_property
     def opening(self) -> list[int]:
-        """The tokens that the tokenizer puts before every text: a beginning of sequence, or nothing."""
-        bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and self._encode("")[:1] == [bos] else []
+        """The special tokens that the tokenizer puts before every text, such as a beginning of sequence, or none.
+
+        Those that it puts behind a text, such as an end of sequence, are left out: an answer is to follow.
+        """
+        bare, whole = self.plain("a"), self.tokenizer.encode("a", verbose=False)
+        return next(whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
 
     @property
     def prefix(self) -> list[int]:
@@ -125,16 +132,16 @@ class Encoder:
         if self.chat and self.tokenizer.chat_template:
             text, _ = self.wrap("a", 1)
             wrapper = len(self.plain(text)) - len(self.plain("a"))
-        special = len(self._encode(""))
+        special = len(self.opening)
         longest = None if limit is None else limit - special
-        return Tokens(self.plain, self._decode, longest, wrapper, len(self.opening), special, len(self.prefix))
+        return Tokens(self.plain, self._decode, longest, wrapper, special, special, len(self.prefix))
 
     def plain(self, text: str) -> list[int]:
         """Token ids of a text, without special ones."""
         return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, verbose=False)
+        return [*self.opening, *self.plain(text)]
 
     def _decode(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -148,14 +155,15 @@ class Encoder:
         if wrap:
             text, split = self.wrap(text, split, example.shots)
         text += example.prefill
-        special = not wrap  # a template writes its own
+        opening = [] if wrap else self.opening  # a template writes its own
         if not self.tokenizer.is_fast:
-            ids = self.tokenizer.encode(text, add_special_tokens=special, verbose=False)
-            start = self.tokenizer.encode(text[:split], add_special_tokens=special, verbose=False)
-            return ids, next((i for i, (a, b) in enumerate(zip(ids, start)) if a != b), min(len(ids), len(start)))
-        both = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-        ids, ends = both["input_ids"], [end for _, end in both["offset_mapping"]]
-        return ids, next((i for i, end in enumerate(ends) if end > split), len(ids))
+            ids, start = self.plain(text), self.plain(text[:split])
+            n_context = next((i for i, (a, b) in enumerate(zip(ids, start)) if a != b), min(len(ids), len(start)))
+        else:
+            both = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ids, ends = both["input_ids"], [end for _, end in both["offset_mapping"]]
+            n_context = next((i for i, end in enumerate(ends) if end > split), len(ids))
+        return [*opening, *ids], len(opening) + n_context
 
     def chats(self, example: Example) -> bool:
         """Whether the example's prompt is wrapped. Raises UserError if it has turns that need a template."""
@@ -183,8 +191,12 @@ class Encoder:
     def wrap(self, prompt: str, split: int, shots: Sequence[tuple[str, str]] = ()) -> tuple[str, int]:
         """The prompt as the last user turn, and where the context ends in it."""
         text = self.templated(shots, prompt)
-        bare = prompt.strip()  # some templates strip a turn
-        at = text.rfind(bare)
-        if at < 0:
+        # where the turn stands is where a mark would stand: the words of a short one may be the template's own
+        before, _, behind = self.templated(shots, MARK).rpartition(MARK)
+        if not (text.startswith(before) and text.endswith(behind)):
+            raise ValueError("the chat template changes with what its turn says; model.chat=false leaves it out")
+        turn = text[len(before) : len(text) - len(behind)]
+        at = prompt.find(turn)  # some templates strip a turn
+        if at < 0 or turn.strip() != prompt.strip():
             raise ValueError("the chat template rewrites its turn; model.chat=false leaves it out")
-        return text, at + split - (len(prompt) - len(prompt.lstrip()))
+        return text, len(before) + min(max(0, split - at), len(turn))

@@ -72,6 +72,7 @@ class GSM8K(Apart):
     shots: solved examples; None: as many as lm_eval takes.
     multiturn: every example is a turn of the chat template, the question by the user, the solution by the assistant.
     max_new_tokens: of a solution; None: what lm_eval's task names, else 256.
+    stop: strings at which a solution ends; None: those of lm_eval's task.
     flexible: score the flexible reading, as KVTuner does; False: the strict one. Both have their rows.
     limit: problems; None takes all.
     """
@@ -81,6 +82,7 @@ class GSM8K(Apart):
     shots: int | None = None
     multiturn: bool = False
     max_new_tokens: int | None = None
+    stop: Sequence[str] | None = None
     flexible: bool = True
     limit: int | None = None
     revision: str = PINNED
@@ -94,6 +96,10 @@ class GSM8K(Apart):
             value = getattr(self, key)
             if value is not None and (type(value) is not int or value < least):
                 raise UserError(f"gsm8k: task.{key}={value}; give a whole number, {least} or more")
+        if self.stop is not None and (
+            isinstance(self.stop, str) or not all(isinstance(one, str) and one for one in self.stop)
+        ):
+            raise UserError(f"gsm8k: task.stop={self.stop}; give a list of strings, such as ['Question:']")
         if self._fixed is not None and self._shots > len(self._fixed):
             raise UserError(f"gsm8k: task.shots={self.shots}; {self.variant} has {len(self._fixed)} examples")
 
@@ -111,6 +117,7 @@ class GSM8K(Apart):
             "data_sha256": self._files.digest,
             "lm_eval": lm_eval_version(),
             "max_new_tokens": self._most_new,
+            **({"stop": list(self.stop)} if self.stop is not None else {}),
             "scores": VERSION,
             "main": self._main,
         }
@@ -161,6 +168,8 @@ class GSM8K(Apart):
 
     @property
     def _stops(self) -> list[str]:
+        if self.stop is not None:
+            return list(self.stop)
         return list(self._task["generation_kwargs"].get("until") or [])
 
     @cached_property
@@ -199,6 +208,11 @@ class GSM8K(Apart):
                 "put it beside test.jsonl, or give task.variant=gsm8k_cot or task.shots=0"
             )
         train, rng = self._files.rows("train"), random.Random(SAMPLER_SEED)
+        if len(train) < self._shots:
+            raise UserError(
+                f"gsm8k: task.shots={self._shots}: the train.jsonl of task.data={self.data} has {len(train)} rows to "
+                f"draw them from; add rows, or give task.shots={len(train)}"
+            )
         return lambda: rng.sample(train, self._shots)
 
     def _example(self, i: int, row: Mapping[str, Any], drawn: Any) -> Example:

@@ -68,6 +68,8 @@ class LmEval(Task):
     include: a folder with task files of one's own, as lm_eval's include_path; "bundled" data are then what they name.
     stride: tokens of a choice that are fed at once; None: all. 1 is exact for methods that drop while they decode.
     limit: items per task; None takes all.
+    chat: whether the model's chat template is put around a prompt, solved examples and all, as one user turn; lm_eval's
+        --apply_chat_template. Without it prompts are plain text, whatever the model has.
     revision: of the data on the hub, the same for all tasks; "pinned": what a task itself names, else the commit in
         hub-pins.yaml (tasks/pins.py).
     """
@@ -78,10 +80,13 @@ class LmEval(Task):
     include: str | None = None
     stride: int | None = None
     limit: int | None = None
+    chat: bool = False
     revision: str = pins.PINNED
 
     def __post_init__(self) -> None:
         check_limit("lm_eval", self.limit)
+        if not isinstance(self.chat, bool):
+            raise UserError(f"lm_eval: task.chat={self.chat}; give true or false")
         for key, least in (("shots", 0), ("stride", 1)):
             value = getattr(self, key)
             if value is not None and (type(value) is not int or value < least):
@@ -95,7 +100,7 @@ class LmEval(Task):
     @property
     def name(self) -> str:
         shots = "" if self.shots is None else f"-{self.shots}shot"
-        return f"lm_eval{'-mini' if self._bundled else ''}{shots}"
+        return f"lm_eval{'-mini' if self._bundled else ''}{shots}{'-chat' if self.chat else ''}"
 
     def source(self) -> str:
         """Which tasks, which of their splits and how many items, from where."""
@@ -107,7 +112,11 @@ class LmEval(Task):
             greedy = ", greedily and not by chance as it asks" if drawn else ""
             found.append(f"{name} ({self._repository(task)}{split}, {n} items{odd}{greedy})")
         where = self.include if self.data == "bundled" and self.include is not None else self.data
-        return f"{self.name} ({where}): {', '.join(found)}; {len(self._examples)} samples, lm_eval {lm_eval_version()}"
+        wrapped = "in the chat template" if self.chat else "without a chat template"
+        return (
+            f"{self.name} ({where}): {', '.join(found)}; {len(self._examples)} samples {wrapped}, "
+            f"lm_eval {lm_eval_version()}"
+        )
 
     def _repository(self, task: Any) -> str:
         """The repository and the commit of a task's data, where they are from the hub."""
@@ -122,6 +131,7 @@ class LmEval(Task):
             "task": self.name,
             "tasks": {name: str(task.VERSION) for name, task in self._loaded.items()},
             "shots": self.shots,
+            **({"chat": True} if self.chat else {}),
             "stride": self.stride,
             "samples_sha256": self._digest,
             "lm_eval": lm_eval_version(),
@@ -278,6 +288,11 @@ class LmEval(Task):
         for name, task in self._loaded.items():
             for i, doc in task.doc_iterator(limit=self.limit):
                 shots = int(task.config.num_fewshot or 0)
+                if self.chat and task.doc_to_prefix(doc):
+                    raise UserError(
+                        f"lm_eval: task.chat=true: {name} begins the answer itself, which is not done here inside a "
+                        "template; give task.chat=false"
+                    )
                 try:
                     prompt = task.fewshot_context(doc, num_fewshot=shots, gen_prefix=task.doc_to_prefix(doc))
                 except (ValueError, AssertionError) as error:  # too few rows; none
@@ -285,7 +300,9 @@ class LmEval(Task):
                         f"lm_eval: task.shots={shots}: task.data={self.data} has too few rows that {name} could draw "
                         "its examples from; add its train.jsonl, or give task.shots=0"
                     ) from error
-                made = task.construct_requests(doc=doc, ctx=prompt, metadata=(name, i, 1))
+                made = task.construct_requests(
+                    doc=doc, ctx=prompt, metadata=(name, i, 1), apply_chat_template=self.chat
+                )
                 found[f"{name}/{i}"] = made if isinstance(made, list) else [made]
         return found
 
@@ -311,7 +328,7 @@ class LmEval(Task):
             limits = [made[0].args[1].get(key) for key in MOST_NEW_KEYS]
             most = next((int(limit) for limit in limits if limit is not None), MOST_NEW)
             answers = [str(task.doc_to_target(doc))]
-            return Example(id, examples, rest[0], answers, most, tags, chat=False)
+            return Example(id, examples, rest[0], answers, most, tags, chat=self.chat)
         texts = [one.args[1] for one in made]
         gold = _gold(task, doc)
         if gold is not None:
@@ -320,7 +337,7 @@ class LmEval(Task):
         choices = tuple(Choice(*one) for one in zip(rest, texts))
         shared = commonprefix(rest)  # noqa: RUF071 of characters
         answers = texts[:1] if gold is None else [texts[gold]]
-        return Example(id, examples, shared, answers, 0, tags, chat=False, choices=choices, stride=self.stride)
+        return Example(id, examples, shared, answers, 0, tags, chat=self.chat, choices=choices, stride=self.stride)
 
     def _results(self, example: Example, responses: list[Any]) -> dict[str, Any]:
         doc = self._requests[example.id][0].doc

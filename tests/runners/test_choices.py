@@ -75,6 +75,31 @@ def test_everything_kept_equals_lm_evals_own_model(model, tiny_tokenizer, encode
         assert own == {key: float(value) for key, value in task._results(example, there).items()}
 
 
+def test_in_the_chat_template_choices_equal_lm_evals_own_model(model, tiny_tokenizer, tmp_path):
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<answer>\n{% endif %}"
+    )
+    task = LmEval(["piqa", "openbookqa"], write(tmp_path), shots=1, chat=True)
+    assert "in the chat template" in task.source() and task.name == "lm_eval-1shot-chat"
+    encoder = Encoder(tokenizer, ends=(2,), window=2048)
+    found = scores(model, load_method("full"), asked_of(encoder, task))
+    plain = scores(model, load_method("full"), asked_of(Encoder(tokenizer, (2,), window=2048, chat=False), task))
+    assert found != plain
+    with unbound(model):
+        own = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=2048)
+        requests = [request for made in task._requests.values() for request in made]
+        for request in requests:
+            prompt, text = request.args
+            assert not text.startswith(" ")  # the template ends the line
+            turn = [{"role": "user", "content": prompt}]
+            request.arguments = (own.apply_chat_template(turn, add_generation_prompt=True), text)
+        assert_equal(found, own.loglikelihood(requests, disable_tqdm=True))
+
+
 def test_a_prompt_that_is_too_long_loses_its_start_as_in_lm_evals_own_model(model, tiny_tokenizer, tmp_path):
     task = LmEval(TASKS, write(tmp_path), shots=2)
     asked = asked_of(Encoder(tiny_tokenizer, ends=(2,), window=40), task)

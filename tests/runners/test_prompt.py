@@ -101,6 +101,36 @@ def test_a_template_that_rewrites_its_turn_is_refused(chatty):
         Encoder(chatty, ends=[])(example())
 
 
+@pytest.mark.parametrize("question", ["assistant", "user", "s", "m", "  model "])
+def test_a_turn_whose_words_are_the_templates_own_is_found_all_the_same(chatty, question):
+    chatty.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<user>{{ m['content'] | trim }}</user>{% endfor %}<assistant>model m s"
+    )
+    encoder = Encoder(chatty, ends=[])
+    text, split = encoder.wrap(question, len(question) // 2)
+    assert text == f"<s><user>{question.strip()}</user><assistant>model m s"
+    before = len("<s><user>") - (len(question) - len(question.lstrip()))
+    assert split == before + len(question) // 2
+
+
+@pytest.mark.parametrize("special", ["<s> $A", "$A </s>", "<s> $A </s>", "<s> </s> $A <pad>", "$A"])
+def test_what_a_tokenizer_puts_before_a_text_stays_and_what_it_puts_behind_it_goes(tiny_tokenizer, special):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    names = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=special, special_tokens=[(name, names[name]) for name in special.split() if name in names]
+    )
+    encoder = Encoder(tokenizer, ends=[2])
+    before = [names[name] for name in special.split("$A")[0].split()]
+    prompt = encoder(example()).prompt
+    assert list(prompt.ids) == [*before, *tiny_tokenizer.encode(example().prompt)]
+    plain = Encoder(tiny_tokenizer, ends=[2])(example()).prompt
+    assert prompt.n_context == plain.n_context + len(before)
+    assert encoder.opening == before and encoder.tokens().special == len(before)
+
+
 def test_a_newline_ends_where_the_task_says_so(tiny_tokenizer):
     newline = tiny_tokenizer.encode("\n")[-1]
     assert Encoder(tiny_tokenizer, ends=[2])(example(stop_at_newline=True)).prompt.ends == tuple(sorted({2, newline}))

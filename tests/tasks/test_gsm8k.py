@@ -149,3 +149,18 @@ def test_bundled_is_the_split_that_is_bundled():
 def test_the_published_problems_are_read(shared_data):
     examples = GSM8K(str(shared_data / "gsm8k"), variant="gsm8k_cot").examples()
     assert len(examples) == 1319 and examples[0].answers == ["18"]
+
+
+def test_fewer_training_rows_than_examples_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match=r"task.shots=5: the train.jsonl of .* has 2 rows .* give task.shots=2"):
+        GSM8K(data=write(tmp_path, train=2), variant="gsm8k", shots=5).examples()
+
+
+def test_the_strings_that_end_a_solution_can_be_set(tmp_path):
+    data = write(tmp_path)
+    plain, ended = GSM8K(data, shots=0), GSM8K(data, shots=0, stop=["END"])
+    answer, (example, *_) = "#### 0 END, or 7", plain.examples()
+    assert plain.parts(example, answer)["flexible"] == 0 and ended.parts(example, answer)["flexible"] == 1
+    assert ended.fingerprint["stop"] == ["END"] and "stop" not in plain.fingerprint
+    with pytest.raises(UserError, match=r"task\.stop=END; give a list"):
+        GSM8K(data, stop="END")

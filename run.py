@@ -3,48 +3,52 @@
     python run.py method=nacl budget=0.5 task=longbench
     python run.py -m method=full,nacl,snapkv budget=0.1,0.25,0.5 task=longbench
 
-Exit codes: 0 done; 1 some samples failed or a budget was missed; 2 something the user gave cannot work; 130 Ctrl-C.
+Exit codes: 0 done; 1 some samples failed or a budget was missed; 2 something the user gave cannot work; 130 Ctrl-C,
+143 SIGTERM, 129 SIGHUP.
 """
 
-import difflib
+import sys
+
+from runners import stopping
+
+if __name__ == "__main__":
+    stopping.listen()  # before the imports below, which take a second
+
 import errno
 import os
-import re
-import sys
-import traceback
+from importlib import metadata
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from methods.core.errors import UserError
+from runners import guard
 from runners.check import check
+from runners.explain import EXPECTED, report
 from runners.jobs import Failed, spread
+from runners.revision import commit
+from runners.words import check_words
 
 CONF = Path(__file__).resolve().parent / "conf"
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-# Hydra's words for a name that no file of a group has
-UNKNOWN_CHOICE = re.compile(r"Could not find '([\w/]+)/([^']*)'\s+Available options in '[^']*':\s*(.*?)(\n\S|$)", re.S)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def job(cfg: DictConfig) -> None:
     """One cell. Leaves with the exit code unless it is 0; in a sweep with Failed, so that the other cells still run."""
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
-    if sweeping:
-        words = [word for word in HydraConfig.get().overrides.task if not word.startswith("cells=")]
-        several = [] if cfg.cells is None else [f"({len(cfg.cells)} cells)"]
-        print(f"\n{' '.join([*words, *several])}", flush=True)
     try:
         check(cfg)
-        code = hydra.utils.instantiate(cfg.runner).run(cfg)
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if sweeping:
+            words = [word for word in HydraConfig.get().overrides.task if not word.startswith("cells=")]
+            several = [] if cfg.cells is None else [f"({len(cfg.cells)} cells)"]
+            print(f"\n{' '.join([*words, *several])}", flush=True)
+        code = execute(cfg)
+    except EXPECTED as error:
         report(error)
         code = 2
     if code and sweeping and code != INTERRUPTED:
@@ -53,24 +57,40 @@ def job(cfg: DictConfig) -> None:
         raise SystemExit(code)
 
 
+def execute(cfg: DictConfig) -> int:
+    """Run what a configuration that was checked describes; the exit code. Raises UserError for what cannot work."""
+    from runners.parts import runner_of  # imports torch
+
+    return runner_of(cfg).run(cfg)
+
+
 def main() -> int:
     """Run the command line; returns the exit code."""
+    if sys.platform == "win32":
+        report(UserError("Windows: has no fcntl, which the records need; run it in WSL (wsl --install), as on Linux"))
+        return 2
+    if sys.argv[1:] == ["--version"]:
+        print(f"kvfrontier {metadata.version('kvfrontier')}, commit {commit() or 'unknown'}")
+        return 0
     # Hydra passes errors on instead of printing them in its own way; `report` asks for the user's own setting
     os.environ.setdefault("KVFRONTIER_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra's parser wants its flags before the overrides; this is the one that people type anywhere
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    guard.install()
     try:
+        check_words(sys.argv[1:])
         sys.argv[1:] = spread(sys.argv[1:])
         job()
     except Failed as failed:
         return failed.code
     except SystemExit as left:
-        return left.code if isinstance(left.code, int) else 0
+        left_with = left.code if isinstance(left.code, int) else 0
+        return stopping.code() if left_with == INTERRUPTED else left_with
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return INTERRUPTED
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+        return stopping.code()
+    except EXPECTED as error:
         report(error)
         return 2
     except OSError as error:
@@ -80,50 +100,12 @@ def main() -> int:
         elif ".hydra-runs" in str(error.filename):
             results = str(error.filename).partition("/.hydra-runs")[0]
             report(UserError(f"results={results}: cannot be written ({error.strerror})"))
+        elif error.filename is not None:  # a file that went away, or whose permissions did
+            report(UserError(f"{error.filename}: cannot be used ({error.strerror})"))
         else:
             raise
         return 2
     return 0
-
-
-def report(error: Exception) -> None:
-    """Print one line about an error that the user can mend, and its traceback if HYDRA_FULL_ERROR=1 asks for it."""
-    if os.environ.get("KVFRONTIER_TRACEBACK") == "1":
-        traceback.print_exception(error)
-    print(f"error: {explain(error)}", file=sys.stderr, flush=True)
-
-
-def explain(error: Exception) -> str:
-    """What was given, under the name it was typed, and what would work, in one line."""
-    cause = error
-    while isinstance(cause, InstantiationException) and isinstance(cause.__cause__, Exception):
-        cause = cause.__cause__
-    if isinstance(cause, UserError):
-        return str(cause)
-    text = str(cause)
-    if found := UNKNOWN_CHOICE.search(text):
-        group, name, options = found[1], found[2], found[3].split()
-        close = difflib.get_close_matches(name, options, 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        return f"{group}={name}: unknown; {hint}{group} is one of {', '.join(options)}"
-    if found := re.search(r"Could not override '([^']*)'", text):
-        return f"{found[1]}: no such setting{_nearby(cause, found[1])}"
-    if found := re.search(r"Ambiguous value for argument '([^']*)'", text):
-        return f"{found[1]}: several values need -m in front of them, and a list is written [a,b]"
-    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
-
-
-def _nearby(error: BaseException, key: str) -> str:
-    """Settings with a similar name beside the one that does not exist, as the end of a sentence."""
-    parent = getattr(error.__cause__, "parent_node", None)
-    if not isinstance(parent, DictConfig):
-        return ""
-    names = [str(name) for name in parent if name not in ("hydra", "_target_")]
-    *above, last = key.split(".")
-    close = difflib.get_close_matches(last, names, 1)
-    if close:
-        return f"; did you mean {'.'.join([*above, close[0]])}?"
-    return f"; {'.'.join(above)} has {', '.join(names)}" if above else f"; there are {', '.join(names)}"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from hydra.core.utils import JobReturn, setup_globals
 from hydra_plugins.hydra_joblib_launcher import joblib_launcher
 
 from methods.core.errors import UserError
+from runners.stopping import end_with_parent
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 # processes at a time where there is no GPU to count
@@ -79,11 +80,18 @@ def workers(asked: int | None, gpus: Sequence[str]) -> int:
     return min(asked or len(gpus), len(gpus)) if gpus else asked or PROCESSES
 
 
+@cache
+def _watched() -> None:
+    """Once per process: a worker whose parent was killed would go on for hours."""
+    end_with_parent()
+
+
 def on_own_gpu(gpus: Sequence[str], locks: str, job: Callable[..., Any], *args: Any) -> Any:
     """`job(*args)`, in a process that sees one of the GPUs only, and the same one for all its jobs.
 
     locks: an empty file that all processes have in common.
     """
+    _watched()
     if gpus:
         os.environ[VISIBLE] = gpus[_claimed(len(gpus), locks)]
     return job(*args)

@@ -10,6 +10,7 @@ from methods.core.errors import UserError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from methods.core.build import Part
     from methods.core.contract import Method  # at run time it would import torch before a mistyped key is refused
 
 _YAMLS = Path(__file__).resolve().parent.parent / "conf" / "method"
@@ -40,18 +41,25 @@ def load_method(name: str, **knobs: Any) -> Method:
 
 
 def build_method(name: str, config: dict[str, Any]) -> Method:
-    """The method that a resolved YAML describes; `sweep` is for sweeps and not an argument."""
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    try:
-        method = instantiate({key: value for key, value in config.items() if key != "sweep"}, _convert_="all")
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
-    method._name = name
+    """The method that a resolved YAML describes. Raises UserError for a knob that cannot work."""
+    method: Method = method_part(config).make()
+    method._name = name  # type: ignore[attr-defined]
     return method
+
+
+def method_part(config: Any) -> Part:
+    """The class and the checked knobs of a resolved YAML; `sweep` is for sweeps and not an argument.
+
+    Raises UserError for a knob that is unknown or of another type, and for a class that is no method.
+    """
+    from methods.core.build import check_part
+    from methods.core.contract import Method
+    from methods.core.typed import conform
+
+    if isinstance(config, dict):
+        conform(config.get("sweep"), dict[str, list[Any]] | None, "method.sweep")
+        config = {key: value for key, value in config.items() if key != "sweep"}
+    return check_part(config, Method, "method")
 
 
 def _compose(name: str) -> DictConfig:

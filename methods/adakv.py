@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels import top
-from methods.core.allocate import Uniform
+from methods.core.allocate import Allocator
 from methods.core.errors import UserError
 from methods.core.ragged import RaggedStore
 from methods.core.store import Store
@@ -29,7 +29,7 @@ STEP = 2.0**-20
 
 
 @dataclass
-class AdaKV(Uniform):
+class AdaKV(Allocator):
     """Different numbers of slots per head, for the same sum.
 
     alpha: share of its even part that a head is sure of; 1 splits evenly, 0 takes the layer's best.

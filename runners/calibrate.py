@@ -21,7 +21,9 @@ from methods import build_method
 from methods.core import artefacts
 from methods.core.contract import Method
 from methods.core.errors import UserError
+from methods.core.typed import Count
 from runners import show
+from runners.base import Runner
 from runners.load import checkpoint_of, load_model, load_tokenizer, pick_backend, pick_device, pick_dtype, pick_threads
 from tasks.documents import KINDS, Pool, prose, prose_hash, sentences
 from tasks.documents.pools import Split
@@ -34,7 +36,7 @@ PIECE = 1500  # characters of one generated document or run of prose inside a ro
 
 
 @dataclass
-class Calibrate:
+class Calibrate(Runner):
     """The runner behind `python run.py runner=calibrate method=NAME`.
 
     documents, tokens: rows, and tokens per row.  data: null for generated documents and prose, or a file of text.
@@ -42,7 +44,7 @@ class Calibrate:
     takes, by name.
     """
 
-    documents: int = 20
+    documents: Count = 20
     tokens: int = 2048
     data: str | None = None
     out: str | None = None

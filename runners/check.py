@@ -1,51 +1,60 @@
-"""Checks of a composed configuration that need nothing heavy."""
+"""Checks of a composed configuration, before anything is loaded or called."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from methods.core.budget import check_budget
 from methods.core.errors import UserError
+from methods.core.typed import no_target, settings
+from runners.config import Config, Group, Kernels, Model, Tracking
 
-PROTOCOLS = ("aware", "agnostic")
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-RESUME = ("auto", "old", "force")
-BACKENDS = ("auto", "reference", "triton")
-TRACKING = ("disabled", "offline", "online")
+PARTS = ("method", "task", "runner")
 
 
 def check(cfg: DictConfig) -> None:
-    """Raises UserError for a value that cannot work, before anything heavy is imported."""
-    for group in ("model", "method", "task", "runner"):
-        if not cfg.get(group):
+    """Raises UserError for a value that cannot work: first what needs no import, then the parts that are named.
+
+    What a setting's type makes of a value, and defaults of settings that are missing, are written back.
+    """
+    settle(cfg)
+    from runners.parts import GROUPS, part_of  # imports torch
+
+    for group in GROUPS:
+        part_of(cfg, group)
+
+
+def settle(cfg: DictConfig) -> None:
+    """The same without the parts, for which their modules would have to be imported."""
+    given = plain(cfg)
+    for group in ("model", *PARTS):
+        if group not in given or given[group] is None:
             raise UserError(f"{group}: nothing is chosen; give {group}=NAME")
-    check_budget(cfg.budget)
-    for key, value, allowed in (
-        ("protocol", cfg.protocol, PROTOCOLS),
-        ("dtype", cfg.dtype, DTYPES),
-        ("resume", cfg.resume, RESUME),
-        ("kernels.backend", cfg.kernels.backend, BACKENDS),
-    ):
-        if value not in allowed:
-            raise UserError(f"{key}={value}: give one of {', '.join(allowed)}")
-    if cfg.wandb.mode not in TRACKING:
-        raise UserError(f"wandb.mode={cfg.wandb.mode}: give one of {', '.join(TRACKING)}, or wandb=NAME")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(cfg.device)):
-        raise UserError(f"device={cfg.device}: give auto, cpu, cuda, or one of several such as cuda:1")
-    for key, value, least, may_be_null in (
-        ("batch_size", cfg.batch_size, 1, False),
-        ("seed", cfg.seed, 0, False),
-        ("chunk", cfg.chunk, 1, True),
-        ("threads", cfg.threads, 1, True),
-        ("group.max_bytes", cfg.group.max_bytes, 1, True),
-        ("group.max_cells", cfg.group.max_cells, 1, True),
-    ):
-        if value is None and may_be_null:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{key}={value}: give a whole number, {least} or more")
-    limit = cfg.time_limit
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit <= 0):
-        raise UserError(f"time_limit={limit}: give seconds per sample, above 0, or null for no limit")
+    if "budget" in given:
+        check_budget(given["budget"])
+    found = settings(given, Config, "")
+    for key, value in given.items():
+        if key not in PARTS:
+            no_target(value, key)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", found["device"]):
+        raise UserError(f"device={found['device']}: give auto, cpu, cuda, or one of several such as cuda:1")
+    with open_dict(cfg):
+        for key, value in found.items():
+            settled = dataclasses.asdict(value) if isinstance(value, Model | Tracking | Kernels | Group) else value
+            if key not in PARTS and settled != given.get(key):
+                cfg[key] = settled
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain containers, without Hydra's own."""
+    found = {}
+    for key in cfg:
+        if key != "hydra":
+            node = cfg[key]
+            config = OmegaConf.is_config(node)
+            found[str(key)] = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if config else node
+    return found

@@ -9,16 +9,18 @@ from statistics import fmean, median
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from analysis import screen
 from methods.core.errors import BudgetMiss
+from methods.core.typed import Count
 from runners import overview, show
+from runners.base import Runner
 from runners.cells import Run
 from runners.compare import compare
 from runners.heat_map import draw_all
 from runners.latency_report import show_times
+from runners.parts import task_of
 from runners.record import check_writable
 from runners.sweep import Sweep
 from runners.tracking import track
@@ -29,14 +31,14 @@ SHOWN_FAILURES = 3
 
 
 @dataclass
-class Evaluate:
+class Evaluate(Runner):
     """The runner behind `python run.py`: one cell and, for comparison, the full cache on the same samples.
 
     In a sweep all cells that differ in their method only, each prompt read once for all of them.
     resamples: bootstrap resamples behind the intervals.
     """
 
-    resamples: int = 2000
+    resamples: Count = 2000
 
     def run(self, cfg: DictConfig) -> int:
         """The exit code: 0, 1 if a sample failed or the budget was missed, 130 after Ctrl-C.
@@ -47,7 +49,7 @@ class Evaluate:
         check_writable(results)
         if cfg.cells is not None:
             return self._sweep(Sweep(cfg, results))
-        task: Task = instantiate(cfg.task)
+        task: Task = task_of(cfg)
         show.say(task.source())
         run = Run(cfg, task, results, HydraConfig.get().runtime.choices["method"])
         if cfg.plan:

@@ -17,7 +17,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -34,6 +33,7 @@ from runners.generations import check_found, say_what_changed
 from runners.jobs import NUMBERS, announced, numbers_apart, unpack
 from runners.load import Checkpoint, load_model
 from runners.memory import Size, device_bytes
+from runners.parts import task_of
 from runners.problem import problem
 from runners.shared_record import SharedRecord
 from runners.together import answer_together, why_alone
@@ -75,7 +75,7 @@ class Sweep:
         found = list(self._composed())
         if not found:
             return
-        task = instantiate(cfg.task)
+        task = task_of(cfg)
         show.say(task.source())
         self._begin(Run(found[0][-1], task, results, "full", load=loaded))
         self.members = self._members(found)

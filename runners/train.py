@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from methods.core.build import check_part
 from methods.core.errors import UserError
+from methods.core.typed import Count, Positive, Whole
 from runners import blockwise
+from runners.base import Runner
 from runners.induction import write_circuit
 from runners.recall import recall
 from runners.rows import Diet, Packer, pick_length
@@ -42,9 +44,9 @@ class Stage:
     diet: arguments of `runners.rows.Diet` that differ from its defaults.
     """
 
-    until: int
-    lengths: list[int]
-    batch: int = 4096
+    until: Count
+    lengths: list[Count]
+    batch: Count = 4096
     diet: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -54,7 +56,7 @@ class Stage:
 
 
 @dataclass
-class Train:
+class Train(Runner):
     """Train the reference model; every argument is a key of conf/runner/train.yaml.
 
     out: folder of checkpoints, log and curves.  export: folder for the finished model, null for `out`/model.
@@ -66,38 +68,39 @@ class Train:
 
     out: str = "outputs/train/reference"
     export: str | None = None
-    seed: int = 20260
-    tokens: int = 16_000_000
-    cooldown: int = 2_000_000
-    stages: list[Any] = field(default_factory=list)
+    seed: Whole = 20260
+    tokens: Count = 16_000_000
+    cooldown: Whole = 2_000_000
+    stages: list[Stage] = field(default_factory=list)
     rates: list[list[float]] = field(default_factory=lambda: [[0, 1.5e-3], [10_000_000, 5e-4]])
-    warmup: int = 30
+    warmup: Count = 30
     weight_decay: float = 0.05
-    clip: float = 1.0
-    width: int = 256
-    mlp: int = 704
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    head_width: int = 64
-    rope_base: float = 1e6
-    window: int = 4096
-    vocabulary: int = 2048
-    tokenizer_documents: int = 4000
+    clip: Positive = 1.0
+    width: Count = 256
+    mlp: Count = 704
+    layers: Count = 4
+    heads: Count = 4
+    kv_heads: Count = 2
+    head_width: Count = 64
+    rope_base: Positive = 1e6
+    window: Count = 4096
+    vocabulary: Count = 2048
+    tokenizer_documents: Count = 4000
     precision: str = "auto"
     device: str = "auto"
-    threads: int | None = None
-    save_every: int = 100
-    recall_every: int = 250
-    recall_documents: int = 6
-    limit: int | None = None
+    threads: Count | None = None
+    save_every: Count = 100
+    recall_every: Count = 250
+    recall_documents: Count = 6
+    limit: Count | None = None
 
     def __post_init__(self):
         self.stages = [s if isinstance(s, Stage) else Stage(**s) for s in self.stages]
         if not self.stages:
             raise UserError("train: runner.stages is empty; give at least one {until, lengths, batch}")
         self.rates = [list(point) for point in self.rates]
-        if not self.rates or any(a[0] >= b[0] for a, b in pairwise(self.rates)):
+        pairs = self.rates and all(len(point) == 2 for point in self.rates)
+        if not pairs or any(a[0] >= b[0] for a, b in pairwise(self.rates)):
             raise UserError(f"train: runner.rates={self.rates}; [tokens, rate] in the order of tokens, one at least")
         if self.precision not in PRECISIONS:
             raise UserError(f"train: runner.precision={self.precision}; one of {', '.join(PRECISIONS)}")
@@ -115,7 +118,8 @@ class Train:
     def run(self, cfg: Any = None) -> int:
         """Train or continue, then export; the exit code. With method=lococo, what is trained is its compressors."""
         if cfg is not None and cfg.method.get("_target_") == COMPRESSED:
-            return instantiate(OmegaConf.load(CONF / "train_compressor.yaml")).run(cfg)
+            compressor = OmegaConf.to_container(OmegaConf.load(CONF / "train_compressor.yaml"))
+            return check_part(compressor, Runner, "runner").make().run(cfg)
         if self.threads:
             torch.set_num_threads(self.threads)
         out = Path(self.out)

@@ -32,8 +32,10 @@ from methods import build_method, load_method
 from methods.core import artefacts
 from methods.core.contract import Method
 from methods.core.errors import UserError
+from methods.core.typed import Count, Positive, Whole
 from methods.lococo import TRAINER, LoCoCo
 from runners import show
+from runners.base import Runner
 from runners.calibrate import generated
 from runners.load import checkpoint_of, load_model, load_tokenizer, pick_backend, pick_device, pick_dtype, pick_threads
 from tasks.documents import prose
@@ -59,7 +61,7 @@ class InTraining(LoCoCo):
 
 
 @dataclass
-class TrainCompressor:
+class TrainCompressor(Runner):
     """Every argument is a key of conf/runner/train_compressor.yaml.
 
     out: folder of checkpoints and logs.  export: folder of the artefact, None for where the method looks for it.
@@ -77,20 +79,20 @@ class TrainCompressor:
     out: str = "outputs/train/lococo"
     export: str | None = None
     text: str | None = None
-    length: int = 2048
-    batch: int = 4
-    batches: int = 60
+    length: Count = 2048
+    batch: Count = 4
+    batches: Count = 60
     loss: str = "full"
-    accumulate: int = 1
-    lr: float = 5e-2
-    gate_lr: float = 5e-2
-    warmup: int = 0
+    accumulate: Count = 1
+    lr: Positive = 5e-2
+    gate_lr: Positive = 5e-2
+    warmup: Whole = 0
     init_std: float = 1.0
     init_gate: float | None = None
-    chosen_on: int = 8
-    held_out: int = 22
-    measure_every: int = 10
-    limit: int | None = None
+    chosen_on: Count = 8
+    held_out: Count = 22
+    measure_every: Count = 10
+    limit: Count | None = None
 
     def __post_init__(self) -> None:
         for key in ("length", "batch", "batches", "accumulate", "chosen_on", "held_out", "measure_every"):

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from methods import build_method
 from methods.core import artefacts
 from methods.core.errors import UserError
+from methods.core.typed import Count, Positive
 from methods.kvtuner import BITS, CARD, KVTuner, Pair, Table, nominal_bits, table_yaml
 from runners import show
+from runners.base import Runner
 from runners.bind import bind
 from runners.fronts import draw_front
 from runners.generate import generate
@@ -36,6 +37,7 @@ from runners.load import (
     pick_threads,
 )
 from runners.pairs import Group, group_layers
+from runners.parts import task_of
 from runners.prompt import Encoded, Encoder
 from runners.record import digest
 from runners.search import SAMPLERS, Trial, best_under, front, search
@@ -50,7 +52,7 @@ OBJECTIVES = ("score", "output_error")
 
 
 @dataclass
-class Tune:
+class Tune(Runner):
     """The runner behind `python run.py runner=tune method=kvtuner`; every argument is a key of conf/runner/tune.yaml.
 
     bits: to choose from, for keys and for values.  profile_prompts, samples: of the task, its first ones.
@@ -63,18 +65,18 @@ class Tune:
     """
 
     bits: list[int] = field(default_factory=lambda: [8, 4, 2])
-    profile_prompts: int = 20
+    profile_prompts: Count = 20
     relative: str = "elements"
-    eps: float = 0.05
-    min_samples: int = 2
+    eps: Positive = 0.05
+    min_samples: Count = 2
     outliers: str = "together"
     limits: list[float] = field(default_factory=lambda: [4, 6])
-    trials: int = 200
+    trials: Count = 200
     sampler: str = "nsga2"
-    samples: int = 200
-    stride: int = 1
+    samples: Count = 200
+    stride: Count = 1
     objective: str = "score"
-    at_once: int = 16
+    at_once: Count = 16
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -103,7 +105,7 @@ class Tune:
         method = build_method(name, _plain(cfg.method))
         if not isinstance(method, KVTuner):
             raise UserError(f"runner=tune: method={name} has no tables of bits; give method=kvtuner")
-        task: Task = instantiate(cfg.task)
+        task: Task = task_of(cfg)
         show.say(task.source())
         checkpoint = checkpoint_of(cfg.model)
         encoder = _encoder(checkpoint, cfg)

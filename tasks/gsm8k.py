@@ -36,14 +36,6 @@ VARIANTS = {
 }
 
 
-def gsm8k(data: str = "bundled", limit: int | None = None, **knobs: Any) -> Task:
-    """GSM8K from data of one's own or the hub; `bundled` is reasoning-mini, since no word problems are bundled."""
-    if str(data) != "bundled":
-        return GSM8K(data, limit=limit, **knobs)
-    check_stand_in("gsm8k", GSM8K, knobs, "reasoning-mini")
-    return Reasoning(limit=limit)
-
-
 @dataclass(frozen=True)
 class Reading:
     """How a number is read out of an answer: the match of `pattern` at `place`, 0 the first, -1 the last."""
@@ -86,6 +78,14 @@ class GSM8K(Apart):
     flexible: bool = True
     limit: int | None = None
     revision: str = PINNED
+
+    @classmethod
+    def chosen(cls, data: str = "bundled", limit: int | None = None, **knobs: Any) -> Task:
+        """`bundled` is reasoning-mini, since no word problems are bundled."""
+        if str(data) != "bundled":
+            return cls(data, limit=limit, **knobs)
+        check_stand_in("gsm8k", cls, knobs, "reasoning-mini")
+        return Reasoning(limit=limit)
 
     def __post_init__(self) -> None:
         check_limit("gsm8k", self.limit)

@@ -40,14 +40,6 @@ MARK = re.compile(r"\{\{(question)\.strip\(\)\}\}|\{\{choices\[(\d)\]\}\}")
 DIGEST = "fb68fca4"  # of lm_eval's template, whose wording was compared with the benchmark's
 
 
-def longbench_v2(data: str = "bundled", limit: int | None = None, **knobs: Any) -> Task:
-    """LongBench v2 from data of one's own or the hub; `bundled` is lm_eval-mini in its place."""
-    if str(data) != "bundled":
-        return LongBenchV2(data, limit=limit, **knobs)
-    check_stand_in("longbench_v2", LongBenchV2, knobs, "lm_eval-mini")
-    return LmEval(limit=limit)
-
-
 @dataclass
 class LongBenchV2(Task):
     """Choose one of four answers to a question on a long text.
@@ -63,6 +55,14 @@ class LongBenchV2(Task):
     subset: Sequence[str] | str | None = None
     limit: int | None = None
     revision: str = PINNED
+
+    @classmethod
+    def chosen(cls, data: str = "bundled", limit: int | None = None, **knobs: Any) -> Task:
+        """`bundled` is lm_eval-mini in its place."""
+        if str(data) != "bundled":
+            return cls(data, limit=limit, **knobs)
+        check_stand_in("longbench_v2", cls, knobs, "lm_eval-mini")
+        return LmEval(limit=limit)
 
     def __post_init__(self) -> None:
         check_limit("longbench_v2", self.limit)

@@ -3,6 +3,7 @@
 import math
 
 from methods.core.errors import UserError
+from methods.core.typed import shown
 
 
 def check_budget(budget: object) -> float | int:
@@ -11,7 +12,9 @@ def check_budget(budget: object) -> float | int:
     Raises UserError for anything else, naming what was given.
     """
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not math.isfinite(budget):
-        raise UserError(f"budget={budget}: give a share of the prompt such as budget=0.25, or slots such as budget=512")
+        raise UserError(
+            f"budget={shown(budget)}: give a share of the prompt such as budget=0.25, or slots such as budget=512"
+        )
     if 0 < budget <= 1:
         return budget
     if budget > 1 and float(budget).is_integer():

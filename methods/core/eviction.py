@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from methods.core.allocate import Uniform
+from methods.core.allocate import Allocator, Uniform
 from methods.core.budget import slots
 from methods.core.contract import LayerCache, Method, ModelSpec, Stage, Step
 from methods.core.store import HEADROOM, Store
@@ -50,7 +50,7 @@ class Eviction(Method):
     #: `score` is never -inf for a slot that is not padding, so every head keeps as many slots as it may
     keeps_limit: ClassVar[bool] = False
 
-    allocator: Uniform = field(default_factory=Uniform)
+    allocator: Allocator = field(default_factory=Uniform)
     store: Callable[..., Store] | None = None
 
     @property

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from methods.core.errors import UserError
-from tasks.gsm8k import GSM8K, INVALID, bare, cut_at, gsm8k
+from tasks.gsm8k import GSM8K, INVALID, bare, cut_at
 from tasks.reasoning import Reasoning
 
 
@@ -136,13 +136,13 @@ def test_a_row_that_lacks_its_answer_costs_no_other_its_examples(tmp_path):
 
 
 def test_settings_that_the_bundled_split_does_not_have_are_refused():
-    assert gsm8k(shots=None, variant="gsm8k", flexible=True).name == "reasoning-mini"
+    assert GSM8K.chosen(shots=None, variant="gsm8k", flexible=True).name == "reasoning-mini"
     with pytest.raises(UserError, match=r"gsm8k: task\.shots=8 needs task\.data=hub or a path.*reasoning-mini"):
-        gsm8k(shots=8)
+        GSM8K.chosen(shots=8)
 
 
 def test_bundled_is_the_split_that_is_bundled():
-    assert isinstance(gsm8k(limit=1), Reasoning) and gsm8k().name == "reasoning-mini"
+    assert isinstance(GSM8K.chosen(limit=1), Reasoning) and GSM8K.chosen().name == "reasoning-mini"
 
 
 @pytest.mark.shared

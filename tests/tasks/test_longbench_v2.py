@@ -123,9 +123,9 @@ def test_answers_without_a_letter_are_counted(tmp_path):
 
 def test_settings_that_the_bundled_questions_do_not_have_are_refused():
     with pytest.raises(UserError, match=r"longbench_v2: task\.subset=\['law'\] needs task\.data=hub or a path"):
-        longbench_v2.longbench_v2(subset=["law"])
+        LongBenchV2.chosen(subset=["law"])
 
 
 def test_bundled_are_the_four_choice_questions_that_are_bundled():
-    stand_in = longbench_v2.longbench_v2(limit=1)
+    stand_in = LongBenchV2.chosen(limit=1)
     assert isinstance(stand_in, LmEval) and stand_in.name == "lm_eval-mini"

@@ -1,0 +1,65 @@
+"""The words of the command line: what Hydra's grammar can read, and how to quote what it cannot."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from methods.core.errors import UserError
+from methods.core.typed import shown
+
+KEY = re.compile(r"(~|\+{1,2})?[\w./@$-]+")
+# of Hydra's flags, those that are followed by a word of their own
+WITH_VALUE = (
+    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--info",
+    "-i", "--experimental-rerun",
+)  # fmt: skip
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Raises UserError for the first word that is neither a flag nor a setting that can be read."""
+    behind = ""
+    for word in words:
+        if not word.startswith("-") and behind not in WITH_VALUE:
+            read(word)
+        behind = word
+
+
+def read(word: str) -> Override:
+    """A setting as Hydra reads it. Raises UserError that says how to quote it."""
+    try:
+        found = OverridesParser.create().parse_override(word)
+        value = found.value()
+    except (HydraException, RecursionError) as error:
+        raise UserError(unread(word)) from error
+    # Hydra itself says nothing useful of a group whose choice is no name
+    several = value if isinstance(value, list) else [value]
+    group = "/" in found.key_or_group or found.key_or_group == "experiment"
+    if group and any(isinstance(one, bool | int | float | dict) for one in several):
+        raise UserError(f"{shown(word)}: unknown; give {found.key_or_group}=NAME")
+    return found
+
+
+def unread(word: str) -> str:
+    """What is wrong with a word that Hydra's grammar cannot read, in one line."""
+    key, equals, value = word.partition("=")
+    if not equals:
+        return f"{shown(word)}: settings are written key=value, such as budget=0.25"
+    if not KEY.fullmatch(key):
+        return f"{shown(word)}: {shown(key) or 'nothing'} is no setting's name; settings are written key=value"
+    better = f"{key}={quoted(value)}"
+    return f"{shown(word)}: the value has characters of Hydra's own grammar; quote it twice: {shlex.quote(better)}"
+
+
+def quoted(text: str) -> str:
+    """A string in Hydra's override grammar, whatever it holds."""
+    if '"' not in text and not text.endswith("\\"):
+        return f'"{text}"'
+    # backslashes count only before a quote
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
+    return f"'{escaped}'"

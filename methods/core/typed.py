@@ -47,8 +47,6 @@ class Range:
         )
 
     def __str__(self) -> str:
-        if self.least is not None and self.most is not None:
-            return f"from {self.least} to {self.most}"
         parts = [] if self.above is None else [f"above {self.above}"]
         parts += [] if self.least is None else [f"{self.least} or more"]
         return ", ".join(parts + ([] if self.most is None else [f"at most {self.most}"]))

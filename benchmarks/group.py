@@ -142,17 +142,17 @@ def by_budget(overrides: Sequence[str]) -> dict[str, Any]:
     import torch
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
-    from hydra.utils import instantiate
 
     from methods import load_method
     from runners.cells import Run
+    from runners.parts import task_of
     from runners.together import together
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         words = ["method=full", "task.limit=1", *overrides]
         cfg = compose("config", overrides=words, return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
-        run = Run(cfg, instantiate(cfg.task), Path("nowhere"), "full")
+        run = Run(cfg, task_of(cfg), Path("nowhere"), "full")
     prompts = [
         dataclasses.replace(run.encoder(example).prompt, max_new_tokens=NEW_TOKENS, ends=()) for example in run.examples
     ]

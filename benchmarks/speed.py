@@ -173,16 +173,16 @@ def harness(model_path: str, limit: int) -> dict[str, Any]:
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
-    from hydra.utils import instantiate
 
     from runners.cells import Run
+    from runners.parts import task_of
 
     inside = 0.0
     with tempfile.TemporaryDirectory() as results, initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         overrides = [f"model.path={model_path}", f"task.limit={limit}", f"results={results}"]
         cfg = compose("config", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
-        run = Run(cfg, instantiate(cfg.task), Path(results), cfg.hydra.runtime.choices["method"])
+        run = Run(cfg, task_of(cfg), Path(results), cfg.hydra.runtime.choices["method"])
         forward = run.model.forward
 
         @wraps(forward)

@@ -13,7 +13,6 @@ Here:  a block is packed once; the release unpacks and packs the whole cache aga
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from methods.core.codec import Codec, CodecCache
 from methods.core.contract import LayerCache, ModelSpec, Stage, Step
 from methods.core.errors import UserError
 from methods.core.quantized import QuantizedStore
+from methods.core.reading import read_json, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -185,8 +185,8 @@ def searched_tables(model: PreTrainedModel, mode: str, name: str = "kvtuner") ->
             f"method.bits=4 and method.table=FILE.yaml need none; make them with {command}"
         )
     try:
-        card = json.loads((place / CARD).read_text())
-        made_for = card["model"]
+        card = read_json(place / CARD)
+        made_for = dict(card["model"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{artefacts.shown(place / CARD)}: is broken ({error}); make it again with {command}"
@@ -210,10 +210,11 @@ def searched_tables(model: PreTrainedModel, mode: str, name: str = "kvtuner") ->
 def read_table(path: Path) -> Table:
     """A table in the authors' format. Raises UserError where it cannot be read."""
     try:
-        return parse_table(yaml.safe_load(path.read_text()), str(artefacts.shown(path)))
-    except (OSError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        entries = yaml.safe_load(read_text(path))
+    except (UserError, yaml.YAMLError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
         raise UserError(f"KVTuner: {artefacts.shown(path)}: cannot be read: {reason}") from error
+    return parse_table(entries, str(artefacts.shown(path)))
 
 
 def parse_table(entries: Any, source: str) -> Table:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,12 +20,14 @@ from methods import build_method
 from methods.core import artefacts
 from methods.core.contract import Method
 from methods.core.errors import UserError
+from methods.core.reading import read_bytes, read_text
 from methods.core.typed import Count
 from runners import show
 from runners.base import Runner
 from runners.load import checkpoint_of, load_model, load_tokenizer, pick_backend, pick_device, pick_dtype, pick_threads
 from tasks.documents import KINDS, Pool, prose, prose_hash, sentences
 from tasks.documents.pools import Split
+from tasks.sources import parse_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,20 +139,13 @@ def generated(seed: int, row: int, length: int, split: Split = "train") -> Itera
 def _texts(path: Path) -> Iterator[str]:
     """The texts of a .jsonl file, one per line, or of a text file, which is one."""
     if path.suffix != ".jsonl":
-        yield path.read_text(errors="replace")
+        yield read_text(path)
         return
-    with path.open() as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"runner.data={path}: line {number} is not JSON: {error}") from error
-            text = next(
-                (row[key] for key in TEXT_KEYS if isinstance(row, dict) and isinstance(row.get(key), str)), None
-            )
-            if text is None:
-                raise UserError(f"runner.data={path}: line {number} has no {' and no '.join(TEXT_KEYS)}")
-            yield text
+    for number, row in enumerate(parse_rows(read_bytes(path), f"runner.data={path}"), 1):
+        text = next((row[key] for key in TEXT_KEYS if isinstance(row.get(key), str)), None)
+        if text is None:
+            raise UserError(f"runner.data={path}: row {number} has no {' and no '.join(TEXT_KEYS)}")
+        yield text
 
 
 def _plain(node: Any) -> Any:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods.core.errors import UserError
+from methods.core.reading import read_json
+from methods.core.typed import Count, Whole, conform, shown
 from runners.model_files import DATE, asks_for_the_date, dated, deciding, hash_of, weight_files
 from tasks.sources import unreachable
 
@@ -26,6 +28,8 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 # LongBench leaves about this many tokens of a model's window to the template and the answer
 MARGIN = 500
 INITS = ("pretrained", "random")
+Ends = Whole | list[Whole] | None  # token ids
+DTYPES = ("float32", "float16", "bfloat16")
 RANDOM_SEED = 0
 
 
@@ -49,8 +53,11 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json; of a model of several parts, its text part laid over the rest."""
-        config = json.loads((self.folder / "config.json").read_text())
-        return {**config, **config.get("text_config", {}), **json.loads(self.resize)}
+        config = read_json(self.folder / "config.json")
+        text = config.get("text_config") or {}
+        if not isinstance(text, dict):
+            raise UserError(f"{self.folder / 'config.json'}: text_config={shown(text)}: a JSON object is needed")
+        return {**config, **text, **json.loads(self.resize)}
 
     @property
     def name(self) -> str:
@@ -71,7 +78,7 @@ class Checkpoint:
         """Positions that the model has; None if its configuration names none."""
         for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
             if self.config.get(key):
-                return int(self.config[key])
+                return self._checked(key, self.config[key], Count, "config.json")
         return None
 
     def max_length(self, asked: int | None) -> int | None:
@@ -107,9 +114,13 @@ class Checkpoint:
         ends: set[int] = set()
         for name in ("generation_config.json", "config.json"):
             path = self.folder / name
-            end = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+            end = read_json(path).get("eos_token_id") if path.exists() else None
+            end = self._checked("eos_token_id", end, Ends, name)
             ends.update([end] if isinstance(end, int) else end or [])
         return ends
+
+    def _checked(self, key: str, value: Any, kind: Any, name: str) -> Any:
+        return conform(value, kind, f"model.path={self.path}: {name}: {key}")
 
 
 def find(path: str, revision: str = "main") -> Checkpoint:
@@ -124,8 +135,9 @@ def find(path: str, revision: str = "main") -> Checkpoint:
             return Checkpoint(path, folder.resolve())
     if Path(path).expanduser().exists():
         raise UserError(f"model.path={path}: is a file; give the folder that holds config.json and model.safetensors")
-    # owner/name, unless that owner is a folder here: then the name was mistyped
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or any((at / path).parent.is_dir() for at in (Path(), ROOT)):
+    # owner/name, unless that owner is a folder here: then the name was mistyped; or one of the first names, like gpt2
+    owned = "/" in path and any((at / path).parent.is_dir() for at in (Path(), ROOT))
+    if not re.fullmatch(r"([A-Za-z0-9_-][\w.-]*/)?[A-Za-z0-9_][\w.-]*", path, re.ASCII) or owned:
         raise UserError(
             f"model.path={path}: no such folder; give a folder that holds config.json and model.safetensors, "
             "or an id of the Hugging Face hub such as model.path=Qwen/Qwen2.5-0.5B-Instruct"
@@ -283,6 +295,8 @@ def pick_dtype(dtype: str, checkpoint: Checkpoint, device: "torch.device") -> "t
     if dtype == "auto":
         own = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
         dtype = "float32" if device.type == "cpu" else own
+    if dtype not in DTYPES:
+        raise UserError(f"model.path={checkpoint.path}: its dtype is {shown(dtype)}; give dtype={', '.join(DTYPES)}")
     return getattr(torch, dtype)
 
 
@@ -290,6 +304,11 @@ def _check(path: str, folder: Path) -> None:
     """Raises UserError unless the folder holds what a checkpoint needs."""
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={path}: no config.json in {folder}; give the folder of a transformers checkpoint")
+    read_json(folder / "config.json")
+    for file in folder.glob("*.safetensors"):
+        if not file.is_file():
+            kind = "a folder" if file.is_dir() else "a link to nothing"
+            raise UserError(f"model.path={path}: {file.name} is {kind}; it holds weights, and is a file")
     if not weight_files(path, folder):
         other = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern)]
         hint = (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from datetime import datetime
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from methods.core.errors import UserError
+from methods.core.reading import read_json
 
 DATE = "2024-07-26"  # that of Llama 3.1's own template
 INDEX = "model.safetensors.index.json"
@@ -34,9 +34,9 @@ def weight_files(path: str, folder: Path) -> list[str]:
     index = folder / INDEX
     if index.is_file():
         try:
-            named = set(json.loads(index.read_bytes())["weight_map"].values())
+            named = set(read_json(index)["weight_map"].values())
             outside = sorted(name for name in named if _leads_out(name))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"model.path={path}: {INDEX} cannot be read: no `weight_map` from tensors to files"
             ) from error

@@ -32,6 +32,7 @@ from methods import build_method, load_method
 from methods.core import artefacts
 from methods.core.contract import Method
 from methods.core.errors import UserError
+from methods.core.reading import read_text
 from methods.core.typed import Count, Positive, Whole
 from methods.lococo import TRAINER, LoCoCo
 from runners import show
@@ -329,7 +330,7 @@ def losses(model: PreTrainedModel, method: Method, rows: Tensor, batch: int) -> 
 
 def texts(file: str) -> tuple[str, str]:
     """What is trained on, and what is measured on: the end of the file."""
-    text = Path(file).expanduser().read_text()
+    text = read_text(Path(file).expanduser())
     cut = int(len(text) * (1 - HELD_OUT))
     return text[:cut], text[cut:]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.errors import UserError
+from methods.core.reading import read_bytes
 from tasks.sources import parse_rows
 
 Rows = list[dict[str, Any]]
@@ -43,13 +44,15 @@ def read_rows(task: str, folder: Path) -> dict[str, Rows]:
 def _read(path: Path, read: Callable[[Path], Rows]) -> Rows:
     try:
         return read(path)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, AttributeError, IndexError, ElementTree.ParseError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
 
 
 def plain(path: Path) -> Rows:
     """Rows that have their form already."""
-    return parse_rows(path.read_bytes(), str(path))
+    return parse_rows(read_bytes(path), str(path))
 
 
 def piqa(path: Path) -> Rows:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.errors import UserError
+from methods.core.reading import parse_json, read_bytes
 from tasks import pins
 from tasks.sources import cached_only, expand, hub_trouble, parse_rows
 
@@ -49,11 +50,11 @@ class Files:
             rows = parse_rows(raw, str(path))
         else:
             try:
-                text = raw.decode("utf-8")
-                rows = json.loads(text) if path.suffix == ".json" else [{"text": text}]
-            except ValueError as error:
+                text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+            except UnicodeDecodeError as error:
                 raise UserError(f"{path}: not {path.suffix.removeprefix('.')} in UTF-8 ({error})") from error
-        if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+            rows = parse_json(text, str(path), list) if path.suffix == ".json" else [{"text": text}]
+        if not rows or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{path}: holds no rows; a JSON object per line is needed")
         return rows
 
@@ -67,7 +68,7 @@ def read_files(task: str, data: str, suffixes: Sequence[str] = (".jsonl", ".json
     path = bundled if data == "bundled" else expand(data)
     wanted = " or ".join(suffixes)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
+        files = sorted(file for file in path.iterdir() if file.suffix in suffixes and not file.is_dir())
     else:
         files = [path] if path.is_file() else []
     if not files:
@@ -76,10 +77,7 @@ def read_files(task: str, data: str, suffixes: Sequence[str] = (".jsonl", ".json
         raise UserError(
             f"{task}: task.data={data}: {what} {path.absolute()}; give a {wanted} file or a folder of them, {instead}"
         )
-    try:
-        return Files(data, {file.stem: (file, file.read_bytes()) for file in files})
-    except OSError as error:
-        raise UserError(f"{task}: task.data={data}: cannot be read ({error})") from error
+    return Files(data, {file.stem: (file, read_bytes(file)) for file in files})
 
 
 def hub_rows(task: str, repo: str, name: str | None, split: str, revision: str) -> tuple[list[dict[str, Any]], str]:

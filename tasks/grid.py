@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from methods.core.errors import UserError
+from methods.core.reading import read_bytes
 from tasks.base import Example, Row, Task, mean_by_category, mean_row
 from tasks.matching import MATCHING
+from tasks.rows import Depth, Text, Texts, wrong
+from tasks.rows import Tokens as Most
 from tasks.sources import expand, parse_rows
 from tasks.tokens import Tokens
 
 FIELDS = {"kind": str, "length": int, "context": str, "question": str, "answers": list, "metric": str,
           "max_new_tokens": int}  # fmt: skip
+TYPES = {"length": Most, "answers": Texts, "max_new_tokens": Most, "depth": Depth | None, "_id": Text | None,
+         "group": str | None, "prefill": str | None}  # fmt: skip
 
 
 class Grid(Task):
@@ -98,10 +103,7 @@ def read_prompts(folder: Path, who: str) -> tuple[dict[str, list[dict[str, Any]]
     found: dict[str, list[dict[str, Any]]] = {}
     digest = hashlib.sha256()
     for file in files:
-        try:
-            raw = file.read_bytes()
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        raw = read_bytes(file)
         digest.update(f"{file.name}\0{len(raw)}\0".encode() + raw)
         for number, row in enumerate(parse_rows(raw, str(file)), start=1):
             for key, sort in FIELDS.items():
@@ -109,6 +111,8 @@ def read_prompts(folder: Path, who: str) -> tuple[dict[str, list[dict[str, Any]]
                     raise UserError(
                         f"{file}, row {number}: `{key}` is empty or missing; {who} needs {', '.join(FIELDS)}"
                     )
+            if error := wrong(row, TYPES):
+                raise UserError(f"{file}, row {number}: {error}")
             if row["metric"] not in MATCHING:
                 raise UserError(f"{file}, row {number}: metric {row['metric']}; there are {', '.join(MATCHING)}")
             found.setdefault(row["kind"], []).append(row)
@@ -130,22 +134,25 @@ def examples_of(rows: dict[str, list[dict[str, Any]]], chosen: Iterable[str]) ->
         for i, row in enumerate(rows[kind]):
             tags = {
                 "subset": kind,
-                "category": row.get("group", kind),
+                "category": row.get("group") or kind,
                 "metric": row["metric"],
                 "length": row["length"],
                 "depth": row.get("depth"),
             }
             found.append(
                 Example(
-                    id=row.get("_id", f"{kind}/{i}"),
+                    id=f"{kind}/{i}" if row.get("_id") in (None, "") else str(row["_id"]),
                     context=row["context"],
                     question=row["question"],
-                    answers=row["answers"],
+                    answers=[str(answer) for answer in row["answers"]],
                     max_new_tokens=row["max_new_tokens"],
                     tags=tags,
-                    prefill=row.get("prefill", ""),
+                    prefill=row.get("prefill") or "",
                 )
             )
+    for id, n in Counter(example.id for example in found).items():
+        if n > 1:
+            raise UserError(f"task.data: {n} rows have the `_id` {id}; give each its own, or none")
     return found
 
 

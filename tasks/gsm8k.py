@@ -20,10 +20,12 @@ from tasks.files import Files, check_limit, check_stand_in, hub_rows, read_files
 from tasks.pins import PINNED
 from tasks.prompts import lm_eval_task, lm_eval_version
 from tasks.reasoning import Reasoning
+from tasks.rows import wrong
 
 VERSION = "1"  # goes into every record; raise it when a score could change
 HUB = ("openai/gsm8k", "main")
 INVALID = "[invalid]"
+SOLVED = {"question": str, "answer": str}
 SAMPLER_SEED = 1234  # of lm_eval's own runs
 MOST_NEW = 256  # what lm_eval's model of the Hugging Face library takes where a task names nothing
 # name: where lm_eval keeps it
@@ -207,12 +209,16 @@ class GSM8K(Apart):
                 f"gsm8k: task.data={self.data} has no train.jsonl, from which {self.variant} draws its examples; "
                 "put it beside test.jsonl, or give task.variant=gsm8k_cot or task.shots=0"
             )
-        train, rng = self._files.rows("train"), random.Random(SAMPLER_SEED)
+        train = self._files.rows("train")
+        for number, row in enumerate(train, 1):
+            if error := wrong(row, SOLVED):
+                raise UserError(f"{self._files.found['train'][0]}, row {number}: {error}")
         if len(train) < self._shots:
             raise UserError(
                 f"gsm8k: task.shots={self._shots}: the train.jsonl of task.data={self.data} has {len(train)} rows to "
                 f"draw them from; add rows, or give task.shots={len(train)}"
             )
+        rng = random.Random(SAMPLER_SEED)
         return lambda: rng.sample(train, self._shots)
 
     def _example(self, i: int, row: Mapping[str, Any], drawn: Any) -> Example:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from methods.core.errors import UserError
+from methods.core.reading import read_text
 from tasks.documents import prose
 from tasks.files import hub_rows
 from tasks.pins import PINNED
@@ -56,8 +57,8 @@ def read_haystack(data: str, revision: str = PINNED) -> Haystack:
     path = expand(data)
     files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md")) if path.is_dir() else [path]
     try:
-        text = "\n".join(file.read_text(encoding="utf-8").strip() for file in files)
-    except (OSError, UnicodeDecodeError) as error:
+        text = "\n".join(read_text(file).strip() for file in files)
+    except UserError as error:
         raise UserError(f"task.data={data}: cannot be read as text in UTF-8 ({error})") from error
     if not text.strip():
         raise UserError(f"task.data={data}: no text; give a text file, or a folder with .txt or .md files")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.errors import UserError
+from methods.core.reading import read_bytes
 from tasks.prompts import Template, lm_eval_task
 from tasks.ruler.templates import noise
 from tasks.sources import parse_rows
@@ -104,7 +105,7 @@ def read(kind: str, file: Path) -> list[dict[str, Any]]:
     Raises UserError that names the record that lacks something.
     """
     found = []
-    for number, row in enumerate(parse_rows(file.read_bytes(), str(file)), start=1):
+    for number, row in enumerate(parse_rows(read_bytes(file), str(file)), start=1):
         try:
             answer = [str(one) for one in row["answer"]] if isinstance(row["answer"], list) else [str(row["answer"])]
             context, question = template(kind).fill(row["context"], row["input"])

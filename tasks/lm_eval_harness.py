@@ -66,6 +66,7 @@ class LmEval(Task):
         the authors' own files of piqa, copa and openbookqa.
     shots: solved examples before every item; None: as many as the task says.
     include: a folder with task files of one's own, as lm_eval's include_path; "bundled" data are then what they name.
+    trust_include: such files run code of their own (`!function`, Jinja); true says that they may.
     stride: tokens of a choice that are fed at once; None: all. 1 is exact for methods that drop while they decode.
     limit: items per task; None takes all.
     chat: whether the model's chat template is put around a prompt, solved examples and all, as one user turn; lm_eval's
@@ -78,6 +79,7 @@ class LmEval(Task):
     data: str = "bundled"
     shots: int | None = None
     include: str | None = None
+    trust_include: bool = False
     stride: int | None = None
     limit: int | None = None
     chat: bool = False
@@ -94,6 +96,11 @@ class LmEval(Task):
         self.data = str(self.data)
         if self.tasks is None and self.data != "bundled" and self.include is None:
             raise UserError(f"lm_eval: task.data={self.data}: which tasks? Give task.tasks, such as [piqa,copa]")
+        if self._foreign and not self.trust_include:
+            raise UserError(
+                f"lm_eval: task.include={self.include}: task files run code of their own (!function, Jinja); read "
+                "them, and give task.trust_include=true if they may"
+            )
         if self.revision != pins.PINNED and self.data != "hub":
             raise UserError(f"lm_eval: task.revision={self.revision} with task.data={self.data}; give task.data=hub")
 
@@ -112,6 +119,7 @@ class LmEval(Task):
             greedy = ", greedily and not by chance as it asks" if drawn else ""
             found.append(f"{name} ({self._repository(task)}{split}, {n} items{odd}{greedy})")
         where = self.include if self.data == "bundled" and self.include is not None else self.data
+        where += f", with the code of {self.include}" if self._foreign else ""
         wrapped = "in the chat template" if self.chat else "without a chat template"
         return (
             f"{self.name} ({where}): {', '.join(found)}; {len(self._examples)} samples {wrapped}, "
@@ -183,6 +191,12 @@ class LmEval(Task):
         return [line for line in lines if line]
 
     @property
+    def _foreign(self) -> bool:
+        """Whether task files are somebody else's."""
+        folder = None if self.include is None else expand(self.include)
+        return folder is not None and folder.is_dir() and folder.resolve() != BUNDLED.resolve()
+
+    @property
     def _bundled(self) -> bool:
         return self.data == "bundled" and self.include is None
 
@@ -252,7 +266,7 @@ class LmEval(Task):
                 return list(manager.load(built)["tasks"].values())
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, IndexError, AssertionError) as error:
+        except Exception as error:  # of its own code and the library's, on rows of any form
             raise UserError(
                 f"lm_eval: task.tasks={name}: task.data={self.data} does not give its items "
                 f"({pins.told(error, trouble)}); "
@@ -300,15 +314,26 @@ class LmEval(Task):
                         f"lm_eval: task.shots={shots}: task.data={self.data} has too few rows that {name} could draw "
                         "its examples from; add its train.jsonl, or give task.shots=0"
                     ) from error
-                made = task.construct_requests(
-                    doc=doc, ctx=prompt, metadata=(name, i, 1), apply_chat_template=self.chat
-                )
+                except Exception as error:
+                    raise _unasked(f"{name}/{i}", error) from error
+                try:
+                    made = task.construct_requests(
+                        doc=doc, ctx=prompt, metadata=(name, i, 1), apply_chat_template=self.chat
+                    )
+                except Exception as error:
+                    raise _unasked(f"{name}/{i}", error) from error
                 found[f"{name}/{i}"] = made if isinstance(made, list) else [made]
         return found
 
     @cached_property
     def _examples(self) -> list[Example]:
-        return [self._example(id, made) for id, made in self._requests.items()]
+        found = []
+        for id, made in self._requests.items():
+            try:
+                found.append(self._example(id, made))
+            except Exception as error:
+                raise _unasked(id, error) from error
+        return found
 
     def _example(self, id: str, made: Sequence[Any]) -> Example:
         name = id.rpartition("/")[0]
@@ -361,6 +386,12 @@ class LmEval(Task):
             parts = [one.id, one.context, one.question, one.answers, [(c.question, c.text) for c in one.choices]]
             total.update(json.dumps(parts).encode())
         return total.hexdigest()
+
+
+def _unasked(id: str, error: Exception) -> UserError:
+    """Of an item that lm_eval's own code cannot make a question of."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return UserError(f"lm_eval: {id}: its row is not one that the task can ask ({text})")
 
 
 def _data_sets(rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import yaml
 
 from methods.core.errors import UserError
+from methods.core.typed import shown
 from tasks import remarks
 from tasks.base import Example, Metric, Row, Task
 from tasks.files import Files, check_limit, check_stand_in, chosen, hub_rows, read_files
@@ -135,7 +136,7 @@ class LongBenchV2(Task):
         domains = list(dict.fromkeys(str(row.get("domain")) for row in self._rows))
         wanted = chosen("longbench_v2", "subset", self.subset, domains)
         rows = [row for row in self._rows if str(row.get("domain")) in wanted][: self.limit]
-        named = [str(row.get("_id")) for row in rows]
+        named = [shown(row.get("_id")) for row in rows]
         seen = Counter(named)
         ids = [name if seen[name] == 1 else str(i) for i, name in enumerate(named)]
         return [self._example(f"v2/{id}", row) for id, row in zip(ids, rows)]
@@ -143,7 +144,7 @@ class LongBenchV2(Task):
     def _example(self, id: str, row: Mapping[str, Any]) -> Example:
         # one subset: every row of the table is a plain mean over samples, and is drawn as one
         tags = {"subset": self.name, "category": self.name, "chance": 1 / len(LETTERS)}
-        tags |= {key: row.get(key) for key in ("domain", *LEVELS)}
+        tags |= {key: str(row.get(key)) for key in ("domain", *LEVELS)}
         if error := problem(row):
             return Example(id, "", "", [], 1, tags, error=error)
         return Example(id, *prompt(row), [row["answer"]], MOST_NEW, tags)

@@ -22,10 +22,15 @@ from tasks import matching, metrics, numerals, rouge
 from tasks.base import Example, Task, Turn
 from tasks.files import Files, check_limit, chosen, hub_rows, read_files
 from tasks.pins import PINNED
+from tasks.rows import Text, Texts, Tokens, wrong
 
 VERSION = "2"  # goes into every record; raise it when a score could change
 MODES, HISTORIES, COMPRESS = ("turns", "requests"), ("golden", "own"), ("first_prompt_only", "every_prompt")
 HUB = "microsoft/SCBench"
+
+
+ROW = {"max_new_tokens": Tokens | None, "head": Text | None}
+TURN = {"input": Text, "answer": Text | Texts, "options": Texts | None, "task": Text | None, "name": Text | None}
 
 
 @dataclass(frozen=True)
@@ -286,9 +291,8 @@ def problem(row: Mapping[str, Any], kind: str) -> str | None:
         isinstance(turn, dict) and turn.get("input") and turn.get("answer") not in (None, "", []) for turn in turns
     ):
         return "`multi_turns` has a question without `input` or `answer`"
-    most = row.get("max_new_tokens")
-    if most is not None and (type(most) is not int or most < 1):
-        return f"`max_new_tokens` is {most}; it is a whole number of tokens, 1 or more"
+    if error := wrong(row, ROW) or next(filter(None, (wrong(turn, TURN) for turn in turns)), None):
+        return error
     try:
         for turn in turns:
             references(turn, rule_of(turn, kind)[0])

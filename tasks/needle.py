@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from methods.core.errors import UserError
+from methods.core.reading import read_bytes
 from tasks import grid, infinite, matching
 from tasks.base import Example
 from tasks.grid import Grid
@@ -308,5 +309,5 @@ class Needle(Grid):
 
 def _is_theirs(file: Path) -> bool:
     """Whether a file has InfiniteBench's records, by its first one."""
-    rows = parse_rows(file.read_bytes().split(b"\n", 1)[0], str(file))
+    rows = parse_rows(read_bytes(file).split(b"\n", 1)[0], str(file))
     return bool(rows) and {"context", "input", "answer"} <= rows[0].keys()

@@ -12,6 +12,7 @@ from typing import Any
 from tasks import remarks
 from tasks.base import Example, Row, Task, mean_by_category
 from tasks.files import Files, check_limit, chosen, read_files
+from tasks.rows import Tokens, wrong
 
 VERSION = "1"  # goes into every record; raise it when a score could change
 
@@ -85,7 +86,9 @@ class Reasoning(Task):
         missing = [key for key in ("context", "question", "steps") if not isinstance(row.get(key), str)]
         if missing:
             return Example(id, "", "", [], 1, tags, error=f"`{missing[0]}` is missing; it is a string")
-        limit = int(row.get("max_new_tokens") or 64)
+        if error := wrong(row, {"max_new_tokens": Tokens | None}):
+            return Example(id, "", "", [], 1, tags, error=error)
+        limit = row.get("max_new_tokens") or 64
         return Example(id, row["context"], row["question"], [row["steps"]], limit, tags)
 
 

@@ -1,12 +1,12 @@
 """Where a task's rows come from: a folder, a zip, a single file or the Hugging Face hub."""
 
-import json
 import os
 import ssl
 import threading
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.errors import UserError
+from methods.core.reading import parse_json, read_bytes
 from tasks import pins
 
 HUB_REPO = "THUDM/LongBench"  # a script and data.zip; datasets no longer runs scripts, so the zip is read directly
 HUB_PROBE_S = 5.0
+MOST_UNPACKED = 512 << 20  # bytes of one member of an archive; a few kilobytes can unpack to any size
 
 
 @dataclass(frozen=True)
@@ -54,23 +56,22 @@ _HOW = (
 
 
 def _reader(file: Path) -> Callable[[], bytes]:
-    def read() -> bytes:
-        try:
-            return file.read_bytes()
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-
-    return read
+    return lambda: read_bytes(file)
 
 
 def _members(path: Path) -> dict[str, DataFile]:
     def reader(member: str) -> Callable[[], bytes]:
         def read() -> bytes:
             try:
-                with zipfile.ZipFile(path) as archive:
-                    return archive.read(member)
-            except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+                with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+                    raw = file.read(MOST_UNPACKED + 1)  # whatever size the archive claims
+            except (OSError, RuntimeError, EOFError, zlib.error, NotImplementedError, zipfile.BadZipFile) as error:
                 raise UserError(f"{path}: {member} cannot be read ({error})") from error
+            if len(raw) > MOST_UNPACKED:
+                raise UserError(
+                    f"{path}: {member} is larger than {MOST_UNPACKED >> 20} MiB; unpack it, and give the folder"
+                )
+            return raw
 
         return read
 
@@ -94,13 +95,12 @@ def parse_rows(raw: bytes, where: str) -> list[dict[str, Any]]:
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
+        place = f"{where}, line {number}"
         try:
-            row = json.loads(line.decode("utf-8"))
-        except ValueError as error:  # of both the decoding and the JSON
-            raise UserError(f"{where}, line {number}: not JSON in UTF-8 ({error})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}, line {number}: a JSON object is needed, found {type(row).__name__}")
-        rows.append(row)
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{place}: not JSON in UTF-8 ({error})") from error
+        rows.append(parse_json(text, place))
     return rows
 
 
@@ -193,5 +193,7 @@ def unreachable(url: str, timeout_s: float = HUB_PROBE_S) -> str | None:
 
 
 def expand(path: str) -> Path:
-    """A path as typed, with `~` and environment variables filled in."""
+    """A path as typed, with `~` and environment variables filled in. Raises UserError if it is empty."""
+    if not path.strip():
+        raise UserError("task.data is empty; give a path, or leave it out")
     return Path(os.path.expandvars(path)).expanduser()

@@ -10,8 +10,10 @@ from typing import Any
 import yaml
 
 from methods.core.errors import UserError
+from methods.core.reading import read_text
 from tasks import metrics
 from tasks.prompts import Template
+from tasks.rows import wrong
 
 FEW_SHOT, CODE = "few-shot", "code"
 CATEGORIES = ("single-doc QA", "multi-doc QA", "summarization", FEW_SHOT, "synthetic", CODE)
@@ -90,9 +92,9 @@ def problem(row: dict[str, Any], subset: Subset, needs_length: bool = False) -> 
         return "`all_classes` is empty or missing; it lists the labels"
     if subset.metric == "retrieval" and not all(metrics.PARAGRAPH.search(answer) for answer in answers):
         return "`answers` names no paragraph, such as Paragraph 12"
-    if needs_length and not isinstance(row.get("length"), int):
+    if needs_length and type(row.get("length")) is not int:
         return "`length` is missing; it is a number of words"
-    return None
+    return wrong(row, {"input": str | None, "all_classes": list[str] | None})
 
 
 def read_catalog(path: Path) -> dict[str, tuple[Subset, Template]]:
@@ -101,8 +103,8 @@ def read_catalog(path: Path) -> dict[str, tuple[Subset, Template]]:
     Raises UserError that names the file, the subset and what is wrong with it.
     """
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        entries = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: not YAML that can be read ({error})") from error
     if not isinstance(entries, dict) or not entries:
         raise UserError(f"{path}: a mapping from subset names to their settings is needed")

@@ -27,6 +27,8 @@ from tasks.files import Files, check_limit, chosen, hub_rows, read_files
 from tasks.gsm8k import cut_at
 from tasks.pins import PINNED
 from tasks.prompts import lm_eval_task
+from tasks.rows import Text, wrong
+from tasks.rows import Tokens as Most
 from tasks.tokens import Tokens
 
 VERSION = "1"  # goes into every record; raise it when a score could change
@@ -219,10 +221,9 @@ class Summarization(Apart):
         if source is None or summary is None:
             missing = f"no source ({', '.join(SOURCES)})" if source is None else f"no summary ({', '.join(SUMMARIES)})"
             return Example(id, "", "", [], 1, tags, error=missing)
+        if error := wrong(row, {"max_new_tokens": Most | None, "head": Text | None}):
+            return Example(id, "", "", [], 1, tags, error=error)
         most = row.get("max_new_tokens")
-        if most is not None and (type(most) is not int or most < 1):
-            wrong = f"`max_new_tokens` is {most}; it is a whole number of tokens, 1 or more"
-            return Example(id, "", "", [], 1, tags, error=wrong)
         before, source, after = self._frame(name, row, source)
         return Example(
             id,

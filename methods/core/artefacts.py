@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from methods.core.errors import UserError
+from methods.core.reading import read_bytes, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -196,13 +197,13 @@ def _read(file: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     beside = file.with_suffix(".json")
     if not beside.is_file():
         raise UserError(f"{shown(file)}: its card {beside.name} is missing; {remedy}")
-    data = file.read_bytes()
+    data = read_bytes(file)
     try:
-        card = json.loads(beside.read_text())
+        card = read_json(beside)
         tensors = deserialized(data)
     except (ValueError, SafetensorError) as error:
         raise UserError(f"{shown(file)}: it or its card {beside.name} is broken ({error}); {remedy}") from error
-    if not isinstance(card, dict) or card.get("sha256") != hashlib.sha256(data).hexdigest():
+    if card.get("sha256") != hashlib.sha256(data).hexdigest():
         raise UserError(f"{shown(file)}: its card {beside.name} belongs to another file; {remedy}")
     return tensors, card
 

@@ -70,6 +70,14 @@ def conform(value: Any, wanted: Any, key: str) -> Any:
         raise UserError(f"{key}={shown(value)}: give {described(wanted)}") from None
 
 
+def fits(value: Any, wanted: Any) -> bool:
+    """Whether a value is of the type as it is, a number for a text aside."""
+    try:
+        return _fit(value, wanted, "") == value or value != value
+    except (_Unfit, UserError):
+        return False
+
+
 def settings(node: Any, kind: type, key: str) -> dict[str, Any]:
     """Fields of the dataclass `kind` from a mapping, each of its type; those that are not given by their defaults.
 

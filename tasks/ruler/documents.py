@@ -1,12 +1,11 @@
 """RULER's question answering: a question's own documents among others, from SQuAD v2 or HotpotQA files."""
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from methods.core.errors import UserError
+from methods.core.reading import read_json
 from tasks.ruler.fitting import Sample
 from tasks.ruler.templates import wording
 
@@ -31,7 +30,7 @@ class Collection:
 
 def read_squad(path: Path) -> Collection:
     """SQuAD v2's dev file; questions without an answer are left out. Raises UserError if it is not such a file."""
-    data = _json(path)
+    data = read_json(path)
     try:
         articles = [article["paragraphs"] for article in data["data"]]
         documents = sorted({paragraph["context"] for paragraphs in articles for paragraph in paragraphs})
@@ -46,14 +45,14 @@ def read_squad(path: Path) -> Collection:
                     for asked in paragraph["qas"]
                     if not asked.get("is_impossible", False)
                 ]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a SQuAD v2 file (no {error})") from error
     return _collection(path, documents, questions)
 
 
 def read_hotpot(path: Path) -> Collection:
     """HotpotQA's dev file with distractors. Raises UserError if it is not such a file."""
-    data = _json(path)
+    data = read_json(path, list)
     try:
         texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in entry["context"]] for entry in data]
         documents = sorted({text for own in texts for text in own})
@@ -92,10 +91,3 @@ def make(rng: random.Random, question: Question, documents: list[str], units: in
     before, after = words.template.split("{context}")
     return Sample(before + text + "\n\n", after.removeprefix("\n\n").format(query=question.query), words.prefix,
                   question.outputs)  # fmt: skip
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error

@@ -102,10 +102,10 @@ def test_texts_of_a_users_own_are_cut_into_rows(tmp_path, tiny_tokenizer):
     with pytest.raises(UserError, match=r"no text has runner\.tokens=5000 tokens"):
         Calibrate(data=str(plain)).rows(tiny_tokenizer, 5000, seed=0)
     lines.write_text('{"text": "a"}\n{"text"\n')
-    with pytest.raises(UserError, match="line 2 is not JSON"):
+    with pytest.raises(UserError, match="line 2: not JSON"):
         Calibrate(data=str(lines)).rows(tiny_tokenizer, 50, seed=0)
     lines.write_text('{"words": "a"}\n')
-    with pytest.raises(UserError, match="line 1 has no text and no context"):
+    with pytest.raises(UserError, match="row 1 has no text and no context"):
         Calibrate(data=str(lines)).rows(tiny_tokenizer, 50, seed=0)
 
 

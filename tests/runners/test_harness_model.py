@@ -74,7 +74,7 @@ def test_answers_are_generated_through_the_cache(model, tiny_tokenizer, tmp_path
     rows = [{"text": "the cat sat on a mat and read about a long river", "answer": "a"}, {"text": "mat", "answer": "b"}]
     put(tmp_path / "rows.jsonl", rows)
     (tmp_path / "story.yaml").write_text(GENERATING.format(rows=tmp_path / "rows.jsonl"))
-    task = LmEval(include=str(tmp_path))
+    task = LmEval(include=str(tmp_path), trust_include=True)
     ours = evaluated(cached(model, tiny_tokenizer, load_method("full")), task)
     with unbound(model):
         own = evaluated(plain(model, tiny_tokenizer), task)

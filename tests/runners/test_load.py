@@ -78,7 +78,7 @@ def test_weights_that_lack_a_tensor_are_refused_instead_of_filled_with_noise(cop
 
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(load, "_from_hub", lambda *a: pytest.fail("asked the hub"))
-    for path in (str(tmp_path / "nowhere"), "./nowhere", "assets/referense", "nowhere", "a/b/c"):
+    for path in (str(tmp_path / "nowhere"), "./nowhere", "assets/referense", "a/b/c"):
         with pytest.raises(UserError, match="no such folder"):
             find(path)
     (tmp_path / "file").write_text("")
@@ -270,3 +270,53 @@ def test_a_template_that_writes_todays_date_is_told_a_fixed_one(copy):
     for wrong in ("today", "2024-13-01", 7):
         with pytest.raises(UserError, match=f"model.date={wrong}: give a day such as 2024-07-26"):
             date_of(find(str(copy)), settings | {"date": wrong})
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "7", DEEP, '{"a": 1', '{"text_config": 7}', "\ufffe{}"])
+def test_a_config_that_is_none_is_named_in_one_line(copy, text):
+    (copy / "config.json").write_text(text, encoding="utf-16" if text.startswith("\ufffe") else "utf-8")
+    with pytest.raises(UserError, match=r"config\.json") as caught:
+        find(str(copy)).window  # noqa: B018
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("window", ["long", -1, 1.5, [2048], {"a": 1}, True])
+def test_a_window_that_is_no_number_of_tokens_is_named(copy, window):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "max_position_embeddings": window}))
+    with pytest.raises(UserError, match=r"config\.json: max_position_embeddings=.*: give a whole number, 1 or more"):
+        find(str(copy)).window  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "null", "[]", DEEP, '{"eos_token_id": {"a": 1}}', '{"eos_token_id": 1.5}', '{"eos_token_id": "two"}',
+     '{"eos_token_id": [1, null]}', '{"eos_token_id": true}', '{"eos_token_id": -1}'],
+)  # fmt: skip
+def test_generation_defaults_that_are_none_are_named_in_one_line(copy, text):
+    (copy / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"generation_config\.json") as caught:
+        find(str(copy)).ends  # noqa: B018
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_weights_that_are_a_folder_or_a_link_to_nothing_are_named(copy):
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors").symlink_to(copy / "gone")
+    with pytest.raises(UserError, match=r"model\.safetensors is a link to nothing"):
+        find(str(copy))
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"model\.safetensors is a folder"):
+        find(str(copy))
+
+
+def test_a_name_without_an_owner_is_looked_for_on_the_hub(monkeypatch):
+    monkeypatch.setattr(load, "_from_hub", lambda name, revision: Checkpoint(name, load.ROOT, commit="c"))
+    assert find("gpt2").path == "gpt2"
+    for folder in ("no/such/folder", "../gpt2", "assets/nothing", "/gpt2", "a b"):
+        with pytest.raises(UserError, match="no such folder"):
+            find(folder)

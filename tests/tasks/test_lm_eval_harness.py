@@ -138,7 +138,7 @@ def test_a_task_file_of_ones_own_generates_and_is_read_by_its_filters(tmp_path, 
         "  - {name: colour, filter: [{function: regex, regex_pattern: '(red|blue)'}, {function: take_first}]}\n"
         "metric_list: [{metric: exact_match}]\n"
     )
-    task = LmEval(include=str(tmp_path))
+    task = LmEval(include=str(tmp_path), trust_include=True)
     assert task.source().startswith(f"lm_eval ({tmp_path}): own (test, 1 items)")
     (example,) = task.examples()
     assert example.kind == "answer" and example.max_new_tokens == 5 and example.answers == ["red"]
@@ -147,7 +147,7 @@ def test_a_task_file_of_ones_own_generates_and_is_read_by_its_filters(tmp_path, 
     assert list(task.parts(example, "blue")) == ["exact_match, colour"]
     own = tmp_path / "own.yaml"
     own.write_text(own.read_text().replace("generation_kwargs: {", "generation_kwargs: {do_sample: true, "))
-    said = LmEval(include=str(tmp_path)).source()
+    said = LmEval(include=str(tmp_path), trust_include=True).source()
     assert "own (test, 1 items, greedily and not by chance as it asks)" in said
 
 

@@ -223,7 +223,7 @@ def test_lm_evals_datasets_are_pinned_unless_their_task_names_a_revision(hub, tm
     load = datasets.load_dataset
 
     def made(**more: Any) -> LmEval:
-        return LmEval(["free", "bound"], "hub", include=str(tmp_path), **more)
+        return LmEval(["free", "bound"], "hub", include=str(tmp_path), trust_include=True, **more)
 
     first = made()
     assert f"a/free at {OLD[:12]}" in first.source() and pins.read() == {"a/free": OLD}

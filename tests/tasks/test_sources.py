@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from methods.core.errors import UserError
+from tasks import sources
 from tasks.sources import expand, from_hub, hub_commit, locate, parse_rows, unreachable
 
 
@@ -157,3 +158,25 @@ def test_a_server_that_answers_with_an_error_is_reachable():
 def test_a_path_may_hold_a_tilde_or_a_variable(monkeypatch):
     monkeypatch.setenv("HOME", "/users/me")
     assert expand("~/lb") == expand("$HOME/lb") == Path("/users/me/lb")
+
+
+def test_a_member_of_an_archive_is_not_unpacked_beyond_all_bounds(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MOST_UNPACKED", 3 << 20)
+    with zipfile.ZipFile(tmp_path / "data.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data/lcc.jsonl", b"0" * (3 << 20))
+        archive.writestr("data/trec.jsonl", b"0" * ((3 << 20) + 1))
+    found = locate(tmp_path)
+    assert len(found["lcc"].read()) == 3 << 20
+    with pytest.raises(UserError, match=r"data/trec\.jsonl is larger than 3 MiB; unpack it, and give the folder"):
+        found["trec"].read()
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"a": "\\ud83d"}', '{"a": ' + "9" * 5000 + "}", "7", '"a"'])
+def test_a_line_that_no_row_can_be_made_of_is_named_by_its_number(line):
+    with pytest.raises(UserError, match=r"x\.jsonl, line 2: ") as caught:
+        sources.parse_rows(b'{"a": 1}\n' + line.encode(), "x.jsonl")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_whole_pair_is_a_letter(tmp_path):
+    assert sources.parse_rows(b'{"a": "\\ud83d\\ude00"}', "x.jsonl") == [{"a": "\N{GRINNING FACE}"}]

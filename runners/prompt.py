@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from methods.core.errors import UserError
 from runners.generate import Prompt
 from runners.model_files import dated
+from runners.time_limit import within_template
 from tasks.base import Example, Forced
 from tasks.tokens import Tokens
 from tasks.truncate import truncate_middle
@@ -184,7 +185,8 @@ class Encoder:
         options = dict(self.chat_options)
         if self.date:
             options["chat_template"] = dated(self.tokenizer.get_chat_template(), self.date)
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        with within_template():
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
         assert isinstance(text, str)
         return text
 

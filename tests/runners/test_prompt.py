@@ -1,10 +1,14 @@
 """Prompts as token ids: where the question starts, what is cut, what the chat template adds."""
 
 import copy
+import signal
+import time
 
 import pytest
+import torch
 
 from methods.core.errors import UserError
+from runners import time_limit
 from runners.prompt import Encoder
 from tasks.base import Example
 
@@ -159,3 +163,35 @@ def test_a_prompt_of_the_longest_length_that_tasks_are_told_is_not_cut(tiny_toke
         context = tokens.decode(tokens.encode(words)[: room - tokens.count("Question: where?")])
         assert not encoder(example(context=context)).cut
         assert encoder(example(context=context + "the cat sat " * 12)).cut
+
+
+LOOPS = "{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}" + CHAT
+
+
+def test_a_chat_template_that_never_ends_is_broken_off(chatty, monkeypatch):
+    chatty.chat_template = LOOPS
+    monkeypatch.setattr(time_limit, "TEMPLATE_S", 0.2)
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=r"chat template takes longer than 0\.2 seconds; model\.chat=false"):
+        Encoder(chatty, ends=[])(example())
+    with (
+        pytest.raises(time_limit.TimeLimit, match=r"time_limit=0\.1 seconds"),
+        time_limit.within(torch.nn.Identity(), 0.1),
+    ):
+        Encoder(chatty, ends=[])(example())
+    assert time.perf_counter() - began < 30
+
+
+def test_somebody_elses_timer_goes_on_after_a_template(chatty):
+    rang = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rang.append(1))
+    left = signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        Encoder(chatty, ends=[])(example())
+        limit = time.monotonic() + 20
+        while not rang and time.monotonic() < limit:
+            time.sleep(0.01)
+        assert rang
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *left)
+        signal.signal(signal.SIGALRM, before)

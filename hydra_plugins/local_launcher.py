@@ -18,7 +18,7 @@ from hydra.core.utils import JobReturn, setup_globals
 from hydra_plugins.hydra_joblib_launcher import joblib_launcher
 
 from methods.core.errors import UserError
-from runners.stopping import end_with_parent
+from runners.stopping import end_with
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 # processes at a time where there is no GPU to count
@@ -50,9 +50,9 @@ class LocalLauncher(joblib_launcher.JoblibLauncher):
         process_joblib_cfg(settings)
         state = Singleton.get_state()
         jobs = (
-            delayed(on_own_gpu)(
-                gpus, _locks().name, execute_job, i, overrides, self.hydra_context, self.config, self.task_function,
-                state,
+            delayed(in_worker)(
+                os.getpid(), gpus, _locks().name, execute_job, i, overrides, self.hydra_context, self.config,
+                self.task_function, state,
             )
             for i, overrides in enumerate(job_overrides, initial_job_idx)
         )  # fmt: skip
@@ -80,10 +80,10 @@ def workers(asked: int | None, gpus: Sequence[str]) -> int:
     return min(asked or len(gpus), len(gpus)) if gpus else asked or PROCESSES
 
 
-@cache
-def _watched() -> None:
-    """Once per process: a worker whose parent was killed would go on for hours."""
-    end_with_parent()
+def in_worker(parent: int, *job: Any) -> Any:
+    """`on_own_gpu(*job)` in a process that does not outlive the one that started it."""
+    end_with(parent)
+    return on_own_gpu(*job)
 
 
 def on_own_gpu(gpus: Sequence[str], locks: str, job: Callable[..., Any], *args: Any) -> Any:
@@ -91,7 +91,6 @@ def on_own_gpu(gpus: Sequence[str], locks: str, job: Callable[..., Any], *args: 
 
     locks: an empty file that all processes have in common.
     """
-    _watched()
     if gpus:
         os.environ[VISIBLE] = gpus[_claimed(len(gpus), locks)]
     return job(*args)

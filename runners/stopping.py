@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from functools import cache
 from types import FrameType
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -42,9 +43,9 @@ def _stop(number: int, frame: FrameType | None) -> None:
         os._exit(code())
 
 
-def end_with_parent() -> None:
+@cache
+def end_with(parent: int) -> None:
     """Let this process, a worker, end as soon as the one that started it is gone: nobody else would end it then."""
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -154,6 +154,10 @@ def track(run: Run, cells: Sequence[Cell], resamples: int) -> None:
     settings = plain(run.cfg.wandb)
     if settings["mode"] == "disabled":
         return
+    if os.environ.get("WANDB_MODE") == "disabled":
+        show.note(f"wandb={settings['mode']}: WANDB_MODE=disabled is set in the environment; nothing is written")
+        return
+    os.environ.setdefault("WANDB_SILENT", "true")  # else it says of every process where its key is from
     try:
         _track(run, cells, resamples, Tracker(settings, run.results))
     except Exception as error:  # a full disk, a record that somebody deletes meanwhile

@@ -220,6 +220,14 @@ def closed_port() -> int:
         return one.getsockname()[1]
 
 
+def test_wandb_that_the_environment_disables_writes_nothing_and_says_why(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    code, out, err = command("wandb=online", "task.limit=1")
+    assert code == 0 and "record:" in out
+    assert err.count("WANDB_MODE=disabled is set in the environment; nothing is written") == 1 and "key" not in err
+    assert not (tmp_path / "results" / "wandb").exists() and not list((tmp_path / "results").rglob(".wandb*"))
+
+
 def test_what_cannot_be_written_at_all_is_said_once_and_fails_nothing(command, tmp_path, monkeypatch):
     import wandb
 

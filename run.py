@@ -69,7 +69,7 @@ def main() -> int:
     if sys.platform == "win32":
         report(UserError("Windows: has no fcntl, which the records need; run it in WSL (wsl --install), as on Linux"))
         return 2
-    if sys.argv[1:] == ["--version"]:
+    if "--version" in sys.argv[1:]:
         print(f"kvfrontier {metadata.version('kvfrontier')}, commit {commit() or 'unknown'}")
         return 0
     # Hydra passes errors on instead of printing them in its own way; `report` asks for the user's own setting

@@ -8,6 +8,7 @@ sweeper does; jobs that differ only in what a method is (method, its knobs, budg
 # no `from __future__ import annotations`: Hydra runs this file before it is a module that dataclasses can look up
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -16,7 +17,11 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
+from methods import method_part
+from methods.core.typed import conform, hints_of
+from runners.config import Config
 from runners.jobs import Failed, announce, group, job_cells, numbers_apart, tidy
+from runners.record import check_writable
 
 # runners that take a group; training, or a measurement of speed, does not
 RUNNERS = ("evaluate",)
@@ -55,7 +60,9 @@ class GroupedSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Hydra's own; but of a job that has said what failed, Hydra would print every override once more."""
-        assert self.launcher is not None
+        assert self.launcher is not None and self.config is not None
+        results = conform(self.config.results, hints_of(Config)["results"], "results")  # Hydra writes there first
+        check_writable(Path(results).expanduser())
         launch = self.launcher.launch
 
         def launched(jobs: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -109,6 +116,7 @@ class GroupedSweeper(BasicSweeper):
         plain = [override for override in cell if override != f"budget={POINTS}"]
         method = self._compose(plain).method
         points = [plain]
+        method_part(OmegaConf.to_container(method, resolve=True) if OmegaConf.is_config(method) else method)
         for key, values in (method.get("sweep") or OmegaConf.create({"budget": [1]})).items():
             name = "budget" if key == "budget" else f"method.{key!s}"
             points = [[*point, f"{name}={value}"] for point in points for value in values]

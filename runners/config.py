@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from methods.core.typed import Count, Range, Whole
+from runners.model_files import DATE
 
 Threads = Annotated[int, Range(least=1, most=4096)]
 Seconds = Annotated[float, Range(above=0), "seconds per sample, above 0, or null for no limit"]
@@ -26,6 +27,7 @@ class Model:
     init: Literal["pretrained", "random"] = "pretrained"
     shape: str | None = None
     resize: dict[str, Any] | None = None
+    date: Annotated[str, "a day such as 2024-07-26"] = DATE
 
 
 @dataclass
@@ -69,7 +71,7 @@ class Config:
     chunk: Count | None
     seed: Whole
     results: Annotated[str, "a folder"]
-    resume: Literal["auto", "force"]
+    resume: Literal["auto", "old", "force"]
     plan: bool
     time_limit: Seconds | None
     cells: list[str] | None

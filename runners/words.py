@@ -32,6 +32,8 @@ def check_words(words: Sequence[str]) -> None:
 
 def read(word: str) -> Override:
     """A setting as Hydra reads it. Raises UserError that says how to quote it."""
+    if "=" in word and not KEY.fullmatch(word.partition("=")[0]):
+        raise UserError(unread(word))
     try:
         found = OverridesParser.create().parse_override(word)
         value = found.value()

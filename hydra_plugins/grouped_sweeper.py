@@ -61,7 +61,9 @@ class GroupedSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Hydra's own; but of a job that has said what failed, Hydra would print every override once more."""
         assert self.launcher is not None and self.config is not None
-        results = conform(self.config.results, hints_of(Config)["results"], "results")  # Hydra writes there first
+        given = self.config.results
+        given = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
+        results = conform(given, hints_of(Config)["results"], "results")  # Hydra writes there first
         check_writable(Path(results).expanduser())
         launch = self.launcher.launch
 

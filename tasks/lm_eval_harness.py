@@ -331,6 +331,8 @@ class LmEval(Task):
         for id, made in self._requests.items():
             try:
                 found.append(self._example(id, made))
+            except UserError:
+                raise
             except Exception as error:
                 raise _unasked(id, error) from error
         return found

@@ -1,13 +1,15 @@
 """ROUGE as its two Python packages compute it. They differ in tokens, counting and stems: never compare across them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import metadata
 from typing import Any
 
 from tasks.metrics import rouge_l
+from tasks.ruler import niah
 
 PACKAGES = ("rouge-score", "rouge")
+WHOLE, BY_SENTENCE = "ROUGE-L", "ROUGE-Lsum"
 
 
 def described(package: str, stemmed: bool = True) -> str:
@@ -18,15 +20,33 @@ def described(package: str, stemmed: bool = True) -> str:
 
 
 def scores(package: str, prediction: str, reference: str) -> dict[str, float]:
-    """F of ROUGE-1, ROUGE-2 and ROUGE-L, each in [0, 1]; 0 where either text is empty."""
+    """F of ROUGE-1, ROUGE-2 and ROUGE-L, each in [0, 1]; 0 where either text is empty.
+
+    Of rouge-score also ROUGE-Lsum: ROUGE-L takes a text as one sequence, ROUGE-Lsum every sentence by itself. Tables on
+    CNN/DailyMail mostly report the second under the name of the first.
+    """
     if package == "rouge-score":
-        found = _scorer(("rouge1", "rouge2", "rougeL"), True).score(reference, prediction)
+        found = dict(_scorer(("rouge1", "rouge2", "rougeL"), True).score(reference, prediction))
+        found |= _scorer(("rougeLsum",), True).score(in_lines(reference), in_lines(prediction))
         return {f"ROUGE-{name.removeprefix('rouge')}": one.fmeasure for name, one in found.items()}
     return {
         "ROUGE-1": overlap(prediction, reference, 1),
         "ROUGE-2": overlap(prediction, reference, 2),
         "ROUGE-L": rouge_l(prediction, reference),
     }
+
+
+@cache
+def splitter() -> tuple[str, Callable[[str], list[str]]]:
+    """The name and the function that cuts texts into sentences: nltk's punkt, as in the papers' code, else by marks."""
+    found = niah.punkt()
+    return ("punkt", found) if found else ("marks", niah.by_marks)
+
+
+def in_lines(text: str) -> str:
+    """The text with one sentence per line; lines that it has stay apart."""
+    _, split = splitter()
+    return "\n".join(sentence for line in text.split("\n") for sentence in split(line.strip()) if sentence)
 
 
 def lsum(prediction: str, references: Sequence[str]) -> float:

@@ -7,6 +7,7 @@ import pytest
 
 from methods.core.errors import UserError
 from tasks import rouge
+from tasks.base import as_parts
 from tasks.summarization import FRAME, SETUPS, Summarization, criterion, distinct, lead, ratio_interval
 from tasks.tokens import Tokens
 
@@ -19,7 +20,9 @@ def write(folder: Path, **row: Any) -> str:
 @pytest.mark.parametrize("package", rouge.PACKAGES)
 def test_a_copy_has_everything_and_nothing_has_nothing(package):
     text = "the cats were running over the mat"
-    assert rouge.scores(package, text, text) == pytest.approx(dict.fromkeys(("ROUGE-1", "ROUGE-2", "ROUGE-L"), 1.0))
+    found = rouge.scores(package, text, text)
+    assert found == pytest.approx(dict.fromkeys(found, 1.0))
+    assert list(found) == ["ROUGE-1", "ROUGE-2", "ROUGE-L", *(["ROUGE-Lsum"] if package == "rouge-score" else [])]
     assert set(rouge.scores(package, "", text).values()) == {0.0}
     assert set(rouge.scores(package, "dogs", text).values()) == {0.0}
 
@@ -27,9 +30,36 @@ def test_a_copy_has_everything_and_nothing_has_nothing(package):
 def test_rouge_score_stems_counts_and_takes_the_plain_subsequence():
     # stems: the cat run | the cat were run; 1: 3 of 3 and 3 of 4; 2: "the cat" of 2 and of 3; L: 3
     found = rouge.scores("rouge-score", "The cat running", "the cats were running")
-    assert found == pytest.approx({"ROUGE-1": 6 / 7, "ROUGE-2": 0.4, "ROUGE-L": 6 / 7})
+    assert found == pytest.approx({"ROUGE-1": 6 / 7, "ROUGE-2": 0.4, "ROUGE-L": 6 / 7, "ROUGE-Lsum": 6 / 7})
     # a word counts as often as both have it
     assert rouge.scores("rouge-score", "a a a", "a a")["ROUGE-1"] == pytest.approx(0.8)
+
+
+def test_the_whole_text_and_its_sentences_are_scored_apart_and_named(tmp_path):
+    # the same two sentences the other way round: half of the whole, all of the sentences; lines and marks part alike
+    for summary, reference in (
+        ("Cats ran. Dogs sat.", "Dogs sat.\nCats ran."),
+        ("Cats ran\nDogs sat", "Dogs sat. Cats ran."),
+    ):
+        found = rouge.scores("rouge-score", summary, reference)
+        assert (found["ROUGE-L"], found["ROUGE-Lsum"]) == pytest.approx((0.5, 1.0))
+    task = Summarization(data=write(tmp_path, highlights="Dogs sat.\nCats ran."))
+    (example,) = task.examples()
+    parts = task.parts(example, "Cats ran. Dogs sat.")
+    assert task.score(example, "Cats ran. Dogs sat.") == parts["ROUGE-L"] == pytest.approx(0.5)
+    record = {"parts": parts, "prediction": "Cats ran. Dogs sat.", "tokens_out": 5, "stop": "eos", "ledger": {}}
+    names = [row.name for row in task.summarize(as_parts(example, {"score": 0.5} | record))]
+    assert names == ["news ROUGE-1", "news ROUGE-2", "news ROUGE-L", "news ROUGE-Lsum"]
+
+
+def test_the_papers_code_gives_the_same_sum_over_sentences():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    summary, reference = "A cat ran home. It sat there, 3.5 m away. The end.", "The end came. A cat sat.\nIt ran 3.5 m."
+    own = RougeScorer(["rougeLsum"], use_stemmer=True)
+    lines = "A cat ran home.\nIt sat there, 3.5 m away.\nThe end.", "The end came.\nA cat sat.\nIt ran 3.5 m."
+    expected = own.score(lines[1], lines[0])["rougeLsum"].fmeasure
+    assert rouge.scores("rouge-score", summary, reference)["ROUGE-Lsum"] == pytest.approx(expected)
 
 
 def test_the_sum_over_lines_takes_every_line_for_a_sentence_and_no_stems():
@@ -88,7 +118,8 @@ def test_a_text_that_repeats_itself_has_few_distinct_pairs():
 
 def rows(ours: list[float], full: list[float], tokens: int = 10) -> Any:
     def row(score: float, n: int) -> dict[str, Any]:
-        return {"parts": {"ROUGE-1": score, "ROUGE-L": score}, "tokens_out": n}
+        # the sum over sentences is none of the rule's three
+        return {"parts": {"ROUGE-1": score, "ROUGE-L": score, "ROUGE-Lsum": 0.1 * n}, "tokens_out": n}
 
     return [(None, row(a, tokens), row(b, 10)) for a, b in zip(ours, full)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from runners.model_files import dated
 from runners.time_limit import within_template
 from tasks.base import Example, Forced
 from tasks.tokens import Tokens
-from tasks.truncate import truncate_middle
+from tasks.truncate import cut_middle, truncate_middle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ class Encoder:
 
     def __call__(self, example: Example) -> Encoded:
         """Raises ValueError if the question alone leaves no room for context."""
-        _, cut, ids, n_context = self._fit(example, example.max_new_tokens)
+        _, cut, ids, n_context = self._fit(example, example.max_new_tokens, example.whole_question)
         return self.encoded(example, ids, n_context, cut)
 
     def fit(self, example: Example, new: int) -> tuple[str, bool]:
@@ -67,15 +67,18 @@ class Encoder:
         """
         return self._fit(example, new)[:2]
 
-    def _fit(self, example: Example, new: int) -> tuple[str, bool, list[int], int]:
+    def _fit(self, example: Example, new: int, whole_question: bool = True) -> tuple[str, bool, list[int], int]:
         room = None if self.window is None else self.window - new
         limit = min((n for n in (self.max_length, room) if n is not None), default=None)
-        context, cut = example.context, False
+        context, cut, asked = example.context, False, example
         rest = example.question + example.prefill
         while True:
-            if limit is not None:
+            if limit is not None and whole_question:
                 context, cut = truncate_middle(example.context, rest, limit, self._encode, self._decode)
-            ids, n_context = self._tokenize(context, example)
+            elif limit is not None:
+                context, rest, cut = cut_middle(example.context, example.question, limit, self._encode, self._decode)
+                asked = replace(example, question=rest)
+            ids, n_context = self._tokenize(context, asked)
             if limit is None or room is None or len(ids) <= room:
                 return context, cut, ids, n_context
             limit -= len(ids) - room  # the template, or a few tokens that encoding again has added

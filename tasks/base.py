@@ -91,6 +91,7 @@ class Example:
     tags: at least `subset` and `category`.
     stop_at_newline: the last token id of an encoded newline ends the generation too.
     chat: wrap the prompt in the chat template, if the tokenizer has one.
+    whole_question: a prompt that is too long loses context only; False: its middle, whatever stands there.
     error: why this sample cannot be run; it is recorded as failed, and the others go on.
     turns: questions that follow the first one on the same compressed context.
     history: what a later question finds before it: "golden" the earlier questions with their reference answers, "own"
@@ -114,6 +115,7 @@ class Example:
     min_new_tokens: int = 0
     stop_at_newline: bool = False
     chat: bool = True
+    whole_question: bool = True
     error: str | None = None
     prefill: str = ""
     turns: tuple[Turn, ...] = ()

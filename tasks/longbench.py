@@ -302,6 +302,7 @@ class LongBench(Task):
             tags=tags,
             min_new_tokens=subset.min_new_tokens,
             stop_at_newline=subset.stop_at_newline,
+            whole_question=False,
             chat=subset.chat,
             error=error,
         )

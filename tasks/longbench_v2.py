@@ -147,7 +147,7 @@ class LongBenchV2(Task):
         tags |= {key: str(row.get(key)) for key in ("domain", *LEVELS)}
         if error := problem(row):
             return Example(id, "", "", [], 1, tags, error=error)
-        return Example(id, *prompt(row), [row["answer"]], MOST_NEW, tags)
+        return Example(id, *prompt(row), [row["answer"]], MOST_NEW, tags, whole_question=False)
 
 
 def problem(row: Mapping[str, Any]) -> str | None:

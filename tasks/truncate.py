@@ -1,4 +1,4 @@
-"""Cut the middle out of a prompt that is too long, the way LongBench does."""
+"""Cut the middle out of a prompt that is too long: in LongBench's own way, or so that the question always survives."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,6 +21,7 @@ def truncate_middle(
     encode: text to token ids, special tokens added as the tokenizer does by default.
     decode: token ids to text, special tokens skipped.
     Raises ValueError if `max_length` has no room for the question and one token of context.
+    See `cut_middle` for the way of LongBench's own code, which cuts questions too.
     """
     ids = encode(context + question)
     if len(ids) <= max_length:
@@ -37,3 +38,34 @@ def truncate_middle(
     head = min(half, room)
     tail = ids[len(ids) - (room - head) :]
     return decode(ids[:head]) + decode(tail), True
+
+
+def cut_middle(
+    context: str,
+    question: str,
+    max_length: int,
+    encode: Callable[[str], Sequence[int]],
+    decode: Callable[[Sequence[int]], str],
+) -> tuple[str, str, bool]:
+    """Context and question of a prompt cut exactly as LongBench's own code cuts it, and whether it was cut.
+
+    The first and the last half of the prompt's token ids are decoded and joined as strings, wherever the question
+    begins: one that is longer than half of `max_length` loses its start too, and where decoding does not restore it the
+    prompt has it as it was decoded. The context ends where its last token does.
+
+    max_length, encode, decode: as in `truncate_middle`. Raises ValueError for less than two tokens.
+    """
+    ids = encode(context + question)
+    if len(ids) <= max_length:
+        return context, question, False
+    half = int(max_length / 2)
+    if half < 1:
+        raise ValueError(f"max_length={max_length} tokens; cutting the middle leaves half of them on either side")
+    head, tail = decode(ids[:half]), decode(ids[-half:])
+    if len(head) + len(tail) > len(question) and tail.endswith(question):
+        return head + tail.removesuffix(question), question, True
+    n_context = len(encode(context))
+    in_tail = n_context - (len(ids) - half)  # tokens of the context that the last half begins with
+    split = len(head) + len(decode(ids[-half:][:in_tail])) if in_tail > 0 else len(decode(ids[: min(half, n_context)]))
+    text = head + tail
+    return text[:split], text[split:], True

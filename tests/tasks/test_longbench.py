@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from methods.core.errors import UserError
+from runners.prompt import Encoder
 from tasks import longbench
 from tasks.base import Row
 from tasks.longbench import LongBench, length_bin
@@ -342,6 +343,23 @@ def test_english_and_chinese_averages_both_count_code_and_say_what_they_are(data
     assert got["average Chinese"].score == 15.0
     assert "average Chinese by subset" not in got
     assert got["multi-doc QA"] == Row("multi-doc QA", "category", 6, pytest.approx(110 / 3), "mean of 3 subsets")
+
+
+@pytest.mark.parametrize("max_length", [40, 200, 301])
+def test_a_prompt_that_is_too_long_is_cut_as_longbenchs_own_code_does_whatever_its_input(
+    max_length, tiny_tokenizer, tmp_path
+):
+    rows = [
+        row("hotpotqa", i, context="the cat sat. " * 60, input="where is the river? " * n) for i, n in ((0, 1), (1, 90))
+    ]
+    task = LongBench(str(write(tmp_path / "lb", hotpotqa=rows)))
+    encoder = Encoder(tiny_tokenizer, ends=[], max_length=max_length)
+    for example in task.examples():
+        ids, half = tiny_tokenizer(example.prompt, truncation=False).input_ids, int(max_length / 2)
+        first, last = (tiny_tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:]))
+        encoded = encoder(example)
+        assert encoded.cut and list(encoded.prompt.ids) == tiny_tokenizer(first + last).input_ids
+        assert 0 < encoded.prompt.n_context < len(encoded.prompt.ids)
 
 
 def test_one_category_needs_no_average(data):

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tasks.truncate import truncate_middle
+from tasks.truncate import cut_middle, truncate_middle
 
 
 class Words:
@@ -68,6 +68,25 @@ def test_a_question_longer_than_half_stays_whole_and_the_context_gives_way():
 def test_a_question_that_does_not_decode_to_itself_stays_whole():
     # 5 for <s> a b c d; of the other 5 the question takes <s>, who, ?
     assert cut(LETTERS, " who ?", 10, Tidy()) == ("a b c d i j", True)
+
+
+@pytest.mark.parametrize("kind", [Words, Tidy])
+@pytest.mark.parametrize("question", [" who ?", " k l m n o p q r s t u ?"])
+def test_a_question_that_may_be_cut_gives_longbenchs_own_prompt_at_every_length(kind, question):
+    words = kind()
+    ids = words.encode(LETTERS + question)
+    for max_length in range(2, len(ids)):
+        half = int(max_length / 2)
+        theirs = words.decode(ids[:half]) + words.decode(ids[-half:])
+        context, rest, was_cut = cut_middle(LETTERS, question, max_length, words.encode, words.decode)
+        assert (context + rest, was_cut) == (theirs, True)
+        # what is left of the context is letters of it, and what is left of the question its end
+        assert set(context.split()) <= set(LETTERS.split()) and question.replace(" ?", "?").endswith(
+            rest.replace(" ?", "?")
+        )
+    assert cut_middle(LETTERS, question, len(ids), words.encode, words.decode) == (LETTERS, question, False)
+    with pytest.raises(ValueError, match="max_length=1"):
+        cut_middle(LETTERS, question, 1, words.encode, words.decode)
 
 
 def test_a_length_without_room_for_the_context_is_refused_with_the_numbers():

@@ -7,13 +7,15 @@ Idea:  a token that matters once goes on mattering. A query that gives a slot le
 Here:  query heads that share a KV head average their attention and vote once. Votes are bits, counted raw (a slot that
        came in lately has had fewer chances to collect them; normalise=true divides by those chances). At equal votes
        the newer slot goes (tie=prob: the one with less attention over the same queries, which holds `history` floats
-       per slot). The prompt attends in full and is cut once, to where a full cache is cut; a prompt that fits is not.
+       per slot). The prompt attends in full and is cut once, to where a full cache is cut; a prompt that fits is not
+       (evict=per_chunk, in chunks of one token: the prompt is read under the same budget, and the same sawtooth).
        The released evaluation keeps no budget and thresholds at a percentile instead: not this.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import attention_probs, visible
@@ -95,14 +97,13 @@ class Scissorhands(Capped):
 
     def worth(self, store: Store, step: Step, room: Tensor, mass: Tensor | None) -> Tensor:
         """Minus the votes; the newest are +inf."""
-        against = _ones(self._votes(store)).float()  # [B, H, S]
+        against = _ones(self._votes(store)).double()  # [B, H, S]
         last = step.pos[:, -1:, None]
         if self.normalise:
             against = against / (last - store.pos + 1).clamp(1, self.history)
         worth = -against
         if self.tie == "prob":
-            share = self._seen(store).sum(-1, dtype=torch.float64) / (self.history + 1)  # below 1, one vote
-            worth = worth.double() + share
+            worth = ranks(worth, self._seen(store).sum(-1, dtype=torch.float64))
         return worth.masked_fill(store.pos > last - self.recent, torch.inf)
 
     def _least(self) -> int:
@@ -149,6 +150,15 @@ class Scissorhands(Capped):
             place.scatter_(2, column[..., None], real[..., None].float())  # [B, t, history]
             held = self._seen(store)
             held.mul_(1 - place.sum(1)[:, None, None]).add_(p.mT @ place[:, None])
+
+
+def ranks(first: Tensor, then: Tensor) -> Tensor:
+    """How many different pairs along the last dimension lie below each pair, `then` deciding where `first` is equal."""
+    order = then.argsort(dim=-1, stable=True)
+    order = order.gather(-1, first.gather(-1, order).argsort(dim=-1, stable=True))
+    a, b = first.gather(-1, order), then.gather(-1, order)
+    higher = (a[..., 1:] != a[..., :-1]) | (b[..., 1:] != b[..., :-1])
+    return torch.zeros_like(first).scatter(-1, order, F.pad(higher.cumsum(-1), (1, 0)).to(first.dtype))
 
 
 def _ones(x: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class CappedCache(EvictionCache):
         if step.stage is Stage.ENDS_PROMPT:
             self._end_prompt(step)
         elif step.stage is Stage.MID_PROMPT:
-            if self.method.changes_prompt:
+            if self.method.changes_prompt and self.method.budget != 1:
                 self._inside_prompt(step)
         elif self.cap:
             self._go_on(step)
@@ -116,7 +116,8 @@ class CappedCache(EvictionCache):
         over = [n > cap for n, cap in zip(self.held, self.cap, strict=True)]
         if not any(over):
             return
-        if step.stage is Stage.DECODE and self.refill == self.cap and len(self.store) > max(self.cap):
+        by_one = all(n <= cap + 1 for n, cap in zip(self.held, self.cap, strict=True)) and self.refill == self.cap
+        if step.stage is Stage.DECODE and by_one and len(self.store) > max(self.cap):
             self._drop_one(step)
             self.held = [n - o for n, o in zip(self.held, over, strict=True)]
         else:
@@ -126,28 +127,40 @@ class CappedCache(EvictionCache):
 
     def _end_prompt(self, step: Step) -> None:
         super()._end_prompt(step)
-        method = self.method
-        if method.budget == 1:
+        if self.method.budget == 1:
             return
         self.held = self._count()
-        self.cap, self.refill = (
-            [_within(self._share(step, of(n)), step.rules.window) for n in self.prompt]
-            for of in (method.cap, method.refill)
-        )
+        self.cap, self.refill = self._caps(step, self.prompt)
         self.caps = on_device(self.cap, step.pos.device)[:, None]
         self.store.most = max(self.cap) + 1
 
+    def _limits(self, step: Step) -> list[int]:
+        if self.method.changes_prompt and self.method.budget != 1:  # the prompt's last token is like any other
+            return self._after_token(step, self.prompt)
+        return super()._limits(step)
+
     def _inside_prompt(self, step: Step) -> None:
-        """A chunk has been read: down to the slots that the whole prompt will get."""
+        """A chunk has been read: rows above the cap that the whole prompt will have drop, as they do while decoding."""
         self.columns += step.q.shape[2]
         assert self.prompt_len is not None, "a prompt in one piece has no middle"
         read = (step.pos.amax(-1) + 1).tolist()  # tokens per row; its padding has all come before them
         whole = [_within(self.prompt_len - self.columns + n, step.rules.window) for n in read]
-        self.limit = [self._share(step, self.method.slots(n)) for n in whole]
+        self.limit = self._after_token(step, whole)
         self._drop(step)
 
-    def _share(self, step: Step, n: int) -> int:
-        return self.method.allocator.slots(step.layer, step.n_layers, n)
+    def _after_token(self, step: Step, prompt: list[int]) -> list[int]:
+        """Slots that rows with prompts of so many tokens keep of what they hold now."""
+        held = self._count()
+        return [refill if n > cap else n for n, cap, refill in zip(held, *self._caps(step, prompt), strict=True)]
+
+    def _caps(self, step: Step, prompt: list[int]) -> tuple[list[int], list[int]]:
+        """Each row's cap, and what it starts again from above it."""
+        share, window = self.method.allocator.slots, step.rules.window
+        cap, refill = (
+            [_within(share(step.layer, step.n_layers, of(n)), window) for n in prompt]
+            for of in (self.method.cap, self.method.refill)
+        )
+        return cap, refill
 
     def _drop_one(self, step: Step) -> None:
         """Free the slot of every head that is worth least, for the next token to take."""

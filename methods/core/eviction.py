@@ -206,11 +206,15 @@ class EvictionCache(LayerCache):
         seen = (step.pos.amax(-1) + 1).tolist()  # tokens, also when earlier ones have been dropped
         window = step.rules.window
         self.prompt = seen if window is None else [min(n, window - 1) for n in seen]
-        share = self.method.allocator.slots
-        self.limit = [min(n, share(step.layer, step.n_layers, self.method.slots(n))) for n in self.prompt]
+        self.limit = self._limits(step)
         self.since = [0] * len(self.prompt)
         self._drop(step)
         self.queries, self.again = [], True
+
+    def _limits(self, step: Step) -> list[int]:
+        """Slots per head that each row keeps when the prompt ends."""
+        share = self.method.allocator.slots
+        return [min(n, share(step.layer, step.n_layers, self.method.slots(n))) for n in self.prompt]
 
     def _drop_again(self, step: Step, interval: int) -> None:
         """Down to the budget in the rows that have read `interval` tokens since they last were."""
@@ -228,7 +232,7 @@ class EvictionCache(LayerCache):
     def _count(self) -> list[int]:
         """Slots of each row's fullest head; waits for the device once heads may hold different numbers."""
         if not self.store.padded and not self.dropped:
-            return [len(self.store)] * len(self.limit)
+            return [len(self.store)] * len(self.store.pos)
         return (self.store.pos >= 0).sum(-1).amax(-1).tolist()
 
     def _drop(self, step: Step, held: list[int] | None = None) -> None:

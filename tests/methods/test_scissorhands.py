@@ -133,6 +133,51 @@ def test_votes_per_chance_spare_the_old():
     assert worth[1] == pytest.approx([-3 / 4, -1 / 3, -2 / 2, -1])
 
 
+@pytest.mark.parametrize("normalise", [False, True])
+def test_attention_decides_between_equal_votes_only(normalise):
+    # of four queries: token 0 has 3 votes of 4 chances and much attention, token 1 has 2 of 3 and next to none
+    step = scripted([[{}, {}, {}, {}]])
+    method = load_method("scissorhands", budget=20, history=4, recent=0, tie="prob", normalise=normalise)
+    store = filled(4)
+    method._votes(store)[0, 0, :, 0] = torch.tensor([0b0111, 0b0110, 0b0100, 0b1000])
+    method._seen(store)[0, 0] = torch.tensor([[0.9] * 4, [0.0, 0.01, 0.0, 0.0], [0.0, 0.0, 0.3, 0.0], [0.2] * 4])
+    worth = method.worth(store, step, torch.full((1, 1, 1), 3), None)[0, 0]
+    # votes against per chance are 3/4, 2/3, 1/2, 1/1; plain votes 3, 2, 1, 1, and of the last two 2 has less attention
+    expected = [3, 0, 1, 2] if normalise else [0, 1, 2, 3]
+    assert worth.argsort().tolist() == expected
+    # where both are equal nothing decides, so that the newer goes
+    method._votes(store)[0, 0, :, 0], method._seen(store)[0, 0] = 0b0001, 0.5
+    if not normalise:
+        assert len(set(method.worth(store, step, torch.full((1, 1, 1), 3), None)[0, 0].tolist())) == 1
+
+
+@pytest.mark.parametrize("drop", [1, 5])
+def test_a_prompt_read_token_by_token_falls_and_grows_as_decoding_does(drop):
+    method = load_method("scissorhands", budget=14, recent=2, drop=drop, history=6, evict="per_chunk")
+    stream, n, began = step_of(40, heads=2, dim=8), 40, 6
+    reading, decoding = method.caches(Spec, n)[0], method.caches(Spec, None)[0]
+
+    def piece(at: int, size: int, stage: Stage):
+        step = step_of(size, heads=2, dim=8, stage=stage, start=at)
+        step.q, step.k, step.v = (x[:, :, at : at + size] for x in (stream.q, stream.k, stream.v))
+        return step
+
+    sets = [settled(reading, piece(i, 1, Stage.ENDS_PROMPT if i == n - 1 else Stage.MID_PROMPT)) for i in range(n)]
+    sizes, teeth = [len(one) for one in sets], [14 - drop + i % drop for i in range(n)]
+    assert sizes == [*range(1, 14), *teeth][:n]
+    assert settled(decoding, piece(0, began, Stage.ENDS_PROMPT)) == sets[began - 1]
+    for i in range(began, n):
+        assert settled(decoding, piece(i, 1, Stage.DECODE)) == sets[i]
+
+
+@pytest.mark.parametrize("drop", [1, 4])
+def test_a_prompt_that_fills_the_cache_stays_and_falls_with_the_next_token(drop):
+    cache = load_method("scissorhands", budget=12, recent=2, drop=drop, history=6).caches(Spec, None)[0]
+    assert len(settled(cache, step_of(12))) == 12
+    sizes = [len(settled(cache, step_of(1, stage=Stage.DECODE, start=i))) for i in range(12, 21)]
+    assert sizes == [12 - drop + i % drop for i in range(9)]
+
+
 def test_bytes_of_the_votes_are_bits(gqa):
     cache = load_method("scissorhands", budget=0.5, history=20).cache_for(gqa)
     run(gqa, cache, torch.arange(60)[None])

@@ -28,6 +28,7 @@ from runners import sight
 from runners.decoder import CannotBind, Decoder, decoder_of, drops_attention
 from runners.lengths import Lengths, Reach
 from runners.meter import Meter, Report
+from runners.padding import columns, padding_first, put_back
 from runners.passes import Bound, Passes
 from runners.rotation import Turning, turnings
 
@@ -105,12 +106,14 @@ class KVLayer(CacheLayerMixin):
             **self.extras,
         )  # fmt: skip
         self.extras = {}
+        if here.order is not None:
+            step = columns(step, here.order)
         self.inner.take(step)
         cache.meter.after_take(step)
         out = self.inner.attend(step)
         self.inner.settle(step)
         cache.meter.after_settle(step)
-        return out
+        return out if here.order is None else put_back(out, here.order)
 
 
 @dataclass
@@ -122,6 +125,7 @@ class Standing:
     pos: Tensor  # [B, T]
     seen: Tensor  # [B], tokens per row before this pass
     padded: bool
+    order: Tensor | None = None  # [B, T], of the columns as a step has them; None: as they came
 
 
 class KVCache(Bound):
@@ -196,7 +200,20 @@ class KVCache(Bound):
             running = real.cumsum(-1, dtype=torch.int32)
             pos = torch.where(real, seen[:, None] + running - 1, -1)
             self._counts = seen + running[:, -1]
-        return Standing(total, stage, pos, seen, real is not None)
+        order = None if real is None else padding_first(real)
+        if stage is Stage.MID_PROMPT or (stage is Stage.ENDS_PROMPT and 0 < before < self.prompt_len):
+            self._refuse_gaps(real, order, seen)
+        if order is not None:
+            pos = pos.gather(1, order)
+        return Standing(total, stage, pos, seen, real is not None, order)
+
+    def _refuse_gaps(self, real: Tensor | None, order: Tensor | None, seen: Tensor) -> None:
+        """Raises UserError where a prompt in pieces has padding behind tokens: what decides may lie a piece back."""
+        if real is not None and (order is not None or bool(((seen > 0) & ~real.all(-1)).any())):
+            raise UserError(
+                f"attention_mask: a row of a prompt that comes in pieces (prompt_len={self.prompt_len}) has padding "
+                "behind its tokens; pad it on the left, or give the prompt in one piece"
+            )
 
     def go_on_from(self, other: KVCache, rows: Tensor | None = None) -> None:
         """Stand where `other` stands, which saw the same tokens; what the layers hold is the caller's business.
@@ -245,11 +262,25 @@ class KVCache(Bound):
         return [one for one in lent if one is not None]
 
     def report(self) -> Report:
-        """Bytes held, read and spent so far; see runners/meter.py."""
+        """Bytes held, read and spent so far; see runners/meter.py.
+
+        Raises UserError while the prompt that was announced has not come whole, when nothing has been compressed.
+        """
+        self._refuse_half_a_prompt()
         return self.meter.report()
+
+    def _refuse_half_a_prompt(self) -> None:
+        come = self.layers[-1].seen
+        if self.prompt_len is not None and come < self.prompt_len:
+            raise UserError(
+                f"prompt_len={self.prompt_len}: only {come} tokens have come, so that the prompt has not ended and "
+                f"nothing has been compressed; prompt_len is the prompt's own length, such as prompt_len={come}, and "
+                "may be left out where the prompt comes in one piece"
+            )
 
     def check_budget(self) -> None:
         """Raises BudgetMiss when the prompt's end left more than the budget and its documented overhead."""
+        self._refuse_half_a_prompt()
         self.meter.books.check_budget(self.method.name)
 
 

@@ -184,6 +184,44 @@ def test_rows_of_a_padded_batch_do_not_affect_each_other(name, gqa):
         assert (actual[row] - expected[0]).abs().max() < tolerance(method)
 
 
+def left(n: int, width: int) -> list[int]:
+    return [0] * (width - n) + [1] * n
+
+
+def right(n: int, width: int) -> list[int]:
+    return left(n, width)[::-1]
+
+
+@pytest.mark.parametrize("side", [left, right])
+@pytest.mark.parametrize("case", CASES)
+def test_padding_decides_nothing_wherever_it_stands(case, side, gqa):
+    # the prompt's, and that of a later turn whose rows have different lengths
+    prompts, turns, width = [60, 90], [7, 3], 7
+    ids, new = tokens(rows=2), tokens(width + 3, rows=2, seed=2)
+    method = budgeted(case)
+    mask = torch.tensor([side(n, LENGTH) for n in prompts])
+    behind = torch.tensor([side(n, width) for n in turns])
+    batch, alone = method.cache_for(gqa, samples=[7, 8]), [method.cache_for(gqa, samples=[7 + row]) for row in (0, 1)]
+
+    def feed(cache, ids, mask):
+        pos = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        own = {"attention_mask": mask, "position_ids": pos, "past_key_values": cache, "use_cache": True}
+        return gqa(ids, **own).logits
+
+    with torch.no_grad():
+        passes = [(ids, mask), (new[:, :width], behind), *((new[:, i : i + 1], None) for i in range(width, width + 3))]
+        seen = ids.new_zeros(2, 0)
+        for piece, real in passes:
+            real = torch.ones_like(piece) if real is None else real
+            seen = torch.cat((seen, real), dim=1)
+            together = feed(batch, piece, seen)
+            for row, cache in enumerate(alone):
+                at = real[row].nonzero().flatten()
+                own = feed(cache, piece[row : row + 1, at], torch.ones(1, int(seen[row].sum()), dtype=torch.long))
+                assert (together[row, at] - own[0]).abs().max() < tolerance(method)
+                assert [kept(batch, i, row, i) for i in (0, 1)] == [kept(cache, i, 0, i) for i in (0, 1)]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_later_turn_in_one_piece_equals_it_token_by_token_up_to_what_is_dropped_between(name, gqa):
     ids, turn = tokens(), tokens(6, seed=3)

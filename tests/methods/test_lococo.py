@@ -132,6 +132,26 @@ def test_at_equal_attention_the_older_slots_stay():
     assert made.pos[0, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_chunks_scores_are_those_of_its_own_queries(accumulate):
+    # the second chunk is compressed before the third, whose eight queries then give a mass of one each
+    layer = a_layer(LoCoCo(budget=8, eta=0.0, buffer=0, lazy_end=True, accumulate_scores=accumulate))
+    turn(layer, 24, Stage.ENDS_PROMPT, 0)
+    mass = layer.memories[0].store.track("mass")
+    assert mass.shape == (1, 1, 16)
+    if accumulate:
+        assert mass.sum() > 8.5
+    else:
+        assert mass.sum().item() == pytest.approx(8, abs=1e-4)
+
+
+@pytest.mark.parametrize(("slots", "weights"), [(128, 344_129), (512, 1_376_513)])
+def test_a_layers_weights_are_as_many_as_the_release_has(slots, weights):
+    # 128 channels of keys and of values, 21 wide; biases and one gate
+    made = Compressor(LoCoCo(budget=slots), 256)
+    assert sum(parameter.numel() for parameter in made.parameters()) == weights
+
+
 def test_forced_recent_slots_stay_raw_and_in_their_order():
     held = slots_of(20)
     made = compress(held, LoCoCo(budget=8, eta=0.0, hh_keep_rate=0.75, local_len=4), None)

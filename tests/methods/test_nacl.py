@@ -1,5 +1,6 @@
 """NACL against the case worked by hand, the paper's sizes and the statistics of its sample."""
 
+import dataclasses
 import math
 
 import pytest
@@ -17,9 +18,9 @@ from tests.methods.layer import filled, step_of
 SCORES = [0.05, 0.9, 0.02, 0.4, 0.03, 0.7, 0.01, 0.2, 0.06, 0.04, 0.3, 0.02]
 
 
-def choose(method, sizes: Sizes, votes: torch.Tensor, n: int = 16, heads: int = 1) -> torch.Tensor:
-    """Keep-mask [heads, n] for these votes [1, heads, n] and sizes."""
-    store, step = filled(n, heads), step_of(n, heads, heads)
+def choose(method, sizes: Sizes, votes: torch.Tensor, n: int = 16, heads: int = 1, **keys) -> torch.Tensor:
+    """Keep-mask [heads, n] for these votes [1, heads, n] and sizes; keys: fields of the step."""
+    store, step = filled(n, heads), dataclasses.replace(step_of(n, heads, heads), **keys)
     method.sizes = lambda _: sizes
     method.votes = lambda *args: votes
     rank = torch.arange(n).expand(1, heads, -1)
@@ -49,6 +50,41 @@ def test_sampling_probabilities_are_the_softmax_of_the_scores_left():
     drawn = counts[[2, 4, 6, 8, 9, 10, 11, 12, 13]] / (heads * seeds)
     error = torch.tensor(by_hand).mul(1 - torch.tensor(by_hand)).div(heads * seeds).sqrt()
     assert ((drawn - torch.tensor(by_hand)).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_the_sample_follows_the_scores_and_their_temperature(temperature):
+    heads, seeds, n = 100, 30, 8
+    votes = torch.tensor([0.0, 0.0, 0.3, 0.6, 1.0, 1.5, 2.0, 0.0])  # what lies between the ends is drawn from
+    counts = torch.zeros(n)
+    for seed in range(seeds):
+        method = load_method("nacl", seed=seed, temperature=temperature)
+        counts += choose(method, Sizes(1, 1, 0, 1, 1), votes.expand(1, heads, -1), n, heads).sum(0)
+    p = (votes[1:-1] / temperature).softmax(-1)
+    error = (p * (1 - p) / (heads * seeds)).sqrt()
+    assert ((counts[1:-1] / (heads * seeds) - p).abs() < 4.5 * error).all()
+
+
+def test_every_layer_and_every_sample_draws_for_itself():
+    sizes, votes = Sizes(1, 1, 0, 5, 1), torch.zeros(1, 4, 16)
+    draws = [
+        choose(load_method("nacl"), sizes, votes, heads=4, layer=layer, samples=torch.tensor([sample]))
+        for layer, sample in ((0, 3), (1, 3), (0, 4))
+    ]
+    again = choose(load_method("nacl"), sizes, votes, heads=4, layer=0, samples=torch.tensor([3]))
+    assert torch.equal(draws[0], again)
+    assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_a_later_draw_is_another_one():
+    sizes, votes, n = Sizes(1, 1, 0, 5, 1), torch.zeros(1, 4, 16), 16
+    method, store, step = load_method("nacl"), filled(n, 4), step_of(n, 4, 4)
+    method.sizes, method.votes = lambda _: sizes, lambda *args: votes
+    rank, held = torch.arange(n).expand(1, 4, -1), torch.full((1, 4, 1), n)
+    first, later = (
+        method.score(store, step, Cut(step.q, step.pos, rank, held, [n], [7], again=again)) for again in (False, True)
+    )
+    assert not torch.equal(first, later) and first.eq(torch.inf).sum() == later.eq(torch.inf).sum() == 28
 
 
 def test_without_scores_every_token_is_drawn_equally_often():

@@ -77,6 +77,21 @@ def test_capped_keeps_the_newest_and_the_highest_products():
     assert settled(layer_of("qfilters_capped", budget=4, window=2), step_with(KEYS)) == [0, 3, 4, 5]
 
 
+def test_capped_protects_the_newest_half_unless_told_otherwise():
+    keys = torch.stack((-torch.arange(12.0), torch.zeros(12)), dim=1)  # the older the better
+    along = torch.tensor([[1.0, 0.0]])
+    assert settled(layer_of("qfilters_capped", filters=along, budget=8), step_with(keys)) == [0, 1, 2, 3, 8, 9, 10, 11]
+
+
+def test_a_filter_is_the_mean_of_the_query_heads_that_share_its_kv_head(gqa):
+    rows = [tokens(60, seed) for seed in (3, 4)]
+    made = load_method("qfilters").calibrate(gqa, rows, seed=0)
+    for layer, x in enumerate(sample_queries(gqa, rows, 3000, seed=0)):  # [4, N, D], two KV heads
+        each = [principal(x[head : head + 1]).direction[0] for head in range(4)]
+        for kv_head, pair in enumerate((each[:2], each[2:])):
+            torch.testing.assert_close(made.tensors["filters"][layer, kv_head], (pair[0] + pair[1]) / 2)
+
+
 def test_capped_drops_one_token_per_step_and_none_comes_back():
     layer = layer_of("qfilters_capped", budget=4, window=2)
     assert settled(layer, step_with(KEYS[:4])) == [0, 1, 2, 3]  # as many as there may be

@@ -56,6 +56,12 @@ def test_layers_that_are_near_nobody_are_one_group_or_one_each(outliers, expecte
     assert [group.layers for group in group_layers(profile, outliers=outliers)] == expected
 
 
+def test_layers_within_a_twentieth_are_one_group():
+    profile = [{Pair(8, 8): 0.1, Pair(2, 2): error} for error in (0.5, 0.54, 0.61)]
+    assert [group.layers for group in group_layers(profile)] == [(0, 1), (2,)]
+    assert [group.layers for group in group_layers(profile, eps=0.08)] == [(0, 1, 2)]
+
+
 def test_chains_of_near_layers_are_one_group_and_a_wider_radius_joins_more():
     profile = [scaled(1), scaled(1.03), scaled(1.06), scaled(1.3)]  # 0.05 apart: 1.03 is 0.052 away in all errors
     assert len(group_layers(profile, eps=0.06)) == 2

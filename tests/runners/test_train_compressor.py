@@ -12,6 +12,7 @@ import run
 from methods import load_method
 from methods.core import artefacts
 from methods.core.errors import UserError
+from runners import train_compressor
 from runners.load import find, load_model, load_tokenizer
 from runners.train_compressor import TrainCompressor, compare, losses, predicted, rows_of, texts
 
@@ -41,6 +42,7 @@ def made(tiny_model_dir, text, tmp_path):
         assert runner.train(model, load_tokenizer(checkpoint), small(), seed=0) == 0
         return model, at
 
+    train.at = tmp_path
     return train
 
 
@@ -90,7 +92,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(made):
 
 @pytest.mark.parametrize("loss", ["full", "text"])
 def test_the_first_loss_is_that_of_the_chunks_behind_a_compression(loss, made, tiny_model_dir, text):
-    _, at = made("one", loss=loss, batches=1, measure_every=1)
+    # a closed gate that stays closed: what is held is what dropping would leave
+    _, at = made("one", loss=loss, batches=1, measure_every=1, init_gate=0.0, lr=0.0, gate_lr=0.0)
     logged = json.loads(next(at.rglob("log.jsonl")).read_text().splitlines()[0])["loss"]
     checkpoint = find(str(tiny_model_dir))
     model = load_model(checkpoint, torch.float32, torch.device("cpu"))
@@ -105,8 +108,26 @@ def test_the_first_loss_is_that_of_the_chunks_behind_a_compression(loss, made, t
     else:
         inside = [p for p in range(32, 95) if (p + 1) % 16]  # a chunk's last token predicts into the next one
         each = -dropping[:, :-1].gather(2, ids[:, 1:, None])[:, inside].mean()
-    # small first weights: nearly what dropping loses, and far from what the other loss would be
-    assert logged == pytest.approx(each.item(), rel=0.2, abs=0.02)
+    assert logged == pytest.approx(each.item(), rel=1e-4)
+
+
+def test_the_weights_that_did_best_on_what_chooses_are_saved_and_not_the_last(made, monkeypatch):
+    measured, scripted = train_compressor.losses, iter([1.0, 2.0])
+
+    def said(*given):
+        value = next(scripted, None)
+        return measured(*given) if value is None else torch.full((1, 1), value)
+
+    monkeypatch.setattr(train_compressor, "losses", said)
+    made("one", limit=2)  # the checkpoint then holds the weights that are measured first
+    (place,) = (made.at / "one").rglob("checkpoint.pt")
+    best = torch.load(place, weights_only=True)["nets"]
+    _, at = made("one")
+    last = torch.load(place, weights_only=True)["nets"]
+    saved = load_file(at / f"{NAME}.safetensors")
+    assert json.loads((at / f"{NAME}.json").read_text())["chosen_after"] == 2
+    assert all(torch.equal(saved[key], best[key].half()) for key in saved)
+    assert any(not torch.equal(saved[key], last[key].half()) for key in saved)
 
 
 def test_generated_rows_are_new_in_every_batch_and_the_same_for_a_seed(tiny_tokenizer):

@@ -8,7 +8,11 @@ Idea:  dropping tokens shifts the softmax towards those that stay. The sums that
 Here:  the paper's rule, not the release's masks, which lose every token that leaves the recent window
        (compat=official_mask does what they amount to). Query heads that share a KV head add their rows. Samples choose
        for themselves; the release adds up batch and beams. Noise is keyed by (seed, sample, layer, head, query, key),
-       noise=per_token leaves the query out. Beyond `new_tokens` the temperature stays. Keys keep their positions; the
+       noise=per_token leaves the query out. The paper's temperature reaches tau_end with the last token that a task may
+       generate. Here the number is a knob, 128 as in the release's summaries, whatever the task is: an answer of at
+       most 16 tokens ends at 1.13, one of 64 at 1.5, and beyond `new_tokens` the temperature stays (the task's
+       max_new_tokens as method.new_tokens follows the paper). budget=1 drops nothing while decoding either; the paper's
+       cache of a whole prompt then drops a token per step. At least one slot stays. Keys keep their positions; the
        variant that numbers slots anew is not here. shared=true adds up all layers and keeps one set, so that a step's
        slots are freed only when its last layer has run.
 """

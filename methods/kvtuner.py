@@ -8,7 +8,11 @@ Idea:  layers differ in how much coarse keys and coarse values change their outp
 Here:  a block is packed once; the release unpacks and packs the whole cache again whenever 32 tokens have come, and
        stores every width in whole bytes. Where no table is named, the budget picks one of those searched for the
        model: the most bits whose codes, scales and unpacked tokens fit. At budget 1 nothing is packed. Tables by head
-       are not read, unless all heads of a layer agree.
+       are not read, unless all heads of a layer agree. Minima are stored as they are, in float16 (zero=int makes zero a
+       grid point, as the release does). The prompt attends in full precision, as in the release
+       (prefill_attends_dequantised=true: packed, as in the paper's search). A search is NSGA-II, as in the release (the
+       paper: MOEA/D); the tables that ship for the reference model come from few samples of task=reasoning, with errors
+       summed before they are divided (runner.relative=sums; the paper: each element); their cards name all of it.
 """
 
 from __future__ import annotations

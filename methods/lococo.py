@@ -14,6 +14,10 @@ Here:  chunks begin at multiples of `block_size` in each row's own tokens, whate
        A fused slot carries the position of the slot that dropping would have kept; keys are not rotated again. eta=0
        drops instead of fusing and needs no training; paper_form is the paper's description, without raw half and gate.
        The base model stays frozen: no LoRA, no training of norms and embeddings, no RoPE scaling for longer windows.
+       The weights that ship for the reference model were trained as a CPU allows and not as the release's: towards the
+       full cache's predictions (runner.loss=text is the paper's next token), with the newest 32 slots always raw
+       (local_len, the release: 0), gates that begin at 0.3 (0.5) and weights at 0.01 (1), rates of 1e-3 and 3e-3 that
+       rise for 20 steps (5e-2, no rise), one chunk per step (1,024). Their cards say how little they gain.
 """
 
 from __future__ import annotations

@@ -9,8 +9,10 @@ Idea:  the queries of a head scatter around one direction u, so a key's expected
 Here:  the model attends before anything is dropped, also where the release attends through a pruned cache; a prompt in
        chunks is not cut before its end, unless evict=per_chunk asks for it. Filters are stored as the direction itself,
        the release stores its negative, and the queries behind them are drawn with a seed. Capped slots are the budget's
-       share of the prompt, or as many as given; the window is half of them, as in the release's demo. In a sliding
-       layer, slots that no later query sees go first.
+       share of the prompt, or as many as given; the window is half of them, as in the release's demo. Sinks, window and
+       one slot more always fit: a share below that is raised to it, and what may be held with it. Filters are made from
+       generated documents and prose, or runner.data, in place of the Pile; the model's own number of documents is read,
+       the release reads one less. In a sliding layer, slots that no later query sees go first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Accuracy against memory: `python -m analysis.frontier RESULTS` draws the frontiers of all records below a folder.
 
 Writes frontier.png, .svg and .pdf (a panel per task), frontier.csv, frontier.md and frontier.tex. A curve's points
-are a method's cells; the black line is the full cache with its interval; hollow points only simulate their saving; the
-wide grey line is the front, which no point beats.
+are a method's cells; the black line is the full cache with its interval; hollow points only simulate their saving, or
+hold more than their budget in more than a tenth of their samples; the wide grey line is the front, which no point
+beats.
 """
 
 import argparse
@@ -26,6 +27,7 @@ AXIS_NAMES = {
     "read": "share of the full cache's bytes read per step",
     "peak": "peak share of the full cache's bytes",
 }
+MISSED = 0.1  # share of samples above their budget from which on a point is drawn hollow
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 ENTRY, LETTER = 0.45, 0.055  # inches of a legend's entry, without its letters and for each of them
 
@@ -91,6 +93,9 @@ def _panel(axis: Any, group: pd.DataFrame, looks: dict[str, style.Look], log: bo
         bars = [low.clip(lower=0), high.clip(lower=0)]
         _, _, (bar,) = axis.errorbar(line["share"], line["score"], yerr=bars, **drawn, elinewidth=0.6, zorder=3)
         bar.set_alpha(0.55)
+        missed = line[above_budget(line)]
+        if len(missed):
+            axis.plot(missed["share"], missed["score"], **style.line(looks[label], True) | {"ls": ""}, zorder=4)
     if log:
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(FixedLocator([t for t in TICKS if t >= 0.7 * group["share"].min()]))
@@ -100,6 +105,11 @@ def _panel(axis: Any, group: pd.DataFrame, looks: dict[str, style.Look], log: bo
     axis.set_axisbelow(True)
 
 
+def above_budget(table: pd.DataFrame) -> pd.Series:
+    """Which points hold more than their budget for more than a tenth of their samples: they are drawn hollow."""
+    return table["above"] > MISSED * table["n"]
+
+
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """The table for people: one row per point of a whole task, differences that are no more than noise as ties."""
     whole = table[table["category"] == WHOLE].assign(front=on_front(table))
@@ -107,6 +117,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     for _, p in whole.sort_values(["model", "task", "protocol", "label", "share"]).iterrows():
         digits, full = p["digits"], p["method"] == "full"
         notes = [word for word in ("front", "simulated", "near_chance", "partial") if p[word]]
+        notes += [f"{p['above']} of {p['n']} above the budget"] if p["above"] else []
         rows.append(
             {
                 **({"model": p["model"]} if table["model"].nunique() > 1 else {}),

@@ -30,13 +30,13 @@ SAMPLE = {
     "score": float("nan"), "error": "", "tokens_in": 0, "tokens_out": 0, "held": float("nan"), "held_end": float("nan"),
     "read": float("nan"), "peak": float("nan"), "bytes": float("nan"), "bytes_full": float("nan"),
     "length": float("nan"), "depth": float("nan"), "prompt_s": float("nan"), "n_prompt": 0, "decode_s": float("nan"),
-    "steps": 0, "alone": True, "at": 0, "size": 0,
+    "steps": 0, "alone": True, "above": False, "at": 0, "size": 0,
 }  # fmt: skip
 SHARES = ("held", "held_end", "read", "peak")
 #: of a record's ledger, bytes
 LEDGER = (
-    "full_prompt", "full", "held_prompt", "held_end", "peak_prompt", "peak_decode", "read_step", "workspace", "adapter",
-    "host",
+    "full_prompt", "full", "held_prompt", "held_end", "padding", "padding_end", "peak_prompt", "peak_decode",
+    "read_step", "workspace", "adapter", "host",
 )  # fmt: skip
 
 
@@ -52,7 +52,8 @@ class Results:
     are shares of the full cache's bytes, `bytes` and `bytes_full` those at the end of the prompt; `length` and `depth`
     are set where a sample is tagged with numbers; `weight` counts in the mean over its subset, `chance` is what a guess
     scores, `control` samples count in no average, `measure` names the score where a task has several; `alone` is false
-    where the prompt's pass was shared, which has no speed.  problems: what was left out, one line each.
+    where the prompt's pass was shared, which has no speed; `above` where more was held than the budget allows and the
+    method documents.  problems: what was left out, one line each.
     """
 
     root: Path
@@ -169,7 +170,8 @@ def _unpack(path: Path) -> Results:
         raise NothingToRead(f"{path}: not a file that python -m analysis.tables wrote, {_why(error)}") from error
     samples.attrs = {}
     cells = pd.DataFrame(told["cells"]).set_index("cell", drop=False)
-    return Results(path, cells, samples.assign(at=0, size=0), told["problems"])
+    lacking = {name: value for name, value in SAMPLE.items() if name not in samples}  # and what older versions lacked
+    return Results(path, cells, samples.assign(**lacking), told["problems"])
 
 
 def _cell(name: str, folder: Path) -> dict[str, Any]:
@@ -250,7 +252,7 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
     row["chance"] = float(tags["chance"]) if "chance" in tags else 1 / tags["n"] if tags.get("gold", -1) >= 0 else 0.0
     if "error" in line:
         return {**row, "error": str(line["error"]) or "failed"}
-    ledger, times = line["ledger"], line["timings"]
+    ledger, times = _ledger(line), line["timings"]
     full, full_prompt = ledger["full"] or float("nan"), ledger["full_prompt"] or float("nan")
     return row | {
         "score": float(line["score"]),
@@ -262,8 +264,9 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
         "held_end": ledger["held_end"] / full,
         "read": ledger["read_step"] / full,
         "peak": max(ledger["peak_prompt"], ledger["peak_decode"]) / full,
-        "bytes": ledger["held_prompt"] / line["batch"],
-        "bytes_full": ledger["full_prompt"] / line["batch"],
+        "bytes": ledger["held_prompt"],
+        "bytes_full": ledger["full_prompt"],
+        "above": ledger["held_prompt"] > ledger.get("asked", ledger["held_prompt"]) + ledger.get("overhead", 0),
         "prompt_s": times["prompt"],
         "n_prompt": times["n_prompt"],
         "decode_s": times["decode"],
@@ -282,11 +285,17 @@ def _per_sample(line: dict[str, Any]) -> dict[str, Any]:
     """Bytes of one sample, layer by layer and in all; empty for a failed one."""
     if "error" in line:
         return {}
-    ledger, batch = line["ledger"], line["batch"]
-    return {
-        **{name: ledger.get(name, 0) / batch for name in LEDGER},
-        "layers": [layer / batch for layer in ledger.get("per_layer", [])],
-    }
+    ledger = _ledger(line)
+    return {**{name: ledger.get(name, 0) for name in LEDGER}, "layers": ledger.get("per_layer", [])}
+
+
+def _ledger(line: dict[str, Any]) -> dict[str, Any]:
+    """The sample's own: records used to hold the whole batch's, of which each row has an equal part."""
+    book, batch = line["ledger"], line["batch"]
+    if "padding" in book:
+        return book
+    own = {name: book[name] / batch for name in (*LEDGER, "asked", "overhead") if name in book}
+    return {**own, "per_layer": [layer / batch for layer in book.get("per_layer", [])]}
 
 
 def _stamp(path: Path) -> list[int]:

@@ -17,7 +17,7 @@ NEAR_CHANCE = 5.0  # points of 100 above chance: below that a full cache's score
 ENOUGH = 0.9  # of the full cache's samples; with fewer a point is on no front and under no area
 #: what may differ between a method's cell and the full cache's: its own code; and what tells models apart by name
 OWN = {"code", "artefacts", "weights", "files"}
-COLUMNS = ["score", "bytes"]
+COLUMNS = ["score", "bytes", "above"]
 PLACE = ["subset", "category", "measure", "weight", "chance", "control"]
 
 

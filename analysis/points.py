@@ -21,12 +21,13 @@ def points(results: Results, x: str = "held", resamples: int = stats.RESAMPLES) 
     """All points, task by task; a task's cells without a full cache on the same samples are named in `problems`.
 
     bits: what a cell that names its bits was given instead of a budget, such as "4 bits", "K4V2" or a table's name.
-    share: of the full cache's bytes along `x`, with its mean.  score, full, difference: in the metric's unit, each with
-    its interval (`_low`, `_high`).  difference is above 0 where the method is better.  lost, won: samples that flipped.
-    tie: the interval of the difference holds zero, or its p after the correction is no sign of one.
-    p_holm: corrected for the methods compared on the same task; none for the full cache.  worst, worst_difference: the
-    subset that lost most.  near_chance: the full cache's score is no more than guessing.  at_chance: nor is the
-    point's own.  partial: most of the samples are missing; such a point is on no front.
+    share: of the full cache's bytes along `x`, with its mean.  above: samples that held more than their budget.  score,
+    full, difference: in the metric's unit, each with its interval (`_low`, `_high`).  difference is above 0 where the
+    method is better.  lost, won: samples that flipped.  tie: the interval of the difference holds zero, or its p after
+    the correction is no sign of one.  p_holm: corrected for the methods compared on the same task; none for the full
+    cache.  worst, worst_difference: the subset that lost most.  near_chance: the full cache's score is no more than
+    guessing.  at_chance: nor is the point's own.  partial: most of the samples are missing; such a point is on no
+    front.
     """
     rows: list[dict] = []
     for task in gathered(results, x):
@@ -87,7 +88,9 @@ def _rows(key: dict[str, str], cells: Sequence[Cells], resamples: int) -> Iterat
     over = first.first["mean_over"]
     means = subset_means(samples, np.hstack([scale * scores, gains, scale * full]), over, resamples=resamples)
     signed = subset_means(samples, gains, over, stats.signed, resamples)
-    shares, sizes = (np.stack([one.samples[name] for one in cells], axis=1) for name in ("share", "bytes"))
+    shares, sizes, above = (
+        np.stack([one.samples[name] for one in cells], axis=1) for name in ("share", "bytes", "above")
+    )
     names = list(dict.fromkeys(means.categories))
     for category in [*([WHOLE] if means.counts.any() else []), *(names if len(names) > 1 else [])]:
         chosen = means.chosen(category)
@@ -122,6 +125,7 @@ def _rows(key: dict[str, str], cells: Sequence[Cells], resamples: int) -> Iterat
                 "n": int(here.sum()),
                 "share": float(own @ shares[:, i]),
                 "bytes": float(own @ sizes[:, i]),
+                "above": int(np.ceil(above[here, i].sum())),
                 "score": found[0, i],
                 "score_low": low[i],
                 "score_high": high[i],

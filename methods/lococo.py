@@ -22,8 +22,9 @@ Here:  chunks begin at multiples of `block_size` in each row's own tokens, whate
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,7 +37,7 @@ from kernels import attend_with_mass, top
 from kernels.select import compact
 from methods.core import artefacts
 from methods.core.budget import slots
-from methods.core.contract import LayerCache, Method, ModelSpec, Stage, Step
+from methods.core.contract import Holding, LayerCache, Method, ModelSpec, Stage, Step
 from methods.core.errors import UserError
 from methods.core.store import Store
 
@@ -283,8 +284,10 @@ class Memory:
         if step.stage is Stage.MID_PROMPT:
             return
         self.left = 0
-        if step.stage is Stage.ENDS_PROMPT and not self.method.lazy_end and len(self.store) > self.method.limit:
-            self._compress()
+        if step.stage is Stage.ENDS_PROMPT:
+            if not self.method.lazy_end and len(self.store) > self.method.limit:
+                self._compress()
+            self.store.tighten()
 
     def detach(self) -> None:
         """Let no later gradient reach what is held."""
@@ -296,9 +299,6 @@ class Memory:
         if self.left == 0:
             if len(self.store) > method.limit:
                 self._compress()
-                self._make_room(method.buffer + 1 if step.stage is Stage.DECODE else min(method.chunk, rest))
-            elif step.stage is Stage.DECODE and len(self.store) == method.slots:
-                self._make_room(method.buffer + 1)
             self.left, self.fresh = method.chunk, True
         n = self.last = min(self.left, rest)
         self.left -= n
@@ -343,16 +343,7 @@ class Memory:
         made = compress(Slots(old.k, old.v, old.pos, old.track("mass")), self.method, self.compressor)
         self.store = store = Store()
         store.n, store.buffers, store.fills = self.method.slots, vars(made), dict(old.fills)
-
-    def _make_room(self, places: int) -> None:
-        """Free places for the tokens up to the next compression, unless there are some."""
-        store = self.store
-        if store.buffers["k"].shape[2] > len(store):
-            return
-        store.buffers = {
-            name: torch.cat((x, x.new_empty(*x.shape[:2], places, *x.shape[3:])), dim=2)
-            for name, x in store.buffers.items()
-        }
+        store.most, store.to_come = self.method.limit + 1, old.to_come
 
 
 class LoCoCoCache(LayerCache):
@@ -408,18 +399,27 @@ class LoCoCoCache(LayerCache):
     def adapters(self) -> Iterable[Tensor]:
         return () if self.compressor is None else self.compressor.parameters()
 
-    def overhead(self) -> int:
-        """Positions, scores and free places, and the slots that wait for the next compression."""
-        method, total = self.method, 0
+    def holding(self) -> Holding:
+        """On top of the budget positions and scores, and the slots that wait for the next compression."""
+        method, found = self.method, Holding([], [], [])
         for memory in self.memories:
-            store = memory.store
-            waiting = min(len(store) - method.slots, method.buffer + method.chunk * method.lazy_end)
-            total += store.overhead() + max(0, waiting) * (store.k[:, :, :1].nbytes + store.v[:, :, :1].nbytes)
-        return total
+            held = memory.store.holding()
+            most = method.buffer + method.chunk * method.lazy_end
+            waiting = max(0, min(len(memory.store) - method.slots, most))
+            slots = [own - beside for own, beside in zip(held.own, held.beside)]  # keys and values
+            found.own += held.own
+            found.beside += [n + waiting * kv // len(memory.store) for n, kv in zip(held.beside, slots)]
+            found.padding += held.padding
+        return found
 
-    def asked(self, full: int) -> int:
-        longest = max(memory.prompt for memory in self.memories)
-        return min(full, -(-full * min(self.method.slots, longest) // max(1, longest)))
+    def asked(self, full: Sequence[int]) -> list[int]:
+        """The slots, which are a number and no share of the prompt."""
+        own = [memory.prompt for memory in self.memories] * (len(full) // len(self.memories))
+        return [min(size, math.ceil(size * self.method.slots / max(1, n))) for size, n in zip(full, own, strict=True)]
+
+    def expect(self, new: int) -> None:
+        for memory in self.memories:
+            memory.store.expect(new)
 
     def reorder(self, rows: Tensor) -> None:
         if len(self.memories) == 1:
@@ -444,5 +444,6 @@ class LoCoCoCache(LayerCache):
         made = Memory(self.method, self.compressor, memory.store.capacity)
         made.left, made.prompt = memory.left, memory.prompt
         made.store.n, made.store.fills = memory.store.n, dict(memory.store.fills)
+        made.store.most, made.store.to_come = memory.store.most, memory.store.to_come
         made.store.buffers = {name: buffer[rows].clone() for name, buffer in memory.store.buffers.items()}
         return made

@@ -25,6 +25,9 @@ class Random(Eviction):
     def family(self) -> str:
         return "baseline"
 
+    def slots(self, n: int) -> int:
+        return max(1, super().slots(n))
+
     def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
         """Uniform numbers, [B, H, S]."""
         heads = torch.arange(store.pos.shape[1], device=store.pos.device)

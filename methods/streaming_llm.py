@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels import attend
 from kernels.attend.reference import logits
-from methods.core.contract import LayerCache, ModelSpec, Stage, Step
+from methods.core.contract import Holding, LayerCache, ModelSpec, Stage, Step
 from methods.core.errors import UserError
 from methods.core.eviction import Cut, Eviction, EvictionCache, real_tokens, taken
 from methods.core.store import Store
@@ -119,6 +119,7 @@ class StreamingCache(EvictionCache):
             dropped = self.limit != self.prompt
             self.held = self.limit
             self.limit = [method.cap(n) for n in self.prompt]
+            self.store.most = max(self.limit) + 1
             if dropped:
                 self._hold_sinks(step)
             return
@@ -138,8 +139,17 @@ class StreamingCache(EvictionCache):
         if self.sink_k is not None:
             yield self.sink_k
 
-    def overhead(self) -> int:
-        return super().overhead() + (0 if self.sink_k is None else self.sink_k.nbytes)
+    def holding(self) -> Holding:
+        held, more = super().holding(), self._of_sinks()
+        return Holding([n + more for n in held.own], [n + more for n in held.beside], held.padding)
+
+    def own(self) -> list[int]:
+        more = self._of_sinks()
+        return [n + more for n in super().own()]
+
+    def _of_sinks(self) -> int:
+        """Bytes of the sinks' keys, the same for every row."""
+        return 0 if self.sink_k is None else self.sink_k.nbytes // len(self.sink_k)
 
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)

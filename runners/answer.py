@@ -20,9 +20,10 @@ from runners.dialogue import Dialogue, dialogue
 from runners.forced import force
 from runners.generate import Timings, generate, start
 from runners.latency import measure
+from runners.meter import Report
 from runners.problem import Problem, problem
 from runners.prompt import Encoded, Encoder
-from runners.session import Answer, Heard, now
+from runners.session import Answer, Heard, behind, now
 from runners.talk import Talk
 from runners.time_limit import within
 from tasks.base import Example, Forced, Task, Turn
@@ -40,6 +41,7 @@ class Setting:
     """What all samples of a run share.
 
     tokenizes: the encoder, which only samples that have a text ask for.  limit: seconds that a batch may take.
+    budget_miss: "keep" a sample that holds more than its budget and documented overhead, with its bytes, or "fail".
     """
 
     model: PreTrainedModel
@@ -49,6 +51,7 @@ class Setting:
     chunk: int | None
     threads: int
     limit: float | None = None
+    budget_miss: str = "keep"
 
     @property
     def encoder(self) -> Encoder:
@@ -90,7 +93,7 @@ def answer(
 ) -> None:
     """Run a batch and record a row per sample; where a pass fails, its samples are tried one by one.
 
-    Raises UserError, and BudgetMiss once the samples that held too much have been recorded as failed.
+    Raises UserError, and where `budget_miss` is "fail" BudgetMiss, once a batch that held too much has been recorded.
     """
     for run, members in groupby(batch, run_of):
         _answer(setting, method, list(members), run[0], record)
@@ -165,9 +168,8 @@ def by_generation(setting: Setting, method: Method, batch: Sequence[Example]) ->
         chunk=setting.chunk,
         pad_id=setting.pad_id,
     )
-    cache.check_budget()
-    costs = spent(setting, len(batch), cache.report().to_dict(), timings)
-    return [answered(setting, *one, costs) for one in zip(batch, encoded, answers)]
+    costs = spent(setting, method, cache.reports(behind(answers, timings.steps)), timings)
+    return [answered(setting, *one) for one in zip(batch, encoded, answers, costs, strict=True)]
 
 
 def by_beams(setting: Setting, method: Method, batch: Sequence[Example]) -> list[dict[str, Any]]:
@@ -176,8 +178,7 @@ def by_beams(setting: Setting, method: Method, batch: Sequence[Example]) -> list
     for example in batch:
         encoded = setting.encoder(example)
         found, cache, timings = search(setting.model, method, encoded.prompt, example.beams, setting.pad_id)
-        cache.check_budget()
-        costs = spent(setting, 1, cache.report().to_dict(), timings)
+        (costs,) = spent(setting, method, [cache.report()], timings)  # of all beams together
         rows.append(answered(setting, example, encoded, found, costs))
     return rows
 
@@ -185,7 +186,7 @@ def by_beams(setting: Setting, method: Method, batch: Sequence[Example]) -> list
 def answered(
     setting: Setting, example: Example, encoded: Encoded, one: Answer, costs: dict[str, Any]
 ) -> dict[str, Any]:
-    """The row of one answer; costs: the batch's size, ledger and times."""
+    """The row of one answer; costs: its ledger, the batch's size and times."""
     if one.error:
         return failed(example, one.error)
     prediction = setting.encoder.text(one.ids)
@@ -212,9 +213,9 @@ def by_turns(setting: Setting, method: Method, batch: Sequence[Example]) -> list
     session, logits = start(setting.model, method, talk.firsts, talk.samples, setting.chunk, setting.pad_id)
     prompt_seconds = now(setting.model.device) - began
     talk.go_on(session, logits)
-    session.cache.check_budget()
-    costs = spent(setting, len(batch), session.cache.report().to_dict(), talk.timings(prompt_seconds))
-    return talked(setting, batch, talk, [one for (one,) in talk.heard if isinstance(one, Heard)], costs)
+    heard = [one for (one,) in talk.heard if isinstance(one, Heard)]
+    costs = spent(setting, method, heard[-1].reports, talk.timings(prompt_seconds))
+    return talked(setting, batch, talk, heard, costs)
 
 
 def talk_of(setting: Setting, batch: Sequence[Example]) -> Talk:
@@ -225,10 +226,10 @@ def talk_of(setting: Setting, batch: Sequence[Example]) -> Talk:
 
 
 def talked(
-    setting: Setting, batch: Sequence[Example], talk: Talk, heard: Sequence[Heard], costs: dict[str, Any]
+    setting: Setting, batch: Sequence[Example], talk: Talk, heard: Sequence[Heard], costs: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The rows of what one cache has answered; heard: per question."""
-    return [_talked(setting, example, talk.talks[i], i, heard, costs) for i, example in enumerate(batch)]
+    return [_talked(setting, example, talk.talks[i], i, heard, costs[i]) for i, example in enumerate(batch)]
 
 
 def _talked(
@@ -251,8 +252,8 @@ def _talked(
                 "score": setting.task.score(own, prediction),
                 "stop": answer.stop,
                 "tokens_out": len(answer.ids),
-                "held": question.report.held_end,
-                "full": question.report.full,
+                "held": question.reports[i].held_end,
+                "full": question.reports[i].full,
             }
         )
     scores = [turn["score"] for turn in turns]
@@ -277,8 +278,7 @@ def by_forcing(setting: Setting, method: Method, batch: Sequence[Example]) -> li
     """Texts that are fed as they stand: the mean loss of the tokens that count, in nats."""
     pieces, plan, samples = texts(setting, batch)
     losses, cache, timings = force(setting.model, method, pieces, plan, samples)
-    cache.check_budget()
-    costs = spent(setting, len(batch), cache.report().to_dict(), timings)
+    costs = spent(setting, method, cache.reports(), timings)
     return predicted(setting, batch, pieces, losses, timings.n_prompt, costs)
 
 
@@ -295,11 +295,11 @@ def predicted(
     pieces: Sequence[Sequence[int]],
     losses: torch.Tensor,
     n_prompt: int,
-    costs: dict[str, Any],
+    costs: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """The rows of texts with these losses [B, L]; n_prompt: tokens of all prompts."""
     rows = []
-    for example, piece, own in zip(batch, pieces, losses.tolist()):
+    for example, piece, own, spent_ in zip(batch, pieces, losses.tolist(), costs, strict=True):
         assert example.forced is not None
         curve = _curve(own, example.forced.counted)
         n, total = sum(n for _, n, _ in curve), sum(s for _, _, s in curve)
@@ -321,7 +321,7 @@ def predicted(
                 "tokens_out": 0,
                 "cut": False,
                 "bos": list(piece).count(setting.encoder.tokenizer.bos_token_id),
-                **costs,
+                **spent_,
             }
         )
     return rows
@@ -336,12 +336,11 @@ def choices_of(setting: Setting, batch: Sequence[Example]) -> tuple[list[list[As
 def by_choices(setting: Setting, method: Method, batch: Sequence[Example]) -> list[dict[str, Any]]:
     """Ways to go on, compared by their likelihood after the compressed prompt."""
     asked, samples = choices_of(setting, batch)
-    found, cache, timings = compare(
+    found, ledgers, timings = compare(
         setting.model, method, asked, samples, setting.protocol, setting.chunk, batch[0].stride, setting.pad_id
     )
-    cache.check_budget()
-    costs = spent(setting, len(batch), cache.report().to_dict(), timings)
-    return [compared(setting, *one, costs) for one in zip(batch, asked, found)]
+    costs = spent(setting, method, ledgers, timings)
+    return [compared(setting, *one) for one in zip(batch, asked, found, costs, strict=True)]
 
 
 def compared(
@@ -351,7 +350,7 @@ def compared(
     found: Sequence[tuple[float, bool]],
     costs: dict[str, Any],
 ) -> dict[str, Any]:
-    """The row of one example's choices; costs: the batch's size, ledger and times."""
+    """The row of one example's choices; costs: its ledger, the batch's size and times."""
     sums = [total for total, _ in found]
     if not all(map(math.isfinite, sums)):
         return failed(example, "the log-likelihoods are not finite")
@@ -381,6 +380,8 @@ def by_timing(setting: Setting, method: Method, batch: Sequence[Example]) -> lis
         methods = [method] if method.name == full.name else [method, full]
         ours, *others = measure(setting.model, methods, timed, setting.chunk)
         timings = Timings(ours.prompt, 0.0, ours.step * timed.steps, timed.length * timed.batch, timed.steps)
+        assert ours.ledger is not None
+        (costs,) = spent(setting, method, [ours.ledger.per(timed.batch)], timings)
         rows.append(
             {
                 **about(example),
@@ -394,7 +395,8 @@ def by_timing(setting: Setting, method: Method, batch: Sequence[Example]) -> lis
                 "tokens_out": timed.steps,
                 "cut": False,
                 "bos": 0,
-                **spent(setting, timed.batch, ours.ledger, timings),
+                **costs,
+                "batch": timed.batch,
             }
         )
     return rows
@@ -413,7 +415,16 @@ def _parts(parts: dict[str, float]) -> dict[str, Any]:
     return {"parts": parts} if parts else {}
 
 
-def spent(setting: Setting, batch: int, ledger: dict[str, Any], timings: Timings) -> dict[str, Any]:
-    """What a batch took, as every one of its rows records it; seconds to the microsecond."""
+def spent(
+    setting: Setting, method: Method, ledgers: Sequence[Report], timings: Timings, **more: Any
+) -> list[dict[str, Any]]:
+    """What every sample of a batch took, as its row records it: its own ledger, the batch's seconds to the microsecond.
+
+    more: what all rows record besides.  Raises BudgetMiss where a sample that holds too much is to fail.
+    """
+    if setting.budget_miss == "fail":
+        for ledger in ledgers:
+            ledger.check_budget(method.name)
     seconds = {key: round(value, 6) if isinstance(value, float) else value for key, value in vars(timings).items()}
-    return {"batch": batch, "threads": setting.threads, "ledger": ledger, "timings": seconds}
+    shared = {"batch": len(ledgers), "threads": setting.threads, "timings": seconds, **more}
+    return [{**shared, "ledger": ledger.to_dict()} for ledger in ledgers]

@@ -229,6 +229,7 @@ class KVCache(Bound):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
+        self.meter.reorder(beam_idx)
         if self._counts is not None:
             self._counts = self._counts[beam_idx.to(self._counts.device)]
         if isinstance(self._samples, Tensor):
@@ -261,13 +262,23 @@ class KVCache(Bound):
         lent = (self.method, self.spec, self.turnings, self.spec.__dict__.get("prepared"), *adapters)
         return [one for one in lent if one is not None]
 
+    def expect(self, new: int) -> None:
+        """So many tokens will be decoded from here: no room is made for more. Without it room grows by an eighth."""
+        for layer in self.layers:
+            layer.inner.expect(new)
+
     def report(self) -> Report:
-        """Bytes held, read and spent so far; see runners/meter.py.
+        """Bytes held, read and spent so far, of all rows together; see runners/meter.py.
 
         Raises UserError while the prompt that was announced has not come whole, when nothing has been compressed.
         """
         self._refuse_half_a_prompt()
         return self.meter.report()
+
+    def reports(self, behind: Sequence[int] | None = None) -> list[Report]:
+        """The same of every row; behind: passes that each was fed after its own last one, which do not count."""
+        self._refuse_half_a_prompt()
+        return self.meter.reports(behind)
 
     def _refuse_half_a_prompt(self) -> None:
         come = self.layers[-1].seen
@@ -279,9 +290,9 @@ class KVCache(Bound):
             )
 
     def check_budget(self) -> None:
-        """Raises BudgetMiss when the prompt's end left more than the budget and its documented overhead."""
+        """Raises BudgetMiss when the prompt's end left more of a row than its budget and documented overhead."""
         self._refuse_half_a_prompt()
-        self.meter.books.check_budget(self.method.name)
+        self.meter.check_budget(self.method.name)
 
 
 class Prepared:

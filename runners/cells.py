@@ -149,6 +149,7 @@ class Run:
             self.cfg.chunk,
             self.threads,
             self.cfg.time_limit,
+            self.cfg.budget_miss,
         )
 
     def settings(self, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from runners.generate import MakesCache, Timings, start
+from runners.meter import Report
 from runners.prompt import Encoder
 from runners.session import State, now
 from tasks.base import Choice, Example
@@ -105,8 +106,8 @@ def compare(
     chunk: int | None = None,
     stride: int | None = None,
     pad_id: int = 0,
-) -> tuple[Likelihoods, Any, Timings]:
-    """The choices' likelihoods, the cache that they were made with, and the time it took.
+) -> tuple[Likelihoods, list[Report], Timings]:
+    """The choices' likelihoods, the ledgers of the caches that they were made with, and the time it took.
 
     Choices of equal prompts share one compressed cache, from which each goes on by itself. protocol: "aware" compresses
     the prompt but for its last token, "agnostic" the example's context. stride: tokens of a choice fed at once.
@@ -116,7 +117,7 @@ def compare(
     session, after = start(model, method, choices.firsts, choices.samples, chunk, pad_id)
     prompt_done = now(model.device)
     (found,) = choices.rate(session, after)
-    return found, session.cache, choices.timings(prompt_done - began, now(model.device) - prompt_done)
+    return found, choices.reports(session.cache), choices.timings(prompt_done - began, now(model.device) - prompt_done)
 
 
 class Choices:
@@ -132,6 +133,7 @@ class Choices:
         self.rows = _rows(asked, samples, protocol)
         self.firsts, self.samples = [row.first for row in self.rows], [row.sample for row in self.rows]
         self.steps = 0
+        self.passes = 0  # of the choices that were fed last
 
     def rate(self, state: State, after: Tensor) -> list[Likelihoods]:
         """What each cache of a state behind the prompts finds.
@@ -162,13 +164,23 @@ class Choices:
     def _feed(self, state: State, texts: Sequence[Sequence[int]], after: Tensor) -> Tensor:
         """Logits [caches, rows, T, V] behind every token of a choice per row, its last one left out."""
         parts = [(*row.rest[-1:], *text[:-1]) for row, text in zip(self.rows, texts)]
+        self.passes = 0
         if not any(parts):
             return after[:, :, None][:, :, :0]
         # filled up on the right: what comes after a text cannot change its score
         width = max(map(len, parts))
         ids = torch.tensor([[*part, *[self.pad_id] * (width - len(part))] for part in parts])
         self.steps += width
+        self.passes = -(-width // (self.stride or width))
         return state.run(ids, chunk=self.stride, every=True).unflatten(0, (-1, len(parts)))
+
+    def reports(self, cache: Any) -> list[Report]:
+        """Of every example the ledger of its prompts together, by when the choices begin: they are filled up."""
+        own: list[list[int]] = [[] for _ in self.asked]
+        for place, row in enumerate(self.rows):
+            own[row.members[0][0]].append(place)
+        behind = [self.passes] * len(self.rows)
+        return [cache.meter.report(rows, behind) for rows in own]
 
     def timings(self, prompt: float, choices: float) -> Timings:
         return Timings(prompt, 0.0, choices, n_prompt=sum(map(len, self.firsts)), steps=self.steps)

@@ -62,6 +62,7 @@ class Config:
     runner: Any
     wandb: Tracking
     budget: Any  # checked by methods.core.budget
+    budget_miss: Literal["keep", "fail"]
     protocol: Literal["aware", "agnostic"]
     dtype: Literal["auto", "float32", "float16", "bfloat16"]
     device: str

@@ -20,6 +20,7 @@ from runners.cells import Run
 from runners.compare import compare
 from runners.heat_map import draw_all
 from runners.latency_report import show_times
+from runners.ledger import above
 from runners.parts import task_of
 from runners.record import check_writable
 from runners.sweep import Sweep
@@ -41,7 +42,7 @@ class Evaluate(Runner):
     resamples: Count = 2000
 
     def run(self, cfg: DictConfig) -> int:
-        """The exit code: 0, 1 if a sample failed or the budget was missed, 130 after Ctrl-C.
+        """The exit code: 0, 1 if a sample failed or budget_miss=fail stopped the run, 130 after Ctrl-C.
 
         Raises UserError for what the user gave and cannot work; finished samples are kept in every case.
         """
@@ -87,7 +88,7 @@ class Evaluate(Runner):
             try:
                 run.complete(cell)
             except BudgetMiss as miss:
-                show.note(f"failed: budget={run.cfg.budget} is missed: {miss}")
+                show.note(f"failed: budget={run.cfg.budget} is missed and budget_miss=fail: {miss}")
                 return 1
         return self._report(run)
 
@@ -158,8 +159,10 @@ def _costs(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
         ("KV bytes, end of prompt", "held_prompt", "full_prompt"),
         ("KV bytes, end of generation", "held_end", "full"),
     ):
-        held, of = (fmean(row["ledger"][name] / row["batch"] for row in rows) for name in (key, whole))
+        held, of = (fmean(row["ledger"][name] for row in rows) for name in (key, whole))
         found[what] = f"{show.size(held)} ({held / of:.1%})"
+    if n := sum(map(above, rows)):
+        found["samples above the budget"] = f"{n} of {len(rows)}"
     coded = [row["ledger"] for row in rows if row["ledger"].get("nominal_bits") is not None]
     if coded:
         nominal, effective = (fmean(ledger[name] for ledger in coded) for name in ("nominal_bits", "effective_bits"))

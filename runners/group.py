@@ -21,7 +21,7 @@ from methods.core.group import Rows, Shared
 from runners.bind import KVCache, bind
 from runners.meter import Meter
 from runners.problem import problem
-from runners.session import LOOK_EVERY, Answer, Heard, Limits, NewTokens, Session, now
+from runners.session import LOOK_EVERY, Answer, Heard, Limits, NewTokens, Session, behind, now
 from runners.time_limit import TimeLimit
 
 if TYPE_CHECKING:
@@ -51,13 +51,11 @@ class Group:
         read: Callable[[Session], Tensor],
         prompt_len: int | None = None,
         pad_id: int = 0,
-        more: bool = False,
     ) -> tuple[Group, Tensor]:
         """A group behind its prompts, and what reading them gave, once per active member.
 
         read: feeds the prompts, one row per sample, and gives a tensor of these rows.
         prompt_len: as for `Method.caches`.
-        more: other prompts follow, and nobody is held to a budget yet.
         """
         members = [Member(model, method, prompt_len, samples) for method in methods]
         lead = load_method("full").caches(bind(model), prompt_len)
@@ -69,8 +67,6 @@ class Group:
         found = read(session)
         for member in members:
             member.go_on_from(shared, model)
-            if not more:
-                member.check_budget()
         active = sum(member.error is None for member in members)
         group = cls(model, members, _RowsSession(session, active), shared, len(samples))
         return group, found.repeat(active, *[1] * (found.dim() - 1))
@@ -116,6 +112,7 @@ class Group:
         session, device = self.session, logits.device
         rows = _Tokens([*limits] * len(self.active), device)
         n, steps = session.mask.shape[1], max(0, rows.most - 1)
+        session.expect(steps)
         pos = session.counts[: self.B] + torch.arange(steps, device=device)  # [B, steps]
         mask = torch.cat((session.mask[: self.B], session.mask.new_ones(self.B, steps)), dim=1)
         new = rows.take(logits)
@@ -203,13 +200,10 @@ class Member:
         self.guard(lambda: self.cache.go_on_from(shared))
         self.guard(lambda: self.method.after_prompt(model, self.cache))
 
-    def check_budget(self) -> None:
-        self.guard(lambda: self.cache.check_budget())
-
     def leave(self, answers: list[Answer], steps: int, at: float) -> None:
         """Let the cache go with these answers: others may decode for a long time yet."""
         if self.error is None:
-            self.heard = Heard(answers, self.cache.report(), steps, at)
+            self.heard = Heard(answers, self.cache.reports(behind(answers, steps)), steps, at)
         del self.cache
         for layer in self.layers:
             layer.inner = None
@@ -248,6 +242,10 @@ class _Watched(LayerCache):
             self.meter.after_settle(step)
 
         self.member.guard(act)
+
+    def expect(self, new: int) -> None:
+        if self.inner is not None:
+            self.inner.expect(new)
 
     def tensors(self) -> Any:
         return () if self.inner is None else self.inner.tensors()

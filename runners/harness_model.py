@@ -36,8 +36,7 @@ def cached_lm(method: Method, *args: Any, stride: int | None = None, **kwargs: A
             found: dict[int, tuple[float, bool]] = {}
             for sample, members in enumerate(tqdm(groups.values(), disable=disable_tqdm)):
                 choices = [asked for _, asked in members]
-                (scores,), cache, _ = compare(self.model, method, [choices], [sample], stride=stride)
-                cache.check_budget()
+                (scores,), _, _ = compare(self.model, method, [choices], [sample], stride=stride)
                 for (i, _), score in zip(members, scores, strict=True):
                     found[i] = score
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], score)

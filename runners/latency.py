@@ -18,6 +18,7 @@ import torch
 from methods.core.contract import Method
 from methods.core.errors import UserError
 from runners.generate import start
+from runners.meter import Report
 from runners.session import now
 from tasks.base import Example, Timed
 
@@ -40,7 +41,7 @@ class Times:
 
     prompts: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
-    ledger: dict[str, Any] = field(default_factory=dict)
+    ledger: Report | None = None
     device_prompt: int = 0
     device_decode: int = 0
 
@@ -56,13 +57,13 @@ class Times:
         """One more round, in which a decode step took so many seconds."""
         self.prompts.append(round_.prompt)
         self.steps.append(step)
-        self.ledger = round_.cache.report().to_dict()
+        self.ledger = round_.cache.report()
         self.device_prompt = max(self.device_prompt, round_.device_prompt)
         self.device_decode = max(self.device_decode, round_.device_decode)
 
     def to_dict(self) -> dict[str, Any]:
         """All but the ledger, ready for JSON; seconds to the tenth of a microsecond."""
-        found = dataclasses.asdict(self)
+        found = dataclasses.asdict(dataclasses.replace(self, ledger=None))
         del found["ledger"]
         return found | {key: [round(value, 7) for value in found[key]] for key in ("prompts", "steps")}
 
@@ -84,9 +85,11 @@ def measure(model: PreTrainedModel, methods: Sequence[Method], timed: Timed, chu
     for round_ in range(-1, timed.rounds):
         warming = round_ < 0
         order = [*range(len(methods))][:: -1 if round_ % 2 else 1]
-        running = {i: _Running(model, methods[i], prompts, chunk) for i in order}
-        turns: list[list[float]] = [[] for _ in methods]
         left = min(WARM_STEPS, timed.steps) if warming else timed.steps
+        running = {i: _Running(model, methods[i], prompts, chunk) for i in order}
+        for one in running.values():
+            one.session.expect(left)
+        turns: list[list[float]] = [[] for _ in methods]
         while left > 0:
             n = min(left, TURN.get(model.device.type, 1))
             for i in order:
@@ -94,7 +97,6 @@ def measure(model: PreTrainedModel, methods: Sequence[Method], timed: Timed, chu
             left -= n
         while running:  # taken out one by one: the next round needs their room
             i, one = running.popitem()
-            one.cache.check_budget()
             if not warming:
                 found[i].add(one, median(turns[i]))
             del one

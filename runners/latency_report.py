@@ -17,17 +17,18 @@ from rich.table import Table
 from analysis import screen, style
 from methods.core.errors import UserError
 from runners import show
+from runners.ledger import of_sample
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 class Point(NamedTuple):
-    """prompts, steps: seconds of every round.  held: bytes at the end of the prompt."""
+    """prompts, steps: seconds of every round.  held: bytes of the batch at the end of the prompt, padding included."""
 
     length: int
     prompts: list[float]
     steps: list[float]
-    held: int
+    held: float
 
 
 def table(cells: Sequence[tuple[str, Rows]]) -> Table:
@@ -38,7 +39,8 @@ def table(cells: Sequence[tuple[str, Rows]]) -> Table:
     )  # fmt: skip
     for label, rows in cells:
         for row in rows:
-            times, book, batch = row["times"], row["ledger"], row["batch"]
+            times, batch = row["times"], row["batch"]
+            book, padding = row["ledger"], row["ledger"].get("padding", 0)
             step = median(times["steps"])
             shown.add_row(
                 label,
@@ -49,10 +51,10 @@ def table(cells: Sequence[tuple[str, Rows]]) -> Table:
                 f"{1000 * step:.2f}",
                 against(row, "steps"),
                 f"{batch / step:,.0f}",
-                show.size(book["held_prompt"]),
+                show.size(batch * (book["held_prompt"] + padding)),
                 f"{book['held_prompt'] / book['full_prompt']:.1%}",
-                show.size(book["read_step"]),
-                show.size(max(book["peak_prompt"], book["peak_decode"])),
+                show.size(batch * book["read_step"]),
+                show.size(batch * max(book["peak_prompt"], book["peak_decode"])),
             )
         shown.add_section()
     return shown
@@ -144,10 +146,12 @@ def curves(cells: Sequence[tuple[str, Rows]], batch: int) -> dict[str, list[Poin
             if row["batch"] != batch:
                 continue
             length, book = row["tokens_in"], row["ledger"]
-            own = Point(length, row["times"]["prompts"], row["times"]["steps"], book["held_prompt"])
+            held = batch * (book["held_prompt"] + book.get("padding", 0))
+            own = Point(length, row["times"]["prompts"], row["times"]["steps"], held)
             found.setdefault(label, {}).setdefault(length, own)
             if "full_times" in row:
-                full = Point(length, row["full_times"]["prompts"], row["full_times"]["steps"], book["full_prompt"])
+                held = batch * book["full_prompt"]
+                full = Point(length, row["full_times"]["prompts"], row["full_times"]["steps"], held)
                 found.setdefault("full", {}).setdefault(length, full)
     return {label: sorted(points.values()) for label, points in found.items()}
 
@@ -157,7 +161,7 @@ def read(folder: Path) -> tuple[str, Rows, str]:
     try:
         identity = json.loads((folder / "cell.json").read_text())["identity"]
         lines = (folder / "samples.jsonl").read_text().splitlines()
-        rows = {row["id"]: row for row in (json.loads(line) for line in lines if line.endswith("}"))}
+        rows = {row["id"]: row for row in (of_sample(json.loads(line)) for line in lines if line.endswith("}"))}
         label = identity["method"]["name"]
         if label != "full":
             label = f"{label} {identity['budget']:g}"

@@ -1,4 +1,4 @@
-"""Counts bytes held and bytes read, the same way for every method: by storage, each once."""
+"""Counts bytes held and bytes read, the same way for every method: by storage, each once, and by row of the batch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from methods.core.contract import LayerCache, Stage, Step
+from methods.core.contract import Holding, LayerCache, Stage, Step
 from methods.core.errors import BudgetMiss
+from methods.core.store import taken
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
@@ -21,16 +22,19 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 @dataclass
 class Report:
-    """The ledger of one batch. All sizes in bytes, for all rows together.
+    """The ledger of one row of a batch, or of several together. All sizes in bytes.
 
-    full: keys and values of the full cache for the tokens seen, at the model's dtype and KV heads, sliding layers at
-    their window; full_prompt: the same at the end of the prompt.  held_prompt, held_end: held at the end of the prompt
-    and now.  mean_decode: held, mean over the passes after the prompt, 0 without any.
-    peak_prompt, peak_decode: largest held total of the phase, layer by layer.  read_step: read by the last
-    decode step.  workspace: largest held only for scoring.  adapter: the method's own parameters.  host: of all these,
-    on the host while the model is on a device.  asked: allowed by the budget.  overhead: documented on top.
-    per_layer: held_prompt per layer.  nominal_bits, effective_bits: of a number at the end of the prompt, where numbers
-    are coded: of its code alone, and of all that is held.
+    full: keys and values of the full cache for the row's own tokens, at the model's dtype and KV heads, sliding layers
+    at their window; full_prompt: the same at the end of the prompt.  held_prompt, held_end: what the row's own slots
+    hold at the end of the prompt and of its generation, whatever the other rows are.  mean_decode: held, mean over the
+    passes after the prompt, 0 without any.  padding, padding_end: what the batch's storage holds at these moments in
+    places that are no row's slot, free ones for tokens to come among them; a row has an equal part.
+    peak_prompt, peak_decode: largest total of the phase, layer by layer, padding and workspace included; a row has an
+    equal part.  read_step: read by the last decode step.  workspace: most that the cache held at one moment only for
+    scoring.  adapter: the method's own parameters, the same for any batch.  host: of what is held, on the host while
+    the model is on a device.  asked: allowed by the budget.  overhead: documented on top.  per_layer: held_prompt per
+    layer.  nominal_bits, effective_bits: of a number at the end of the prompt, where numbers are coded: of its code
+    alone, and of all that is held.
     """
 
     n_layers: int
@@ -38,6 +42,8 @@ class Report:
     full_prompt: int = 0
     held_prompt: int = 0
     held_end: int = 0
+    padding: int = 0
+    padding_end: int = 0
     peak_prompt: int = 0
     peak_decode: int = 0
     mean_decode: int = 0
@@ -61,9 +67,53 @@ class Report:
         if self.held_prompt > self.asked + self.overhead:
             raise BudgetMiss(method, self.asked + self.overhead, self.held_prompt, self.full_prompt)
 
+    def per(self, rows: int) -> Report:
+        """The mean over so many rows that the report is of; the method's own parameters belong to each."""
+        whole = ("n_layers", "adapter", "nominal_bits", "effective_bits")
+        sizes = {name: value for name, value in vars(self).items() if name not in whole}
+        means: dict[str, Any] = {
+            name: [round(n / rows) for n in value] if isinstance(value, list) else round(value / rows)
+            for name, value in sizes.items()
+        }
+        return dataclasses.replace(self, **means)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields and the share, as plain values."""
         return {**dataclasses.asdict(self), "share": self.share}
+
+
+@dataclass
+class Moment:
+    """What own slots of every row hold when a pass is done, and their tokens so far."""
+
+    held: list[int]
+    tokens: list[int]
+
+    def choose(self, rows: Sequence[int]) -> None:
+        """Go on with these rows."""
+        self.held, self.tokens = ([numbers[row] for row in rows] for numbers in (self.held, self.tokens))
+
+
+@dataclass
+class PromptEnd(Moment):
+    """The moment that a prompt ends.
+
+    padding: what no row's slot holds.  per_layer: held, by layer and row.  asked, overhead: by row.  bits: nominal
+    ones, by row, where numbers are coded.
+    """
+
+    padding: int
+    per_layer: list[list[int]]
+    asked: list[int]
+    overhead: list[int]
+    bits: list[float]
+    itemsize: int
+
+    def choose(self, rows: Sequence[int]) -> None:
+        super().choose(rows)
+        self.per_layer = [[of_layer[row] for row in rows] for of_layer in self.per_layer]
+        self.asked, self.overhead = ([numbers[row] for row in rows] for numbers in (self.asked, self.overhead))
+        self.bits = [self.bits[row] for row in rows] if self.bits else []
 
 
 class Meter:
@@ -71,74 +121,182 @@ class Meter:
 
     def __init__(self, layers: Sequence[LayerCache]):
         self.layers = layers
-        self.books = Report(n_layers=len(layers))
-        self._columns = [0] * len(layers)  # tokens seen per row, padding included
+        self.peak_prompt = self.peak_decode = self.workspace = 0
+        self.prompt: PromptEnd | None = None
+        self.passes: list[Moment] = []  # those after the prompt
+        self._tokens: list[int] = []  # of every row, padding left out
         self._slots: dict[int, tuple[int, int | None]] = {}  # per layer: bytes of one full-cache slot, sliding window
         self._device = "cpu"
-        self._after_prompt = (0, 0)  # passes, and the sum of what each held
 
     def after_take(self, step: Step) -> None:
         """The fullest moment of a layer's turn."""
-        B, H, T, D = step.k.shape
-        self._columns[step.layer] += T
-        if step.stage is Stage.DECODE:
-            if step.layer == len(self.layers) - 1:
-                held = self._held()
-                self.books.peak_decode = max(self.books.peak_decode, held)
-                self._add(held)
+        if step.layer == 0:
+            self._count(step)
+        last = step.layer == len(self.layers) - 1
+        if step.stage is Stage.DECODE and not last:
             return
-        books = self.books
-        held = self._held()
-        if step.stage is Stage.TURN:
-            books.peak_decode = max(books.peak_decode, held)
-            if step.layer == len(self.layers) - 1:
-                self._add(held)
-            return
-        books.peak_prompt = max(books.peak_prompt, held)
-        if step.stage is Stage.ENDS_PROMPT:
-            slot = B * H * (D + step.v.shape[3]) * step.k.element_size()
-            self._slots[step.layer] = (slot, step.rules.window)
-            self._device = step.k.device.type
+        here = self._total() + self._scoring()
+        if step.stage in (Stage.DECODE, Stage.TURN):
+            self.peak_decode = max(self.peak_decode, here)
+        else:
+            self.peak_prompt = max(self.peak_prompt, here)
 
     def after_settle(self, step: Step) -> None:
         """The end of a layer's turn."""
-        books, layer = self.books, self.layers[step.layer]
-        books.workspace = max(books.workspace, nbytes(layer.workspace()))
-        if step.stage is not Stage.ENDS_PROMPT or step.layer != len(self.layers) - 1:
-            return
-        books.full_prompt = sum(self._full())
-        books.per_layer = [nbytes(x.tensors()) for x in self.layers]
-        books.held_prompt = self._held()
-        books.overhead = sum(x.overhead() for x in self.layers)
-        bits = [b for x in self.layers if (b := x.nominal_bits()) is not None]
-        if bits:
-            books.nominal_bits = sum(bits) / len(bits)
-            books.effective_bits = 8 * step.k.element_size() * books.share
-        books.asked = sum(x.asked(full) for x, full in zip(self.layers, self._full(), strict=True))
+        last = step.layer == len(self.layers) - 1
+        if step.stage is not Stage.DECODE or last:
+            self._scoring()
+        if step.stage is Stage.ENDS_PROMPT:
+            slot = step.k.shape[1] * (step.k.shape[3] + step.v.shape[3]) * step.k.element_size()
+            self._slots[step.layer] = (slot, step.rules.window)
+            self._device = step.k.device.type
+            if last:
+                self.prompt, self.passes = self._prompt_end(step), []
+        elif step.stage is not Stage.MID_PROMPT and last:
+            self.passes.append(Moment(self._held(), list(self._tokens)))
 
-    def report(self) -> Report:
-        """The ledger now."""
-        books = dataclasses.replace(self.books, per_layer=list(self.books.per_layer))
-        books.full = sum(self._full())
-        books.held_end = self._held()
-        passes, total = self._after_prompt
-        books.mean_decode = total // passes if passes else 0
-        books.read_step = nbytes(t for x in self.layers for t in x.touched())
-        books.adapter = nbytes(t for x in self.layers for t in x.adapters())
+    def report(self, rows: Sequence[int] | None = None, behind: Sequence[int] | None = None) -> Report:
+        """The ledger of some rows together; None: of all, and as it is now.
+
+        behind: for every row of the batch how many passes it was fed after its own last one. They do not count.
+        """
+        B = len(self._tokens)
+        prompt, (now, padding) = self.prompt, self._now()
+        own = range(B) if rows is None else rows
+        ends = [self._end(0 if behind is None else behind[row], now) for row in own]
+        means = [self._mean(row, 0 if behind is None else behind[row]) for row in own]
+        found = Report(
+            n_layers=len(self.layers),
+            full=sum(sum(self._full(end.tokens[row])) for row, end in zip(own, ends)),
+            held_end=sum(end.held[row] for row, end in zip(own, ends)),
+            padding_end=_part(padding, own, B),
+            peak_prompt=_part(self.peak_prompt, own, B),
+            peak_decode=_part(self.peak_decode, own, B),
+            mean_decode=sum(means),
+            workspace=_part(self.workspace, own, B),
+            adapter=nbytes(t for x in self.layers for t in x.adapters()),
+        )
+        total = self._total()
+        touched = nbytes(t for x in self.layers for t in x.touched())
+        found.read_step = found.held_end * touched // total if total else 0
         if self._device != "cpu":
-            books.host = nbytes(t for x in self.layers for t in x.tensors() if t.device.type == "cpu")
-        return books
+            on_host = nbytes(t for x in self.layers for t in x.tensors() if t.device.type == "cpu")
+            found.host = _part(on_host, own, B)
+        if prompt is None:
+            return found
+        found.full_prompt = sum(sum(self._full(prompt.tokens[row])) for row in own)
+        found.held_prompt = sum(prompt.held[row] for row in own)
+        found.padding = _part(prompt.padding, own, B)
+        found.per_layer = [sum(held[row] for row in own) for held in prompt.per_layer]
+        found.asked = sum(prompt.asked[row] for row in own)
+        found.overhead = sum(prompt.overhead[row] for row in own)
+        if prompt.bits:
+            found.nominal_bits = sum(prompt.bits[row] for row in own) / len(own)
+            found.effective_bits = 8 * prompt.itemsize * found.share
+        return found
 
-    def _add(self, held: int) -> None:
-        passes, total = self._after_prompt
-        self._after_prompt = (passes + 1, total + held)
+    def reports(self, behind: Sequence[int] | None = None) -> list[Report]:
+        """The ledger of every row."""
+        return [self.report([row], behind) for row in range(len(self._tokens))]
 
-    def _held(self) -> int:
+    def check_budget(self, method: str) -> None:
+        """Raises BudgetMiss when a row held more at the prompt's end than asked for and documented."""
+        for report in self.reports():
+            report.check_budget(method)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i goes on from row rows[i], and has its history."""
+        if not self._tokens:
+            return
+        before, self._tokens = len(self._tokens), taken(self._tokens, rows)
+        alike = len(rows) == before and all(len(set(one.held)) == 1 for one in self._moments())
+        if alike and len(set(self._tokens)) == 1:  # then no device is waited for
+            return
+        order = rows.tolist()
+        for one in self._moments():
+            one.choose(order)
+
+    def _moments(self) -> list[Moment]:
+        return [*([] if self.prompt is None else [self.prompt]), *self.passes]
+
+    def _count(self, step: Step) -> None:
+        """The tokens of a pass."""
+        B, T = step.pos.shape
+        new = [T] * B
+        if step.padded and step.stage is not Stage.DECODE:
+            new = (step.pos >= 0).sum(-1).tolist()
+        self._tokens = [n + m for n, m in zip(self._tokens or [0] * B, new, strict=True)]
+
+    def _prompt_end(self, step: Step) -> PromptEnd:
+        layers, B = self._by_layer(), len(self._tokens)
+        # the fullest row of a batch is padded by nothing: what all rows have is a place that ought to be free memory
+        least = [min(x.padding, default=0) for x in layers]
+        surplus = self._total() - sum(sum(x.own) + sum(x.padding) for x in layers)
+        more = [_part(max(0, surplus), [row], B) for row in range(B)]
+        per_layer = [[n + extra for n in x.own] for x, extra in zip(layers, least)]
+        held = [sum(own) + extra for own, extra in zip(zip(*per_layer), more)]
+        full = [self._full(n) for n in self._tokens]  # by row and layer
+        asked = [x.asked(own) for x, own in zip(self.layers, zip(*full))]
+        bits = [own for x in self.layers if (own := x.nominal_bits()) is not None]
+        return PromptEnd(
+            held,
+            list(self._tokens),
+            padding=sum(sum(x.padding) - B * extra for x, extra in zip(layers, least)),
+            per_layer=per_layer,
+            asked=[sum(own) for own in zip(*asked)],
+            overhead=[sum(own) for own in zip(*(x.beside for x in layers))],
+            bits=[sum(own) / len(own) for own in zip(*bits)],
+            itemsize=step.k.element_size(),
+        )
+
+    def _now(self) -> tuple[Moment, int]:
+        """What is held now, and by no row's slot; the rows pay for what no layer accounts for."""
+        layers, B = self._by_layer(), len(self._tokens)
+        held = [sum(own) for own in zip(*(x.own for x in layers))]
+        padding = sum(sum(x.padding) for x in layers)
+        surplus = max(0, self._total() - sum(held) - padding)
+        return Moment([n + _part(surplus, [row], B) for row, n in enumerate(held)], list(self._tokens)), padding
+
+    def _held(self) -> list[int]:
+        """What own slots of every row hold."""
+        return [sum(own) for own in zip(*(x.own() or self._evenly(x).own for x in self.layers))]
+
+    def _by_layer(self) -> list[Holding]:
+        return [x.holding() or self._evenly(x) for x in self.layers]
+
+    def _evenly(self, layer: LayerCache) -> Holding:
+        """What a layer holds that does not say whose it is."""
+        B = len(self._tokens)
+        own, beside = ([_part(n, [row], B) for row in range(B)] for n in (nbytes(layer.tensors()), layer.overhead()))
+        return Holding(own, beside, [0] * B)
+
+    def _end(self, behind: int, now: Moment) -> Moment:
+        """When a row had its last pass."""
+        if behind == 0 or self.prompt is None:
+            return now
+        return self.passes[-1 - behind] if behind < len(self.passes) else self.prompt
+
+    def _mean(self, row: int, behind: int) -> int:
+        held = [moment.held[row] for moment in self.passes[: len(self.passes) - behind]]
+        return sum(held) // len(held) if held else 0
+
+    def _scoring(self) -> int:
+        """Bytes held only for scoring, of all layers at this moment."""
+        now = nbytes(t for x in self.layers for t in x.workspace())
+        self.workspace = max(self.workspace, now)
+        return now
+
+    def _total(self) -> int:
         return nbytes(t for x in self.layers for t in x.tensors())
 
-    def _full(self) -> list[int]:
-        """What a full cache would hold now, per layer; a sliding layer holds what its next query can see."""
+    def _full(self, tokens: int) -> list[int]:
+        """What a full cache of so many tokens holds, per layer; a sliding layer holds what its next query can see."""
         return [
-            slot * (n if window is None else min(n, window - 1))
-            for n, (slot, window) in ((self._columns[i], self._slots[i]) for i in sorted(self._slots))
+            slot * (tokens if window is None else min(tokens, window - 1))
+            for slot, window in (self._slots[i] for i in sorted(self._slots))
         ]
+
+
+def _part(total: int, rows: Sequence[int], of: int) -> int:
+    """What some rows have of bytes that are shared out evenly among so many; the first ones have the remainder."""
+    return sum(total // of + (row < total % of) for row in rows) if of else 0

@@ -16,6 +16,7 @@ from runners.compare import Compared, compare
 from runners.heat_map import draw_all
 from runners.jobs import shard
 from runners.latency_report import show_times
+from runners.ledger import misses
 
 if TYPE_CHECKING:
     from runners.sweep import Member, Sweep
@@ -41,10 +42,12 @@ def report(sweep: Sweep, resamples: int) -> int:
         return max(_failures(sweep), sweep.code)
     full = _finished(sweep, sweep.members[0])
     lower = run.task.metric.better == "lower"
-    lines = []
+    lines, missed = [], []
     for member in sorted(sweep.members, key=lambda m: (m.cell is not run.full, m.cell.name, -m.cell.method.budget)):
         ours = _finished(sweep, member)
         rows = compare(run.task, run.scored(ours, full), resamples, seed=0) if set(ours) & set(full) else []
+        if line := misses(list(ours.values())):
+            missed.append(f"{_name(member)} {member.cell.method.budget:g}: {line}")
         for name, found in _lines(rows, list(ours.values()), lower):
             lines.append((name, [_name(member), f"{member.cell.method.budget:g}", *found]))
     several = len({name for name, _ in lines if name}) > 1
@@ -56,8 +59,11 @@ def report(sweep: Sweep, resamples: int) -> int:
     for line in show.about(run.task.metric):
         show.say(line)
     show.say(
-        "KV bytes: measured at the end of the prompt, as a share of the full cache's; speeds are not measured in groups"
+        "KV bytes: measured at the end of the prompt, as a share of the full cache's"
+        f"{', * where samples are above the budget' if missed else ''}; speeds are not measured in groups"
     )
+    for line in missed:
+        show.say(line)
     pairs = [(row, full[id]) for member in sweep.members for id, row in _finished(sweep, member).items() if id in full]
     if pairs:
         cut = sum(row["cut"] for row in full.values())
@@ -107,7 +113,7 @@ def widest(rows: Sequence[Compared]) -> list[Compared]:
 
 def _line(whole: Compared, rows: Sequence[Compared], ours: Sequence[dict[str, Any]], lower: bool) -> list[str]:
     """n, score, difference, interval, bytes and the subset that lost most."""
-    held, of = (fmean(row["ledger"][key] / row["batch"] for row in ours) for key in ("held_prompt", "full_prompt"))
+    held, of = (fmean(row["ledger"][key] for row in ours) for key in ("held_prompt", "full_prompt"))
     subsets = [one for one in rows if one.row.kind == "subset" and one.difference is not None]
     gains = [((one.difference or 0.0) * (-1 if lower else 1), one) for one in subsets]
     gain, worst = min(gains, key=lambda pair: pair[0], default=(0.0, whole))
@@ -117,7 +123,7 @@ def _line(whole: Compared, rows: Sequence[Compared], ours: Sequence[dict[str, An
         show.points(whole.row.score, digits),
         show.signed(whole.difference, digits),
         show.interval(whole.interval, digits),
-        f"{held / of:.1%}",
+        f"{held / of:.1%}{'*' if misses(ours) else ''}",
         f"{worst.row.name} {show.signed(worst.difference, digits)}" if gain < 0 else "-",
     ]
 

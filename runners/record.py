@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.errors import UserError
+from runners.ledger import of_sample
 from runners.logs import link_log
 
 FORMAT = 2
@@ -104,7 +105,7 @@ class Record:
             if not line:
                 continue
             try:
-                row = json.loads(line)
+                row = of_sample(json.loads(line))
                 rows[row["id"]] = row
             except (ValueError, KeyError, TypeError) as error:
                 if number == len(lines):

@@ -45,13 +45,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Heard:
-    """What one cache answered: one answer per row of the prompts, its ledger by then, the passes of the decoding.
+    """What one cache answered: one answer per row of the prompts, the passes of the decoding.
 
-    at: on `now`'s clock, when its last row had ended.
+    reports: the ledger of every row when it had ended.  at: on `now`'s clock, when the last one had.
     """
 
     answers: list[Answer]
-    report: Report
+    reports: list[Report]
     steps: int
     at: float
 
@@ -125,6 +125,7 @@ class Session:
         """
         rows, n = NewTokens(limits, logits.device), self.mask.shape[1]
         steps = max(0, rows.most - 1)
+        self.expect(steps)
         mask = torch.cat((self.mask, self.mask.new_ones(len(limits), steps)), dim=1)
         pos = self.counts + torch.arange(steps, device=logits.device)
         new = rows.take(logits)
@@ -141,10 +142,16 @@ class Session:
         return rows.answers()
 
     def answer(self, logits: Tensor, limits: Sequence[Limits], exact: bool = False) -> list[Heard | Exception]:
-        """What `decode` gives, with the cache's ledger."""
+        """What `decode` gives, with the rows' ledgers."""
         before = self.steps
         answers = self.decode(logits, limits, exact)
-        return [Heard(answers, self.cache.report(), self.steps - before, now(self.model.device))]
+        steps = self.steps - before
+        return [Heard(answers, self.cache.reports(behind(answers, steps)), steps, now(self.model.device))]
+
+    def expect(self, new: int) -> None:
+        """Let the cache make room for no more than so many tokens; the library's own caches do not ask."""
+        if (expect := getattr(self.cache, "expect", None)) is not None:
+            expect(new)
 
     def fork(self) -> Session:
         """A session that goes on from here by itself; what the method shares between sequences is not copied."""
@@ -208,6 +215,11 @@ class NewTokens:
             else:
                 answers.append(Answer(ids[: end + 1], "end", error))
         return answers
+
+
+def behind(answers: Sequence[Answer], steps: int) -> list[int]:
+    """How many of so many decode steps every row was fed after its own last one; an answer's last token is not fed."""
+    return [max(0, steps - len(answer.ids) + 1) for answer in answers]
 
 
 def now(device: torch.device) -> float:

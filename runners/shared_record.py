@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from runners.ledger import of_sample
 from runners.record import Record, Writer
 
 
@@ -39,7 +40,7 @@ class SharedRecord:
         try:
             for line in whole.splitlines():
                 if line:
-                    row = json.loads(line)
+                    row = of_sample(json.loads(line))
                     self.rows[row["id"]] = row
         except (ValueError, KeyError, TypeError):
             self.rows = self.record.read()  # names the line

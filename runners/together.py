@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,13 @@ import torch
 from torch import Tensor
 
 from methods.core.contract import Method
+from methods.core.errors import BudgetMiss
 from runners.answer import Setting, answered, choices_of, compared, predicted, run_of, spent, talk_of, talked, texts
 from runners.choices import Choices
 from runners.forced import Text
 from runners.generate import Prompt, Timings
-from runners.group import Group
+from runners.group import Group, Member
+from runners.meter import Report
 from runners.session import Answer, Heard, Session, now
 from runners.time_limit import TimeLimit, within
 from tasks.base import Example, Forced
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
 class Outcome:
     """What one method made of the prompts.
 
-    answers: one per prompt; none where `error` says why.  ledger: of its own cache, as in a run alone.
+    answers: one per prompt; none where `error` says why.  ledgers: of their rows of its own cache, as in a run alone.
     error: what went wrong with this method alone; the others are not touched by it.
     """
 
     answers: list[Answer]
-    ledger: dict[str, Any]
+    ledgers: list[Report]
     timings: Timings
     error: Exception | None = None
 
@@ -71,9 +72,9 @@ def together(
         times = prompt_done - began, question_done - prompt_done
         if isinstance(one, Heard):
             timings = Timings(*times, one.at - question_done, sum(map(len, firsts)), one.steps)
-            outcomes.append(Outcome(one.answers, one.report.to_dict(), timings))
+            outcomes.append(Outcome(one.answers, one.reports, timings))
         else:
-            outcomes.append(Outcome([], {}, Timings(*times, 0.0, 0, 0), one))
+            outcomes.append(Outcome([], [], Timings(*times, 0.0, 0, 0), one))
     return outcomes
 
 
@@ -84,19 +85,15 @@ def begin(
     samples: Sequence[int],
     chunk: int | None = None,
     pad_id: int = 0,
-    more: bool = False,
 ) -> tuple[Group, Tensor]:
-    """What `start` gives for one method: a group behind its prompts, and the logits after them, [active * B, V].
-
-    more: prompts follow that are compressed again, and nobody is held to a budget yet.
-    """
+    """What `start` gives for one method: a group behind its prompts, and the logits after them, [active * B, V]."""
     n = max(map(len, prompts))
     in_chunks = chunk is not None and chunk < n
 
     def read(session: Session) -> Tensor:
         return session.feed(prompts, chunk if in_chunks else None)
 
-    return Group.begin(model, methods, samples, read, n if in_chunks else None, pad_id, more)
+    return Group.begin(model, methods, samples, read, n if in_chunks else None, pad_id)
 
 
 @contextlib.contextmanager
@@ -122,7 +119,7 @@ def force_together(
     """What `force` gives for each of the methods, from one pass over the prompts; as in `together`."""
     began = now(model.device)
     text = Text(pieces, forced, model.device)
-    group, losses = Group.begin(model, methods, samples, text.begin, more=True)
+    group, losses = Group.begin(model, methods, samples, text.begin)
     prompt_done = now(model.device)
     with limited(group, limit, prompt_done - began):
         if group.active:
@@ -131,9 +128,8 @@ def force_together(
     own = {member: rows for member, rows in zip(group.active, losses.split(len(pieces)))}
     found = []
     for member in group.members:
-        member.check_budget()
-        ledger = member.cache.report().to_dict() if member.error is None else {}
-        found.append(Predicted(own.get(member, losses[:0]), ledger, timings, member.error))
+        ledgers = member.cache.reports() if member.error is None else []
+        found.append(Predicted(own.get(member, losses[:0]), ledgers, timings, member.error))
     return found
 
 
@@ -142,7 +138,7 @@ class Predicted:
     """What one method made of texts: losses [B, L], and the rest as in Outcome."""
 
     losses: Tensor
-    ledger: dict[str, Any]
+    ledgers: list[Report]
     timings: Timings
     error: Exception | None = None
 
@@ -180,18 +176,28 @@ def _answers(
 ) -> Iterator[list[dict[str, Any]] | Exception]:
     encoded = [setting.encoder(example) for example in batch]
     prompts = [one.prompt for one in encoded]
-    for one in together(setting.model, methods, prompts, setting.protocol, setting.chunk, setting.pad_id, limit):
-        costs = {**spent(setting, len(batch), one.ledger, one.timings), "group": len(methods)}
-        yield one.error or [answered(setting, *each, costs) for each in zip(batch, encoded, one.answers)]
+    found = together(setting.model, methods, prompts, setting.protocol, setting.chunk, setting.pad_id, limit)
+    for method, one in zip(methods, found, strict=True):
+
+        def rows(method: Method = method, one: Outcome = one) -> list[dict[str, Any]]:
+            costs = spent(setting, method, one.ledgers, one.timings, group=len(methods))
+            return [answered(setting, *each) for each in zip(batch, encoded, one.answers, costs, strict=True)]
+
+        yield one.error or kept(rows)
 
 
 def _predictions(
     setting: Setting, methods: Sequence[Method], batch: Sequence[Example], limit: float | None
 ) -> Iterator[list[dict[str, Any]] | Exception]:
     pieces, plan, samples = texts(setting, batch)
-    for one in force_together(setting.model, methods, pieces, plan, samples, limit):
-        costs = {**spent(setting, len(batch), one.ledger, one.timings), "group": len(methods)}
-        yield one.error or predicted(setting, batch, pieces, one.losses, one.timings.n_prompt, costs)
+    found = force_together(setting.model, methods, pieces, plan, samples, limit)
+    for method, one in zip(methods, found, strict=True):
+
+        def rows(method: Method = method, one: Predicted = one) -> list[dict[str, Any]]:
+            costs = spent(setting, method, one.ledgers, one.timings, group=len(methods))
+            return predicted(setting, batch, pieces, one.losses, one.timings.n_prompt, costs)
+
+        yield one.error or kept(rows)
 
 
 @torch.inference_mode()
@@ -200,22 +206,19 @@ def _talks(
 ) -> Iterator[list[dict[str, Any]] | Exception]:
     talk = talk_of(setting, batch)
     began = now(setting.model.device)
-    group, logits = begin(
-        setting.model, methods, talk.firsts, talk.samples, setting.chunk, setting.pad_id, more=talk.recompress
-    )
+    group, logits = begin(setting.model, methods, talk.firsts, talk.samples, setting.chunk, setting.pad_id)
     seconds = now(setting.model.device) - began
     with limited(group, limit, seconds):
         if group.active:
             talk.go_on(group, logits)
     for i, member in enumerate(group.members):
         heard = [one for question in talk.heard if isinstance(one := question[i], Heard)]
-        if heard:
-            member.guard(partial(heard[-1].report.check_budget, member.method.name))
-        if member.error is None:
-            costs = spent(setting, len(batch), heard[-1].report.to_dict(), talk.timings(seconds))
-            yield talked(setting, batch, talk, heard, {**costs, "group": len(methods)})
-        else:
-            yield member.error
+
+        def rows(method: Method = member.method, heard: list[Heard] = heard) -> list[dict[str, Any]]:
+            costs = spent(setting, method, heard[-1].reports, talk.timings(seconds), group=len(methods))
+            return talked(setting, batch, talk, heard, costs)
+
+        yield member.error or kept(rows)
 
 
 @torch.inference_mode()
@@ -233,12 +236,20 @@ def _choices(
             found = dict(zip(group.active, choices.rate(group, after), strict=True))
     timings = choices.timings(prompt_done - began, now(setting.model.device) - prompt_done)
     for member in group.members:
-        if member.error is None:
-            ledger = member.cache.report().to_dict()
-            costs = {**spent(setting, len(batch), ledger, timings), "group": len(methods)}
-            yield [compared(setting, *each, costs) for each in zip(batch, asked, found[member], strict=True)]
-        else:
-            yield member.error
+
+        def rows(member: Member = member) -> list[dict[str, Any]]:
+            costs = spent(setting, member.method, choices.reports(member.cache), timings, group=len(methods))
+            return [compared(setting, *each) for each in zip(batch, asked, found[member], costs, strict=True)]
+
+        yield member.error or kept(rows)
+
+
+def kept(rows: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]] | BudgetMiss:
+    """What one method made of a batch, or that it missed a budget which it is held to."""
+    try:
+        return rows()
+    except BudgetMiss as miss:
+        return miss
 
 
 _BY_KIND = {"answer": _answers, "forced": _predictions, "turns": _talks, "choices": _choices}

@@ -33,7 +33,6 @@ COLUMNS = [
     "id", "subset", "category", "score", "prediction", "answers", "prompt_end", "tokens_in", "tokens_out", "cut",
     "held_prompt", "held_end", "full_prompt", "full", "prompt_s", "decode_s", "steps", "error",
 ]  # fmt: skip
-RATIOS = ("share", "nominal_bits", "effective_bits")  # of a ledger; the rest is bytes of a whole batch
 
 
 @dataclass
@@ -249,11 +248,9 @@ def ledger(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for name, first in rows[0]["ledger"].items():
         values = [row["ledger"].get(name) for row in rows]
         if isinstance(first, list):
-            columns = zip(*([byte / row["batch"] for byte in row["ledger"][name]] for row in rows))
-            found[name] = [fmean(column) for column in columns]
+            found[name] = [fmean(column) for column in zip(*values)]
         elif all(isinstance(value, int | float) for value in values):
-            by = [1 if name in RATIOS else row["batch"] for row in rows]
-            found[name] = fmean(value / batch for value, batch in zip(values, by))
+            found[name] = fmean(values)
     return found
 
 
@@ -282,11 +279,11 @@ def _scores(scores: Sequence[Compared]) -> dict[str, Any]:
 
 def _series(row: dict[str, Any]) -> dict[str, float]:
     """What is drawn over the samples; a group's times are not those of any of its members."""
-    book, times, batch = row["ledger"], row["timings"], row["batch"]
+    book, times = row["ledger"], row["timings"]
     found = {
         "sample_score": row["score"],
-        "held_prompt": book["held_prompt"] / batch,
-        "held_end": book["held_end"] / batch,
+        "held_prompt": book["held_prompt"],
+        "held_end": book["held_end"],
     }
     if "group" not in row:
         if times["prompt"]:
@@ -297,7 +294,7 @@ def _series(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _line(row: dict[str, Any]) -> list[Any]:
-    """A sample's row of the table, in the order of COLUMNS; bytes and times are those of its batch."""
+    """A sample's row of the table, in the order of COLUMNS; times are those of its batch."""
     book, times = row.get("ledger", {}), row.get("timings", {})
     alone = {} if "group" in row else {"prompt_s": times.get("prompt"), "decode_s": times.get("decode")}
     answers = "; ".join(map(str, row["answers"])) if "answers" in row else None

@@ -446,7 +446,7 @@ def _lengths(rows: remarks.Rows) -> str:
     """Mean tokens of what was compressed; a small share of a short prompt is a handful of slots."""
     ours = remarks.sides(rows)[0]
     mean = sum(row["tokens_context"] for row in ours) / len(ours)
-    held, full = (sum(row["ledger"][key] / row["batch"] for row in ours) for key in ("held_prompt", "full_prompt"))
+    held, full = (sum(row["ledger"][key] for row in ours) for key in ("held_prompt", "full_prompt"))
     return f"compressed: {mean:.1f} tokens per sample, to {mean * held / full:.1f} tokens' bytes on average"
 
 

@@ -30,7 +30,7 @@ def lengths(rows: Rows) -> str:
 
 def held(rows: Rows) -> str | None:
     """Bytes held after the prompt, mean over steps, of the full cache's; None if nothing was decoded."""
-    ours, full = (sum(row["ledger"]["mean_decode"] / row["batch"] for row in own) for own in sides(rows))
+    ours, full = (sum(row["ledger"]["mean_decode"] for row in own) for own in sides(rows))
     if not full:
         return None
     share = ours / full

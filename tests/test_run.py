@@ -3,7 +3,9 @@
 import errno
 import importlib
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,9 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import run
-from methods.core.errors import BudgetMiss
 from runners import answer, cells, load, revision, sweep
-from runners.bind import KVCache
 
 ROOT = Path(run.__file__).parent
 TEXT = "the cat sat on a mat and read about a long river in the north where nobody answers questions. "
@@ -110,6 +110,19 @@ def test_every_sample_has_its_line_with_prediction_score_tokens_ledger_and_times
         assert one["tokens_in"] > one["tokens_context"] > 0 and 1 <= one["tokens_out"] <= 4
         assert 0 < one["ledger"]["held_prompt"] < one["ledger"]["full_prompt"]
         assert one["timings"]["prompt"] > 0 and one["timings"]["n_prompt"] == one["tokens_in"]
+
+
+@pytest.mark.parametrize("words", [("method=kivi", "method.bits=4"), ("method=adakv", "budget=0.4")])
+def test_a_samples_bytes_do_not_depend_on_the_batch(command, tmp_path, words):
+    own = ("held_prompt", "held_end", "full_prompt", "full", "mean_decode", "share", "asked", "overhead")
+    found, shown = [], []
+    for batch in (1, 3):
+        _, out, _ = command(*words, f"batch_size={batch}", results=tmp_path / str(batch))
+        rows = samples(tmp_path / str(batch), words[0].removeprefix("method="))
+        assert {one["batch"] for one in rows.values()} == {batch}
+        found.append({id: [one["ledger"][name] for name in own] for id, one in rows.items()})
+        shown.append([line for line in out.splitlines() if "KV bytes" in line])
+    assert found[0] == found[1] and shown[0] == shown[1] and len(shown[0]) == 2
 
 
 def test_the_full_cache_holds_everything_and_has_its_own_record(command, tmp_path):
@@ -343,15 +356,27 @@ def sample_number(id: str) -> int:
     return zlib.crc32(id.encode())
 
 
-def test_a_missed_budget_fails_the_cell_with_both_numbers(command, monkeypatch):
-    def miss(self):
-        if self.method.name == "nacl":
-            raise BudgetMiss("nacl", asked=1000, measured=4096, full=8192)
+def test_samples_above_the_budget_count_with_their_bytes_and_are_said(command, tmp_path):
+    """A window of 32 and one more slot are more than a twentieth of prompts of about a hundred tokens."""
+    code, out, err = command("method=snapkv", "budget=0.05")
+    assert code == 0 and "failed" not in err
+    assert re.search(r"samples above the budget +6 of 6", out) and "average" in out
+    rows = samples(tmp_path / "results", "snapkv")
+    assert all("error" not in one for one in rows.values()) and len(rows) == 6
+    for one in rows.values():
+        book = one["ledger"]
+        assert book["held_prompt"] > book["asked"] + book["overhead"]
+        assert book["asked"] == math.ceil(0.05 * book["full_prompt"] - 1e-6)  # the request, not the floor
+    code, out, _ = command("method=snapkv", "budget=0.9")
+    assert code == 0 and "above the budget" not in out
 
-    monkeypatch.setattr(KVCache, "check_budget", miss)
-    code, out, err = command()
-    assert code == 1 and "4,096 bytes" in err and "1,000" in err and "budget=0.5" in err
+
+def test_a_missed_budget_stops_the_cell_where_it_is_to_fail(command):
+    code, out, err = command("method=snapkv", "budget=0.05", "budget_miss=fail")
+    assert code == 1 and "budget=0.05 is missed and budget_miss=fail: snapkv: " in err and "were asked for" in err
     assert "average" not in out
+    code, _, err = command("budget_miss=maybe")
+    assert code == 2 and "budget_miss=maybe: give one of keep, fail" in err
 
 
 def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(command, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from methods import method_names
 from methods.core.errors import BudgetMiss
 from methods.core.eviction import EvictionCache
 from runners import cells, sweep
-from runners.bind import KVCache
+from runners.meter import Report
 from tests.tasks.choice_items import write
 from tests.test_run import write_split
 
@@ -306,12 +306,12 @@ def test_the_time_limit_holds_for_cells_that_run_alone(command):
 
 
 def test_a_missed_budget_ends_its_cell_and_no_other(command, tmp_path, monkeypatch):
-    def miss(self):
-        if self.method.name == "nacl" and self.method.budget == 0.2:
+    def miss(self, name):
+        if name == "nacl" and self.share < 0.4:
             raise BudgetMiss("nacl", asked=1000, measured=4096, full=8192)
 
-    monkeypatch.setattr(KVCache, "check_budget", miss)
-    code, _, err = command(*GRID)
+    monkeypatch.setattr(Report, "check_budget", miss)
+    code, _, err = command(*GRID, "budget_miss=fail")
     assert code == 1 and "nacl at budget=0.2" in err and "4,096 bytes" in err
     sizes = {cell.rpartition("-")[0]: len(own) for cell, own in records(tmp_path / "results").items()}
     assert sizes == {"full-b1": 6, "nacl-b0.5": 6, "nacl-b0.2": 1, "snapkv-b0.5": 6, "snapkv-b0.2": 6}

@@ -25,6 +25,11 @@ def check_budget(budget: object) -> float | int:
     )
 
 
+def share(budget: float | int, n: int) -> float:
+    """The part of a prompt of n tokens that a budget stands for."""
+    return budget if budget <= 1 else min(1.0, budget / max(1, n))
+
+
 def slots(budget: float | int, n: int) -> int:
     """Slots that `budget` leaves of a prompt of n tokens, at most n; shares are cut, not rounded."""
     if budget > 1:

@@ -118,7 +118,7 @@ class CappedCache(EvictionCache):
             return
         by_one = all(n <= cap + 1 for n, cap in zip(self.held, self.cap, strict=True)) and self.refill == self.cap
         if step.stage is Stage.DECODE and by_one and len(self.store) > max(self.cap):
-            self._drop_one(step)
+            self._drop_one(step, over)
             self.held = [n - o for n, o in zip(self.held, over, strict=True)]
         else:
             held = self.held
@@ -162,8 +162,11 @@ class CappedCache(EvictionCache):
         )
         return cap, refill
 
-    def _drop_one(self, step: Step) -> None:
-        """Free the slot of every head that is worth least, for the next token to take."""
+    def _drop_one(self, step: Step, over: list[bool]) -> None:
+        """Free the slot of every head that is worth least, for the next token to take.
+
+        over: rows that hold more than their cap; the others have a free place already.
+        """
         store = self.store
         assert self.caps is not None
         real = store.pos >= 0  # [B, H, S]
@@ -176,7 +179,7 @@ class CappedCache(EvictionCache):
         if store.padded:  # a row that is not full has a free place already
             free = (~real).to(torch.int8).argmax(-1)
             slot = torch.where(real.sum(-1) > self.caps, slot, free)
-        store.drop(slot)
+        store.drop(slot, over)
 
 
 def _within(n: int, window: int | None) -> int:

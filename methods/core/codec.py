@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from methods.core.contract import LayerCache, Method, ModelSpec, Stage, Step
+from methods.core.contract import Holding, LayerCache, Method, ModelSpec, Stage, Step
 from methods.core.errors import UserError
 from methods.core.quantized import QuantizedStore
-from methods.core.store import HEADROOM
+from methods.core.store import spare
 
 
 @dataclass
@@ -69,6 +69,7 @@ class CodecCache(LayerCache):
 
     def __init__(self, store: QuantizedStore):
         self.store = store
+        self.sees: int | None = None  # slots of a head that the next query of a sliding layer can see
 
     def take(self, step: Step) -> None:
         self.store.append(step.k, step.v, step.pos, step.padded)
@@ -78,22 +79,29 @@ class CodecCache(LayerCache):
 
     def settle(self, step: Step) -> None:
         window = step.rules.window
-        slack = HEADROOM if step.stage is Stage.DECODE else 0
-        if window is not None and len(self.store) >= window + slack:  # let go of what no later query can see
-            self.store.keep_newest(window - 1)
+        if window is not None:  # let go of what no later query can see
+            self.sees = window - 1
+            if len(self.store) >= window + (spare(window) if step.stage is Stage.DECODE else 0):
+                self.store.keep_newest(window - 1)
         if step.stage is not Stage.MID_PROMPT:  # packing is lossy, so a long prompt is packed once, whole
             self.store.settle(step)
 
     def tensors(self) -> Iterable[Tensor]:
         return self.store.tensors()
 
-    def overhead(self) -> int:
-        return self.store.overhead()
+    def holding(self) -> Holding:
+        return self.store.holding(self.sees)
 
-    def asked(self, full: int) -> int:
+    def own(self) -> list[int]:
+        return self.store.own(self.sees)
+
+    def asked(self, full: Sequence[int]) -> list[int]:
         return self.store.asked(full)
 
-    def nominal_bits(self) -> float | None:
+    def expect(self, new: int) -> None:
+        self.store.expect(new)
+
+    def nominal_bits(self) -> Sequence[float] | None:
         return self.store.nominal_bits()
 
     def reorder(self, rows: Tensor) -> None:

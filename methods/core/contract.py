@@ -133,6 +133,25 @@ class Step:
         return dataclasses.replace(self, **cut, memo={})
 
 
+@dataclass
+class Holding:
+    """What a layer holds, in bytes by row of its batch: a row's own is what it holds alone, whatever the others are.
+
+    own: of the row's slots: keys, values or codes, positions, side arrays, unused places of pages.
+    beside: what of it is documented on top of the budget, all but keys and values.
+    padding: of places that are no slot of the row: those that make the rows of a rectangle equally long, those of slots
+        that no later query sees, and free ones for tokens to come.
+    """
+
+    own: list[int]
+    beside: list[int]
+    padding: list[int]
+
+    def overhead(self) -> int:
+        """Bytes beside keys and values, of all rows."""
+        return sum(self.beside) + sum(self.padding)
+
+
 class LayerCache:
     """What one layer stores between steps, and how it is attended to."""
 
@@ -163,16 +182,32 @@ class LayerCache:
         """Parameters that come with the method and not with the sequence: filters, codebooks, weights."""
         return ()
 
+    def holding(self) -> Holding | None:
+        """`tensors` by row; None: every row holds the same. May make the host wait, but not after a decode step."""
+        return None
+
+    def own(self) -> list[int] | None:
+        """What `holding` gives as own, which is asked for after every pass."""
+        holding = self.holding()
+        return None if holding is None else holding.own
+
     def overhead(self) -> int:
         """Bytes that the method documents on top of its budget: positions, side arrays, free places for new tokens."""
-        return 0
+        holding = self.holding()
+        return 0 if holding is None else holding.overhead()
 
-    def asked(self, full: int) -> int:
-        """Bytes of keys and values that the budget allows at the end of the prompt; full: those of the full cache."""
-        return full
+    def asked(self, full: Sequence[int]) -> list[int]:
+        """Bytes of keys and values that the budget allows each row at the end of the prompt.
 
-    def nominal_bits(self) -> float | None:
-        """Bits of a number's code, scales and what is not packed left out; None where numbers are not coded."""
+        full: those of the full cache. A floor that the method holds on to is no part of the request.
+        """
+        return list(full)
+
+    def expect(self, new: int) -> None:
+        """So many tokens will come one at a time from here: there need be no free places for more."""
+
+    def nominal_bits(self) -> Sequence[float] | None:
+        """Of each row, bits of a number's code, scales and what is not packed left out; None: numbers are not coded."""
         return None
 
     def reorder(self, rows: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from methods.core.allocate import Allocator, Uniform
-from methods.core.budget import slots
-from methods.core.contract import LayerCache, Method, ModelSpec, Stage, Step
-from methods.core.store import HEADROOM, Store
+from methods.core.budget import share, slots
+from methods.core.contract import Holding, LayerCache, Method, ModelSpec, Stage, Step
+from methods.core.store import Store, spare, taken
 
 
 @dataclass
@@ -124,6 +125,7 @@ class EvictionCache(LayerCache):
         self.since: list[int] = []  # tokens of each row since it last had to drop
         self.again = False  # whether a prompt has ended before
         self.dropped = False  # whether any slot has gone, so that heads may hold different numbers
+        self.sees: int | None = None  # slots of a head that the next query of a sliding layer can see
         self.queries: list[tuple[Tensor, Tensor]] = []  # the newest ones, as many as `tail` needs
         self.voters = 0  # of this step
         self.mass: Tensor | None = None  # their attention, until the step is settled
@@ -156,13 +158,21 @@ class EvictionCache(LayerCache):
         for pair in self.queries:
             yield from pair
 
-    def overhead(self) -> int:
-        return self.store.overhead()
+    def holding(self) -> Holding:
+        return self.store.holding(self.sees)
 
-    def asked(self, full: int) -> int:
-        if not self.limit:
-            return full
-        return min(full, -(-full * max(self.limit) // max(self.prompt)))
+    def own(self) -> list[int]:
+        return self.store.own(self.sees)
+
+    def asked(self, full: Sequence[int]) -> list[int]:
+        """The budget's share, whatever `Method.slots` keeps at least."""
+        if not self.prompt:
+            return list(full)
+        parts = [share(self.method.budget, n) for n in self.prompt]
+        return [math.ceil(size * part - 1e-6) for size, part in zip(full, parts, strict=True)]
+
+    def expect(self, new: int) -> None:
+        self.store.expect(new)
 
     def reorder(self, rows: Tensor) -> None:
         self.store.reorder(rows)
@@ -181,8 +191,11 @@ class EvictionCache(LayerCache):
     def _trim(self, step: Step) -> None:
         """In a sliding layer, let go of what no later query can see."""
         window, store = step.rules.window, self.store
-        slack = HEADROOM if step.stage is Stage.DECODE else 0
-        if window is None or len(store) < window + slack:
+        if window is None:
+            return
+        self.sees = window - 1
+        slack = spare(window) if step.stage is Stage.DECODE else 0
+        if len(store) < window + slack:
             return
         if store.in_order and not self.dropped:
             store.keep_newest(window - 1)
@@ -263,6 +276,8 @@ class EvictionCache(LayerCache):
         self.dropped = True
         exact = min(limits) == max(limits) if known else bool((keep.sum(-1) == max(limits)).all())
         store.keep(keep, max(limits), exact=exact)
+        if known:
+            store.count(limits)
 
     def _pick(self, scores: Tensor, limits: Tensor) -> Tensor:
         """The allocator's keep-mask [B, H, S], the lower position winning at equal scores."""
@@ -312,13 +327,6 @@ def real_tokens(step: Step) -> list[int]:
     if not step.padded:
         return [step.q.shape[2]] * len(step.pos)
     return (step.pos >= 0).sum(-1).tolist()
-
-
-def taken(numbers: list[int], rows: Tensor) -> list[int]:
-    """Of one number per row those of rows [B]; the device is waited for only where they differ."""
-    if len(set(numbers)) < 2:
-        return numbers[:1] * len(rows)
-    return [numbers[row] for row in rows.tolist()]
 
 
 def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:

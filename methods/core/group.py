@@ -68,6 +68,10 @@ class Rows(LayerCache):
             cache.settle(own)
         self.steps = []
 
+    def expect(self, new: int) -> None:
+        for _, _, cache in self.parts:
+            cache.expect(new)
+
     def tensors(self) -> Iterable[Tensor]:
         for _, _, cache in self.parts:
             yield from cache.tensors()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -12,7 +13,7 @@ from kernels.attend_quantized import attend_quantized
 from kernels.quantize import Packed, dequantize, quantize
 from methods.core.contract import Step
 from methods.core.scheme import Scheme
-from methods.core.store import HEADROOM
+from methods.core.store import spare
 
 
 class Growing:
@@ -20,21 +21,29 @@ class Growing:
 
     def __init__(self, x: Tensor):
         self.buffer, self.n = x, x.shape[2]
+        self.place = x.element_size() * math.prod(x.shape[:2] + x.shape[3:])  # bytes
 
     @property
     def used(self) -> Tensor:
         return self.buffer[:, :, : self.n]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of places in use."""
+        return self.n * self.place
+
+    @property
     def free(self) -> int:
         """Bytes of places not in use."""
-        return self.buffer[:, :, self.n :].nbytes
+        return self.buffer.nbytes - self.nbytes
 
-    def append(self, x: Tensor, tokens: int) -> None:
-        """x holds so many tokens; when the buffer is full, it makes room for about HEADROOM more."""
-        n = self.n + x.shape[2]
+    def append(self, x: Tensor, tokens: int, to_come: int | None = None, part: int = 8) -> None:
+        """x holds so many tokens; to_come: those still to be packed, where that is known; part: as in `spare`."""
+        T = x.shape[2]
+        n = self.n + T
         if n > self.buffer.shape[2]:
-            places = n + x.shape[2] * max(0, HEADROOM // max(1, tokens) - 1)
+            more = None if to_come is None else 1 + T * (to_come // max(1, tokens))
+            places = n + spare(self.n, more, part) // max(1, T) * T
             bigger = self.buffer.new_empty(*self.buffer.shape[:2], places, *self.buffer.shape[3:])
             bigger[:, :, : self.n] = self.used
             self.buffer = bigger
@@ -57,6 +66,7 @@ class Side:
         self.scheme = scheme
         self.recent = recent  # places; in use are start … end - 1
         self.start, self.end = 0, recent.shape[2]
+        self.place = recent.element_size() * math.prod(recent.shape[:2] + recent.shape[3:])  # bytes
         self.arrays: tuple[Growing, ...] = ()  # codes, scale, offset, once something is packed
 
     @property
@@ -80,17 +90,15 @@ class Side:
             return self.end - self.start
         return 0 if packed is None else len(packed)
 
-    def append(self, x: Tensor) -> None:
-        T = x.shape[2]
+    def append(self, x: Tensor, to_come: int | None = None) -> None:
+        """to_come: tokens that will still come one at a time, x included; None: it is not known."""
+        T, n = x.shape[2], self.end - self.start
         if self.end + T > self.recent.shape[2]:  # room for the tokens to come; what was packed is let go of
-            held, n = self.newest, self.end - self.start
-            self.recent = x.new_empty(*x.shape[:2], n + T + (HEADROOM - 1 if T == 1 else 0), x.shape[3])
-            self.recent[:, :, :n] = held
-            self.start, self.end = 0, n
+            self._move(n + (self._room(to_come) if T == 1 else T))
         self.recent[:, :, self.end : self.end + T] = x
         self.end += T
 
-    def settle(self) -> None:
+    def settle(self, to_come: int | None = None) -> None:
         """Pack what is due; what was packed before is not touched."""
         n = self.scheme.due(self.end - self.start)
         if n == 0:
@@ -103,10 +111,13 @@ class Side:
             self.start, self.end = 0, self.recent.shape[2]
             return
         for array, x in zip(self.arrays, new.tensors()):
-            array.append(x, n)
+            array.append(x, n, to_come, 2 * 8)
         self.start += n
-        if self.start == self.end:
+        left = self.end - self.start
+        if left == 0:
             self.start = self.end = 0
+        if self.recent.shape[2] - left > self._room(to_come):  # packed tokens must not be held twice
+            self._move(left)
 
     def read(self) -> Tensor:
         """All tokens, [B, H, n, D]."""
@@ -136,9 +147,29 @@ class Side:
             yield x.buffer
 
     @property
+    def used(self) -> int:
+        """Bytes of places in use."""
+        return (self.end - self.start) * self.place + sum(x.nbytes for x in self.arrays)
+
+    @property
     def free(self) -> int:
         """Bytes of places not in use."""
-        return self.recent.nbytes - self.newest.nbytes + sum(x.free for x in self.arrays)
+        return self.recent.nbytes - (self.end - self.start) * self.place + sum(x.free for x in self.arrays)
+
+    def _room(self, to_come: int | None) -> int:
+        """Free places for recent tokens: with those of the packed ones they take an eighth of what is held, or one."""
+        n = self.end - self.start
+        if self.scheme.bits == 16:
+            return 1 + spare(n, to_come)
+        room = self.used // (2 * 8) // self.place
+        return max(1, min(room, self.scheme.residual, room if to_come is None else to_come))
+
+    def _move(self, places: int) -> None:
+        """The recent tokens to memory of so many places."""
+        held, n = self.newest, self.end - self.start
+        self.recent = held.new_empty(*held.shape[:2], places, held.shape[3])
+        self.recent[:, :, :n] = held
+        self.start, self.end = 0, n
 
 
 class Part:
@@ -152,11 +183,23 @@ class Part:
     def rows(self) -> int:
         return self.keys.recent.shape[0]
 
-    def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        """k [B, H, T, D], v [B, H, T, Dv], pos [B, 1, T]."""
-        self.keys.append(k)
-        self.values.append(v)
-        self.pos.append(pos.expand(-1, self.pos.buffer.shape[1], -1), pos.shape[-1])
+    @property
+    def used(self) -> int:
+        """Bytes of places in use."""
+        return self.keys.used + self.values.used + self.pos.nbytes
+
+    @property
+    def free(self) -> int:
+        """Bytes of places not in use."""
+        return self.keys.free + self.values.free + self.pos.free
+
+    def append(self, k: Tensor, v: Tensor, pos: Tensor, to_come: int | None = None) -> None:
+        """k [B, H, T, D], v [B, H, T, Dv], pos [B, 1, T]; to_come: as in Side."""
+        self.keys.append(k, to_come)
+        self.values.append(v, to_come)
+        T = pos.shape[-1]
+        later = None if to_come is None else to_come - T
+        self.pos.append(pos.expand(-1, self.pos.buffer.shape[1], -1), T, later)
 
     def attend(self, step: Step) -> Tensor:
         keys, values = self.keys, self.values
@@ -166,9 +209,9 @@ class Part:
             return attend(step.q, keys.newest, values.newest, step.rules, **at)
         return attend_quantized(step.q, (keys.packed, keys.newest), (values.packed, values.newest), step.rules, **at)
 
-    def settle(self) -> None:
-        self.keys.settle()
-        self.values.settle()
+    def settle(self, to_come: int | None = None) -> None:
+        self.keys.settle(to_come)
+        self.values.settle(to_come)
 
     def keep_newest(self, n: int) -> None:
         """Let go of packed slots beyond the n newest, as far as they are whole groups."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels.select import compact
-from methods.core.contract import Step
+from methods.core.budget import share
+from methods.core.contract import Holding, Step
 from methods.core.packed import Growing, Part, Side
 from methods.core.scheme import Scheme
 from methods.core.store import Store
@@ -90,7 +91,9 @@ class QuantizedStore(Store):
         for part in self.parts:
             rows = slice(row, row + part.rows)
             row += part.rows
-            part.append(*_real(k[rows], v[rows], pos[rows, None], counts[rows.start]))
+            part.append(*_real(k[rows], v[rows], pos[rows, None], counts[rows.start]), self.to_come)
+        if self.to_come is not None and pos.shape[1] == 1:
+            self.to_come = self.to_come - 1 if self.to_come > 1 else None
 
     def attend(self, step: Step) -> Tensor:
         if not self.parts:
@@ -107,14 +110,14 @@ class QuantizedStore(Store):
         if not self.parts:
             self._start_packing()
         for part in self.parts:
-            part.settle()
+            part.settle(self.to_come)
 
     def keep(self, mask: Tensor, n: int, exact: bool = False) -> None:
         self._refuse_if_packed("drop single slots")
         super().keep(mask, n, exact)
         self.counts = None
 
-    def drop(self, slot: Tensor) -> None:
+    def drop(self, slot: Tensor, rows: Sequence[bool] | None = None) -> None:
         raise NotImplementedError(
             f"{type(self).__name__}: cannot free a single slot for the next token; pair it with a method that drops "
             "only when the prompt ends, such as snapkv"
@@ -144,22 +147,32 @@ class QuantizedStore(Store):
             yield from part.values.tensors()
             yield part.pos.buffer
 
-    def overhead(self) -> int:
-        """Positions, and free places for new tokens."""
+    def holding(self, most: int | None = None) -> Holding:
+        """As the base's; once something is packed, codes, scales and residual, and on top of the budget positions."""
         if not self.parts:
-            return super().overhead()
-        return sum(part.pos.buffer.nbytes + part.keys.free + part.values.free for part in self.parts)
+            return super().holding(most)
+        found = Holding([], [], [])
+        for part in self.parts:
+            pos, n = part.pos.nbytes, part.rows
+            numbers = (part.used, pos, part.free)
+            for of_rows, size in zip((found.own, found.beside, found.padding), numbers):
+                of_rows += [size // n] * n
+        return found
 
-    def asked(self, full: int) -> int:
+    def own(self, most: int | None = None) -> list[int]:
+        if not self.parts:
+            return super().own(most)
+        return [part.used // part.rows for part in self.parts for _ in range(part.rows)]
+
+    def asked(self, full: Sequence[int]) -> list[int]:
         """Bytes that the budget allows of so many in full precision; without one, what the only scheme comes to."""
         if self.budget is not None:
-            return int(share(self.budget, len(self)) * full)
-        return sum(part.nbytes() for part in self.parts) if self.parts else full
+            return [int(share(self.budget, n) * size) for n, size in zip(self._slots(), full, strict=True)]
+        return [part.nbytes() // part.rows for part in self.parts for _ in range(part.rows)] or list(full)
 
-    def nominal_bits(self) -> float | None:
-        """Bits of a code, of keys and values and over the rows; None before the prompt has ended."""
-        bits = [scheme.bits for pair in self.chosen for scheme in pair]
-        return sum(bits) / len(bits) if bits else None
+    def nominal_bits(self) -> Sequence[float] | None:
+        """Bits of a code, of keys and values; None before the prompt has ended."""
+        return [sum(scheme.bits for scheme in pair) / len(pair) for pair in self.chosen] or None
 
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
@@ -189,7 +202,7 @@ class QuantizedStore(Store):
             # a side that packs takes what it leaves over into memory of its own
             keys, values = (Side(x if s.due(n) else x.clone(), s) for x, s in zip(arrays, self.chosen[rows.start]))
             self.parts.append(Part(keys, values, Growing(arrays[2].clone())))
-        self.buffers, self.fills, self.n, self.padded = {}, {}, 0, False
+        self.buffers, self.fills, self.n, self.padded, self.real = {}, {}, 0, False, None
 
     def _count(self, pos: Tensor) -> list[int]:
         """Slots of every row that are not padding, from pos [B, H or 1, S]."""
@@ -211,17 +224,18 @@ class QuantizedStore(Store):
             for row in range(part.rows)
         ]
 
+    def _slots(self) -> list[int]:
+        """Slots that every head of a row holds."""
+        if not self.parts:
+            return [n // self.k.shape[1] for n in self.counted()]
+        return [part.pos.n for part in self.parts for _ in range(part.rows)]
+
     def _refuse_if_packed(self, what: str) -> None:
         if self.parts:
             raise NotImplementedError(
                 f"{type(self).__name__}: cannot {what} once they are packed, a scale spans {self.schemes[0][0].group} "
                 "elements; pair it with a method that drops only when the prompt ends, such as snapkv"
             )
-
-
-def share(budget: float, n: int) -> float:
-    """The part of a prompt of n tokens that a budget stands for."""
-    return budget if budget <= 1 else min(1.0, budget / max(1, n))
 
 
 def _real(k: Tensor, v: Tensor, pos: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:

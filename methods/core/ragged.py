@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.attend import attend, attend_pages
 from kernels.select import pages
-from methods.core.contract import Step
+from methods.core.contract import Holding, Step
 from methods.core.store import Store
 
 # slots per page: a head wastes half a page on average; smaller pages make the decode product less efficient
@@ -83,15 +83,17 @@ class RaggedStore(Store):
         self.pages["pos"] = torch.where(slots.view(-1, PAGE) >= 0, self.pages["pos"], -1)
         self.buffers = {name: x.new_empty(B, 1 if name == "pos" else H, 0, *x.shape[3:]) for name, x in whole.items()}
         self.page_row, self.counts = page_row, counts
+        self.real = self._in_pages(counts)
         self.held = mask.sum(-1).flatten()
         self.first = _first_pages(self.held) * PAGE
         self.n, self.padded, self.hole = 0, False, None
 
-    def drop(self, slot: Tensor) -> None:
+    def drop(self, slot: Tensor, rows: Sequence[bool] | None = None) -> None:
         if not self.counts:
-            super().drop(slot)
+            super().drop(slot, rows)
             return
         assert self.hole is None, "a second hole would leave the first one unfilled"
+        self._count_out(slot, rows)
         if self.buffers["pos"].shape[1] == 1:
             self.buffers["pos"] = self.buffers["pos"].expand(-1, self.k.shape[1], -1).clone()
         self._write(slot, {"pos": torch.full_like(slot, -1)})
@@ -121,15 +123,33 @@ class RaggedStore(Store):
         if self.counts:
             yield from (self.page_row, self.held, self.first)
 
-    def overhead(self) -> int:
-        """The base's, and positions, the pages' layout and the unused places of last pages."""
+    def holding(self, most: int | None = None) -> Holding:
+        """As the base's; pages, their layout and the unused places of last pages belong to the row of their head."""
         if not self.counts:
-            return super().overhead()
-        unused = self.page_row.shape[0] * PAGE - sum(self.counts)
-        per_place = sum(x[:1, :1].nbytes for name, x in self.pages.items() if name in ("k", "v"))
-        side = sum(x.nbytes for name, x in self.pages.items() if name not in ("k", "v"))
-        layout = self.page_row.nbytes + self.held.nbytes + self.first.nbytes
-        return super().overhead() + unused * per_place + side + layout
+            return super().holding(most)
+        B, H = self.k.shape[:2]
+        kv, side, common = self._per_slot()
+        in_pages = self._in_pages(self.counts)
+        n_pages = self._in_pages([-(-n // PAGE) for n in self.counts])
+        layout = [n * self.page_row.element_size() + 2 * H * self.held.element_size() for n in n_pages]
+        of_page = side if common == 0 else side + common  # in pages every head has positions of its own
+        tail = [n - m for n, m in zip(self.counted(), in_pages)]  # less than nothing where the hole is in a page
+        beside = [
+            t * side + t // H * common + n * PAGE * of_page + (n * PAGE - m) * kv + more
+            for t, n, m, more in zip(tail, n_pages, in_pages, layout)
+        ]
+        own = [n * kv + more for n, more in zip(self.counted(), beside)]
+        places = sum(x.nbytes for x in self.buffers.values()) // B
+        whole = [places + n * PAGE * (kv + of_page) + more for n, more in zip(n_pages, layout)]
+        return Holding(own, beside, [a - b for a, b in zip(whole, own)])
+
+    def own(self, most: int | None = None) -> list[int]:
+        return self.holding(most).own if self.counts else super().own(most)
+
+    def _in_pages(self, counts: Sequence[int]) -> list[int]:
+        """Numbers per row and head, added up per row."""
+        H = self.k.shape[1]
+        return [sum(counts[i : i + H]) for i in range(0, len(counts), H)]
 
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)

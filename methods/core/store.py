@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,17 @@ from torch import Tensor
 
 from kernels import Plan, attend, attend_with_mass, mass
 from kernels.select import compact
-from methods.core.contract import Step
+from methods.core.contract import Holding, Step
 
-# places added at once when decoding outgrows the buffer: one copy per so many tokens instead of one per token
-HEADROOM = 64
+
+def spare(n: int, to_come: int | None = None, part: int = 8) -> int:
+    """Free places to make beside the one that a token needs where n are in use: an eighth, at least one.
+
+    One copy serves so many tokens, and free places stay few beside what is held. to_come: tokens that will still come,
+    this one included; None: it is not known.  part: another share than an eighth.
+    """
+    most = max(1, n // part)
+    return most if to_come is None else min(most, to_come - 1)
 
 
 class Store:
@@ -28,11 +36,14 @@ class Store:
         """capacity: places to make room for at the first append, for a prompt that comes in chunks."""
         self.capacity = capacity
         self.n = 0  # places in use
+        self.real: list[int] | None = None  # slots of every row, over all its heads; None: to be counted
         self.padded = False  # whether any place in use is padding
         self.buffers: dict[str, Tensor] = {}  # "k", "v", "pos" and the side arrays, slots on dimension 2
         self.fills: dict[str, float] = {}  # side arrays: a new slot's value
         self.hole: Tensor | None = None  # [B, H], a freed place that the next token takes
         self.most: int | None = None  # places that will ever be needed; None: it is not known
+        self.to_come: int | None = None  # tokens that will still come one at a time; None: it is not known
+        self._sizes: tuple[tuple[Any, ...], tuple[int, int, int]] = ((), (0, 0, 0))  # of which arrays, and of a slot
         self.in_order = True  # whether slots lie in order of position: until a hole is filled
 
     def __len__(self) -> int:
@@ -74,6 +85,10 @@ class Store:
     def append(self, k: Tensor, v: Tensor, pos: Tensor, padded: bool = False) -> None:
         """New slots at the end: k [B, H, T, D], v [B, H, T, Dv], pos [B, T]. A hole takes the first of them."""
         self.padded |= padded
+        self._count_in(k, padded)
+        to_come = self.to_come
+        if to_come is not None and pos.shape[1] == 1:
+            self.to_come = to_come - 1 if to_come > 1 else None
         if self.hole is not None:
             self._fill_hole(k[:, :, :1], v[:, :, :1], pos[:, :1])
             k, v, pos = k[:, :, 1:], v[:, :, 1:], pos[:, 1:]
@@ -81,12 +96,13 @@ class Store:
         if T == 0:
             return
         if not self.buffers and self.capacity is None:  # a whole prompt: no copy where the model's tensor is ours alone
-            self.buffers = {"k": _own(k), "v": _own(v), "pos": pos[:, None].to(torch.int32).contiguous()}
+            # positions are the layer's own: what it holds is the same whether a prompt comes whole or in chunks
+            self.buffers = {"k": _own(k), "v": _own(v), "pos": pos[:, None].to(torch.int32, copy=True)}
             self.n = T
             return
         if not self.buffers:
             self._start(k, v, pos)
-        self._room(T)
+        self._room(T, to_come)
         for name, new in (("k", k), ("v", v), ("pos", pos[:, None])):
             self.buffers[name][:, :, self.n : self.n + T] = new
         for name, fill in self.fills.items():
@@ -106,10 +122,15 @@ class Store:
         self.n = slots.shape[2]
         self.padded = not exact
         self.hole = None
+        self.real = [mask.shape[1] * self.n] * mask.shape[0] if exact else None
 
-    def drop(self, slot: Tensor) -> None:
-        """Free one slot per row and head, slot [B, H], in place: the next token is written there."""
+    def drop(self, slot: Tensor, rows: Sequence[bool] | None = None) -> None:
+        """Free one place per row and head, slot [B, H], in place: the next token is written there.
+
+        rows: those that lose a slot; the place of the others is free already. None: all do.
+        """
         assert self.hole is None, "a second hole would leave the first one unfilled"
+        self._count_out(slot, rows)
         if self.buffers["pos"].shape[1] == 1:
             self.buffers["pos"] = self.buffers["pos"].expand(-1, self.k.shape[1], -1).clone()
         self.buffers["pos"].scatter_(2, slot[..., None], -1)
@@ -121,10 +142,11 @@ class Store:
             real = self.buffers["pos"][:, 0, : self.n] >= 0  # [B, S]
             behind = real.flip(-1).cumsum(-1).flip(-1)  # the row's slots from here on
             n = self.n - int((real & (behind <= n)).any(0).int().argmax())
+            self.padded = not bool(real[:, self.n - n :].all())
         if n < self.n:
             for name, buffer in self.buffers.items():
                 self.buffers[name] = buffer[:, :, self.n - n : self.n].clone()
-            self.n = n
+            self.n, self.real = n, None
 
     def attend(self, step: Step) -> Tensor:
         """Output [B, Hq, T, Dv] of the step's queries; the step's own tokens are already stored."""
@@ -161,17 +183,58 @@ class Store:
         """The buffers, free places included."""
         return self.buffers.values()
 
-    def overhead(self) -> int:
-        """Bytes per slot beside keys and values (positions, side arrays), and free places of the buffers."""
+    def tighten(self) -> None:
+        """Free the places that are not in use."""
+        if self.buffers and self.buffers["k"].shape[2] > self.n:
+            self.buffers = {name: buffer[:, :, : self.n].clone() for name, buffer in self.buffers.items()}
+
+    def expect(self, new: int) -> None:
+        """So many tokens will be appended one at a time: no places are made for more."""
+        self.to_come = new or None
+
+    def count(self, of_rows: Sequence[int]) -> None:
+        """What every head of a row holds now, where the caller knows it and the store does not."""
+        if self.real is None:
+            self.real = [self.k.shape[1] * n for n in of_rows]
+
+    def counted(self) -> list[int]:
+        """Slots of every row, over all its heads; waits for the device where they could not be counted along."""
+        if self.real is None:
+            B, H = self.k.shape[:2]
+            plain = not self.padded and self.hole is None
+            self.real = [H * self.n] * B if plain else (self.pos >= 0).sum((1, 2)).tolist()
+        return self.real
+
+    def holding(self, most: int | None = None) -> Holding:
+        """Bytes by row: keys, values and, on top of the budget, positions and side arrays of slots.
+
+        most: slots of a head that later queries can see.
+        """
         if not self.buffers:
-            return 0
-        free = self.buffers["k"].shape[2] - self.n + (self.hole is not None)
-        per_place = sum(b[:, :, :1].nbytes for name, b in self.buffers.items() if name in ("k", "v"))
-        side = sum(b.nbytes for name, b in self.buffers.items() if name not in ("k", "v"))
-        return min(free, HEADROOM) * per_place + side
+            return Holding([], [], [])
+        B, H = self.buffers["k"].shape[:2]
+        whole = sum(x.nbytes for x in self.buffers.values()) // B
+        _, side, common = self._per_slot()
+        beside = [n * side + n // H * common for n in self._visible(most)]
+        own = self.own(most)
+        return Holding(own, beside, [whole - n for n in own])
+
+    def own(self, most: int | None = None) -> list[int]:
+        """What `holding` gives as own."""
+        if not self.buffers:
+            return []
+        H = self.buffers["k"].shape[1]
+        kv, side, common = self._per_slot()
+        return [n * (kv + side) + n // H * common for n in self._visible(most)]
+
+    def overhead(self) -> int:
+        """Bytes beside the slots' keys and values: positions, side arrays, padding and free places."""
+        return self.holding().overhead()
 
     def reorder(self, rows: Tensor) -> None:
         """Row i goes on from row rows[i]."""
+        if self.real is not None:
+            self.real = taken(self.real, rows)
         self.buffers = {name: b.index_select(0, rows.to(b.device)) for name, b in self.buffers.items()}
         if self.hole is not None:
             self.hole = self.hole.index_select(0, rows.to(self.hole.device))
@@ -184,15 +247,48 @@ class Store:
             "pos": torch.full((pos.shape[0], 1, places), -1, dtype=torch.int32, device=pos.device),
         }
 
-    def _room(self, T: int) -> None:
+    def _visible(self, most: int | None) -> list[int]:
+        """Slots of every row, over all its heads, of each head at most so many."""
+        H = self.buffers["k"].shape[1]
+        return self.counted() if most is None else [min(n, H * most) for n in self.counted()]
+
+    def _per_slot(self) -> tuple[int, int, int]:
+        """Bytes of a head's slot in keys and values, and in side arrays; and in those that all heads of a row share."""
+        names = (self.buffers["pos"].shape[1], *self.buffers)
+        if self._sizes[0] != names:  # asked for after every pass
+            self._sizes = names, self._measure()
+        return self._sizes[1]
+
+    def _measure(self) -> tuple[int, int, int]:
+        size = {name: x.element_size() * math.prod(x.shape[3:]) for name, x in self.buffers.items()}
+        kv = size.pop("k") + size.pop("v")
+        common = size.pop("pos") if self.buffers["pos"].shape[1] == 1 and self.k.shape[1] > 1 else 0
+        return kv, sum(size.values()), common
+
+    def _count_in(self, k: Tensor, padded: bool) -> None:
+        """New tokens k [B, H, T, D] of every row."""
+        B, H, T = k.shape[:3]
+        if padded:
+            self.real = None
+        elif not self.buffers:
+            self.real = [H * T] * B
+        elif self.real is not None:
+            self.real = [n + H * T for n in self.real]
+
+    def _count_out(self, slot: Tensor, rows: Sequence[bool] | None) -> None:
+        if self.real is not None:
+            lose = [True] * len(self.real) if rows is None else rows
+            self.real = [n - slot.shape[1] * loses for n, loses in zip(self.real, lose, strict=True)]
+
+    def _room(self, T: int, to_come: int | None) -> None:
         places = self.buffers["k"].shape[2]
         if self.n + T <= places:
             return
         # a long append is exact, decoding makes room for the tokens to come
-        spare = HEADROOM - 1 if T == 1 else 0
+        extra = spare(self.n, to_come) if T == 1 else 0
         if self.most is not None:
-            spare = min(spare, max(0, self.most - len(self) - T))
-        new = self.n + T + spare
+            extra = min(extra, max(0, self.most - len(self) - T))
+        new = self.n + T + extra
         for name, buffer in self.buffers.items():
             bigger = buffer.new_empty(*buffer.shape[:2], new, *buffer.shape[3:])
             bigger[:, :, : self.n] = buffer[:, :, : self.n]
@@ -213,6 +309,13 @@ class Store:
 def _own(x: Tensor) -> Tensor:
     """x itself when it fills its storage, else a copy: a view would keep a larger tensor alive."""
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
+
+
+def taken(numbers: list[int], rows: Tensor) -> list[int]:
+    """Of one number per row those of rows [B]; the device is waited for only where they differ."""
+    if len(set(numbers)) < 2:
+        return numbers[:1] * len(rows)
+    return [numbers[row] for row in rows.tolist()]
 
 
 def _gather(x: Tensor, slots: Tensor) -> Tensor:

@@ -144,6 +144,9 @@ def test_packed_records_are_read_like_a_folder(book, tmp_path):
     assert found.finished["prompt_s"].tolist() == [0.5, 0.5, 0.5]
     assert found.errors == whole.errors == {whole.cells.index[1]: ["no memory"]}
     assert texts(found, found.cells.index[0], {"qa/0"}) == {}
+    old = pd.read_parquet(tmp_path / "records.parquet")  # packed before samples were held to their budgets
+    old.drop(columns="above").to_parquet(tmp_path / "records.parquet")
+    pd.testing.assert_frame_equal(points(load(tmp_path / "records.parquet")), points(whole))
     (tmp_path / "records.parquet").write_bytes(b"something else")
     with pytest.raises(NothingToRead, match="not a file that"):
         load(tmp_path / "records.parquet")

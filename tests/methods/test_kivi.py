@@ -140,12 +140,15 @@ def test_decoding_does_not_copy_the_cache():
     layer = Layer(KIVI(4, 4, group=8, residual=16))
     layer.feed(400, Stage.ENDS_PROMPT)
     layer.feed(1)
-    places = set()
+    moved, before = [0, 0], (0, 0)
     for _ in range(60):
         layer.feed(1)
         side = layer.store.parts[0].values
-        places.add((side.arrays[0].buffer.data_ptr(), side.recent.data_ptr()))
-    assert len(places) <= 3  # buffers moved when they grew, not with every token
+        now = side.arrays[0].buffer.data_ptr(), side.recent.data_ptr()
+        moved = [n + (a != b) for n, a, b in zip(moved, now, before)]
+        before = now
+    # codes move when they have grown by a sixteenth; the few recent tokens when a sixteenth of the bytes is used up
+    assert moved[0] <= 4 and moved[1] <= 60 // 5
 
 
 @pytest.mark.parametrize(
@@ -182,7 +185,7 @@ def test_measured_bytes_are_the_formula(n, key_bits, value_bits, dtype):
     store = layer.store
     assert nbytes(store.tensors()) - store.overhead() == B * H * by_hand
     assert store.overhead() <= B * H * n * 4  # positions
-    assert store.asked(B * H * n * 2 * D * dtype.itemsize) == B * H * by_hand
+    assert store.asked([H * n * 2 * D * dtype.itemsize] * B) == [H * by_hand] * B
 
 
 def test_bytes_stay_the_formula_and_the_free_places_while_decoding():
@@ -334,8 +337,8 @@ def test_a_sliding_layer_lets_go_of_whole_groups_that_no_later_query_sees(monkey
     cache = small().cache_for(model)
     trimmed = run(model, cache, ids, new=new)
     assert cache.report().held_prompt - cache.report().overhead <= cache.report().asked
-    assert len(cache.layers[0].inner.store) < 40 + 64 + 16
-    monkeypatch.setattr("methods.core.codec.HEADROOM", 1000)
+    assert len(cache.layers[0].inner.store) < 40 + 40 // 8 + 16
+    monkeypatch.setattr("methods.core.codec.spare", lambda window: 1000)
     whole = small().cache_for(model)
     assert (run(model, whole, ids, new=new) - trimmed).abs().max() < 1e-5
     assert len(whole.layers[0].inner.store) == 39 + 150

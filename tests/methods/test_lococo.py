@@ -359,8 +359,9 @@ def test_while_decoding_a_layer_never_holds_more_than_its_slots_and_the_buffer(g
     run(gqa, cache, tokens(), new=tokens(60, seed=2))
     report = cache.report()
     slot = 2 * 2 * 2 * 16 * 4
-    assert report.held_end == (24 + 17) * (slot + 2 * 2 * 8)
-    assert report.peak_decode <= report.held_end
+    place = slot + 2 * 2 * 8
+    assert 24 * place <= report.held_end <= report.held_end + report.padding_end <= (24 + 17) * place
+    assert report.peak_decode <= (24 + 17) * place
 
 
 def test_a_published_length_fits_into_its_slots(gqa):

@@ -115,7 +115,7 @@ def test_a_sliding_layer_lets_go_of_what_no_later_query_sees(monkeypatch):
     cache = load_method("snapkv", budget=12, window=4).cache_for(model)
     trimmed = run(model, cache, ids, new=new)
     assert len(cache.layers[0].inner.store) < 16 + 64
-    monkeypatch.setattr("methods.core.eviction.HEADROOM", 1000)
+    monkeypatch.setattr("methods.core.eviction.spare", lambda window: 1000)
     whole = load_method("snapkv", budget=12, window=4).cache_for(model)
     assert (run(model, whole, ids, new=new) - trimmed).abs().max() < 1e-5
     assert len(whole.layers[0].inner.store) == 12 + 90

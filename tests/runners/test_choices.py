@@ -139,10 +139,13 @@ def test_choices_do_not_see_each_other_and_leave_their_start_as_it_is(model, enc
 def test_rows_of_a_batch_have_their_own_scores(model, encoder, tmp_path):
     task = LmEval(TASKS, write(tmp_path), shots=1)
     asked = asked_of(encoder, task)
-    alone = [compare(model, snapkv(8), [own], [i])[0][0] for i, own in enumerate(asked)]
-    together = scores(model, snapkv(8), asked)
-    for a, b in zip(alone, together):
-        assert [x for x, _ in a] == pytest.approx([x for x, _ in b], abs=1e-3)
+    alone = [compare(model, snapkv(8), [own], [i]) for i, own in enumerate(asked)]
+    together, ledgers, _ = compare(model, snapkv(8), asked, list(range(len(asked))))
+    for (a, *_), b in zip(alone, together):
+        assert [x for x, _ in a[0]] == pytest.approx([x for x, _ in b], abs=1e-3)
+    for (_, (a,), _), b in zip(alone, ledgers, strict=True):
+        for name in ("held_prompt", "held_end", "full_prompt", "full", "asked", "overhead"):
+            assert getattr(a, name) == getattr(b, name), name
 
 
 def test_token_by_token_and_at_once_agree_where_nothing_is_dropped_while_decoding(model, encoder, tmp_path):

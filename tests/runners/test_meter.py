@@ -10,7 +10,7 @@ import torch
 
 from methods import load_method
 from methods.core.errors import BudgetMiss
-from methods.core.store import HEADROOM, Store
+from methods.core.store import Store, spare
 from runners.meter import nbytes
 from tests.tiny import WINDOW, feed, padded_prompt, tiny_model
 
@@ -75,7 +75,7 @@ def test_the_denominator_counts_key_value_heads_and_not_query_heads(name, heads)
 def test_the_full_cache_holds_its_denominator_and_one_position_per_token(llama):
     report = after_prompt(llama, load_method("full", budget=1), rows=3).report()
     assert report.full_prompt == LAYERS * 3 * H * N * KV
-    assert 0 <= report.held_prompt - report.full_prompt <= LAYERS * 3 * N * 4
+    assert report.held_prompt - report.full_prompt == LAYERS * 3 * N * 4
 
 
 @pytest.mark.parametrize("new", [0, 9])
@@ -89,10 +89,11 @@ def test_a_sliding_layer_counts_as_what_its_window_leaves(new):
 
 def test_a_sliding_layer_stays_small_while_decoding_and_reads_no_more_than_it_holds():
     model = tiny_model("mistral", max_position_embeddings=512)
-    cache = after_prompt(model, load_method("full", budget=1), new=3 * HEADROOM)
+    cache = after_prompt(model, load_method("full", budget=1), new=50)
     report = cache.report()
-    assert max(len(layer.inner.store) for layer in cache.layers) < WINDOW + HEADROOM
-    assert report.held_end <= LAYERS * (H * KV + 4) * (WINDOW + 2 * HEADROOM)
+    assert max(len(layer.inner.store) for layer in cache.layers) < WINDOW + spare(WINDOW)
+    assert report.held_end == LAYERS * (H * KV + 4) * (WINDOW - 1)
+    assert report.padding_end <= LAYERS * (H * KV + 4) * 2 * spare(WINDOW)
     assert report.full == LAYERS * H * KV * (WINDOW - 1)
 
 
@@ -100,7 +101,8 @@ def test_later_tokens_count_in_the_end_and_not_at_the_prompt(llama):
     new = 5
     report = after_prompt(llama, snapkv(), new=new).report()
     assert report.held_prompt == LAYERS * H * SLOTS * (KV + 4)
-    assert report.held_end == LAYERS * H * (SLOTS + HEADROOM) * (KV + 4)
+    assert report.held_end == LAYERS * H * (SLOTS + new) * (KV + 4)
+    assert report.padding_end == LAYERS * H * (KV + 4)  # 20 slots, then two more and a free place twice, then three
     assert report.full == LAYERS * H * (N + new) * KV
     assert report.full_prompt == LAYERS * H * N * KV
     assert report.read_step == report.held_end
@@ -116,7 +118,7 @@ def test_the_prompts_peak_is_the_last_layer_in_full_beside_the_others_cut(llama)
 def test_a_prompt_in_pieces_peaks_with_all_layers_in_full(llama):
     report = after_prompt(llama, snapkv(), pieces=(30, 10)).report()
     full = H * N * KV + N * 4
-    assert report.peak_prompt == LAYERS * full
+    assert report.peak_prompt == LAYERS * full + report.workspace
 
 
 def test_a_later_turn_counts_in_the_peak_of_decoding(llama):
@@ -130,9 +132,19 @@ def test_a_later_turn_counts_in_the_peak_of_decoding(llama):
 
 def test_queries_kept_for_scoring_are_workspace_and_not_cache(llama):
     report = after_prompt(llama, snapkv(), pieces=(30, 10)).report()
-    # four heads, four queries, their positions: held between the pieces
-    assert report.workspace == 4 * 4 * D * 4 + 4 * 4
+    # in every layer four heads, four queries, their positions: held between the pieces
+    assert report.workspace == LAYERS * (4 * 4 * D * 4 + 4 * 4)
     assert report.held_prompt == LAYERS * H * SLOTS * (KV + 4)
+
+
+def test_queries_held_between_decisions_are_workspace_of_all_layers_and_in_the_peak(llama):
+    method = load_method("nacl", budget=0.5, decode_interval=8)
+    report = after_prompt(llama, method, new=6).report()
+    held = LAYERS * 6 * 4 * D * 4 + 6 * 4  # six queries of four heads, and positions that the layers share
+    assert report.workspace == held
+    assert report.peak_decode >= report.held_end + report.padding_end + held * 5 // 6
+    most = after_prompt(llama, method, new=20).report().workspace
+    assert 8 * LAYERS * 4 * D * 4 < most <= 8 * LAYERS * (4 * D * 4 + 4)
 
 
 def test_side_arrays_are_held_and_documented(llama):
@@ -189,7 +201,7 @@ class Twice(Store):
 @pytest.mark.parametrize(
     ("store", "held"),
     [
-        (Views, LAYERS * H * N * KV + N * 4),  # the views' positions are one storage for all layers
+        (Views, LAYERS * (H * N * KV + N * 4)),
         (Masked, LAYERS * H * N * (KV + 4)),
         (Twice, LAYERS * H * (SLOTS * (KV + 4) + N * KV // 2)),
     ],

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from methods.core.ragged import PAGE, RaggedStore
-from methods.core.store import HEADROOM
 from runners.meter import nbytes
 
 B, H, S, D = 2, 3, 200, 8
 COUNTS = [[1, 16, 17], [0, 100, 33]]
 PLACE = 2 * D * 4
+NEW = 69  # tokens after the prompt
 LAYOUT = B * H * 16  # per head the number of its slots and where its pages begin
 
 
@@ -52,10 +52,10 @@ def test_what_is_held_is_the_kept_slots_and_the_documented_overhead(side):
     store = ragged(side)
     kept = sum(n for row in COUNTS for n in row)
     assert nbytes(store.tensors()) == kept * PLACE + store.overhead()
-    for i in range(HEADROOM + 5):
+    for i in range(NEW):
         one = torch.randn(B, H, 1, D)
         store.append(one, one, torch.full((B, 1), S + i))
-    now = kept + B * H * (HEADROOM + 5)
+    now = kept + B * H * (NEW)
     assert nbytes(store.tensors()) == now * PLACE + store.overhead()
 
 
@@ -95,7 +95,7 @@ def test_the_number_of_slots_is_that_of_the_longest_head():
 def test_decoding_leaves_the_pages_where_they_are():
     store = ragged(side=True)
     before = {name: page.data_ptr() for name, page in store.pages.items()}
-    for i in range(2 * HEADROOM):
+    for i in range(2 * NEW):
         one = torch.randn(B, H, 1, D)
         store.append(one, one, torch.full((B, 1), S + i))
         store.add("mass", torch.ones(B, H, len(store)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels import Rules
 from methods.core.contract import Stage, Step
 from methods.core.ragged import RaggedStore
-from methods.core.store import HEADROOM, Store
+from methods.core.store import Store, spare
 from runners.meter import nbytes
 from tests.kernels.formula import formula
 
@@ -293,6 +293,9 @@ def test_a_tensor_that_is_ours_alone_is_not_copied():
     assert torch.equal(k, store.k[:, :, :50])  # growing leaves the model's tensor alone
 
 
+NEW = 192
+
+
 @pytest.mark.parametrize("kind", [Store, RaggedStore])
 @pytest.mark.parametrize("keep", [True, False])
 def test_decoding_copies_the_cache_once_in_many_tokens(kind, keep):
@@ -301,24 +304,42 @@ def test_decoding_copies_the_cache_once_in_many_tokens(kind, keep):
     both.track("mass", 0.0)
     if keep:
         both.keep(EQUAL)
-    moves, before = 0, None
-    for _ in range(3 * HEADROOM):
+    copied, before = 0, None
+    for _ in range(NEW):
+        n = both.store.n
         both.append(1)
         now = tuple(b.data_ptr() for b in both.store.buffers.values())
-        moves += now != before
+        copied += n * (now != before)
         before = now
-    assert moves == 3
+        assert both.store.buffers["k"].shape[2] - both.store.n <= max(1, n // 8)
+    assert copied < 9 * both.store.n  # places: as many as there are, and an eighth, a sixty-fourth, … less each time
     both.check()
 
 
-def test_free_places_are_counted_up_to_the_documented_number():
-    both = Lists(Store)
-    both.append(20)
-    both.keep(EQUAL)
+def test_free_places_are_padding_and_no_row_pays_for_them():
+    both, slot = Lists(Store), 2 * D * 4 + 4
+    both.append(200)
+    both.keep([[160, 160]] * B)
     both.append(1)
-    places = 7 + HEADROOM
-    assert held(both.store) == B * H * places * (2 * D * 4 + 4)
-    assert both.store.overhead() == B * H * (places * 4 + (HEADROOM - 1) * 2 * D * 4)
+    assert held(both.store) == B * H * (161 + 20) * slot
+    holding = both.store.holding()
+    assert holding.own == [H * 161 * slot] * B and holding.beside == [H * 161 * 4] * B
+    assert holding.padding == [H * 20 * slot] * B
+    assert both.store.overhead() == B * H * (161 * 4 + 20 * slot)
+
+
+@pytest.mark.parametrize("to_come", [1, 2, 5])
+def test_no_place_is_made_for_a_token_that_will_not_come(to_come):
+    both = Lists(Store)
+    both.append(200)
+    both.keep([[160, 160]] * B)
+    both.store.expect(to_come)
+    for _ in range(to_come):
+        both.append(1)
+        assert both.store.buffers["k"].shape[2] == 160 + to_come
+    both.append(1)  # it came all the same
+    assert both.store.buffers["k"].shape[2] == 161 + to_come + spare(160 + to_come)
+    both.check()
 
 
 def test_a_capacity_is_room_for_the_prompt_and_no_more():

@@ -24,6 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from analysis.screen import any_text
 from methods.core.errors import UserError
 from runners import guard
 from runners.check import check
@@ -66,6 +67,7 @@ def execute(cfg: DictConfig) -> int:
 
 def main() -> int:
     """Run the command line; returns the exit code."""
+    any_text()
     if sys.platform == "win32":
         report(UserError("Windows: has no fcntl, which the records need; run it in WSL (wsl --install), as on Linux"))
         return 2

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import stats
+from analysis import screen, stats
 from analysis.frontier import show
 from analysis.generations import add_flag
 from analysis.load import NothingToRead, Results, load
@@ -116,6 +116,7 @@ def _row(pair: Pair, both: pd.DataFrame, measure: str) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 when there is nothing to compare."""
+    screen.any_text()
     parser = argparse.ArgumentParser(prog="python -m analysis.compare", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("a", metavar="A", help="a method's name, or a folder of results")
     parser.add_argument("b", metavar="B", help="another one")

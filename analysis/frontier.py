@@ -194,6 +194,7 @@ def page(table: pd.DataFrame, under: pd.DataFrame) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 when there is nothing to draw."""
+    screen.any_text()
     parser = argparse.ArgumentParser(prog="python -m analysis.frontier", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", type=Path, help="a folder of records, or a file of them from benchmarks/")
     parser.add_argument("--task", action="append", help="only this task; may be repeated")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import style
+from analysis import screen, style
 from analysis.area import areas
 from analysis.generations import add_flag
 from analysis.load import LEDGER, NothingToRead, Results, load, texts
@@ -191,6 +191,7 @@ def _plotly(look: style.Look) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 when there is nothing to report."""
+    screen.any_text()
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", type=Path, nargs="?", default=Path("results"))
     parser.add_argument("--out", type=Path, help="the file (default: RESULTS/report.html)")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from math import ceil
 from typing import Any, TextIO
 
@@ -13,6 +15,13 @@ from rich.table import Table
 
 #: columns that the first one is given at least, however many lines its names then take
 NARROWEST = 16
+
+
+def any_text() -> None:
+    """From here on a terminal or pipe that cannot show a letter gets its escape, and no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def table(*names: str, left: Sequence[str] = (), title: str | None = None) -> Table:

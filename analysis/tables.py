@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from analysis import screen
 from analysis.frontier import markdown
 from analysis.generations import add_flag
 from analysis.load import NothingToRead, Results, load
@@ -191,6 +192,7 @@ def _counts(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 when something to read is missing."""
+    screen.any_text()
     parser = argparse.ArgumentParser(prog="python -m analysis.tables", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", type=Path, nargs="?", help="records to make benchmarks/NAME.json from")
     parser.add_argument("--name", help="of the file and of the table")

@@ -293,8 +293,8 @@ def gather(folder: Path, made: Sequence[Callable[[Records], Claim]]) -> tuple[li
 def main() -> int:
     """The exit code: 0; 1 if a claim was left out; 2 if nothing could be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--core", type=Path, default=HOME / "results" / "core", help="records of the core table")
-    parser.add_argument("--results", type=Path, default=HOME / "results" / "claims", help="records of these claims")
+    parser.add_argument("--core", type=Path, default=HOME / "outputs" / "core", help="records of the core table")
+    parser.add_argument("--results", type=Path, default=HOME / "outputs" / "claims", help="records of these claims")
     parser.add_argument("--as-is", action="store_true", help="run nothing, take the records that are there")
     parser.add_argument("overrides", nargs="*", help="for run.py, such as task.limit=2")
     given = parser.parse_args()

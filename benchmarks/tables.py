@@ -57,11 +57,11 @@ def main() -> int:
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("name", choices=("separation", "core", "frontier-mini"))
-    parser.add_argument("--results", type=Path, help="folder of the records (default: results/NAME)")
+    parser.add_argument("--results", type=Path, help="folder of the records (default: outputs/NAME)")
     parser.add_argument("--only", metavar="WORD", help="run the sweeps that have this word, and stop there")
     parser.add_argument("overrides", nargs="*", help="for run.py, such as task.limit=5")
     given = parser.parse_args()
-    results = given.results or HOME / "results" / given.name
+    results = given.results or HOME / "outputs" / given.name  # not below results/, whose analysis would read them too
     refused = 0
     for sweep in sweeps(given.name):
         if given.only and given.only not in " ".join(sweep):

@@ -7,6 +7,7 @@ held against SHARED_LIMIT.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 import time
@@ -59,8 +60,14 @@ def compiled(variant: Variant, capability: int) -> Any:
 
 def main(words: Sequence[str]) -> int:
     """Compile, a line per kernel and what is wrong with it if anything; returns 1 if anything is."""
-    brief, wrong = "--brief" in words, 0
-    for op in [word for word in words if word != "--brief"] or ops():
+    parser = argparse.ArgumentParser(prog="python -m kernels.ahead", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(ops())}; none: all")
+    parser.add_argument("--brief", action="store_true", help="a few variants of each kernel instead of all")
+    given = parser.parse_args(words)
+    brief, wrong = given.brief, 0
+    if unknown := sorted(set(given.ops) - set(ops())):
+        parser.error(f"{', '.join(unknown)}: unknown; there are {', '.join(ops())}")
+    for op in given.ops or ops():
         for variant in variants(op, brief):
             began, trouble, shared = time.perf_counter(), [], []
             for capability in CAPABILITIES:

@@ -1,13 +1,18 @@
 """Tables that fit the screen they are printed on."""
 
 import io
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from analysis import screen
 
+ROOT = Path(__file__).parents[2]
 ROWS = [
     ("full", "1", "132", "97.14", "-", "-", "100.0%", "-"),
     ("snapkv window=16 kernel=5", "0.25", "132", "67.51", "-29.63", "-36.08 to -23.21", "25.1%", "count -40.91"),
@@ -60,3 +65,14 @@ def test_without_a_terminal_or_columns_a_table_is_made_for_80_columns(monkeypatc
         made.add_row(*row)
     screen.draw(made, file)
     assert max(map(len, file.getvalue().splitlines())) <= 80 and "-36.08 to -23.21" in file.getvalue()
+
+
+def test_a_terminal_without_the_letters_of_a_name_gets_their_escapes():
+    code = (
+        "from analysis import screen; screen.any_text(); made = screen.table('模型', 'n'); made.add_row('河', '1'); "
+        "screen.draw(made); print('模型')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, cwd=ROOT
+    )
+    assert done.returncode == 0 and b"\\u6a21\\u578b" in done.stdout, done.stderr

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 TWICE = ["original/*", "consolidated*", "onnx/*"]
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# a line of a tokenizer in tiktoken's form: a token in base 64 and its rank; sentencepiece's form is binary
+TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s*$")
 # LongBench leaves about this many tokens of a model's window to the template and the answer
 MARGIN = 500
 INITS = ("pretrained", "random")
@@ -187,12 +190,33 @@ def load_tokenizer(checkpoint: Checkpoint) -> "PreTrainedTokenizerBase":
             f"model.init=random: {checkpoint.folder} has no tokenizer ({TOKENIZERS[0]}), without which a model takes "
             "no text; task=latency needs none"
         )
+    _check_readable(checkpoint)
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each tokenizer class fails in its own way
         raise UserError(
             f"model.path={checkpoint.path}: the tokenizer cannot be loaded: {_first_line(error)}"
         ) from error
+
+
+def _check_readable(checkpoint: Checkpoint) -> None:
+    """Raises UserError, naming the package, if the tokenizer has a form that nothing here reads.
+
+    transformers takes a file that it cannot read for one of the other form, and names that form's package.
+    """
+    folder = checkpoint.folder
+    if (folder / "tokenizer.json").is_file():
+        return
+    for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
+        if not (folder / name).is_file():
+            continue
+        with (folder / name).open("rb") as file:
+            package = "tiktoken" if TIKTOKEN.match(file.readline(4096)) else "sentencepiece"
+        if find_spec(package) is None:
+            raise UserError(
+                f"model.path={checkpoint.path}: its tokenizer is {name} alone, and the package that reads it, "
+                f"{package}, is not installed; pip install {package}, or save tokenizer.json beside it"
+            )
 
 
 def load_model(checkpoint: Checkpoint, dtype: "torch.dtype", device: "torch.device") -> "PreTrainedModel":

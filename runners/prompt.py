@@ -126,8 +126,9 @@ class Encoder:
         return [token for token in (bos, eos) if token is not None][:1]
 
     def text(self, ids: Sequence[int]) -> str:
-        """An answer as it is scored: special tokens skipped."""
-        return self._decode(ids)
+        """An answer as it is scored: without the token that ended it, flagged as special or not, and special tokens."""
+        stop = next((i for i, token in enumerate(ids) if token in self.ends), len(ids))
+        return self._decode(ids[:stop])
 
     def tokens(self) -> Tokens:
         """What a task may know: a prompt of `longest` tokens, special ones not counted, is not cut."""

@@ -29,6 +29,7 @@ from tasks.prompts import lm_eval_folder, lm_eval_version
 from tasks.sources import cached_only, expand, hub_trouble
 
 VERSION = "1"  # goes into every record; raise it when a score could change
+SPLITS = ("train", "validation", "test")
 FEW_SHOT_SEED = 1234  # of lm_eval's own runs
 MOST_NEW = 256  # what lm_eval's model of the Hugging Face library takes where a task names nothing
 MOST_NEW_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first counts there
@@ -252,6 +253,7 @@ class LmEval(Task):
             known = bundled if self._bundled else "`lm-eval ls tasks` lists lm-eval's own"
             raise UserError(f"lm_eval: task.tasks={name} is unknown here; {known}")
         own: dict[str, Any] = {}
+        rows: dict[str, Any] = {}
         if self.shots is not None:
             own["num_fewshot"] = self.shots
         if self._bundled or self.data not in ("hub", "bundled"):
@@ -267,6 +269,12 @@ class LmEval(Task):
         except UserError:
             raise
         except Exception as error:  # of its own code and the library's, on rows of any form
+            if isinstance(error, KeyError) and rows and (split := error.args[0]) in SPLITS and split not in rows:
+                there = ", ".join(f"{one}.jsonl" for one in rows if rows[one] or one != "train") or "no rows"
+                raise UserError(
+                    f"lm_eval: task.data={self.data}: {name} reads {split}.jsonl, and there is {there}; rename the "
+                    f"file that is meant, or give it as {name}.jsonl, which stands for the split that is evaluated"
+                ) from error
             raise UserError(
                 f"lm_eval: task.tasks={name}: task.data={self.data} does not give its items "
                 f"({pins.told(error, trouble)}); "

@@ -320,3 +320,29 @@ def test_a_name_without_an_owner_is_looked_for_on_the_hub(monkeypatch):
     for folder in ("no/such/folder", "../gpt2", "assets/nothing", "/gpt2", "a b"):
         with pytest.raises(UserError, match="no such folder"):
             find(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "package"),
+    [
+        ("tokenizer.model", b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n", "sentencepiece"),
+        ("spiece.model", b"\n\x0e\n\x05<unk>\x15", "sentencepiece"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "tiktoken"),
+    ],
+)
+def test_a_tokenizer_of_one_file_names_the_package_that_reads_it(
+    name, first, package, tiny_model_dir, tmp_path, monkeypatch
+):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    (folder / name).write_bytes(first)
+    monkeypatch.setattr(load, "find_spec", lambda wanted: None)
+    with pytest.raises(
+        UserError, match=rf"its tokenizer is {name} alone.*{package}, is not installed; pip install {package}"
+    ):
+        load.load_tokenizer(load.find(str(folder)))
+
+
+def test_a_tokenizer_in_the_library_s_own_form_needs_neither_package(tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(load, "find_spec", lambda wanted: None)
+    assert load.load_tokenizer(load.find(str(tiny_model_dir)))("the cat").input_ids

@@ -195,3 +195,11 @@ def test_somebody_elses_timer_goes_on_after_a_template(chatty):
     finally:
         signal.setitimer(signal.ITIMER_REAL, *left)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_an_end_that_is_not_flagged_special_is_no_part_of_the_answer(tiny_tokenizer):
+    end = tiny_tokenizer.encode(".")[-1]  # decodes to text of its own
+    ids = [*tiny_tokenizer.encode("the north"), end]
+    plain, ending = (Encoder(tiny_tokenizer, ends=ends) for ends in ([2], [2, end]))
+    assert plain.text(ids) == plain.text([*ids, 2]) == "the north."
+    assert ending.text(ids) == ending.text(ids[:-1]) == "the north"

@@ -193,6 +193,18 @@ def test_the_bundled_questions_are_documents_with_four_choices():
     json.dumps(task.fingerprint)
 
 
+def test_a_split_under_another_name_is_told_the_files_name(tmp_path):
+    (tmp_path / "winogrande").mkdir()
+    put(tmp_path / "winogrande" / "dev.jsonl", [{"sentence": "a _ b", "option1": "x", "option2": "y", "answer": "1"}])
+    task = LmEval("winogrande", str(tmp_path), shots=0)
+    with pytest.raises(
+        UserError, match=r"winogrande reads validation\.jsonl, and there is dev\.jsonl; rename.*winogrande\.jsonl"
+    ):
+        task.examples()
+    (tmp_path / "winogrande" / "dev.jsonl").rename(tmp_path / "winogrande.jsonl")
+    assert len(LmEval("winogrande", str(tmp_path), shots=0).examples()) == 1
+
+
 @pytest.mark.shared
 def test_the_published_items_are_read(shared_data):
     task = LmEval(["piqa", "copa", "openbookqa"], str(shared_data / "multiple-choice"))

@@ -97,16 +97,16 @@ class Lengths:
         at, how = switch.at, "dynamic NTK" if switch.dynamic else "longrope"
         if reach.longest <= at:
             return
-        if reach.shortest != reach.longest if switch.dynamic else reach.shortest <= at:
-            raise CrossesSwitch(
-                f"{self.kind}: its RoPE ({how}) turns keys otherwise in sequences of more than {at:,} tokens, and rows "
-                f"of {reach.shortest:,} and {reach.longest:,} tokens are read together; batch_size=1 keeps them apart"
-            )
         if had is not None and (T > 1 if switch.dynamic else had.longest <= at):
             raise CrossesSwitch(
                 f"{self.kind}: its RoPE ({how}) turns keys otherwise in sequences of more than {at:,} tokens, and keys "
                 f"of {had.longest:,} are stored; a prompt with all that follows it stays within {at:,} tokens, or "
                 f"{'its question stands in the prompt' if switch.dynamic else 'the prompt alone is longer'}"
+            )
+        if reach.shortest != reach.longest if switch.dynamic else reach.shortest <= at:
+            raise CrossesSwitch(
+                f"{self.kind}: its RoPE ({how}) turns keys otherwise in sequences of more than {at:,} tokens, and rows "
+                f"of {reach.shortest:,} and {reach.longest:,} tokens are read together; batch_size=1 keeps them apart"
             )
 
     def _turn(self, rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

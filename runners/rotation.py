@@ -71,6 +71,7 @@ class _Asked:
     unit: float  # rounding of the model's numbers
 
 
+@torch.inference_mode(False)  # what is found is kept, and may be used where gradients are taken
 def turnings(model: PreTrainedModel, modules: Sequence[nn.Module]) -> list[Turning]:
     """One Turning per attention module, in their order; the model is left as it was."""
     layers, absolute = _ask(model, modules)

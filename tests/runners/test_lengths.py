@@ -14,6 +14,7 @@ from methods import load_method
 from methods.core.errors import UserError
 from runners.generate import Prompt, generate
 from runners.lengths import CrossesSwitch
+from runners.together import together
 from tests.tiny import VOCAB, tiny_model
 
 SWITCH, NEW = 64, 6
@@ -154,10 +155,26 @@ def test_rows_that_the_model_would_turn_otherwise_by_themselves_are_refused_toge
 
     with pytest.raises(CrossesSwitch, match=r"rows of 30 and 100 tokens .* batch_size=1"):
         generate(bound, load_method("full"), rows(30, 100))
+    if kind == "longrope":  # one that grows out of its side is not helped by being alone
+        with pytest.raises(CrossesSwitch, match="within 64 tokens"):
+            generate(bound, load_method("full"), rows(30, 62))
     answers, _, _ = generate(bound, load_method("full"), rows(30, 50), chunk=16)
     assert [answer.ids for answer in answers] == [expected(stock, 30), expected(stock, 50)]
     answers, _, _ = generate(bound, load_method("full"), rows(100, 100), chunk=16)
     assert [answer.ids for answer in answers] == [expected(stock, 100)] * 2
+
+
+def test_methods_that_share_a_prompt_are_answered_as_alone(models, kind):
+    stock, bound = models[kind]
+    methods = [load_method("full"), load_method("snapkv", budget=0.5, window=4)]
+    prompts = [Prompt(tokens(65)[0].tolist(), 65, NEW)]
+    shared, evicting = together(bound, methods, prompts, chunk=16)
+    assert shared.answers[0].ids == expected(stock, 65)
+    alone, _, _ = generate(bound, methods[1], prompts)
+    assert evicting.answers[0].ids == alone[0].ids
+    if kind == "longrope":
+        with pytest.raises(CrossesSwitch):
+            together(bound, methods, [Prompt(tokens(62)[0].tolist(), 62, NEW)])
 
 
 def test_keys_are_not_rolled_where_frequencies_change(models, kind):

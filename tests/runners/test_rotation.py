@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from methods import load_method
+from methods.core.contract import Rope
 from methods.core.errors import UserError
 from methods.full import Full
 from runners.bind import bind
@@ -94,23 +103,60 @@ def tokens(n: int, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCAB, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
-def own_keys(model: PreTrainedModel, ids: Tensor, at: int) -> Tensor:
-    """Keys [H, T, D] that the untouched model makes of tokens whose first is at position `at`."""
+def own_keys(model: PreTrainedModel, ids: Tensor, at: int) -> list[Tensor]:
+    """Every layer's keys [H, T, D] that the untouched model makes of tokens whose first is at position `at`."""
     cache = DynamicCache()
     positions = torch.arange(at, at + ids.shape[1])[None]
-    model(ids, position_ids=positions, past_key_values=cache, use_cache=True)
-    return cache.layers[-1].keys[0]
+    model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    return [layer.keys[0] for layer in cache.layers]
+
+
+def wrongly_turned(stock: PreTrainedModel, ropes: Sequence[Rope | None]) -> float:
+    """How far keys that were turned by our rope are from the model's own, of the largest; where positions are RoPE's.
+
+    What a layer is given then does not depend on where the text starts, in all layers.
+    """
+    ids, off = tokens(9), [0.0]
+    for at, by in ((0, 7), (5, 7), (3, 900)):
+        for rope, k, expected in zip(ropes, own_keys(stock, ids, at), own_keys(stock, ids, at + by), strict=True):
+            if rope is not None:
+                turned = rope.rotate(k, torch.full(k.shape[:2], by))
+                off.append(float((turned - expected).abs().max() / expected.abs().max()))
+    return max(off)
 
 
 @torch.no_grad()
 def test_a_key_turned_by_our_rope_is_the_models_own_at_the_later_position(pair):
     stock, model = pair
-    rope = bind(model).ropes[-1]
-    ids = tokens(9)
-    for at, by in ((0, 7), (5, 7), (3, 900)):
-        turned = rope.rotate(own_keys(stock, ids, at), torch.full((1, 9), by))
-        expected = own_keys(stock, ids, at + by)
-        assert (turned - expected).abs().max() <= 1e-3 * expected.abs().max()
+    ropes = bind(model).ropes
+    assert None not in ropes and wrongly_turned(stock, ropes) <= 1e-3
+
+
+_VISION = dict(
+    hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_heads=2, depth=1,
+    embed_dim=32, out_hidden_size=32, mlp_ratio=2, patch_size=4, image_size=8, spatial_merge_size=1,
+    fullatt_block_indexes=[0], deepstack_visual_indexes=[0], num_position_embeddings=16,
+)  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3"])
+def test_of_a_vision_language_model_the_text_decoders_own_rope_is_taken(kind):
+    default = AutoConfig.for_model(kind)
+    text, vision = default.get_text_config(decoder=True).model_type, default.vision_config
+    rope = {} if kind == "mistral3" else dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
+    config = AutoConfig.for_model(
+        kind,
+        text_config=dict(
+            _COMMON, num_hidden_layers=2, head_dim=8, model_type=text, **({"rope_parameters": rope} if rope else {})
+        ),
+        vision_config={k: v for k, v in _VISION.items() if k in vision.to_dict()} | {"model_type": vision.model_type},
+        **{k: 96 for k in ("image_token_id", "image_token_index") if k in default.to_dict()},
+    )
+    torch.manual_seed(0)
+    stock = AutoModelForImageTextToText.from_config(config).eval()
+    ropes = bind(copy.deepcopy(stock)).ropes
+    assert None not in ropes and wrongly_turned(stock, ropes) <= 1e-3
 
 
 @torch.no_grad()
@@ -123,7 +169,7 @@ def test_a_key_turned_back_is_the_one_that_the_model_turned_at_the_first_positio
     # one token's keys before RoPE are the same wherever it stands; a multiplier is undone too
     raw = step.k_raw
     assert (raw - raw[:, :, :1]).abs().max() <= 1e-5 * raw.abs().max()
-    expected = own_keys(pair[0], ids[:, :1], 0)
+    expected = own_keys(pair[0], ids[:, :1], 0)[-1]
     if step.cos is not None:
         expected = expected / step.cos[0, 0, 0]
     assert (raw[0, :, :1] - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -167,6 +213,46 @@ def test_positions_that_are_added_to_the_input_are_no_rope():
         assert bind(model).ropes == [None]
         with pytest.raises(UserError, match="positions=rolled"):
             load_method("streaming_llm", budget=12).cache_for(model)
+
+
+def shrunk(kind: str) -> PreTrainedModel:
+    """A small random model of one of transformers' types, from its default configuration. Raises if it stays large."""
+    sizes = {**_COMMON, "hidden_size": 64, "head_dim": 16, "num_hidden_layers": 4}
+    sizes |= dict(
+        n_embd=64, n_layer=4, n_head=4, n_positions=2048, d_model=64, n_heads=4, n_layers=4, ffn_dim=48,
+        word_embed_proj_dim=64, num_experts=4, num_local_experts=4, n_routed_experts=4, moe_num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=16, n_group=1, topk_group=1, rotary_dim=8,
+    )  # fmt: skip
+    default = AutoConfig.for_model(kind)
+    known = {**default.to_dict(), **getattr(default, "attribute_map", {})}
+    knobs = {name: value for name, value in sizes.items() if name in known}
+    if kinds := known.get("layer_types"):
+        knobs["layer_types"] = kinds[:4]
+    if known.get("sliding_window"):
+        knobs["sliding_window"] = 1024
+    config = AutoConfig.for_model(kind, **knobs)
+    with torch.device("meta"):
+        if sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) > 3e6:
+            raise ValueError("its default configuration stays large")
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_no_language_model_of_transformers_turns_keys_otherwise_than_we_say(kind):
+    try:
+        stock = shrunk(kind)
+        own_keys(stock, tokens(5), 0)
+        model = copy.deepcopy(stock)
+    except Exception as error:
+        pytest.skip(f"no small model of it: {type(error).__name__}: {error}")
+    try:
+        spec = bind(model)
+    except UserError as refused:
+        pytest.skip(str(refused))
+    assert wrongly_turned(stock, spec.ropes) <= 2e-3
 
 
 class _Watching(Full):

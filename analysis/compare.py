@@ -19,7 +19,7 @@ from analysis.frontier import show
 from analysis.generations import add_flag
 from analysis.load import NothingToRead, Results, load
 from analysis.names import at, bits, labels
-from analysis.paired import PLACE, by_sample, subset_means
+from analysis.paired import CONTENT, PLACE, beside, by_sample, subset_means
 
 SETTINGS = ["model", "task", "protocol", "budget", "bits"]
 SAME = {"weights": "the model's weights", "dtype": "dtype", "passes": "the passes"}
@@ -57,7 +57,11 @@ def pairs(a: Results, b: Results, names: tuple[str, str] | None = None) -> tuple
             continue
         problems += [f"{where}: {what} differ" for column, what in SAME.items() if first[column] != second[column]]
         ours, theirs = by_sample(a, list(group["cell"])), by_sample(b, list(other["cell"]))
-        both = ours.join(theirs[["score"]].rename(columns={"score": "b"}), how="inner").rename(columns={"score": "a"})
+        both, others = beside(
+            ours.rename(columns={"score": "a"}), theirs[["score", *CONTENT]].rename(columns={"score": "b"})
+        )
+        if others:
+            problems.append(f"{where}: {others} samples left out, their contents are not the same on both sides")
         if len(both):
             made.append(Pair(settings, first, both))
         else:

@@ -231,7 +231,8 @@ def chosen(table: pd.DataFrame, tasks: list[str] | None, models: list[str] | Non
     for column, names in (("task", tasks), ("model", models)):
         if names is None or table.empty:
             continue
-        left = table[table[column].isin(names)]
+        # a name as it is shown, or without what tells it from others of the name
+        left = table[table[column].isin(names) | table[column].str.partition(" (")[0].isin(names)]
         if left.empty:
             raise NothingToRead(f"--{column} {' '.join(names)}: there is {', '.join(sorted(table[column].unique()))}")
         table = left

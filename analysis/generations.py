@@ -12,13 +12,17 @@ import pandas as pd
 from analysis.names import told_apart
 
 SHOWN = 6  # records that are named in a line
-FOR_CHOOSING = ["ask", "where", "place", "began", "age", "answered"]
+FOR_CHOOSING = ["ask", "where", "place", "began", "age", "answered", "data", "format"]
 
 
 def asked(identity: dict[str, Any]) -> str:
-    """What of a record's identity was asked for, as one text; format 1 also says by which weights it was answered."""
+    """What of a record's identity was asked for, as one text, all but the task's settings and data.
+
+    Format 1 also says there by which weights it was answered.
+    """
     model = {key: value for key, value in identity["model"].items() if key != "weights"}
-    return json.dumps({**identity, "model": model}, sort_keys=True)
+    task = {key: value for key, value in identity["task"].items() if key not in ("fingerprint", "data")}
+    return json.dumps({**identity, "model": model, "task": task}, sort_keys=True)
 
 
 def chosen(cells: pd.DataFrame, every: bool) -> tuple[pd.DataFrame, str]:
@@ -26,8 +30,10 @@ def chosen(cells: pd.DataFrame, every: bool) -> tuple[pd.DataFrame, str]:
 
     every: none is left out. Of cells that differ in their code only, the older ones' method has the code in its name.
     """
+    cells = _as_now(cells)
     place = _filled(cells, "place")
     cells = cells.assign(files=_filled(cells, "files"), where=place.where(place != "", cells["weights"]))
+    cells["ask"] += cells["fingerprint"]
     by_age = cells.sort_values("age", kind="stable")
     newest = by_age[by_age["answered"]].groupby(["ask", "where"])["cell"].last()
     kept = cells.merge(newest.rename("newest"), how="left", left_on=["ask", "where"], right_index=True)["newest"]
@@ -48,6 +54,24 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
 
 def _finished(cells: pd.DataFrame) -> pd.DataFrame:
     return told_apart(cells.drop(columns=FOR_CHOOSING))
+
+
+def _as_now(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells with their data's name among the task's settings.
+
+    A record of format 1 has a hash of all its samples there, and no name: if it says all that a newer record of a task
+    says, it is of that one.
+    """
+    made = {}
+    for _, group in cells.groupby(["model", "task"]):
+        settings = {cell: json.loads(text) for cell, text in group["fingerprint"].items()}
+        newer = [(settings[cell], data) for cell, data in group.loc[group["format"] > 1, "data"].items()]
+        for cell, own in settings.items():
+            data = group.at[cell, "data"]
+            if group.at[cell, "format"] == 1:
+                own, data = next((new for new in newer if new[0].items() <= own.items()), (own, data))
+            made[cell] = json.dumps({**own, **({"data": data} if data else {})}, sort_keys=True)
+    return cells.assign(fingerprint=pd.Series(made))
 
 
 def _filled(cells: pd.DataFrame, column: str) -> pd.Series:

@@ -8,6 +8,7 @@ file that `load` reads like a folder: records for committing, without their text
 import base64
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ CACHE = ".analysis.parquet"
 METRIC = {"name": "score", "unit": "points of 100", "better": "higher", "scale": 100.0, "digits": 2}
 #: columns of `Results.samples` that hold no text; the texts are read by `texts`, from byte `at` on, `size` bytes
 SAMPLE = {
-    "id": "", "subset": "", "category": "", "measure": "", "weight": 1.0, "chance": 0.0, "control": False,
+    "id": "", "key": "", "end": "", "subset": "", "category": "", "measure": "", "weight": 1.0, "chance": 0.0,
+    "control": False,
     "score": float("nan"), "error": "", "tokens_in": 0, "tokens_out": 0, "held": float("nan"), "held_end": float("nan"),
     "read": float("nan"), "peak": float("nan"), "bytes": float("nan"), "bytes_full": float("nan"),
     "length": float("nan"), "depth": float("nan"), "prompt_s": float("nan"), "n_prompt": 0, "decode_s": float("nan"),
@@ -169,6 +171,9 @@ def _unpack(path: Path) -> Results:
     except (OSError, ValueError, KeyError) as error:
         raise NothingToRead(f"{path}: not a file that python -m analysis.tables wrote, {_why(error)}") from error
     samples.attrs = {}
+    for name in ("key", "end"):  # a file of format 1 lacks them
+        if name not in samples:
+            samples[name] = ""
     cells = pd.DataFrame(told["cells"]).set_index("cell", drop=False)
     lacking = {name: value for name, value in SAMPLE.items() if name not in samples}  # and what older versions lacked
     return Results(path, cells, samples.assign(**lacking), told["problems"])
@@ -201,6 +206,8 @@ def _cell(name: str, folder: Path) -> dict[str, Any]:
         "ask": asked(identity),
         "passes": json.dumps({**passes, **identity.get("passes", {})}, sort_keys=True),
         "fingerprint": json.dumps(task.get("fingerprint", {}), sort_keys=True),
+        "data": task.get("data", ""),
+        "format": book["format"],
         "config": json.dumps({k: v for k, v in method["config"].items() if k != "seed"}, sort_keys=True),
         "metric": {**METRIC, **task.get("metric", {})},
         "conditions": [run["conditions"] for run in runs],
@@ -215,17 +222,23 @@ def _samples(name: str, path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     ledgers: dict[str, dict[str, Any]] = {}
     runs: dict[str, Any] = {}
+    again: set[str] = set()  # samples that were computed again after their data had changed
     problems, at = [], 0
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
         if line:
             try:
                 read = json.loads(line)
-                rows[read["id"]] = _row(read) | {"at": at, "size": len(line)}
+                row = _row(read) | {"at": at, "size": len(line)}
+                if rows.get(read["id"], row)["key"] != row["key"]:
+                    again.add(read["id"])
+                rows[read["id"]] = row
                 ledgers[read["id"]] = _per_sample(read)
                 runs[read["id"]] = read.get("run", 0)
             except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
                 problems.append(f"{name}: line {number} of samples.jsonl is no sample, left out ({_why(error)})")
         at += len(line) + 1
+    if again:
+        problems.append(f"{name}: {len(again)} samples, such as {min(again)}, hold two contents; the later one counts")
     table = _table(list(rows.values()))
     table.insert(0, "cell", name)
     own = [ledger for ledger in ledgers.values() if ledger]
@@ -246,7 +259,14 @@ def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
 def _row(line: dict[str, Any]) -> dict[str, Any]:
     tags = line.get("tags", {})
     subset = tags.get("subset", line["id"].rpartition("/")[0])
-    row = {**SAMPLE, "id": line["id"], "subset": subset, "category": tags.get("category", subset)}
+    row = {
+        **SAMPLE,
+        "id": line["id"],
+        "key": line.get("key", ""),
+        "end": _end(line),
+        "subset": subset,
+        "category": tags.get("category", subset),
+    }
     row |= {name: float(tags[name]) for name in ("length", "depth") if isinstance(tags.get(name), int | float)}
     row["control"] = bool(tags.get("control", False))
     row["chance"] = float(tags["chance"]) if "chance" in tags else 1 / tags["n"] if tags.get("gold", -1) >= 0 else 0.0
@@ -273,6 +293,14 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
         "steps": times["steps"],
         "alone": "group" not in line,
     }
+
+
+def _end(line: dict[str, Any]) -> str:
+    """A hash of what every form of a record holds of a sample's content: the end of its prompt, and its references."""
+    if "prompt_end" not in line:
+        return ""
+    told = json.dumps([line["prompt_end"], line.get("answers")])
+    return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
 def _measure(line: dict[str, Any]) -> str:

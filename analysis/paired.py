@@ -19,6 +19,7 @@ ENOUGH = 0.9  # of the full cache's samples; with fewer a point is on no front a
 OWN = {"code", "artefacts", "weights", "files"}
 COLUMNS = ["score", "bytes", "above"]
 PLACE = ["subset", "category", "measure", "weight", "chance", "control"]
+CONTENT = ["key", "end"]  # what tells two samples of one id apart; empty where a record does not say
 
 
 @dataclass
@@ -86,7 +87,9 @@ def _beside_full(results: Results, key: dict[str, str], cells: pd.DataFrame, x: 
             continue
         full, full_cells = fulls[first["paired"]]
         samples = by_sample(results, list(group["cell"]), [*COLUMNS, x]).rename(columns={x: "share"})
-        samples = samples.join(full, how="inner")
+        samples, others_content = beside(samples, full)
+        if others_content:
+            problems.append(f"{where}: {name}: {others_content} samples left out, the full cache's have other contents")
         if samples.empty:
             failed = next((e for cell in group["cell"] for e in results.errors.get(cell, [])), "")
             problems.append(
@@ -107,9 +110,22 @@ def _beside_full(results: Results, key: dict[str, str], cells: pd.DataFrame, x: 
 
 def _full(results: Results, cells: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The full cache's scores by id, whichever of its cells has them, and the names of its cells."""
-    own = [results.by_cell[cell]["score"] for cell in cells["cell"] if cell in results.by_cell]
-    scores = pd.concat(own).groupby(level=0).mean() if own else pd.Series(dtype=float)
-    return scores.rename("full").to_frame(), list(cells["cell"])
+    own = [results.by_cell[cell][["score", *CONTENT]] for cell in cells["cell"] if cell in results.by_cell]
+    grouped = pd.concat(own or [results.finished.iloc[:0][["score", *CONTENT]]]).groupby(level=0)
+    return grouped["score"].mean().rename("full").to_frame().join(grouped[CONTENT].first()), list(cells["cell"])
+
+
+def beside(ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """Two tables by sample as one, of the samples that both have; and how many of these have two contents.
+
+    Columns of CONTENT are of `ours`.
+    """
+    both = ours.join(theirs, how="inner", rsuffix=" theirs")
+    same = pd.Series(True, index=both.index)
+    for name in CONTENT:
+        mine, other = both[name], both[f"{name} theirs"]
+        same &= (mine == other) | (mine == "") | (other == "")
+    return both[same].drop(columns=[f"{name} theirs" for name in CONTENT]), int((~same).sum())
 
 
 def _differs(cell: pd.Series, full: pd.Series) -> str:
@@ -124,14 +140,15 @@ def by_sample(results: Results, cells: Sequence[str], columns: Sequence[str] = (
 
     Only samples that all of the cells have; with what tells where they belong.
     """
-    own = [results.by_cell[cell][[*columns, *PLACE]] for cell in cells if cell in results.by_cell]
+    told = [*PLACE, *CONTENT]
+    own = [results.by_cell[cell][[*columns, *told]] for cell in cells if cell in results.by_cell]
     if len(own) < len(cells):
-        return results.finished.set_index("id")[[*columns, *PLACE]].iloc[:0]
+        return results.finished.set_index("id")[[*columns, *told]].iloc[:0]
     if len(own) == 1:
         return own[0]
     grouped = pd.concat(own).groupby(level=0, sort=True)
-    table = grouped[list(columns)].mean().join(grouped[PLACE].first())
-    return table[grouped.size() == len(cells)]
+    table = grouped[list(columns)].mean().join(grouped[told].first())
+    return table[(grouped.size() == len(cells)) & (grouped["key"].nunique() == 1)]
 
 
 @dataclass

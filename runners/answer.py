@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -147,14 +147,35 @@ def _answer(
 def failed(example: Example, why: str | Problem) -> dict[str, Any]:
     """The row of a sample that could not be run."""
     if isinstance(why, Problem):
-        return {"id": example.id, "error": why.line, "traceback": why.traceback}
-    return {"id": example.id, "error": why}
+        return {"id": example.id, "key": example.key, "error": why.line, "traceback": why.traceback}
+    return {"id": example.id, "key": example.key, "error": why}
 
 
 def about(example: Example) -> dict[str, Any]:
     """What a reader of the record wants to know of the sample: where it belongs, how its prompt ends, what is right."""
     tags = {name: tag for name, tag in example.tags.items() if isinstance(tag, str | int | float)}
-    return {"id": example.id, "tags": tags, "prompt_end": example.prompt[-PROMPT_END:], "answers": example.answers[:3]}
+    return {
+        "id": example.id,
+        "key": example.key,
+        "tags": tags,
+        "prompt_end": example.prompt[-PROMPT_END:],
+        "answers": example.answers[:3],
+    }
+
+
+def row_of(rows: Mapping[str, dict[str, Any]], example: Example) -> dict[str, Any] | None:
+    """What a record's rows, by their keys, have of an example.
+
+    A row of format 1 has no key: it is known by its id, the end of its prompt and its references.
+    """
+    if (row := rows.get(example.key)) is not None:
+        return row
+    row = rows.get(example.id)
+    if row is None or "key" in row:
+        return None
+    wanted = about(example)
+    same = "error" in row or all(row.get(name) == wanted[name] for name in ("prompt_end", "answers"))
+    return row if same else None
 
 
 def by_generation(setting: Setting, method: Method, batch: Sequence[Example]) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ from runners.prompt import Encoder
 from runners.record import Record, digest, generation_of
 from runners.revision import Code, code_of, commit
 from tasks.base import Example, Task, as_parts
+from tasks.sources import expand
 
 if TYPE_CHECKING:
     # importing the library's models takes seconds, and what is on disk is shown without them
@@ -169,7 +170,12 @@ class Run:
     def rows(self, cell: Cell) -> dict[str, dict[str, Any]]:
         """What the cell's record has of this call's samples."""
         rows = cell.record.read()
-        return {example.id: rows[example.id] for example in self.examples if example.id in rows}
+        return self.own_rows(rows)
+
+    def own_rows(self, rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """What rows, by their keys, have of this call's samples, by their ids."""
+        found = ((example.id, answer.row_of(rows, example)) for example in self.examples)
+        return {id: row for id, row in found if row is not None}
 
     def finished(self, cell: Cell) -> dict[str, dict[str, Any]]:
         """The samples among them that did not fail."""
@@ -244,7 +250,7 @@ class Run:
             show.note(f"{method.name}: the warm-up failed: {type(error).__name__}: {error}")
 
     def _cell(self, name: str, method: Method, knobs: Mapping[str, Any], words: Sequence[str]) -> Cell:
-        code = self._code(method, knobs)
+        code, said = self._code(method, knobs), self._fingerprint
         conditions = self._conditions(method, knobs, code.digest)
         identity = {
             "model": {"name": self.checkpoint.name, **self._prompting()},
@@ -253,7 +259,8 @@ class Run:
             "task": {
                 "name": self.task.name,
                 "metric": dataclasses.asdict(self.task.metric),
-                "fingerprint": self.task.fingerprint,
+                **({"data": data} if (data := own_data(self.task)) else {}),
+                "fingerprint": {key: said[key] for key in said if key not in self.task.of_samples},
             },
             "protocol": self.cfg.protocol,
             "seed": method.seed,
@@ -267,12 +274,17 @@ class Run:
             "simulated": method.simulated,
             "mean_over": self.task.mean_over,
             "command": _command(name, words),
+            "samples": {key: said[key] for key in said if key in self.task.of_samples},
             "place": self.checkpoint.place,
             "modules": code.modules,
             "files": self.checkpoint.files,
         }
         record, older = self._on_disk(identity, conditions)
         return Cell(name, method, record, conditions, notes, older)
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        return self.task.fingerprint
 
     def _on_disk(self, identity: dict[str, Any], conditions: dict[str, Any]) -> tuple[Record, Found | None]:
         """The record that a cell is read from and written to, and the newest one that is older than this code."""
@@ -317,6 +329,12 @@ class Run:
             "code": code,
             **({"artefacts": learned} if learned else {}),
         }
+
+
+def own_data(task: Task) -> str:
+    """The name of the file or folder that a task's samples come from, where that is one of the user's own."""
+    path = expand(str(getattr(task, "data", "")))
+    return path.resolve().name if getattr(task, "data", "") and path.exists() else ""
 
 
 def _command(name: str, words: Sequence[str]) -> str:

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 SHOWN = 4  # changed modules or files that are named in a line
 
 
+def _without(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """An old identity with no more in its task than a new one: format 1 had all samples' hash there, and no `data`."""
+    task, now = old["task"], new["task"]
+    settings = {key: value for key, value in task["fingerprint"].items() if key in now["fingerprint"]}
+    return {**old, "task": {**({"data": now["data"]} if "data" in now else {}), **task, "fingerprint": settings}}
+
+
 @dataclass(frozen=True)
 class Found:
     """A record on disk. identity, runs: of its cell.json.  age: of two records of a cell the newer has the larger."""
@@ -38,7 +45,7 @@ class Found:
 
     def answers(self, identity: dict[str, Any], weights: str, place: str) -> bool:
         """Whether it is a record of what `identity` asks for; other weights are so in the same place only."""
-        if asked(self.identity) != asked(identity):
+        if _without(asked(self.identity), identity) != asked(identity):
             return False
         return self.generation.get("weights") == weights or self.runs[-1].get("place") == place
 

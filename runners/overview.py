@@ -91,8 +91,8 @@ def _name(member: Member) -> str:
 
 
 def _finished(sweep: Sweep, member: Member) -> dict[str, dict[str, Any]]:
-    rows = member.record.rows
-    return {e.id: rows[e.id] for e in sweep.run.examples if e.id in rows and "error" not in rows[e.id]}
+    rows = sweep.run.own_rows(member.record.rows)
+    return {id: row for id, row in rows.items() if "error" not in row}
 
 
 def _lines(rows: Sequence[Compared], ours: Sequence[dict[str, Any]], lower: bool) -> list[tuple[str, list[str]]]:

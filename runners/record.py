@@ -94,7 +94,7 @@ class Record:
             lock.release()
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """The latest line of each sample, by its id. Raises UserError if the file was damaged by something else."""
+        """The latest line of each sample, by its key. Raises UserError if the file was damaged by something else."""
         try:
             text = self.samples_path.read_bytes()
         except FileNotFoundError:
@@ -106,7 +106,7 @@ class Record:
                 continue
             try:
                 row = of_sample(json.loads(line))
-                rows[row["id"]] = row
+                rows[key_of(row)] = row
             except (ValueError, KeyError, TypeError) as error:
                 if number == len(lines):
                     break  # the line that a killed run was writing
@@ -212,6 +212,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What differs between two conditions, as `key was A, is B`."""
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return ", ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys)
+
+
+def key_of(row: dict[str, Any]) -> str:
+    """What a sample is found by: its key; in a record of format 1 its id."""
+    return row["key"] if "key" in row else row["id"]
 
 
 def asked(identity: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from runners.ledger import of_sample
-from runners.record import Record, Writer
+from runners.record import Record, Writer, key_of
 
 
 class SharedRecord:
@@ -41,15 +41,15 @@ class SharedRecord:
             for line in whole.splitlines():
                 if line:
                     row = of_sample(json.loads(line))
-                    self.rows[row["id"]] = row
+                    self.rows[key_of(row)] = row
         except (ValueError, KeyError, TypeError):
             self.rows = self.record.read()  # names the line
         self._read += len(whole)
 
     @property
     def finished(self) -> set[str]:
-        """Ids of samples that have an answer; failed ones are tried again."""
-        return {id for id, row in self.rows.items() if "error" not in row}
+        """Keys of samples that have an answer; failed ones are tried again."""
+        return {key for key, row in self.rows.items() if "error" not in row}
 
     def check(self) -> None:
         """Raises UserError if the record was made under other conditions."""
@@ -70,7 +70,7 @@ class SharedRecord:
                 self._writer.refresh()
             self.refresh()
             for row in rows:
-                before = self.rows.get(row["id"])
+                before = self.rows.get(key_of(row))
                 if before is not None and ("error" not in before or before["error"] == row.get("error")):
                     continue
                 self._writer.append(row)

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from methods.core.contract import Method
 from methods.core.errors import BudgetMiss, UserError
 from runners import show
-from runners.answer import failed
+from runners.answer import failed, row_of
 from runners.cells import Cell, Run, plain
 from runners.check import check
 from runners.choices import encode
@@ -213,8 +213,8 @@ class Sweep:
     def lacking(self, member: Member, examples: Sequence[Example]) -> list[Example]:
         if member.stopped is not None or self.run.only_shows:
             return []
-        done = member.record.finished
-        return [example for example in examples if example.id not in done]
+        found = ((example, row_of(member.record.rows, example)) for example in examples)
+        return [example for example, row in found if row is None or "error" in row]
 
     def _work_together(self) -> None:
         todo = [example for example in self.run.examples if any(self.lacking(m, [example]) for m in self.sharing)]
@@ -382,8 +382,8 @@ class Sweep:
 
     def failures(self, member: Member) -> dict[str, str]:
         """Samples that failed, with their errors."""
-        ids = {example.id for example in self.run.examples}
-        return {id: row["error"] for id, row in member.record.rows.items() if id in ids and "error" in row}
+        rows = self.run.own_rows(member.record.rows)
+        return {id: row["error"] for id, row in rows.items() if "error" in row}
 
 
 @lru_cache(maxsize=1)

@@ -1,8 +1,11 @@
 """What a task is: examples made of strings, a score for each answer, and the rows of the result table."""
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property, lru_cache
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
@@ -129,6 +132,15 @@ class Example:
     timed: Timed | None = None
     weight: float = 1
 
+    @cached_property
+    def key(self) -> str:
+        """What tells this sample from every other: a hash of all that a model is given and that a score is made from.
+
+        It does not depend on which other samples were chosen.
+        """
+        told = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("error", "weight")}
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=_told).encode()).hexdigest()[:16]
+
     @property
     def kind(self) -> Literal["answer", "turns", "forced", "choices", "timed"]:
         """How it is run: one question, several, a text that is fed, choices to compare, tokens to time."""
@@ -143,6 +155,22 @@ class Example:
     @property
     def prompt(self) -> str:
         return self.context + self.question + self.prefill
+
+
+def _told(value: Any) -> Any:
+    """A part of an example as JSON takes it; a long text, which many examples share, by its hash."""
+    if isinstance(value, Forced):
+        return {**vars(value), "text": _hash(value.text)}
+    if is_dataclass(value):
+        return vars(value)
+    if isinstance(value, range):
+        return [value.start, value.stop, value.step]
+    return list(value) if isinstance(value, Iterable) else type(value).__name__
+
+
+@lru_cache(maxsize=64)
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -195,10 +223,13 @@ class Task(ABC):
 
     metric: of `score` and of every row of the table.
     mean_over: what the average over the whole task is a mean of; either is a mean of subset means.
+    of_samples: entries of the fingerprint that say which samples were chosen, or what is in them. A record has that in
+        its samples' keys: the same sample is found again, whatever else is chosen beside it.
     """
 
     metric: ClassVar[Metric] = Metric()
     mean_over: ClassVar[Literal["categories", "subsets"]] = "categories"
+    of_samples: ClassVar[frozenset[str]] = frozenset({"data_sha256"})
 
     @classmethod
     def chosen(cls, **knobs: Any) -> "Task":

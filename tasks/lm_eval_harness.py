@@ -86,6 +86,8 @@ class LmEval(Task):
     chat: bool = False
     revision: str = pins.PINNED
 
+    of_samples = frozenset({"tasks", "samples_sha256"})
+
     def __post_init__(self) -> None:
         check_limit("lm_eval", self.limit)
         if not isinstance(self.chat, bool):
@@ -145,7 +147,18 @@ class LmEval(Task):
             "samples_sha256": self._digest,
             "lm_eval": lm_eval_version(),
             "scores": VERSION,
+            **({"include": self._included} if self.include is not None else {}),
         }
+
+    @property
+    def _included(self) -> str:
+        """A hash of the task files of one's own: they say how an answer is read."""
+        files = (
+            sorted(path for path in self._folder.rglob("*") if path.suffix in (".yaml", ".yml", ".py"))
+            if self._folder
+            else []
+        )
+        return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
     def examples(self) -> list[Example]:
         return self._examples
@@ -358,7 +371,7 @@ class LmEval(Task):
         if not all(prompt.startswith(examples) for prompt in prompts):
             examples = ""  # a prompt that leaves the context out, as for the likelihood without it
         rest = [prompt[len(examples) :] for prompt in prompts]
-        tags: dict[str, Any] = {"subset": name, "category": name}
+        tags: dict[str, Any] = {"subset": name, "category": name, "version": str(task.VERSION)}
         if made[0].request_type == "generate_until":
             limits = [made[0].args[1].get(key) for key in MOST_NEW_KEYS]
             most = next((int(limit) for limit in limits if limit is not None), MOST_NEW)

@@ -46,6 +46,8 @@ class LongBench(Task):
     e: bool = False
     revision: str = PINNED
 
+    of_samples = frozenset({"data_sha256", "templates", "jieba", "hub_commit"})
+
     def __post_init__(self) -> None:
         if self.limit is not None and (type(self.limit) is not int or self.limit < 1):
             raise UserError(f"longbench: task.limit={self.limit}; give a whole number of samples per subset, 1 or more")
@@ -287,6 +289,8 @@ class LongBench(Task):
             "length": row.get("length"),
             "row_id": row.get("_id"),
         }
+        if subset.metric in metrics.NEEDS_JIEBA:
+            tags["jieba"] = metadata.version("jieba")
         if subset.metric == "class":
             tags["all_classes"] = row.get("all_classes")
         error = problem(row, subset, needs_length=self.e)

@@ -135,11 +135,11 @@ class LongBenchV2(Task):
     def _examples(self) -> list[Example]:
         domains = list(dict.fromkeys(str(row.get("domain")) for row in self._rows))
         wanted = chosen("longbench_v2", "subset", self.subset, domains)
-        rows = [row for row in self._rows if str(row.get("domain")) in wanted][: self.limit]
-        named = [shown(row.get("_id")) for row in rows]
+        named = [shown(row.get("_id")) for row in self._rows]
         seen = Counter(named)
         ids = [name if seen[name] == 1 else str(i) for i, name in enumerate(named)]
-        return [self._example(f"v2/{id}", row) for id, row in zip(ids, rows)]
+        rows = [(id, row) for id, row in zip(ids, self._rows) if str(row.get("domain")) in wanted]
+        return [self._example(f"v2/{id}", row) for id, row in rows[: self.limit]]
 
     def _example(self, id: str, row: Mapping[str, Any]) -> Example:
         # one subset: every row of the table is a plain mean over samples, and is drawn as one

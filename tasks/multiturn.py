@@ -128,6 +128,8 @@ class MultiTurn(Task):
     limit: int | None = None
     revision: str = PINNED
 
+    of_samples = frozenset({"data_sha256", "rouge"})
+
     def __post_init__(self) -> None:
         check_limit("multiturn", self.limit)
         for key, allowed in (("mode", MODES), ("history", HISTORIES), ("compress", COMPRESS)):
@@ -213,7 +215,9 @@ class MultiTurn(Task):
         turns = []
         for turn in row["multi_turns"]:
             rule, limit = rule_of(turn, kind)
-            own = {"score": rule, "chance": KINDS[rule].chance}
+            own: dict[str, Any] = {"score": rule, "chance": KINDS[rule].chance}
+            if rule == "scbench_summary":
+                own["rouge"] = rouge.described("rouge-score", stemmed=False)
             turns.append(Turn(asked(turn, rule), references(turn, rule), row.get("max_new_tokens") or limit, own))
         if self.shuffle is not None:
             random.Random(f"{self.shuffle}/{id}").shuffle(turns)

@@ -45,6 +45,7 @@ SEVERAL = {"multi_key": (False, False), "multi_value": (True, True), "multi_quer
 RELAXED = "passkey_relaxed"
 KINDS = (*PLAIN, *SEVERAL, *infinite.VARIANTS, RELAXED)
 NEW_TOKENS = {**dict.fromkeys(PLAIN, 50), **dict.fromkeys(SEVERAL, 128), RELAXED: 32}
+USUAL = {"seed": 42, "needles": 4, "metric_name": "contains"}
 KEPT = 0.99  # of the full cache's score
 FAILED = 0.5  # a cell in which the full cache scores less says nothing about compression
 METRICS = {"contains": PHRASES, "rouge1": [NEEDLE], "rouge_pkg": [NEEDLE]}
@@ -72,6 +73,8 @@ class Needle(Grid):
     limit: int | None = None
     revision: str = PINNED
     data_seed: int = 42
+
+    of_samples = frozenset({"data_sha256", "prompt", "metric"})
 
     def __post_init__(self) -> None:
         self._begin("needle", BUNDLED, ("repeats", "limit", "needles"))
@@ -102,6 +105,9 @@ class Needle(Grid):
         found["data_sha256"] = grid.digest_of(self.examples())
         if "single" in self._kinds and not self._written:
             found |= {"prompt": PROMPT_VERSION, "metric": self.metric_name}
+        if not self._written:  # what makes other samples of the same ids
+            own = {"seed": self.data_seed, "needles": self.needles, "metric_name": self.metric_name}
+            found |= {key: value for key, value in own.items() if value != USUAL[key]}
         return found
 
     def examples(self) -> list[Example]:

@@ -99,6 +99,8 @@ class Summarization(Apart):
     limit: int | None = None
     revision: str = PINNED
 
+    of_samples = frozenset({"data_sha256", "shuffle"})
+
     def __post_init__(self) -> None:
         check_limit("summarization", self.limit)
         if self.setup not in SETUPS:
@@ -202,10 +204,11 @@ class Summarization(Apart):
         return Files(where, found)
 
     @cached_property
-    def _rows(self) -> dict[str, list[dict[str, Any]]]:
+    def _rows(self) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+        """The chosen rows of every set, each with its place there, which no selection changes."""
         found = {}
         for name in chosen("summarization", "subset", self.subset, list(self._files.found)):
-            rows = self._files.rows(name)
+            rows = list(enumerate(self._files.rows(name)))
             if self.shuffle is not None:
                 rows = random.Random(self.shuffle).sample(rows, len(rows))
             found[name] = rows[: self.limit]
@@ -213,9 +216,7 @@ class Summarization(Apart):
 
     @cached_property
     def _examples(self) -> list[Example]:
-        return [
-            self._example(f"{name}/{i}", name, row) for name, rows in self._rows.items() for i, row in enumerate(rows)
-        ]
+        return [self._example(f"{name}/{i}", name, row) for name, rows in self._rows.items() for i, row in rows]
 
     def _example(self, id: str, name: str, row: Mapping[str, Any]) -> Example:
         if isinstance(row.get("dialogue"), list):

@@ -154,6 +154,31 @@ def test_a_larger_limit_goes_on_in_the_same_record(command, tmp_path):
     assert path.read_text().startswith(first) and len(samples(tmp_path / "results")) == 6
 
 
+def test_a_sample_is_the_same_sample_whatever_is_chosen_beside_it(command, tmp_path, split):
+    assert command("task.subset=river", "task.limit=2")[0] == 0
+    results = tmp_path / "results"
+    first = samples(results)
+    code, out, _ = command("task.limit=1")
+    assert code == 0 and len(list(results.glob("*/*/nacl-*"))) == 1
+    assert {id: row for id, row in samples(results).items() if id in first} == first  # none was computed again
+    assert set(samples(results)) == {"river/0", "river/1", "mat/0"}
+    assert "0 of 2 samples cut" in out  # the table is of the two that were asked for
+    write_rows(split / "river.jsonl", [row("river", 0) | {"input": "who?"}, row("river", 1)])
+    code, _, err = command("task.subset=river", "task.limit=2")
+    (path,) = results.glob("*/*/nacl-*/samples.jsonl")
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert code == 0 and [one["id"] for one in again].count("river/0") == 2 and len(again) == 4, err
+
+
+def test_two_folders_of_data_have_records_of_their_own(command, tmp_path):
+    other = write_split(tmp_path / "other", samples=1)
+    command("method=full", "task.limit=1")
+    command("method=full", "task.limit=1", f"task.data={other}")
+    books = [json.loads(path.read_text()) for path in (tmp_path / "results").glob("*/*/*/cell.json")]
+    assert sorted(book["identity"]["task"]["data"] for book in books) == ["other", "split"]
+    assert all("data_sha256" in book["runs"][0]["samples"] for book in books)
+
+
 def test_a_second_method_uses_the_full_cache_record_that_is_there(command, tmp_path):
     command("task.limit=1")
     (path,) = (tmp_path / "results").glob("*/*/full-b*/samples.jsonl")
@@ -557,7 +582,12 @@ def test_a_record_of_an_earlier_form_is_found_under_its_own_name(command, tmp_pa
         run_of_it["conditions"]["code"] = "of every byte"
         for name in ("began", "modules", "place"):
             run_of_it.pop(name)
+        task, said = book["identity"]["task"], run_of_it.pop("samples")
+        task["fingerprint"] |= said
+        task.pop("data")
         (folder / "cell.json").write_text(json.dumps(book))
+        rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        write_rows(folder / "samples.jsonl", [{k: v for k, v in one.items() if k != "key"} for one in rows])
         folder.rename(folder.with_name(f"{folder.name[:-8]}01234567"))
     code, out, err = command("task.limit=1", "resume=old")
     assert code == 0 and out.splitlines()[-1].endswith("nacl-b0.5-01234567"), err

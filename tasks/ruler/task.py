@@ -40,6 +40,9 @@ TASKS = {
 }
 
 
+SEED = 42
+
+
 @dataclass
 class Ruler(Grid):
     """Needles, variables, words and questions in long texts.
@@ -62,7 +65,9 @@ class Ruler(Grid):
     hotpot: str = "hotpot_dev_distractor_v1.json"
     sentences: str = "auto"
     revision: str = PINNED
-    data_seed: int = 42
+    data_seed: int = SEED
+
+    of_samples = frozenset({"data_sha256", "chosen", "templates", "fill"})
 
     def __post_init__(self) -> None:
         self._begin("ruler", BUNDLED, ("samples", "limit"))
@@ -102,6 +107,7 @@ class Ruler(Grid):
             "lm_eval": lm_eval_version(),
             "sentences": self._splitter[0],
             "fill": {task: self.fill(task) for task in self._chosen},
+            **({"seed": self.data_seed} if self.data_seed != SEED else {}),  # other samples of the same ids
         }
 
     def fill(self, task: str) -> tuple[float, float]:

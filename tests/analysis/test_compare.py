@@ -101,3 +101,15 @@ def test_where_lower_is_better_the_lower_side_is_better_and_longer_texts_weigh_m
     assert compare.main(["nacl", "snapkv", "--results", str(book.root), "--markdown"]) == 0
     line = capsys.readouterr().out.strip().splitlines()[-1]
     assert "| 2.000 | 3.750 | +1.750 [" in line and "|  | tie |" in line  # of two samples
+
+
+def test_samples_are_compared_where_both_sides_chose_them_and_hold_the_same(tmp_path, capsys):
+    a, b = Book(tmp_path / "a"), Book(tmp_path / "b")
+    keys = [{"key": str(i)} for i in range(4)]
+    a.cell("nacl", [1.0, 0.0, 1.0], 0.5, rows=keys[:3], began="2026-01-01T00:00:00Z")
+    b.cell(
+        "nacl", [1.0, 1.0, 0.0, 0.0], 0.5, rows=[*keys[:2], {"key": "mended"}, keys[3]], began="2026-01-01T00:00:00Z"
+    )
+    (pair,), problems = compare.pairs(load(a.root), load(b.root))
+    assert pair.samples["a"].tolist() == [1.0, 0.0] and pair.samples["b"].tolist() == [1.0, 1.0]
+    assert "1 samples left out, their contents are not the same on both sides" in problems[0]

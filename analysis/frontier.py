@@ -17,6 +17,7 @@ import pandas as pd
 
 from analysis import latex, screen, stats, style
 from analysis.area import areas
+from analysis.files import CannotWrite, one_line, write, write_csv
 from analysis.generations import add_flag
 from analysis.load import NothingToRead, load
 from analysis.paired import WHOLE
@@ -147,13 +148,15 @@ def _difference(p: pd.Series) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown; bars in a cell are escaped."""
-    head = list(table.columns)
+    """A table as Markdown; bars in a cell are escaped, and line breaks are blanks."""
+    head = [_cell(name) for name in table.columns]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += [
-        "| " + " | ".join(str(v).replace("|", "\\|") for v in row) + " |" for row in table.itertuples(index=False)
-    ]
+    lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in table.itertuples(index=False)]
     return "\n".join(lines) + "\n"
+
+
+def _cell(value: object) -> str:
+    return one_line(value).replace("|", "\\|")
 
 
 def show(table: pd.DataFrame, as_markdown: bool = False) -> None:
@@ -216,12 +219,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"frontier: {error}", file=sys.stderr)
         return 2
     out = given.out or (given.results if given.results.is_dir() else given.results.parent)
-    out.mkdir(parents=True, exist_ok=True)
-    style.save(figure, out / "frontier")
     fronts = table.assign(front=on_front(table), family_front=on_front(table, "family"))
-    fronts.drop(columns=["cells", "full_cells"]).to_csv(out / "frontier.csv", index=False)
-    (out / "frontier.md").write_text(page(table, areas(results, table, given.x)))
-    (out / "frontier.tex").write_text(latex.tables(table))
+    try:
+        style.save(figure, out / "frontier")
+        write_csv(out / "frontier.csv", fronts.drop(columns=["cells", "full_cells"]))
+        write(out / "frontier.md", page(table, areas(results, table, given.x)))
+        write(out / "frontier.tex", latex.tables(table))
+    except CannotWrite as error:
+        print(f"frontier: {error}", file=sys.stderr)
+        return 2
     print(f"{len(table[table['category'] == WHOLE])} points of {table['task'].nunique()} tasks in {out}/frontier.*")
     return 0
 

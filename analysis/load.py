@@ -103,7 +103,7 @@ def load(results: str | Path, all_generations: bool = False) -> Results:
         return _unpack(root)
     if not root.is_dir():
         raise NothingToRead(f"{root}: no such folder; give the folder that results=... named (default: results)")
-    found = sorted(path.parent for path in root.rglob("cell.json"))
+    found = sorted({path.parent for name in ("cell.json", "samples.jsonl") for path in root.rglob(name)})
     if not found:
         raise NothingToRead(f"{root}: holds no cell.json; run python run.py results={root} first")
     kept, books = _cache(root)
@@ -118,7 +118,7 @@ def load(results: str | Path, all_generations: bool = False) -> Results:
             else:
                 table, book = _samples(name, folder / "samples.jsonl")
                 book["stamp"] = stamp
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             problems.append(f"{name}: left out, {_why(error)}")
             continue
         problems += book["problems"]
@@ -180,7 +180,12 @@ def _unpack(path: Path) -> Results:
 
 
 def _cell(name: str, folder: Path) -> dict[str, Any]:
-    book = json.loads((folder / "cell.json").read_text())
+    try:
+        book = json.loads((folder / "cell.json").read_text())
+    except (FileNotFoundError, ValueError, RecursionError) as error:
+        raise ValueError(
+            "its cell.json is missing or broken; the command that made the record writes it again"
+        ) from error
     if book["format"] not in FORMATS:
         raise ValueError(f"format {book['format']} is none of {', '.join(map(str, FORMATS))}")
     identity, runs = book["identity"], book["runs"]
@@ -228,13 +233,13 @@ def _samples(name: str, path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         if line:
             try:
                 read = json.loads(line)
-                row = _row(read) | {"at": at, "size": len(line)}
+                row = _whole(_row(read)) | {"at": at, "size": len(line)}
                 if rows.get(read["id"], row)["key"] != row["key"]:
                     again.add(read["id"])
                 rows[read["id"]] = row
                 ledgers[read["id"]] = _per_sample(read)
                 runs[read["id"]] = read.get("run", 0)
-            except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
                 problems.append(f"{name}: line {number} of samples.jsonl is no sample, left out ({_why(error)})")
         at += len(line) + 1
     if again:
@@ -292,6 +297,13 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
         "decode_s": times["decode"],
         "steps": times["steps"],
         "alone": "group" not in line,
+    }
+
+
+def _whole(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without halves of characters, which a table cannot hold."""
+    return {
+        key: value.encode(errors="replace").decode() if isinstance(value, str) else value for key, value in row.items()
     }
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 
 from analysis import screen, style
 from analysis.area import areas
+from analysis.files import CannotWrite, write
 from analysis.generations import add_flag
 from analysis.load import LEDGER, NothingToRead, Results, load, texts
 from analysis.paired import KEYS, WHOLE
@@ -209,8 +210,11 @@ def main(arguments: list[str] | None = None) -> int:
     for problem in results.problems:
         print(problem, file=sys.stderr)
     out = given.out or (given.results if given.results.is_dir() else given.results.parent) / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html)
+    try:
+        write(out, html)
+    except CannotWrite as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
     print(f"{len(results.cells)} cells, {out.stat().st_size / 2**20:.1f} MiB: {out}")
     if given.wandb:
         from analysis import wandb_report

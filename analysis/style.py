@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from analysis.files import whole
+
 # Okabe and Ito 2008, distinguishable with every common form of colour blindness, and two dark ones; black is for full
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288")
 FAMILIES = {
@@ -99,11 +101,12 @@ def line(look: Look, hollow: bool) -> dict[str, Any]:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure as path.png, path.svg and path.pdf, with the fonts inside."""
+    """Write a matplotlib figure as path.png, path.svg and path.pdf, with the fonts inside. Raises CannotWrite."""
     import matplotlib as mpl
 
-    figure.savefig(path.with_suffix(".png"), dpi=250, metadata={"Software": None})
-    with mpl.rc_context(SVG):
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    with mpl.rc_context(PDF):
-        figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    with whole(path.with_suffix(".png")) as draft:
+        figure.savefig(draft, dpi=250, metadata={"Software": None})
+    with mpl.rc_context(SVG), whole(path.with_suffix(".svg")) as draft:
+        figure.savefig(draft, metadata={"Date": None})
+    with mpl.rc_context(PDF), whole(path.with_suffix(".pdf")) as draft:
+        figure.savefig(draft, metadata={"CreationDate": None})

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.files import write
 from analysis.frontier import markdown, summary
 from analysis.load import NothingToRead, Results
 from analysis.points import WHOLE, points
@@ -90,7 +91,7 @@ def send(report: Any) -> str:
 def make(results: Results, path: Path, project: str, entity: str = "") -> str:
     """Write the report's JSON and try to send it; returns one line that says where it is."""
     report = build(results, project, entity)
-    path.write_text(report._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=1))
+    write(path, report._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=1))
     try:
         return f"{path}, and {send(report)}"
     except Exception as error:  # the client has many; none of them is worth the report that was written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -203,6 +204,11 @@ class Run:
         """Whether nothing is computed: records are shown as they are, old ones first."""
         return self.cfg.resume == "old"
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the records have all there is to compute."""
+        return self.only_shows or all(len(self.finished(cell)) == len(self.examples) for cell in self.cells)
+
     def complete(self, cell: Cell) -> None:
         """Compute what the cell's record lacks. Raises BudgetMiss at the first sample that holds too much.
 
@@ -211,6 +217,10 @@ class Run:
         if self.only_shows:
             check_found(cell)
             return
+
+        if len(self.finished(cell)) == len(self.examples):
+            self.restore(cell)
+            return  # before anything is written: finished records may lie where nothing can be
 
         def say_waiting() -> None:
             show.note(f"{cell.name}: another process writes {cell.record.folder}; waiting for it")
@@ -237,6 +247,15 @@ class Run:
                     for batch in _batches(good, self.cfg.batch_size):
                         answer.answer(self.setting, cell.method, batch, writer.append)
                         bar.advance(len(batch))
+
+    def restore(self, cell: Cell) -> None:
+        """Write a cell.json again that was lost beside its samples, where it can be written."""
+        if cell.record.runs() or not cell.record.samples_path.exists():
+            return
+        with contextlib.suppress(UserError):
+            with cell.record.lock(lambda: None):
+                cell.record.begin(cell.conditions, cell.notes).close()
+            show.note(f"{cell.label}: {cell.record.cell_path} was missing or broken, and is written again")
 
     def _warm_up(self, method: Method) -> None:
         """Load the model and run a few tokens that nobody times: first calls of kernels and allocations are slow."""

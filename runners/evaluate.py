@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from analysis import screen
-from methods.core.errors import BudgetMiss
+from methods.core.errors import BudgetMiss, UserError
 from methods.core.typed import Count
 from runners import overview, show
 from runners.base import Runner
@@ -47,14 +47,25 @@ class Evaluate(Runner):
         Raises UserError for what the user gave and cannot work; finished samples are kept in every case.
         """
         results = Path(cfg.results).expanduser()
-        check_writable(results)
+        trouble = None
+        try:
+            check_writable(results)
+        except UserError as error:
+            if not results.is_dir():
+                raise
+            trouble = error  # what is finished there can be shown all the same
         if cfg.cells is not None:
-            return self._sweep(Sweep(cfg, results))
+            sweep = Sweep(cfg, results)
+            if trouble and sweep.members and not sweep.is_finished:
+                raise trouble
+            return self._sweep(sweep)
         task: Task = task_of(cfg)
         show.say(task.source())
         run = Run(cfg, task, results, HydraConfig.get().runtime.choices["method"])
         if cfg.plan:
             return self._sweep(Sweep.of(run))
+        if trouble and not run.is_finished:
+            raise trouble
         try:
             code = self._cells(run)
         except KeyboardInterrupt:
@@ -130,7 +141,14 @@ class Evaluate(Runner):
     def _failures(self, run: Run) -> int:
         code = 0
         for cell in run.cells:
-            failed = {id: row["error"] for id, row in run.rows(cell).items() if "error" in row}
+            rows = run.rows(cell)
+            if (lost := len(run.examples) - len(rows)) and not run.only_shows:
+                show.note(
+                    f"failed: {lost} of {len(run.examples)} samples with {cell.name} are not in {cell.record.folder}, "
+                    "from which they were deleted; the same command computes them"
+                )
+                code = 1
+            failed = {id: row["error"] for id, row in rows.items() if "error" in row}
             if not failed:
                 continue
             named = "; ".join(f"{id} ({error})" for id, error in list(failed.items())[:SHOWN_FAILURES])

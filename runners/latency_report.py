@@ -66,7 +66,11 @@ def show_times(cells: Sequence[tuple[str, Rows, Path]], title: str) -> None:
     show.say("against full: time over the full cache's, taken in turns; median of the rounds, lowest to highest")
     for label, rows, folder in cells:
         if rows:
-            draw([(label, rows)], folder / "latency.png", f"{title}, {label}")
+            try:
+                draw([(label, rows)], folder / "latency.png", f"{title}, {label}")
+            except OSError as error:  # the table is worth more
+                show.note(f"no pictures: {error.strerror}; python -m runners.latency_report RECORD draws them later")
+                return
 
 
 def against(row: Mapping[str, Any], what: str) -> str:

@@ -99,6 +99,8 @@ class Record:
             text = self.samples_path.read_bytes()
         except FileNotFoundError:
             return {}
+        except OSError as error:
+            raise unreadable(self.samples_path, error) from error
         rows: dict[str, dict[str, Any]] = {}
         lines = text.split(b"\n")
         for number, line in enumerate(lines, 1):
@@ -116,13 +118,17 @@ class Record:
         return rows
 
     def runs(self) -> list[dict[str, Any]]:
-        """Under which `conditions` samples were computed, oldest first; more than one only after resume=force."""
+        """Under which `conditions` samples were computed, oldest first; more than one only after resume=force.
+
+        None where cell.json is missing or broken: `begin` writes it again.
+        """
         try:
-            return json.loads(self.cell_path.read_text())["runs"]
-        except FileNotFoundError:
+            runs = json.loads(self.cell_path.read_text())["runs"]
+            return runs if all(isinstance(run["conditions"], dict) for run in runs) else []
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             return []
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.cell_path}: cannot be read; delete the folder {self.folder}") from error
+        except OSError as error:
+            raise unreadable(self.cell_path, error) from error
 
     def check(self, conditions: dict[str, Any], force: bool) -> None:
         """Raises UserError if samples were finished under other conditions, naming what differs, unless forced."""
@@ -147,6 +153,9 @@ class Record:
             began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             runs.append({"conditions": conditions, "began": began, **(notes or {})})
         try:
+            # the lock is held: these were left by a process that was killed
+            for draft in self.folder.glob(f".{self.cell_path.name}.*"):
+                draft.unlink(missing_ok=True)
             _replace(self.cell_path, {"format": FORMAT, "identity": self.identity, "runs": runs})
             link_log(self.folder)
             return Writer(self, run=len(runs) - 1)
@@ -182,7 +191,11 @@ class Writer:
         return size + 1
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one sample. Raises UserError if the disk is full; what was there before stays whole."""
+        """Add one sample. Raises UserError if the disk is full, and what was there before stays whole; or if the file
+        was deleted, since nobody would find what is written to it.
+        """
+        if not self._is_there():
+            raise gone(self.record)
         line = json.dumps({**row, "run": self.run}, ensure_ascii=False) + "\n"
         data = line.encode("utf-8", "backslashreplace")  # half a surrogate pair becomes its JSON escape
         try:
@@ -197,6 +210,12 @@ class Writer:
                 f"{self.record.folder}, make room and run the same command again"
             ) from error
         self.size += len(data)
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.record.samples_path), os.fstat(self.file))
+        except OSError:
+            return False
 
     def close(self) -> None:
         os.close(self.file)
@@ -239,11 +258,28 @@ def plain_name(name: str) -> str:
 def _replace(path: Path, value: dict[str, Any]) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("w") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            json.dump(value, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+
+
+def gone(record: Record) -> UserError:
+    """What is said of a record whose samples were deleted while they were being written."""
+    return UserError(
+        f"{record.folder}: its samples were deleted or cut while this run was writing them; the same command computes "
+        "them again"
+    )
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror or error}); make it a file that can")
 
 
 def _unwritable(results: Path, error: OSError) -> UserError:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from runners.ledger import of_sample
-from runners.record import Record, Writer, key_of
+from runners.record import Record, Writer, gone, key_of, unreadable
 
 
 class SharedRecord:
-    """One cell's record, held open for a while; the lock is taken for each batch of rows, not for the whole time.
+    """One cell's record; the lock is taken and the file opened for each batch of rows, not for the whole time.
 
     conditions, notes, force: as in `Record.begin` and `Record.check`.
     """
@@ -21,7 +20,7 @@ class SharedRecord:
         self.record, self.conditions, self.notes, self.force = record, conditions, notes, force
         self.rows: dict[str, dict[str, Any]] = {}
         self._read = 0  # bytes of whole lines read so far
-        self._writer: Writer | None = None
+        self._run: int | None = None  # of the rows that are added; None: nothing was added yet
 
     def refresh(self) -> None:
         """Read what has been added since. Raises UserError if the file was damaged by something else."""
@@ -29,13 +28,18 @@ class SharedRecord:
             size = self.record.samples_path.stat().st_size
         except FileNotFoundError:
             size = 0
-        if size < self._read:  # cut by the repair of a line that was never whole, or deleted
-            self._read, self.rows = 0, {}
+        except OSError as error:
+            raise unreadable(self.record.samples_path, error) from error
+        if size < self._read:  # only whole lines were read, which nobody cuts
+            raise gone(self.record)
         if size == self._read:
             return
-        with self.record.samples_path.open("rb") as file:
-            file.seek(self._read)
-            new = file.read()
+        try:
+            with self.record.samples_path.open("rb") as file:
+                file.seek(self._read)
+                new = file.read()
+        except OSError as error:
+            raise unreadable(self.record.samples_path, error) from error
         whole = new[: new.rfind(b"\n") + 1]
         try:
             for line in whole.splitlines():
@@ -63,29 +67,23 @@ class SharedRecord:
         """
         added = 0
         with self.record.lock(say_waiting):
-            if self._writer is None:
-                self.check()
-                self._writer = self.record.begin(self.conditions, self.notes)
-            else:
-                self._writer.refresh()
             self.refresh()
-            for row in rows:
-                before = self.rows.get(key_of(row))
-                if before is not None and ("error" not in before or before["error"] == row.get("error")):
-                    continue
-                self._writer.append(row)
-                added += 1
+            if self._run is None:
+                self.check()
+            with self._writer() as writer:
+                self._run = writer.run
+                self.refresh()
+                for row in rows:
+                    before = self.rows.get(key_of(row))
+                    if before is not None and ("error" not in before or before["error"] == row.get("error")):
+                        continue
+                    writer.append(row)
+                    added += 1
             self.refresh()
         return added
 
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-    def __enter__(self) -> SharedRecord:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        with contextlib.suppress(OSError):
-            self.close()
+    def _writer(self) -> Writer:
+        """For rows of this call; the lock must be held."""
+        if self._run is None:
+            return self.record.begin(self.conditions, self.notes)
+        return Writer(self.record, self._run)

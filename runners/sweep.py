@@ -174,6 +174,8 @@ class Sweep:
                 elif self.lacking(member, self.run.examples):
                     member.record.check()
                     lacking.append(member.cell)
+                else:
+                    self.run.restore(member.cell)
         if self.run.only_shows:
             return
         say_what_changed(lacking)
@@ -210,6 +212,14 @@ class Sweep:
         except (UserError, BudgetMiss) as error:
             member.stopped = error
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the records have all there is to compute."""
+        for member in self.members:
+            with self._stops(member):
+                member.record.refresh()
+        return not any(self.lacking(member, self.run.examples) for member in self.members)
+
     def lacking(self, member: Member, examples: Sequence[Example]) -> list[Example]:
         if member.stopped is not None or self.run.only_shows:
             return []
@@ -243,8 +253,6 @@ class Sweep:
                     batches = left
         finally:
             claims.close()
-            for member in self.sharing:
-                member.record.close()
 
     def _batch(self, batch: Sequence[Example]) -> None:
         """One batch for all members that lack any of it."""

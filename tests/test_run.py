@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import run
-from runners import answer, cells, load, revision, sweep
+from runners import answer, cells, evaluate, load, record, revision, sweep
 
 ROOT = Path(run.__file__).parent
 TEXT = "the cat sat on a mat and read about a long river in the north where nobody answers questions. "
@@ -177,6 +177,39 @@ def test_two_folders_of_data_have_records_of_their_own(command, tmp_path):
     books = [json.loads(path.read_text()) for path in (tmp_path / "results").glob("*/*/*/cell.json")]
     assert sorted(book["identity"]["task"]["data"] for book in books) == ["other", "split"]
     assert all("data_sha256" in book["runs"][0]["samples"] for book in books)
+
+
+def test_finished_records_that_cannot_be_written_are_shown_and_unfinished_ones_refused(command, tmp_path, monkeypatch):
+    command("task.limit=1")
+    (lost,) = (tmp_path / "results").glob("*/*/nacl-*/cell.json")
+    whole = lost.read_text()
+
+    def read_only(*args, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record.tempfile, "TemporaryFile", read_only)
+        patch.setattr(record, "_replace", read_only)
+        patch.setattr("filelock.FileLock.acquire", read_only)
+        for words in ((), ("-m", "budget=0.5")):
+            code, out, err = command(*words, "task.limit=1")
+            assert code == 0 and "KV bytes" in out and "Traceback" not in err, err
+        code, _, err = command("task.limit=2")
+        assert code == 2 and "cannot be written (Read-only file system)" in err and len(err.splitlines()) == 1
+        code, _, err = command("-m", "budget=0.5,0.4", "task.limit=1")
+        assert code == 2 and "cannot be written (Read-only file system)" in err
+    lost.write_text("")
+    code, _, err = command("task.limit=1")
+    again, before = json.loads(lost.read_text()), json.loads(whole)
+    assert code == 0 and "is written again" in err and again["identity"] == before["identity"]
+    assert again["runs"][0]["conditions"] == before["runs"][0]["conditions"]
+
+
+def test_results_that_are_deleted_during_a_run_are_no_success(command, tmp_path, monkeypatch):
+    draw = evaluate.Evaluate._report
+    monkeypatch.setattr(evaluate.Evaluate, "_report", lambda self, run: shutil.rmtree(run.results) or draw(self, run))
+    code, _, err = command("task.limit=1")
+    assert code == 1 and "2 of 2 samples with nacl are not in" in err and "were deleted" in err
 
 
 def test_a_second_method_uses_the_full_cache_record_that_is_there(command, tmp_path):

@@ -93,6 +93,28 @@ def test_broken_records_are_named_and_the_rest_is_given(book):
     assert len(found.finished) == 5
 
 
+def test_half_a_character_hides_no_record(book):
+    book.cell(
+        scores=[1.0, 0.0], rows=[{"tags": {"category": "\ud800"}}, {"id": "qa/\ud800"}], subsets=[("qa", "QA")] * 2
+    )
+    found = load(book.root)
+    assert not found.problems and found.finished["score"].tolist() == [1.0, 0.0]
+    assert found.finished["id"].tolist() == ["qa/0", "qa/?"]
+
+
+@pytest.mark.parametrize("text", [None, "", "[" * 100_000])
+def test_a_record_without_its_cell_file_is_named_with_what_would_mend_it(book, text):
+    book.cell(scores=[1.0])
+    lost = book.cell("nacl", [1.0], 0.5) / "cell.json"
+    lost.unlink()
+    if text is not None:
+        lost.write_text(text)
+    (said,) = load(book.root).problems
+    assert (
+        said.startswith("tiny/quiz-mini/nacl-") and "its cell.json is missing or broken; the command that made" in said
+    )
+
+
 def test_an_empty_or_missing_folder_says_what_would_work(tmp_path):
     with pytest.raises(NothingToRead, match="no such folder"):
         load(tmp_path / "nowhere")

@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from methods.core.errors import UserError
 from runners.record import Record, check_writable, differences, digest
+from runners.shared_record import SharedRecord
 
 NOW = {"torch": "2.13", "device": "cpu"}
 
@@ -174,11 +176,61 @@ def test_notes_are_kept_and_never_compared(record):
     assert run["conditions"] == NOW and run["commit"] == "abc"
 
 
-def test_a_broken_cell_file_says_what_to_delete(record):
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"runs": [{}]}', '{"runs": null}', "[" * 100_000])
+def test_a_cell_file_that_is_missing_or_broken_is_written_again_beside_its_samples(record, text):
     write(record, "a/0")
-    record.cell_path.write_text("{")
-    with pytest.raises(UserError, match="cannot be read; delete the folder"):
-        record.runs()
+    record.cell_path.unlink()
+    if text is not None:
+        record.cell_path.write_text(text)
+    assert record.runs() == [] and set(record.read()) == {"a/0"}
+    write(record, "a/1")
+    book = json.loads(record.cell_path.read_text())
+    assert book["identity"] == record.identity and len(book["runs"]) == 1 and set(record.read()) == {"a/0", "a/1"}
+
+
+def test_no_draft_of_a_cell_file_stays_after_a_full_disk_or_a_killed_process(record, monkeypatch):
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left"):
+            record.begin(NOW)
+    assert [path.name for path in record.folder.iterdir()] == []
+    (record.folder / ".cell.json.4711").write_text("{")
+    write(record, "a/0")
+    assert sorted(path.name for path in record.folder.iterdir()) == ["cell.json", "samples.jsonl"]
+
+
+def test_samples_whose_folder_is_deleted_while_they_are_written_are_not_lost_without_a_word(record):
+    with record.begin(NOW) as writer:
+        writer.append({"id": "a/0"})
+        shutil.rmtree(record.folder)
+        with pytest.raises(UserError, match=r"were deleted or cut while this run was writing them"):
+            writer.append({"id": "a/1"})
+
+
+def test_a_file_that_cannot_be_read_is_a_users_error(record):
+    record.samples_path.mkdir()
+    with pytest.raises(UserError, match=r"samples\.jsonl: cannot be read"):
+        record.read()
+    with pytest.raises(UserError, match=r"samples\.jsonl: cannot be read"):
+        shared(record).refresh()
+
+
+def shared(record: Record) -> SharedRecord:
+    return SharedRecord(record, NOW, {})
+
+
+def test_a_shared_record_keeps_no_file_open_and_notices_when_its_samples_are_deleted(record):
+    one = shared(record)
+    before = len(os.listdir("/proc/self/fd"))
+    assert one.add([{"id": "a/0"}], lambda: None) == 1 and one.add([{"id": "a/1"}, {"id": "a/0"}], lambda: None) == 1
+    assert len(os.listdir("/proc/self/fd")) == before and one.finished == {"a/0", "a/1"}
+    assert {row["run"] for row in one.rows.values()} == {0}
+    shutil.rmtree(record.folder)
+    with pytest.raises(UserError, match="were deleted or cut"):
+        one.add([{"id": "a/2"}], lambda: None)
 
 
 def _hold(results: Path, began, seconds: float) -> None:

@@ -77,6 +77,31 @@ class Report:
         }
         return dataclasses.replace(self, **means)
 
+    def __str__(self) -> str:
+        """The ledger as a table: what is held, read and spent, and its share of the full cache at that moment."""
+        lines = [
+            ("held, end of the prompt", self.held_prompt, self.full_prompt),
+            ("held, now", self.held_end, self.full),
+            ("full cache, end of the prompt", self.full_prompt, self.full_prompt),
+            ("full cache, now", self.full, self.full),
+            ("asked for", self.asked, self.full_prompt),
+            ("overhead documented on top", self.overhead, self.full_prompt),
+            ("padding and free places, now", self.padding_end, self.full),
+            ("peak, reading the prompt", self.peak_prompt, self.full_prompt),
+            ("peak, after it", self.peak_decode, self.full),
+            ("read by the last step", self.read_step, self.full),
+            ("workspace", self.workspace, self.full_prompt),
+            ("the method's own parameters", self.adapter, self.full),
+            ("on the host", self.host, self.full),
+        ]
+        rows = [(what, f"{n:,}", f"{n / of:.1%}" if of else "-") for what, n, of in lines]
+        if self.nominal_bits is not None and self.effective_bits is not None:
+            rows.append(("bits per number, as codes", f"{self.nominal_bits:.2f}", "-"))
+            rows.append(("bits per number, in all", f"{self.effective_bits:.2f}", "-"))
+        head = ("", "bytes", "of full")
+        first, second, third = (max(len(row[i]) for row in [head, *rows]) for i in range(3))
+        return "\n".join(f"{a:<{first}}  {b:>{second}}  {c:>{third}}" for a, b, c in [head, *rows])
+
     def to_dict(self) -> dict[str, Any]:
         """All fields and the share, as plain values."""
         return {**dataclasses.asdict(self), "share": self.share}

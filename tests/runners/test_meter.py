@@ -219,3 +219,14 @@ def test_a_method_that_does_not_free_what_it_drops_misses_its_budget(store, held
 
 def test_nothing_is_on_the_host_when_the_model_is_there_itself(llama):
     assert after_prompt(llama, snapkv(), new=1).report().host == 0
+
+
+def test_a_printed_report_is_a_table_that_80_columns_hold(llama):
+    report = after_prompt(llama, snapkv()).report()
+    lines = str(report).splitlines()
+    assert max(map(len, lines)) <= 80 and len(set(map(len, lines))) == 1
+    held = next(line for line in lines if line.startswith("held, end of the prompt"))
+    assert held.split()[-2:] == [f"{report.held_prompt:,}", f"{report.share:.1%}"]
+    assert not any(line.startswith("bits") for line in lines)
+    coded = str(after_prompt(llama, load_method("per_token")).report())
+    assert "bits per number, as codes" in coded

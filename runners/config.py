@@ -28,6 +28,7 @@ class Model:
     shape: str | None = None
     resize: dict[str, Any] | None = None
     date: Annotated[str, "a day such as 2024-07-26"] = DATE
+    check: Annotated[Literal["auto", "off", False], "auto or off"] = "auto"  # YAML reads off as false
 
 
 @dataclass

@@ -4,11 +4,12 @@ ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WA
 PYTEST := $(ONE_THREAD) $(PY) -m pytest -n 2 --timeout 300
 CODE = $(wildcard run.py methods tasks runners kernels analysis benchmarks hydra_plugins)
 
-.PHONY: help setup run test test-slurm test-all lint format peers
+.PHONY: help setup run test test-slurm test-numeric test-all lint format peers
 help:
 	@echo "make run       python run.py method=nacl budget=0.5 task=longbench; more overrides: make run ARGS='budget=0.25'"
 	@echo "make test      the tests, without the slow ones and those that need a cluster"
 	@echo "make test-slurm  sweeps on a SLURM of one node, started for the tests; skipped without slurm-wlm and munge"
+	@echo "make test-numeric  kernels, methods and binding again under each choice of instructions and of threads (18)"
 	@echo "make test-all  all tests that this machine can run"
 	@echo "make lint      ruff check, ruff format --check, mypy"
 	@echo "make peers     ask kvpress again, in an environment of its own, and compare; the answers in tests/peers/data stay"
@@ -25,8 +26,13 @@ test: setup
 test-slurm: setup
 	$(ONE_THREAD) $(PY) -m pytest --timeout 1200 -m slurm tests/slurm $(ARGS)
 
+# ARGS: single combinations, such as default,Haswell,1; one or two threads are part of each
+test-numeric: setup
+	$(ONE_THREAD) $(PY) -m tests.numeric $(ARGS)
+
 test-all: setup
 	$(PYTEST) $(ARGS)
+	$(ONE_THREAD) $(PY) -m tests.numeric
 
 lint: setup
 	$(PY) -m ruff check .

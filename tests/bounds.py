@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,24 @@ from torch import Tensor
 
 from kernels.bounds import bound
 
-__all__ = ["bound", "half_digit", "near"]
+__all__ = [
+    "LOUDEST",
+    "MILD",
+    "QUIET",
+    "SHARP",
+    "bound",
+    "code_step",
+    "half_digit",
+    "losses_off",
+    "near",
+    "near_codes",
+    "run_off",
+]
+
+#: largest |logit| inside the attention of tests/methods/conftest.py's models, and of other tests' random models
+SHARP, MILD = 40.0, 8.0
+#: largest |logit| that these models give a token, in the same order
+LOUDEST, QUIET = 12.0, 6.0
 
 
 def near(actual: Any, expected: Any, off: float) -> None:
@@ -32,3 +50,60 @@ def near(actual: Any, expected: Any, off: float) -> None:
 def half_digit(digits: int) -> float:
     """How far a number worked by hand to so many digits behind the point may be from the exact one."""
     return 0.5 * 10.0**-digits
+
+
+def run_off(logits: Tensor | float = LOUDEST, sharp: float = SHARP, *, layers: int = 2, length: int = 128) -> float:
+    """How far two runs of a random model may be apart that compute the same: logits, hidden states, keys and values.
+
+    logits: what is compared, or its largest size.  sharp: largest |logit| inside the attention.  length: terms of the
+    longest sum, tokens or channels.
+
+    Every layer adds what its attention's sums are off by (`bound`; the other products are shorter and have no softmax);
+    what comes from the layers below goes through the residual stream as it is. Both runs are off, and independently:
+    √2 times one, at as many standard deviations.
+    """
+    size = logits.abs().max().item() if isinstance(logits, Tensor) else logits
+    return math.sqrt(2) * layers * bound(torch.float32, length, sharp, size=size, width=16)
+
+
+def losses_off(n: int = 1, sharp: float = MILD, size: float = QUIET) -> float:
+    """How far sums of n tokens' losses of two such runs may be apart.
+
+    A loss is a logit less a log-sum-exp, which is off by no more than the logits are; tokens err independently.
+    """
+    return 2 * math.sqrt(n) * run_off(size, sharp)
+
+
+def code_step(size: float, bits: int = 4, sharp: float = SHARP) -> float:
+    """How far results of this size may be apart where a key or value lies on the other side of a rounding edge.
+
+    A step is the range of a group, twice its largest element at most, over 2**bits - 1. A key's step moves a logit by
+    that share of it and the weights by twice as much as the logit; a value's step moves the value by its share. No
+    weight is below 0 or above 1, so that results never move by more than twice their size.
+    """
+    share = 2 / (2**bits - 1)
+    return size * min(2.0, 2 * sharp * share + share)
+
+
+def near_codes(
+    actual: Tensor, expected: Tensor, ours: Any, theirs: Any, n: int, row: int = 0, their_row: int = 0
+) -> None:
+    """Logits of two runs under a codec are as near as rounding allows; or by one code step, if codes really differ.
+
+    ours, theirs: the caches, of which one row each is compared. Of them one element in a hundred may differ, or a group
+    of 32: rounding edges are rare, and a scale on one moves its group. Above a layer with such a code only the prompt's
+    n tokens are compared, which were read before anything was packed.
+    """
+    flipped = False
+    for layer in range(len(ours.layers)):
+        held, end = [], n if flipped else math.inf
+        for cache, r in ((ours, row), (theirs, their_row)):
+            store = cache.layers[layer].inner.store
+            counted = (store.pos[r] >= 0) & (store.pos[r] < end)  # [H, S]
+            held.append([x[r][counted].double() for x in store.read()])
+        for a, b in zip(*held, strict=True):
+            assert a.shape == b.shape
+            differ = (a - b).abs() > run_off(b)
+            assert differ.sum() <= max(32, differ.numel() // 100), "these are other codes, not rounding edges"
+            flipped |= bool(differ.any())
+    near(actual, expected, code_step(expected.abs().max().item()) if flipped else run_off(expected))

@@ -1,9 +1,10 @@
-"""What every test shares: one thread, no network, and tiny models made on the spot."""
+"""What every test shares: one thread unless told otherwise, no network, and tiny models made on the spot."""
 
 import os
 
-# before torch: on tiny tensors two OpenMP threads are hundreds of times slower than one
-os.environ["OMP_NUM_THREADS"] = "1"
+# before torch: on tiny tensors two OpenMP threads are hundreds of times slower than one, and sum in another order
+THREADS = os.environ.get("KVFRONTIER_TEST_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = THREADS
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(THREADS))
 # Triton asks when it is first imported, and models import it: without a GPU its kernels run in its interpreter
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -14,6 +14,7 @@ from methods.core.errors import UserError
 from methods.core.watch import watch
 from methods.qfilters import principal, sample_queries
 from runners.bind import unbound
+from tests.bounds import bound, half_digit, near, run_off
 from tests.methods.conftest import kept, run, tiny_llama
 from tests.methods.layer import settled, step_of
 from tests.tiny import ARCHITECTURES, VOCAB, equip, tiny_model
@@ -46,14 +47,16 @@ def step_with(keys: torch.Tensor, start: int = 0, stage: Stage = Stage.ENDS_PROM
 def test_the_direction_of_a_group_is_the_mean_of_its_heads_directions(route):
     found = principal(torch.tensor([X1, X2]), route)
     expected = torch.tensor([[0.952254, 0.305308], [0.404889, 0.914366]])
-    torch.testing.assert_close(found.direction, expected, atol=2e-6, rtol=0)
+    # four queries of two numbers: sums of eight products, none larger than ten
+    off = bound(torch.float32, 8, size=10.0)
+    near(found.direction, expected, half_digit(6) + off)
     projections = torch.tensor(X1) @ found.direction[0]
-    torch.testing.assert_close(projections, torch.tensor([2.2098, 3.1621, 2.5333, -0.4151]), atol=1e-4, rtol=0)
+    near(projections, [2.2098, 3.1621, 2.5333, -0.4151], half_digit(4) + 10 * off)
     assert found.positive.tolist() == [0.75, 1.0]
-    torch.testing.assert_close(found.projection[0], projections.mean())
+    near(found.projection[0], projections.mean(), 10 * off)
     mean = found.direction.mean(0)
-    torch.testing.assert_close(mean, FILTER[0], atol=2e-6, rtol=0)
-    assert float(mean.norm()) == pytest.approx(0.912338, abs=2e-6)
+    near(mean, FILTER[0], half_digit(6) + off)
+    near(mean.norm(), 0.912338, half_digit(6) + off)
 
 
 def test_the_direction_points_to_where_most_queries_are_however_long_the_others_are():
@@ -89,7 +92,9 @@ def test_a_filter_is_the_mean_of_the_query_heads_that_share_its_kv_head(gqa):
     for layer, x in enumerate(sample_queries(gqa, rows, 3000, seed=0)):  # [4, N, D], two KV heads
         each = [principal(x[head : head + 1]).direction[0] for head in range(4)]
         for kv_head, pair in enumerate((each[:2], each[2:])):
-            torch.testing.assert_close(made.tensors["filters"][layer, kv_head], (pair[0] + pair[1]) / 2)
+            mean = (pair[0] + pair[1]) / 2
+            # a direction errs by what the products do over the gap to the next one, a tenth at least
+            near(made.tensors["filters"][layer, kv_head], mean, bound(torch.float32, 120, size=10.0))
 
 
 def test_capped_drops_one_token_per_step_and_none_comes_back():
@@ -177,7 +182,7 @@ def test_filters_are_made_of_the_queries_that_the_model_attends_with(gqa):
     a, b = q.chunk(2, dim=-1)
     rotated = q * cos + torch.cat((-b, a), dim=-1) * sin
     first, second = sample_queries(gqa, [ids], 1000, seed=0)
-    torch.testing.assert_close(first, rotated, atol=1e-5, rtol=1e-5)
+    near(first, rotated, run_off(rotated))
     # a sample: the same rows for all heads of a layer, others in the next layer, in the order of the text
     few = sample_queries(gqa, [ids], 20, seed=0)
     places = [
@@ -197,7 +202,7 @@ def test_rows_read_apart_are_sampled_as_one_text(gqa):
     together = sample_queries(gqa, pieces, 1000, seed=0)
     apart = [sample_queries(gqa, [piece], 1000, seed=0) for piece in pieces]
     for layer, whole in enumerate(together):
-        torch.testing.assert_close(whole, torch.cat([one[layer] for one in apart], dim=1))
+        near(whole, torch.cat([one[layer] for one in apart], dim=1), run_off(whole))
     assert [x.shape[1] for x in sample_queries(gqa, pieces, 25, seed=0)] == [25, 25]
 
 
@@ -278,7 +283,7 @@ def test_skipped_layers_keep_everything_and_the_share_says_so(gqa):
         assert kept(cache, 0) == list(range(83)) and len(kept(cache, 1)) == (23 if name == "qfilters" else 20)
         cache.check_budget()
         report = cache.report()
-        assert 0.625 <= report.share < 0.625 + report.overhead / report.full_prompt + 1e-9
+        assert 0.625 <= report.share <= (0.625 * report.full_prompt + report.overhead) / report.full_prompt
     with pytest.raises(UserError, match="has layers 0 to 1"):
         load_method("qfilters", skip=[2]).cache_for(gqa)
 
@@ -310,4 +315,4 @@ def test_the_shipped_filters_fit_the_shipped_model():
     config = model.config
     assert filters.shape == (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
     lengths = filters.norm(dim=-1)
-    assert (lengths > 0).all() and (lengths <= 1 + 1e-5).all()
+    assert (lengths > 0).all() and (lengths <= 1 + bound(torch.float32, config.head_dim)).all()

@@ -16,6 +16,7 @@ from runners.dialogue import dialogue
 from runners.generate import Prompt, generate
 from runners.prompt import Encoder
 from tasks.base import Choice, Example, Forced, Task, Timed, Turn
+from tests.bounds import half_digit, near
 
 TEXT = "the cat sat on a mat and read about a long river in the north where nobody answers questions. " * 3
 NEW = 6
@@ -135,7 +136,8 @@ def test_a_fed_text_has_a_mean_loss_and_a_curve(setting):
     forced = Forced(TEXT * 2, "prefix", 0, 64, 40, 1, range(40, 64))
     example = Example("t/0", "", "", [], 0, {"subset": "t", "category": "t"}, forced=forced)
     (row,) = rows(setting, load_method("full"), example)
-    assert row["counted"] == 24 and row["curve"] == [[0, 24, pytest.approx(24 * row["score"], abs=1e-4)]]
+    assert row["counted"] == 24 and row["curve"][0][:2] == [0, 24]
+    near(row["curve"][0][2], 24 * row["score"], 24 * half_digit(6))  # both are rounded to six digits
     assert row["tokens_in"] == 64 and row["bos"] == 0 and row["timings"]["n_prompt"] == 39
     (small,) = rows(setting, load_method("snapkv", budget=4, window=2, kernel=1), example)
     assert small["score"] != row["score"]
@@ -152,7 +154,7 @@ def test_one_beam_is_greedy_and_four_have_rows_of_their_own(setting):
     plain = Example("p/0", TEXT, "\n\nwho?", ["x"], NEW, {"subset": "p", "category": "p"}, min_new_tokens=2)
     (greedy,) = rows(setting, load_method("full"), plain)
     (four,) = rows(setting, load_method("full"), replace(plain, beams=4))
-    assert four["ledger"]["held_prompt"] == pytest.approx(4 * greedy["ledger"]["held_prompt"], rel=0.05)
+    assert abs(four["ledger"]["held_prompt"] / greedy["ledger"]["held_prompt"] - 4) < 0.2
     assert 2 <= four["tokens_out"] <= NEW
     with pytest.raises(UserError, match="beam search"):
         check([replace(plain, beams=4)], "agnostic", [])

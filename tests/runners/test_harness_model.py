@@ -9,6 +9,7 @@ from methods import load_method
 from runners.bind import unbound
 from runners.harness_model import cached_lm
 from tasks.lm_eval_harness import LmEval
+from tests.bounds import losses_off, near
 from tests.tasks.choice_items import put, write
 
 GENERATING = """
@@ -57,7 +58,7 @@ def test_the_full_cache_gives_lm_evals_own_table(model, tiny_tokenizer, tmp_path
     assert ours["results"] == own["results"]
     for name, samples in ours["samples"].items():
         for a, b in zip(samples, own["samples"][name], strict=True):
-            assert [x for x, _ in a] == pytest.approx([x for x, _ in b], abs=1e-3)
+            near([x for x, _ in a], [x for x, _ in b], losses_off(20))
             assert [x for _, x in a] == [x for _, x in b]
 
 

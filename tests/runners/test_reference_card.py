@@ -3,17 +3,18 @@
 import math
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runners import reference_card as measured
+from tests.bounds import SHARP, bound, near
 
 
 def test_the_five_gram_model_by_hand():
     # (): 0 and 1 twice each, so p(0) = (2 + 2/2) / 6; after 0 came 1 twice, so p(1 | 0) = (2 + 1/2) / 3
     expected = math.sqrt(1 / (1 / 2 * 5 / 6))
-    assert measured.five_gram_perplexity([0, 1, 0, 1], [0, 1], vocabulary=2, order=2) == pytest.approx(expected)
+    found = measured.five_gram_perplexity([0, 1, 0, 1], [0, 1], vocabulary=2, order=2)
+    near(found, expected, bound(torch.float64, 2, size=2 * expected))
 
 
 def test_the_longer_memory_predicts_better():
@@ -30,8 +31,9 @@ def test_the_reference_model_copies_what_it_looks_at():
     tokenizer = AutoTokenizer.from_pretrained(measured.ASSETS)
     layers = measured.measure_attention(tokenizer, measured.ASSETS, length=320)
     assert max(max(layer["copied token"]) for layer in layers) > 0.5
-    assert all(0.99 < share <= 1.0 + 1e-5 for share in layers[0]["last 16 tokens"])
-    assert all(0 <= share <= 1.0 + 1e-5 for layer in layers for heads in layer.values() for share in heads)
+    most = 1 + bound(torch.float32, 320, SHARP, width=32)
+    assert all(0.99 < share <= most for share in layers[0]["last 16 tokens"])
+    assert all(0 <= share <= most for layer in layers for heads in layer.values() for share in heads)
 
 
 def test_a_share_of_attention_is_a_share(tmp_path: Path):
@@ -45,5 +47,5 @@ def test_a_share_of_attention_is_a_share(tmp_path: Path):
     even = measured.measure_attention(tokenizer, tmp_path, length=320)[2]
     for name, most in (("first token", 1 / 65), ("last 16 tokens", 16 / 65), ("top 5 % of slots", 0.056)):
         assert 0.1 * most < even[name][0] < most
-    assert even["first token"][0] == pytest.approx(even["last 16 tokens"][3] / 16, rel=1e-4)
-    assert even["top 5 % of slots"][1] == pytest.approx(0.05, abs=0.006)
+    near(even["first token"][0], even["last 16 tokens"][3] / 16, 2 * bound(torch.float32, 320, 1.0))
+    assert 0.044 < even["top 5 % of slots"][1] < 0.056  # whole slots of few

@@ -19,10 +19,12 @@ from runners.session import Answer, behind
 from runners.time_limit import TimeLimit
 from runners.together import answer_together, force_together, together
 from tasks.base import Choice, Example, Forced, Task, Turn
+from tests.bounds import LOUDEST, SHARP, code_step, losses_off, near, run_off
 from tests.methods.conftest import tiny_llama
 from tests.tiny import SIZES, equip
 
-TIE = 1e-4  # logits closer than this may change places: a row of a batch is added up in another order
+TIE = run_off()  # logits closer than this may change places: a row of a batch is added up in another order
+STEP = code_step(LOUDEST)  # and so far one step of a code may take them
 BUDGETS = (0.5, 60)
 LENGTH = 97  # tokens of a text that is fed
 
@@ -84,8 +86,8 @@ def test_every_method_answers_in_a_group_as_it_does_alone(model, protocol, rows,
                 same = False
                 ties += 1
                 # a difference of summation order may become one step of a code
-                near = 2e-3 if isinstance(method, Codec) else TIE
-                assert margin(model, method, prompt, protocol, alone, at) < near, (method.name, method.budget, at)
+                off = STEP if isinstance(method, Codec) else TIE
+                assert margin(model, method, prompt, protocol, alone, at) < off, (method.name, method.budget, at)
         if same:
             assert outcome.answers == answers, method.name
             assert outcome.ledgers == cache.reports(behind(answers, timings.steps)), method.name
@@ -114,6 +116,7 @@ def test_every_method_predicts_a_text_in_a_group_as_it_does_alone(model, plan, r
     pieces, samples = torch.randint(1, 97, (rows, LENGTH), generator=g).tolist(), [41 + i for i in range(rows)]
     # one budget each, in turns: every method meets every way of feeding
     methods = [method for i, method in enumerate(members()) if i % 2 == rows - 1 or method.name == "full"]
+    flipped = 0
     for method, one in zip(methods, force_together(model, methods, pieces, plan, samples), strict=True):
         try:
             losses, cache, timings = force(model, method, pieces, plan, samples)
@@ -121,10 +124,16 @@ def test_every_method_predicts_a_text_in_a_group_as_it_does_alone(model, plan, r
             assert str(one.error) == str(error), method.name
             continue
         assert one.error is None, (method.name, one.error)
-        near = 2e-2 if isinstance(method, Codec) else TIE  # one step of a code
-        torch.testing.assert_close(one.losses, losses, rtol=0, atol=near, equal_nan=True, msg=method.name)
+        assert torch.equal(one.losses.isnan(), losses.isnan()), method.name
+        found, expected = one.losses.nan_to_num(0.0), losses.nan_to_num(0.0)
+        off = losses_off(1, SHARP, LOUDEST)
+        if isinstance(method, Codec) and (found - expected).abs().max() > off:
+            flipped += 1
+            off = STEP
+        near(found, expected, off)
         assert one.ledgers == cache.reports(), method.name
         assert (one.timings.steps, one.timings.n_prompt) == (timings.steps, timings.n_prompt)
+    assert flipped <= max(1, len(methods) // 10)  # codes on a rounding edge are rare
 
 
 @pytest.mark.parametrize(("seed", "says"), [(1, "no score for you"), (91, "lost on the way")])
@@ -135,7 +144,7 @@ def test_a_member_that_fails_in_a_text_leaves_the_others_alone(model, seed, says
     assert says in str(found[1].error)
     for i in (0, 2):
         losses = force(model, methods[i], pieces, FED["prefix"], [0])[0]
-        torch.testing.assert_close(found[i].losses, losses, rtol=0, atol=TIE, equal_nan=True)
+        near(found[i].losses.nan_to_num(0.0), losses.nan_to_num(0.0), losses_off(1, SHARP, LOUDEST))
 
 
 def test_the_time_limit_ends_a_text(model):
@@ -314,8 +323,12 @@ def test_every_method_is_asked_in_a_group_as_it_is_alone(reader, kind, rows):
         for mine, own in zip(ours, alone, strict=True):
             assert "error" not in own, own
             assert mine.pop("group") == len(methods)
-            near = 2e-2 if isinstance(method, Codec) else TIE  # one step of a code
-            assert mine.pop("likelihoods", ()) == pytest.approx(own.pop("likelihoods", ()), abs=near), method.name
+            found, expected = (torch.tensor(x.pop("likelihoods", ())) for x in (mine, own))
+            off = losses_off(32)
+            if isinstance(method, Codec) and found.numel() and (found - expected).abs().max() > off:
+                ties += 1
+                off = 32 * STEP
+            near(found, expected, off)
             if mine["prediction"] == own["prediction"]:
                 assert {**mine, "timings": 0} == {**own, "timings": 0}, (method.name, method.budget)
             else:

@@ -20,6 +20,7 @@ from runners import tune
 from runners.search import Trial, search
 from runners.tune import Tune, table_name
 from tasks.longbench import LongBench
+from tests.bounds import bound, near
 
 PROMPT = "Read. {context}\nQuestion: {input}\nAnswer:"
 TEXT = "the cat sat on a mat and read about a long river in the north. "
@@ -137,7 +138,7 @@ def test_tables_of_the_stand_in_objective_are_ordered_by_error_and_refused_by_th
         sum(layer[pair]["output"] for layer, pair in zip(card["profile"], row["table"].split()))
         for row in card["tables"]
     ]
-    assert scores == pytest.approx([-error for error in errors])
+    near(scores, [-error for error in errors], bound(torch.float64, len(errors), size=max(errors)))
     code, _, err = command("method=kvtuner_per_token", "budget=0.3")
     assert code == 2 and "output_error" in err and "runner=tune method=kvtuner_per_token" in err
 
@@ -207,7 +208,8 @@ def test_tables_that_share_a_pass_have_the_scores_that_each_has_alone(command, p
         (known,) = (place.parent / "results" / "tune").glob("*.jsonl")
         found.append({row["table"]: row["score"] for row in map(json.loads, known.read_text().splitlines())})
         known.unlink()
-    assert found[0] == pytest.approx(found[1]) and len(set(found[0].values())) > 2
+    assert found[0].keys() == found[1].keys() and len(set(found[0].values())) > 2
+    near(list(found[0].values()), [found[1][table] for table in found[0]], bound(torch.float64, 8))  # means
 
 
 def test_a_method_without_tables_and_settings_that_cannot_work_are_named(command):

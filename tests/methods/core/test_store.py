@@ -13,7 +13,8 @@ from methods.core.contract import Stage, Step
 from methods.core.ragged import RaggedStore
 from methods.core.store import Store, spare
 from runners.meter import nbytes
-from tests.kernels.formula import formula
+from tests.bounds import bound, near
+from tests.kernels.formula import allowed, formula
 
 B, H, HQ, D = 3, 2, 4, 8
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
@@ -117,7 +118,8 @@ class Lists:
                 for name, array in arrays.items() if places else ():
                     expected = [self.slots[b][h][p][name] for _, p in places]
                     expected = torch.stack(expected) if name in ("k", "v") else torch.tensor(expected)
-                    torch.testing.assert_close(array[b, h, [s for s, _ in places]], expected)
+                    off = bound(torch.float32, 64, size=expected.abs().max().item())  # sums, where something was added
+                    near(array[b, h, [s for s, _ in places]], expected, off)
 
     def check_attend(self, T: int, rules: Rules) -> None:
         """Append T tokens and attend with their queries: the formula over each head's own set."""
@@ -132,7 +134,7 @@ class Lists:
             for h in range(H):
                 for s, (p, slot) in enumerate(self.slots[b][h].items()):
                     k_pos[b, h, s], k[b, h, s], v[b, h, s] = p, slot["k"], slot["v"]
-        torch.testing.assert_close(out.double(), formula(q, k, v, rules, pos, k_pos), atol=2e-6, rtol=1e-5)
+        near(out, formula(q, k, v, rules, pos, k_pos), allowed(q, k, rules, pos, k_pos, v))
 
 
 EQUAL = [[7, 7]] * B

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kernels import Rules
 from methods.core.contract import LayerCache, Method, ModelSpec, Stage, Step
 from methods.core.errors import UserError
+from methods.full import Full
 from runners import sight
 from runners.decoder import CannotBind, Decoder, decoder_of, drops_attention
 from runners.lengths import Lengths, Reach
@@ -31,6 +32,7 @@ from runners.meter import Meter, Report
 from runners.padding import columns, padding_first, put_back
 from runners.passes import Bound, Passes
 from runners.rotation import Turning, turnings
+from runners.self_check import CHECK, self_check
 
 NAME = "kvfrontier"
 
@@ -64,8 +66,8 @@ class KVLayer(CacheLayerMixin):
         if len(shape) != 4 or (shape[1], shape[3]) != (spec.n_kv_heads, spec.head_dim):
             raise CannotBind(
                 self.cache.kind,
-                f"its layers store {' x '.join(map(str, shape[1::2]))} numbers of a token's keys instead of "
-                f"{spec.n_kv_heads} heads x {spec.head_dim}, such as latents",
+                "it stores something other than its heads' keys and values, such as latents "
+                f"({' x '.join(map(str, shape[1::2]))} numbers per token, not {spec.n_kv_heads} x {spec.head_dim})",
             )
         self.seen += shape[2]
         return Handle(self, key_states, value_states), None
@@ -365,18 +367,30 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, sight.mask)
 
 
-def bind(model: PreTrainedModel) -> ModelSpec:
+def bind(model: PreTrainedModel, check: bool = True) -> ModelSpec:
     """Let `model` run on our caches; the second call does nothing. Returns what methods may know of it.
+
+    check: try out a small copy first, unless the model was loaded with model.check=off; see runners/self_check.py.
 
     Raises UserError with the architecture's name when its attention cannot be reached or would not be the model's own;
     the model is left as it was.
     """
     state = model.__dict__.get("_kvfrontier")
     if state is None:
-        state = _attach(model, decoder_of(model, _ADAPTERS))
+        decoder = decoder_of(model, ADAPTERS)
+        _need_whole_attention(decoder.config.model_type, decoder.modules)
+        if check and model.__dict__.get(CHECK, True):
+            self_check(model, decoder, full, ADAPTERS)
+        state = _attach(model, decoder)
         model.__dict__["_kvfrontier"] = state
-    _need_whole_attention(state)
+    _need_whole_attention(state["kind"], state["modules"])
     return state[NAME]
+
+
+def full(model: PreTrainedModel) -> KVCache:
+    """A full cache for a model that nobody has tried out."""
+    bind(model, check=False)
+    return KVCache(model, Full())
 
 
 def _attach(model: PreTrainedModel, decoder: Decoder) -> dict[str, Any]:
@@ -384,17 +398,17 @@ def _attach(model: PreTrainedModel, decoder: Decoder) -> dict[str, Any]:
     kind, modules = decoder.config.model_type, decoder.modules
     turned = turnings(model, modules)
     spec = _spec(model, decoder.config, modules, turned)
-    passes = Passes(NAME, decoder.configs, modules, _ADAPTERS.get(kind), Lengths(model))
+    passes = Passes(NAME, decoder.configs, modules, ADAPTERS.get(kind), Lengths(model))
     passes.watch(model)
     for module in modules:
         module.register_forward_pre_hook(_extras, with_kwargs=True)
     return {NAME: spec, "turnings": turned, "kind": kind, "modules": modules, "passes": passes}
 
 
-def _need_whole_attention(state: dict[str, Any]) -> None:
+def _need_whole_attention(kind: str, modules: Iterable[nn.Module]) -> None:
     """Raises CannotBind where the model would leave attention out at random."""
-    if any(map(drops_attention, state["modules"])):
-        raise CannotBind(state["kind"], "in training mode it drops attention at random; model.eval() does not")
+    if any(map(drops_attention, modules)):
+        raise CannotBind(kind, "in training mode it drops attention at random; model.eval() does not")
 
 
 @contextmanager
@@ -435,7 +449,7 @@ def _spec(model: PreTrainedModel, config: Any, modules: list[nn.Module], turned:
         name=config.name_or_path or config.model_type,
         n_layers=len(modules),
         n_heads=n_heads,
-        n_kv_heads=_n_kv_heads(config),
+        n_kv_heads=n_kv_heads(config),
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
         max_positions=getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0),
         dtype=first.dtype,
@@ -445,7 +459,7 @@ def _spec(model: PreTrainedModel, config: Any, modules: list[nn.Module], turned:
     )
 
 
-def _n_kv_heads(config: Any) -> int:
+def n_kv_heads(config: Any) -> int:
     if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
         return 1
     named = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
@@ -495,7 +509,7 @@ def _falcon_forward(
     B, T = hidden_states.shape[:2]
     q, k, v = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
     # the new architecture hands out each key and value once per query head of its group
-    group = k.shape[1] // _n_kv_heads(self.config)
+    group = k.shape[1] // n_kv_heads(self.config)
     k, v = k[:, ::group], v[:, ::group]
     q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
     handle, _ = layer_past.update(k, v, self.layer_idx)
@@ -505,10 +519,8 @@ def _falcon_forward(
 
 
 #: models that do not use the attention interface: which method of the attention module to replace, and by what
-_ADAPTERS: dict[str, tuple[str, Callable[..., Any]]] = {
+ADAPTERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "gptj": ("_attn", _gptj_attn),
     "mpt": ("forward", _mpt_forward),
     "falcon": ("forward", _falcon_forward),
 }
-#: attention classes known to compute attention themselves, for which there is no adapter
-_OWN_FORWARD = {"BloomAttention", "GPTNeoSelfAttention", "CodeGenAttention"}

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,7 @@ TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s*$")
 # LongBench leaves about this many tokens of a model's window to the template and the answer
 MARGIN = 500
 INITS = ("pretrained", "random")
+CHECKS = ("auto", "off")
 Ends = Whole | list[Whole] | None  # token ids
 DTYPES = ("float32", "float16", "bfloat16")
 RANDOM_SEED = 0
@@ -43,7 +44,8 @@ class Checkpoint:
     path: as typed. folder: where it lies. commit, revision: of the hub's repository, and what stood for it as typed;
     None for a folder.
     random: of the folder only the configuration is used, and the weights are drawn; resize: settings of the
-    configuration that are changed then, as JSON.
+    configuration that are changed then, as JSON.  check: whether binding first tries out a small copy; it is no part of
+    what the checkpoint is.
     """
 
     path: str
@@ -52,6 +54,7 @@ class Checkpoint:
     revision: str | None = None
     random: bool = False
     resize: str = "{}"
+    check: bool = field(default=True, compare=False)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -151,8 +154,16 @@ def find(path: str, revision: str = "main") -> Checkpoint:
 def checkpoint_of(model: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint that the settings of a model name: `path` and `revision`; or, with init=random, only its shape.
 
-    Raises UserError as `find` does, and if `init`, `shape` or `resize` cannot work.
+    Raises UserError as `find` does, and if `init`, `shape`, `resize` or `check` cannot work.
     """
+    check = model.get("check", "auto")
+    check = {True: "on", False: "off"}.get(check, check) if isinstance(check, bool) else check  # off is YAML for false
+    if check not in CHECKS:
+        raise UserError(f"model.check={check}: give one of {', '.join(CHECKS)}")
+    return replace(_named(model), check=check == "auto")
+
+
+def _named(model: Mapping[str, Any]) -> Checkpoint:
     path, init = str(model["path"]), model.get("init", "pretrained")
     resize = {str(key): value for key, value in (model.get("resize") or {}).items()}
     if init not in INITS:
@@ -225,7 +236,7 @@ def load_model(checkpoint: Checkpoint, dtype: "torch.dtype", device: "torch.devi
     from transformers.utils import logging
 
     if checkpoint.random:
-        return _drawn(checkpoint, dtype, device)
+        return _noted(_drawn(checkpoint, dtype, device), checkpoint)
     logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -243,7 +254,13 @@ def load_model(checkpoint: Checkpoint, dtype: "torch.dtype", device: "torch.devi
         raise UserError(
             f"model.path={checkpoint.path}: the weights lack {len(names)} tensors of the model, such as {names[0]}"
         )
-    return model.to(device).eval()
+    return _noted(model.to(device).eval(), checkpoint)
+
+
+def _noted(model: "PreTrainedModel", checkpoint: Checkpoint) -> "PreTrainedModel":
+    """The model, which knows from here on whether binding tries it out first."""
+    model.__dict__["_kvfrontier_check"] = checkpoint.check
+    return model
 
 
 def _drawn(checkpoint: Checkpoint, dtype: "torch.dtype", device: "torch.device") -> "PreTrainedModel":

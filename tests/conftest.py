@@ -1,6 +1,7 @@
 """What every test shares: one thread unless told otherwise, no network, and tiny models made on the spot."""
 
 import os
+import tempfile
 
 # before torch: on tiny tensors two OpenMP threads are hundreds of times slower than one, and sum in another order
 THREADS = os.environ.get("KVFRONTIER_TEST_THREADS", "1")
@@ -8,6 +9,8 @@ os.environ["OMP_NUM_THREADS"] = THREADS
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+# what a bind tried out once is remembered for the next process and run, away from the user's own folder
+os.environ.setdefault("KVFRONTIER_CACHE", os.path.join(tempfile.gettempdir(), "kvfrontier-tests"))
 # tables as wide as they are, so that a test may look for a whole row
 os.environ["COLUMNS"] = "160"
 

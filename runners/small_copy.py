@@ -17,8 +17,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from runners.rotation import CHANGING
-
 #: tokens to which windows, chunks and switches are cut
 SPAN = 8
 VOCAB = 128
@@ -160,7 +158,7 @@ def _early(rope: Mapping[str, Any], config: Any) -> dict[str, Any]:
 
     Where frequencies follow the length, runners/lengths.py keeps a sequence on one side of the switch: here below it.
     """
-    if rope.get("rope_type", rope.get("type")) in CHANGING:
+    if re.search("dynamic|longrope", str(rope.get("rope_type", rope.get("type")))):
         return dict(rope)
     out = {key: _early(value, config) if isinstance(value, Mapping) else value for key, value in rope.items()}
     if "original_max_position_embeddings" in out:

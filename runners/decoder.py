@@ -110,7 +110,7 @@ def _stock_layers(config: Any) -> Iterable[Any]:
 
 
 def uses_interface(attention: type) -> bool:
-    """Whether an attention class calls the function that its configuration names; read off its code and its parents'."""
+    """Whether an attention class calls the function that its configuration names; by its code and its parents'."""
     own = [kind for kind in attention.__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
     try:
         return any("ALL_ATTENTION_FUNCTIONS" in inspect.getsource(kind) for kind in own)

@@ -157,7 +157,6 @@ def checkpoint_of(model: Mapping[str, Any]) -> Checkpoint:
     Raises UserError as `find` does, and if `init`, `shape`, `resize` or `check` cannot work.
     """
     check = model.get("check", "auto")
-    check = {True: "on", False: "off"}.get(check, check) if isinstance(check, bool) else check  # off is YAML for false
     if check not in CHECKS:
         raise UserError(f"model.check={check}: give one of {', '.join(CHECKS)}")
     return replace(_named(model), check=check == "auto")

@@ -29,7 +29,6 @@ class Model:
     resize: dict[str, Any] | None = None
     date: Annotated[str, "a day such as 2024-07-26"] = DATE
     check: Annotated[Literal["auto", "off", False], "auto or off"] = "auto"  # YAML reads off as false
-    check: Literal["auto", "off"] = "auto"
 
 
 @dataclass

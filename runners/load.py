@@ -157,6 +157,7 @@ def checkpoint_of(model: Mapping[str, Any]) -> Checkpoint:
     Raises UserError as `find` does, and if `init`, `shape`, `resize` or `check` cannot work.
     """
     check = model.get("check", "auto")
+    check = "off" if check is False else check  # YAML reads off as false
     if check not in CHECKS:
         raise UserError(f"model.check={check}: give one of {', '.join(CHECKS)}")
     return replace(_named(model), check=check == "auto")

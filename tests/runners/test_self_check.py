@@ -131,7 +131,7 @@ def test_a_copy_meets_every_kind_of_layer_and_every_length_early():
 
 def test_the_setting_reaches_the_model_and_a_wrong_one_is_named(tiny_model_dir):
     settings = {"path": str(tiny_model_dir)}
-    for check, expected in (("auto", True), ("off", False)):
+    for check, expected in (("auto", True), ("off", False), (False, False)):
         checkpoint = checkpoint_of({**settings, "check": check})
         assert checkpoint == checkpoint_of(settings)  # no part of what the checkpoint is
         model = load_model(checkpoint, torch.float32, torch.device("cpu"))

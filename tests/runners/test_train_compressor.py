@@ -32,11 +32,15 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def made(tiny_model_dir, text, tmp_path):
-    """Trains in a folder of its own: made("one", batches=2) -> (model, folder of the artefact)."""
+    """Trains in a folder of its own: made("one", batches=2) -> (model, folder of the artefact).
 
-    def train(folder: str, **changes):
+    sharper: factor of the model's logits.
+    """
+
+    def train(folder: str, sharper: float = 1.0, **changes):
         checkpoint = find(str(tiny_model_dir))
         model = load_model(checkpoint, torch.float32, torch.device("cpu")).requires_grad_(False)
+        model.get_output_embeddings().weight.data *= sharper
         at = tmp_path / folder
         settings = dict(length=96, batch=2, batches=4, lr=1e-2, init_std=0.1, chosen_on=2, held_out=2, measure_every=2)
         runner = TrainCompressor(out=str(at), export=str(at), text=str(text), **{**settings, **changes})
@@ -94,10 +98,12 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(made):
 @pytest.mark.parametrize("loss", ["full", "text"])
 def test_the_first_loss_is_that_of_the_chunks_behind_a_compression(loss, made, tiny_model_dir, text):
     # a closed gate that stays closed: what is held is what dropping would leave
-    _, at = made("one", loss=loss, batches=1, measure_every=1, init_gate=0.0, lr=0.0, gate_lr=0.0)
+    # sharp predictions: a divergence and its reverse are far apart
+    _, at = made("one", 30.0, loss=loss, batches=1, measure_every=1, init_gate=0.0, lr=0.0, gate_lr=0.0)
     logged = json.loads(next(at.rglob("log.jsonl")).read_text().splitlines()[0])["loss"]
     checkpoint = find(str(tiny_model_dir))
     model = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    model.get_output_embeddings().weight.data *= 30.0
     settings = dict(length=96, batch=2, text=str(text), loss=loss)
     trained, _ = TrainCompressor(**settings).rows(load_tokenizer(checkpoint), 0)
     ids = trained(0)

@@ -64,7 +64,8 @@ class GroupedSweeper(BasicSweeper):
         given = self.config.results
         given = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
         results = conform(given, hints_of(Config)["results"], "results")  # Hydra writes there first
-        check_writable(Path(results).expanduser())
+        if not Path(results).expanduser().is_dir():  # what is finished in one that is read-only is shown
+            check_writable(Path(results).expanduser())
         launch = self.launcher.launch
 
         def launched(jobs: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:

@@ -346,3 +346,19 @@ def test_a_tokenizer_of_one_file_names_the_package_that_reads_it(
 def test_a_tokenizer_in_the_library_s_own_form_needs_neither_package(tiny_model_dir, monkeypatch):
     monkeypatch.setattr(load, "find_spec", lambda wanted: None)
     assert load.load_tokenizer(load.find(str(tiny_model_dir)))("the cat").input_ids
+
+
+def test_a_tokenizer_of_one_sentencepiece_file_is_read(tiny_model_dir, tmp_path):
+    import sentencepiece
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    words = "the cat sat on a mat and read about a long river in the north".split()
+    texts = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), vocab_size=60, model_type="bpe",
+        minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.vocab").unlink()
+    tokenizer = load.load_tokenizer(load.find(str(folder)))
+    assert tokenizer.decode(tokenizer.encode("the cat sat", add_special_tokens=False)) == "the cat sat"

@@ -353,7 +353,7 @@ def test_a_tokenizer_of_one_sentencepiece_file_is_read(tiny_model_dir, tmp_path)
 
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_dir, folder, ignore=shutil.ignore_patterns("tokenizer*"))
-    words = "the cat sat on a mat and read about a long river in the north".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "read", "about", "a", "long", "river", "in", "the", "north"]
     texts = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), vocab_size=60, model_type="bpe",

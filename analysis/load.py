@@ -181,7 +181,7 @@ def _unpack(path: Path) -> Results:
 
 def _cell(name: str, folder: Path) -> dict[str, Any]:
     try:
-        book = json.loads((folder / "cell.json").read_text())
+        book = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError) as error:
         raise ValueError(
             "its cell.json is missing or broken; the command that made the record writes it again"

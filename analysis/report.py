@@ -46,7 +46,9 @@ def page(results: Results) -> str:
         raise NothingToRead("no finished cell with a full cache beside it")
     data = contents(results, table.assign(front=on_front(table)))
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE.read_text())
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
     return template.render(data=packed(text), plotly=packed(get_plotlyjs()))
 
 

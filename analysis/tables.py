@@ -138,7 +138,7 @@ def fill(text: str, folder: Path) -> str:
             return match[0]
         if not path.exists():
             raise NothingToRead(f"{path}: no such file; python -m analysis.tables RESULTS --name {name} makes it")
-        book = json.loads(path.read_text())
+        book = json.loads(path.read_text(encoding="utf-8"))
         if "claims" in book:
             return f"{head}\n{claimed(book)}\n`{book['command']}`\n\n{end}"
         said = f"`{book['command']}`, n = {_counts(book['points'])}\n"
@@ -157,13 +157,15 @@ def methods(home: Path) -> str:
     for path in sorted((home / "conf" / "method").glob("*.yaml")):
         target = _target(path)
         module = home / Path(*target.split(".")[:-1]).with_suffix(".py")
-        said = ast.get_docstring(ast.parse(module.read_text())) or ""
+        said = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
         what = said.split("\n\n")[0].replace("\n", " ").partition(": ")
         paper = re.search(r"^Paper: +(.*?)(?=\n\S|\Z)", said, re.M | re.S)
         source = re.sub(r"\s+", " ", paper[1]).rstrip(".") if paper else ""
         does = what[2] or what[0]
         if based := re.search(
-            r"^defaults: *\[(\S+),.*?^store: *\{_target_: *methods\.(\w+)", path.read_text(), re.M | re.S
+            r"^defaults: *\[(\S+),.*?^store: *\{_target_: *methods\.(\w+)",
+            path.read_text(encoding="utf-8"),
+            re.M | re.S,
         ):
             does = f"`{based[1]}`, its slots stored as in `{based[2]}`"
         lines.append({"method": f"`{path.stem}`", "what it does": does, "paper": source})
@@ -172,7 +174,7 @@ def methods(home: Path) -> str:
 
 def _target(path: Path) -> str:
     """The class that a YAML names, or the one of the YAML that it starts from."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     if allocator := re.search(r"^allocator:[\s{]*_target_: *([^\s,}]+)", text, re.M):
         return allocator[1]  # a paper of its own, on top of another's scores
     if own := re.search(r"^_target_: *(\S+)", text, re.M):
@@ -207,16 +209,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.results:
             results = load(given.results, given.all_generations)
-            expected = yaml.safe_load(given.expected.read_text()) if given.expected else None
+            expected = yaml.safe_load(given.expected.read_text(encoding="utf-8")) if given.expected else None
             book = snapshot(results, given.command, expected)
             for problem in results.problems:
                 print(problem, file=sys.stderr)
             path = folder / f"{given.name}.json"
-            path.write_text(json.dumps(book, indent=1) + "\n")
+            path.write_text(json.dumps(book, indent=1) + "\n", encoding="utf-8")
             results.pack(path.with_suffix(".parquet"))
             print(f"{len(book['points'])} points in {path}, and the samples behind them in {path.stem}.parquet")
         if given.readme:
-            readme.write_text(fill(readme.read_text(), folder))
+            readme.write_text(fill(readme.read_text(encoding="utf-8"), folder), encoding="utf-8")
     except NothingToRead as error:
         print(f"tables: {error}", file=sys.stderr)
         return 2

@@ -137,7 +137,7 @@ def main() -> None:
             print(found[-1], flush=True)
     if not sys.argv[1:]:
         PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page(found))
+        PAGE.write_text(page(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

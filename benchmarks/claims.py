@@ -215,7 +215,7 @@ def kvtuner(method: str, mode: str, own: Records) -> Claim:
     less with fewer bytes, or more with as many.
     """
     folder = ASSETS / "kvtuner" / "reference" / mode
-    card = json.loads((folder / "card.json").read_text())
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     everything = own.samples("reasoning-mini", "full")
     unseen = set(everything.seeds[0].index) - set(card["samples"])
     rows = []
@@ -244,7 +244,7 @@ def kvtuner(method: str, mode: str, own: Records) -> Claim:
 def lococo() -> Claim:
     """As the artefacts' cards have it: held-out perplexity at equal slots."""
     rows = []
-    cards = [json.loads(path.read_text()) for path in (ASSETS / "lococo" / "reference").glob("*.json")]
+    cards = [json.loads(path.read_text(encoding="utf-8")) for path in (ASSETS / "lococo" / "reference").glob("*.json")]
     for card in sorted(cards, key=lambda card: card["slots"]):
         for text, found in card["held_out"].items():
             for rival, (value, low, high) in found["gain"].items():
@@ -317,7 +317,7 @@ def main() -> int:
         "weights": sorted({weights for of in cells for weights in of["weights"]}),
         "claims": [asdict(claim) for claim in claims],
     }
-    (HOME / "benchmarks" / "claims.json").write_text(json.dumps(book, indent=1) + "\n")
+    (HOME / "benchmarks" / "claims.json").write_text(json.dumps(book, indent=1) + "\n", encoding="utf-8")
     code = subprocess.run([sys.executable, "-m", "analysis.tables", "--readme"], cwd=HOME, check=False).returncode
     return code or int(left_out)
 

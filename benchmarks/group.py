@@ -110,7 +110,7 @@ def main() -> int:
                     "load": round(os.getloadavg()[2], 1), "threads": os.environ.get("OMP_NUM_THREADS")},
     }  # fmt: skip
     out = Path(args.out or ROOT / "benchmarks" / f"group-{device()}.json")
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for name, ratio in ratios.items():
         fractions = ", ".join(f"1/{1 / value:.1f} by {clock}" for clock, value in ratio.items())
         print(f"{name}: {fractions} of the single runs, goal 1/{1 / GOALS[name]:.0f}")
@@ -132,7 +132,11 @@ def command(words: list[str]) -> Seconds:
 
 def sample_seconds(results: str) -> float:
     """Seconds on the clock that the records give to their samples."""
-    rows = (json.loads(line) for path in Path(results).rglob("samples.jsonl") for line in path.read_text().splitlines())
+    rows = (
+        json.loads(line)
+        for path in Path(results).rglob("samples.jsonl")
+        for line in path.read_text(encoding="utf-8").splitlines()
+    )
     return sum(row["timings"][part] for row in rows for part in ("prompt", "question", "decode"))
 
 
@@ -185,8 +189,10 @@ def differences(a: Path, b: Path) -> tuple[int, int]:
         other = b / path.relative_to(a)
         if not other.exists():  # not every cell need have run by itself
             continue
-        ours, theirs = ({row["id"]: row["prediction"] for row in map(json.loads, p.read_text().splitlines())}
-                        for p in (path, other))  # fmt: skip
+        ours, theirs = (
+            {row["id"]: row["prediction"] for row in map(json.loads, p.read_text(encoding="utf-8").splitlines())}
+            for p in (path, other)
+        )
         found += [ours[id] != theirs[id] for id in ours]
     return sum(found), len(found)
 

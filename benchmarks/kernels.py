@@ -358,7 +358,7 @@ def main() -> None:
         "ops": ops,
         "results": results,
     }
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten: {args.out}")
 
 

@@ -38,13 +38,15 @@ def write(root: Path, cells: int, samples: int) -> None:
             "budget": budget, "task": {"name": task, "fingerprint": {}}, "protocol": "aware", "seed": 0, "dtype": "x",
         }  # fmt: skip
         runs = [{"conditions": {"torch": "0"}, "commit": "0", "family": "eviction", "command": "python run.py"}]
-        (folder / "cell.json").write_text(json.dumps({"format": 1, "identity": identity, "runs": runs}))
+        (folder / "cell.json").write_text(
+            json.dumps({"format": 1, "identity": identity, "runs": runs}), encoding="utf-8"
+        )
         sizes = ["full", "full_prompt", "held_prompt", "held_end", "read_step", "peak_prompt", "peak_decode"]
         held = int(budget * 10**6)
         ledger = {name: 10**6 for name in sizes} | {"held_prompt": held, "per_layer": [held // 32] * 32}
         times = {"prompt": 1.0, "question": 0.0, "decode": 1.0, "n_prompt": 1000, "steps": 10}
         prompts = random.Random(task)  # the same for all cells of a task
-        with (folder / "samples.jsonl").open("w") as file:
+        with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
             for s in range(samples):
                 row = {
                     "id": f"set{s % 6}/{s}", "tags": {"subset": f"set{s % 6}", "category": f"c{s % 3}"},

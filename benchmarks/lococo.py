@@ -115,14 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = "python run.py runner=train_compressor method=lococo budget=128"
         print(f"no compressor in assets/lococo/reference; train one: {command}", file=sys.stderr)
         return 2
-    read = sorted((json.loads(card.read_text()) for card in cards), key=lambda card: card["slots"])
+    read = sorted((json.loads(card.read_text(encoding="utf-8")) for card in cards), key=lambda card: card["slots"])
     results = [measure(model, ids, card, args.rounds) for card in read]
     for result in results:
         show(result)
     versions = {name: metadata.version(name) for name in ("torch", "transformers")}
     conditions = {**versions, "python": platform.python_version(), "threads": args.threads, "rounds": args.rounds}
     whole = {"prompt": LENGTH, "decoded": NEW, **conditions, "weights": checkpoint.weights, "compressors": results}
-    args.out.write_text(json.dumps(whole, indent=1) + "\n")
+    args.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

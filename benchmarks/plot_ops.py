@@ -22,7 +22,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("record", type=Path)
     path = parser.parse_args(words).record
     out = path.with_suffix(".png")
-    draw(json.loads(path.read_text()), out)
+    draw(json.loads(path.read_text(encoding="utf-8")), out)
     print(out)
     return 0
 

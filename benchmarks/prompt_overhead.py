@@ -106,7 +106,7 @@ def child(variant: str, length: str, heads: str, kv_heads: str, dim: str, budget
     shape = int(heads), int(kv_heads), int(dim)
     take(variant, prompt(256, *shape), float(budget))
     step = prompt(int(length), *shape)
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = _status("VmRSS")
     result = take(variant, step, float(budget))
     print(_status("VmHWM") - before)
@@ -115,7 +115,7 @@ def child(variant: str, length: str, heads: str, kv_heads: str, dim: str, budget
 
 def _status(key: str) -> int:
     """A line of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(key + ":")))
 
 
@@ -170,7 +170,7 @@ def main() -> None:
         "time": rows,
         "memory": memory,
     }
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"written: {args.out}")
 
 

@@ -214,7 +214,7 @@ def hardware() -> dict[str, Any]:
 
 
 def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
 
 
 def commit() -> str:
@@ -270,7 +270,7 @@ def main() -> None:
         "results": results,
         "harness": share,
     }
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten: {args.out}")
 
 

@@ -34,7 +34,9 @@ def sweeps(name: str) -> list[list[str]]:
 
 def reseeded(sweep: str) -> list[str]:
     """The same sweep of the methods that draw at random, with the seeds that it has not."""
-    grid = yaml.safe_load((HOME / "conf" / "experiment" / f"{sweep.partition('=')[2]}.yaml").read_text())
+    grid = yaml.safe_load(
+        (HOME / "conf" / "experiment" / f"{sweep.partition('=')[2]}.yaml").read_text(encoding="utf-8")
+    )
     methods = grid["hydra"]["sweeper"]["params"]["method"].split(",")
     own = [method for method in RANDOM if method in methods or methods == ["glob(*)"]]
     return [sweep, f"method={','.join(own)}", f"seed={','.join(map(str, SEEDS[1:]))}"]

@@ -105,7 +105,7 @@ def _key(compiler: list[str]) -> str:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     own = {line for line in lines if line.partition(":")[0].strip() in ("model name", "flags", "Features", "CPU part")}
     return "\n".join([platform.machine(), platform.processor(), *sorted(own)])
 

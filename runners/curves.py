@@ -11,7 +11,7 @@ def draw_curves(log: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     losses = [e for e in entries if "loss" in e]
     recalls = [e for e in entries if "recall" in e]
     figure, (left, right) = plt.subplots(1, 2, figsize=(15, 5))

@@ -86,7 +86,7 @@ class Shelf:
 def _open(folder: Path) -> Found | None:
     """A record; None for one that cannot be read, which is said when it is asked for itself."""
     try:
-        book = json.loads((folder / "cell.json").read_text())
+        book = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
         identity, runs = book["identity"], book["runs"]
         began, samples = str(runs[-1].get("began", "")), folder / "samples.jsonl"
         asked(identity), generation_of(identity, runs[-1])

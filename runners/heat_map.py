@@ -153,8 +153,8 @@ def draw(folder: Path, path: Path | None = None) -> Path | None:
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
     """A record's identity, and the scores of its finished samples."""
     try:
-        identity = json.loads((folder / "cell.json").read_text())["identity"]
-        lines = (folder / "samples.jsonl").read_text().splitlines()
+        identity = json.loads((folder / "cell.json").read_text(encoding="utf-8"))["identity"]
+        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines if line.endswith("}")]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: not a record that can be read ({error})") from error

@@ -163,8 +163,8 @@ def curves(cells: Sequence[tuple[str, Rows]], batch: int) -> dict[str, list[Poin
 def read(folder: Path) -> tuple[str, Rows, str]:
     """A record's label, its finished samples, and its model. Raises UserError if it is none of task=latency."""
     try:
-        identity = json.loads((folder / "cell.json").read_text())["identity"]
-        lines = (folder / "samples.jsonl").read_text().splitlines()
+        identity = json.loads((folder / "cell.json").read_text(encoding="utf-8"))["identity"]
+        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
         rows = {row["id"]: row for row in (of_sample(json.loads(line)) for line in lines if line.endswith("}"))}
         label = identity["method"]["name"]
         if label != "full":

@@ -123,7 +123,7 @@ class Record:
         None where cell.json is missing or broken: `begin` writes it again.
         """
         try:
-            runs = json.loads(self.cell_path.read_text())["runs"]
+            runs = json.loads(self.cell_path.read_text(encoding="utf-8"))["runs"]
             return runs if all(isinstance(run["conditions"], dict) for run in runs) else []
         except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             return []

@@ -59,9 +59,9 @@ def measure_needles(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
 def measure_bundle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """By subset of longbench-mini: score, share of answers that ended by EOS, score of the context's first words."""
     found = {}
-    for name, subset in yaml.safe_load((BUNDLED / "subsets.yaml").read_text()).items():
+    for name, subset in yaml.safe_load((BUNDLED / "subsets.yaml").read_text(encoding="utf-8")).items():
         scores, leads, ended = [], [], 0
-        samples = [json.loads(line) for line in (BUNDLED / f"{name}.jsonl").read_text().splitlines()]
+        samples = [json.loads(line) for line in (BUNDLED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
         for sample in samples:
             prompt = subset["prompt"].replace("{input}", sample["input"]).replace("{context}", sample["context"])
             ids = torch.tensor([tokenizer(prompt).input_ids])
@@ -169,7 +169,7 @@ def _ids(tokenizer: PreTrainedTokenizerFast, paragraph: str) -> list[int]:
 
 def training_facts(log: Path) -> dict[str, Any]:
     """Tokens, steps and seconds of the run that wrote `log`."""
-    last = [json.loads(line) for line in log.read_text().splitlines() if '"loss"' in line][-1]
+    last = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if '"loss"' in line][-1]
     return {"tokens": last["tokens"], "steps": last["step"], "seconds": last["seconds"]}
 
 
@@ -192,7 +192,7 @@ def card(measured: dict[str, Any]) -> str:
         for i, (layer, outlier) in enumerate(zip(measured["attention"], map(_outlier, measured["keys"])))
     ]
     training, perplexity = measured["training"], measured["perplexity"]
-    return TEMPLATE.read_text().format(
+    return TEMPLATE.read_text(encoding="utf-8").format(
         parameters=measured["parameters"] / 1e6,
         layers=config["num_hidden_layers"],
         width=config["hidden_size"],
@@ -257,11 +257,11 @@ def main() -> None:
             "keys": measure_keys(model, tokenizer),
             "perplexity": measure_perplexity(model, tokenizer),
         }
-        path.write_text(json.dumps(measured, indent=1, default=str) + "\n")
+        path.write_text(json.dumps(measured, indent=1, default=str) + "\n", encoding="utf-8")
         draw_curves(given.log, given.model / "curves.png")
-    known = json.loads(path.read_text())
+    known = json.loads(path.read_text(encoding="utf-8"))
     draw_attention(known["attention"], known["keys"], given.model / "attention.png")
-    (given.model / "README.md").write_text(card(known))
+    (given.model / "README.md").write_text(card(known), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _read(name: str) -> tuple[frozenset[str], tuple[str, ...]]:
     found = {hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest() for text in _definitions(tree)}
     compiled = path.with_suffix(".cpp")  # the C++ form that a module calls lies beside it
     if compiled.is_file():
-        found.add(hashlib.sha256(_without_comments(compiled.read_text()).encode()).hexdigest())
+        found.add(hashlib.sha256(_without_comments(compiled.read_text(encoding="utf-8")).encode()).hexdigest())
     return frozenset(found), tuple(dict.fromkeys(_imported(tree.body, package)))
 
 

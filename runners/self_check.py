@@ -244,7 +244,7 @@ def folder() -> Path:
 
 def _on_disk(name: str) -> bool:
     with contextlib.suppress(OSError, ValueError):
-        return float(json.loads((folder() / f"{name}.json").read_text())["off"]) <= BOUND
+        return float(json.loads((folder() / f"{name}.json").read_text(encoding="utf-8"))["off"]) <= BOUND
     return False
 
 

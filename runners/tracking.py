@@ -83,7 +83,7 @@ class Tracker:
                     self._fall_back(error)
                     continue
                 state[place] = {"digest": upload.digest, "samples": sorted(known | set(upload.series))}
-                (upload.folder / STATE).write_text(json.dumps(state))
+                (upload.folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
     def _send(self, upload: Upload, known: set[str]) -> None:
         import wandb
@@ -143,7 +143,7 @@ class Tracker:
     @staticmethod
     def _state(folder: Path) -> dict[str, Any]:
         try:
-            return json.loads((folder / STATE).read_text())
+            return json.loads((folder / STATE).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return {}
 
@@ -227,7 +227,7 @@ def of_frontier(run: Run, group: str | None, scratch: Path) -> Upload | None:
     if done.returncode:
         show.note(f"wandb={run.cfg.wandb.mode}: no frontier figure; {(done.stderr.strip().splitlines() or [''])[-1]}")
         return None
-    with (scratch / "frontier.csv").open(newline="") as file:
+    with (scratch / "frontier.csv").open(newline="", encoding="utf-8") as file:
         columns, *points = csv.reader(file)
     names["protocol"] = identity["protocol"]
     return Upload(

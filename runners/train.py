@@ -320,7 +320,7 @@ def _begun(plan: list[Any], ends: list[float], seen: int) -> list[Any]:
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 
 
@@ -328,9 +328,11 @@ def _cut_log(path: Path, step: int) -> None:
     """Drop what a killed run logged after its last checkpoint."""
     if path.exists():
         lines = [
-            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+            line
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if line.endswith("}") and json.loads(line)["step"] <= step
         ]
-        path.write_text("".join(line + "\n" for line in lines))
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 class _progress:

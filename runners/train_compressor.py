@@ -356,7 +356,7 @@ def draw(log: Path, held_out: dict[str, Any], picture: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
     left.plot(*zip(*((e["batch"], e["loss"]) for e in entries if "loss" in e)), label="read behind a compression")
     left.set(xlabel="batches", ylabel="loss, nats per token")
@@ -400,7 +400,7 @@ def _gates(nets: nn.ModuleList) -> Sequence[float]:
 
 
 def _log(at: Path, entry: dict[str, Any]) -> None:
-    with (at / "log.jsonl").open("a") as file:
+    with (at / "log.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 
 
@@ -422,6 +422,10 @@ def _resume(at: Path, nets: Any, optimizer: Any, decay: Any, recipe: dict[str, A
     optimizer.load_state_dict(saved["optimizer"])
     decay.load_state_dict(saved["decay"])
     done = saved["state"]["batch"]
-    lines = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["batch"] <= done]
-    log.write_text("".join(line + "\n" for line in lines))
+    lines = [
+        line
+        for line in log.read_text(encoding="utf-8").splitlines()
+        if line.endswith("}") and json.loads(line)["batch"] <= done
+    ]
+    log.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return saved["state"]

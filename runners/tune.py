@@ -204,7 +204,7 @@ class Scores:
         self.model, self.method, self.task, self.encoder = model, method, task, encoder
         self.examples, self.cfg, self.path = examples, cfg, path
         self.sign = 1 if task.metric.better == "higher" else -1
-        lines = path.read_text().splitlines() if path.is_file() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         self.known: dict[str, float] = {row["table"]: row["score"] for row in map(json.loads, lines)}
 
     def __call__(self, tables: Sequence[Table]) -> list[float]:
@@ -212,7 +212,7 @@ class Scores:
         if todo:
             scores = self._measure(list(todo.values()))
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 for name, score in zip(todo, scores, strict=True):
                     self.known[name] = score
                     file.write(json.dumps({"table": name, "score": score}) + "\n")
@@ -281,7 +281,7 @@ def write(
     for old in out.glob("*.yaml"):
         old.unlink()
     for trial in worth:
-        (out / f"{table_name(trial)}.yaml").write_text(table_yaml(trial.table))
+        (out / f"{table_name(trial)}.yaml").write_text(table_yaml(trial.table), encoding="utf-8")
     card = {
         "method": "kvtuner",
         **facts,
@@ -294,7 +294,7 @@ def write(
         "model": artefacts.identity(model),
     }
     part = out / f"{CARD}.{os.getpid()}.tmp"
-    part.write_text(json.dumps(card, indent=1) + "\n")
+    part.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     part.replace(out / CARD)
     draw_front(tried, alike, worth, facts["mode"], out / "front.png")
 

@@ -60,7 +60,7 @@ def piqa(path: Path) -> Rows:
     answers, rows = path.with_name(f"{path.stem}-labels.lst"), plain(path)
     if not answers.is_file():
         return rows
-    labels = answers.read_text().split()
+    labels = answers.read_text(encoding="utf-8").split()
     return [{**row, "label": int(label)} for row, label in zip(rows, labels, strict=True)]
 
 

@@ -201,3 +201,26 @@ def test_transformers_does_not_take_our_kernels_folder_for_the_hub_package_of_th
     from transformers.utils import is_kernels_available
 
     assert not is_kernels_available()
+
+
+def unsaid_encodings(path: Path) -> list[str]:
+    """Calls that read or write text in whatever encoding the machine has."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        owner = getattr(getattr(node.func, "value", None), "id", "")
+        texts = name in ("read_text", "write_text") and len(node.args) < (1 if name == "read_text" else 2)
+        if name == "open" and owner not in ("os", "gzip"):
+            modes = node.args[not isinstance(node.func, ast.Attribute) :]
+            mode = modes[0].value if modes and isinstance(modes[0], ast.Constant) else "" if modes else "r"
+            texts = isinstance(mode, str) and mode != "" and "b" not in mode
+        if texts:
+            found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    return found
+
+
+def test_text_files_are_utf_8_whatever_the_machine_says():
+    paths = [ROOT / "run.py", *(path for folder in sorted(OURS | {"benchmarks"}) for path in sources(folder))]
+    assert [place for path in paths for place in unsaid_encodings(path)] == []

@@ -68,7 +68,7 @@ def main(words: Sequence[str]) -> int:
         "agreement": [{"op": c.op, "form": c.form, "error": c.error, "tolerance": c.tolerance} for c in found],
         "rows": rows,
     }
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     console.print(f"written: {out}", highlight=False, soft_wrap=True)
     return 0
 
@@ -199,7 +199,7 @@ def _device_name(device: torch.device) -> str:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else []
+    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.M) if info.exists() else []
     return names[0].strip() if names else platform.processor() or platform.machine()
 
 

@@ -10,7 +10,9 @@ from tasks.documents import Document
 
 def write_rows(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
     """`name`.jsonl, the same bytes on every system."""
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), newline="\n")
+    (folder / f"{name}.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), newline="\n", encoding="utf-8"
+    )
 
 
 def prompt_of(document: Document, text: str, answers: list[str], metric: str, max_new_tokens: int) -> dict[str, Any]:

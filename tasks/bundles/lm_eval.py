@@ -55,4 +55,4 @@ def write(folder: Path) -> None:
     """A file of rows and a task file per kind of document."""
     for name in SPLITS:
         write_rows(folder, name, rows(name))
-        (folder / f"{name}.yaml").write_text(TASK.format(name=name), newline="\n")
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name), newline="\n", encoding="utf-8")

@@ -77,7 +77,7 @@ def write(folder: Path, count: int = COUNT) -> None:
             "max_new_tokens": subset.max_new_tokens,
             "first_line": subset.first_line,
         }
-    (folder / "subsets.yaml").write_text(yaml.safe_dump(described, sort_keys=False), newline="\n")
+    (folder / "subsets.yaml").write_text(yaml.safe_dump(described, sort_keys=False), newline="\n", encoding="utf-8")
 
 
 def _reference(document: Document, metric: str) -> str:

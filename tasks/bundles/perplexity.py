@@ -54,5 +54,5 @@ def write(folder: Path) -> None:
         origin = f"CPython's documentation, PSF licence, sha256 {COLLECTED}"
         kept = [{"text": text, "origin": origin} for text in prose_texts()]
     else:
-        kept = [json.loads(line) for line in KEPT.read_text().splitlines()]
+        kept = [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()]
     write_rows(folder, "prose", kept)

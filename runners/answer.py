@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # places per point of a loss curve
 BIN = 256
 PROMPT_END = 300  # characters of a prompt that a record repeats
+REASONS = "the answer holds a <think> block, and model.reasoning=off expects none; give strip or keep"
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class Setting:
         return self.encoder.tokenizer.pad_token_id or 0
 
 
-def check(examples: Sequence[Example], protocol: str, methods: Sequence[Method]) -> None:
+def check(examples: Sequence[Example], protocol: str, methods: Sequence[Method], last_token: str | None = None) -> None:
     """Raises UserError if a score would not say what it seems to: before anything is run."""
+    check_last_token(examples, protocol, last_token)
     if protocol == "aware" and any(example.history == "none" for example in examples):
         raise UserError(
             f"protocol={protocol}: questions that are asked apart share a context that was compressed before any of "
@@ -86,6 +88,21 @@ def check(examples: Sequence[Example], protocol: str, methods: Sequence[Method])
                 "dropped or packed, so that any budget gives the full cache's value; give task.through=prefix, stream "
                 "or chunk, or method=full"
             )
+
+
+def check_last_token(examples: Sequence[Example], protocol: str, last_token: str | None) -> None:
+    """Raises UserError if a prompt's last token cannot be held back, or would be anyway."""
+    if last_token and protocol != "aware":
+        raise UserError(
+            f"last_token={last_token}: with protocol={protocol} the question is fed after compression anyway; leave it "
+            "out, or give protocol=aware"
+        )
+    if last_token and any(example.beams > 1 for example in examples):
+        raise UserError(f"last_token={last_token}: a beam search reads its whole prompt at once; give task.beams=1")
+    if last_token and not any(example.kind in ("answer", "turns") for example in examples):
+        raise UserError(
+            f"last_token={last_token}: no sample of this task has an answer that is generated; leave it out"
+        )
 
 
 def answer(
@@ -210,10 +227,16 @@ def answered(
     """The row of one answer; costs: its ledger, the batch's size and times."""
     if one.error:
         return failed(example, one.error)
-    prediction = setting.encoder.text(one.ids)
+    prediction, thoughts = setting.encoder.said(example, one.ids)
+    if thoughts and setting.encoder.reasoning == "off":
+        return failed(example, REASONS)
+    # nothing is fed between compression and the first token, and that is all that was said; beams compete beyond it
+    exact = not encoded.prompt.parts(setting.protocol)[1] and example.beams == 1
     return {
         **about(example),
         "prediction": prediction,
+        **({"thoughts": thoughts} if thoughts else {}),
+        "by_prefill": exact and _first_alone(setting, one, prediction, thoughts),
         "score": setting.task.score(example, prediction),
         **_parts(setting.task.parts(example, prediction)),
         "stop": one.stop,
@@ -224,6 +247,11 @@ def answered(
         "bos": encoded.bos,
         **costs,
     }
+
+
+def _first_alone(setting: Setting, one: Answer, prediction: str, thoughts: str) -> bool:
+    """Whether an answer says no more than its first token does."""
+    return not thoughts and prediction.strip() == setting.encoder.text(one.ids[:1]).strip()
 
 
 @torch.inference_mode()
@@ -263,13 +291,20 @@ def _talked(
         return failed(example, broken)
     asked = (Turn(example.question, example.answers, example.max_new_tokens), *example.turns)
     turns: list[dict[str, Any]] = []
+    blocks: list[str] = []
+    # a question that is fed after compression finds the compressed cache
+    exact = example.history != "none" and not first.prompt.parts(setting.protocol)[1]
     for turn, answer, question in zip(asked, answers, heard, strict=True):
-        prediction = setting.encoder.text(answer.ids)
+        prediction, thoughts = setting.encoder.said(example, answer.ids)
+        if thoughts and setting.encoder.reasoning == "off":
+            return failed(example, REASONS)
+        blocks += [thoughts] * bool(thoughts)
         tags = example.tags | turn.tags
         own = replace(example, question=turn.question, answers=turn.answers, tags=tags, turns=())
         turns.append(
             {
                 "prediction": prediction,
+                "by_prefill": exact and not turns and _first_alone(setting, answer, prediction, thoughts),
                 "score": setting.task.score(own, prediction),
                 "stop": answer.stop,
                 "tokens_out": len(answer.ids),
@@ -282,6 +317,7 @@ def _talked(
     return {
         **about(example),
         "prediction": "\n".join(turn["prediction"] for turn in turns),
+        **({"thoughts": "\n".join(blocks)} if blocks else {}),
         "score": sum(scores) / len(scores),
         # apart from each other questions have no order
         **({} if example.history == "none" else _parts({f"turn {n}": s for n, s in enumerate(scores, 1)})),

@@ -20,7 +20,7 @@ from methods import build_method, load_method
 from methods.core import artefacts
 from methods.core.contract import Method
 from methods.core.errors import UserError
-from runners import answer, latency, show, together
+from runners import answer, latency, show, thoughts, together
 from runners.generate import Prompt, generate
 from runners.generations import Found, Shelf, check_found, say_what_changed
 from runners.load import (
@@ -102,7 +102,7 @@ class Run:
         knobs: the method's configuration, resolved.  words: the overrides that name the cell, as typed.
         """
         cell = self.full if name == "full" else self._cell(name, build_method(name, knobs), knobs, words)
-        answer.check(self.examples, self.cfg.protocol, [cell.method])
+        answer.check(self.examples, self.cfg.protocol, [cell.method], self.cfg.last_token)
         return cell
 
     @property
@@ -134,7 +134,13 @@ class Run:
             chat=bool(model.chat),
             chat_options=plain(model.chat_options),
             date=date_of(self.checkpoint, model),
+            reasoning=self.reasoning,
+            hold_last=self.cfg.last_token == "held",
         )
+
+    @property
+    def reasoning(self) -> str:
+        return thoughts.named(self.cfg.model.reasoning)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -164,8 +170,9 @@ class Run:
             "threads": " and ".join(map(str, threads)),
             "batch_size": self.cfg.batch_size,
         }
-        if self.cfg.chunk is not None:
-            settings["chunk"] = self.cfg.chunk
+        for key in ("chunk", "last_token"):
+            if self.cfg[key] is not None:
+                settings[key] = self.cfg[key]
         return ", ".join(f"{key}={value}" for key, value in settings.items())
 
     def rows(self, cell: Cell) -> dict[str, dict[str, Any]]:
@@ -285,7 +292,11 @@ class Run:
             "seed": method.seed,
             "dtype": self.dtype_name,
             # they change speeds and, through padding, bytes: what is compared was run the same way
-            "passes": {"batch_size": self.cfg.batch_size, "chunk": self.cfg.chunk},
+            "passes": {
+                "batch_size": self.cfg.batch_size,
+                "chunk": self.cfg.chunk,
+                **({"last_token": held} if (held := self.cfg.last_token) else {}),
+            },
         }
         notes = {
             "commit": commit(),
@@ -317,13 +328,14 @@ class Run:
         return current[-1].record(self.results) if current else own, older[-1] if older else None
 
     def _prompting(self) -> dict[str, Any]:
-        """The settings of the model that decide what its prompts look like."""
+        """The settings of the model that decide what its prompts look like, and what of its answers is scored."""
         model = self.cfg.model
         return {
             "max_length": self.checkpoint.max_length(model.max_length),
             "chat": bool(model.chat),
             "chat_options": plain(model.chat_options),
             **({"date": date} if (date := date_of(self.checkpoint, model)) else {}),
+            **({"reasoning": self.reasoning} if self.reasoning != "strip" else {}),
         }
 
     def _code(self, method: Method, knobs: Mapping[str, Any]) -> Code:

@@ -29,6 +29,7 @@ class Model:
     resize: dict[str, Any] | None = None
     date: Annotated[str, "a day such as 2024-07-26"] = DATE
     check: Annotated[Literal["auto", "off", False], "auto or off"] = "auto"  # YAML reads off as false
+    reasoning: Annotated[Literal["strip", "keep", "off", False], "one of strip, keep, off"] = "strip"
 
 
 @dataclass
@@ -78,3 +79,4 @@ class Config:
     time_limit: Seconds | None
     cells: list[str] | None
     group: Group
+    last_token: Literal["held"] | None = None

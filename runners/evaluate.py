@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from analysis import screen
 from methods.core.errors import BudgetMiss, UserError
 from methods.core.typed import Count
-from runners import overview, show
+from runners import overview, remarks, show
 from runners.base import Runner
 from runners.cells import Run
 from runners.compare import compare
@@ -136,6 +136,11 @@ class Evaluate(Runner):
             screen.draw(show.costs(cost_rows(pairs), label))
             cut = sum(row["cut"] for row, _ in pairs)
             show.say(f"{run.settings(pairs)}; {cut} of {len(both)} samples cut in the middle")
+            own = [row for row, _ in pairs]
+            if run.cell is not run.full and (exact := remarks.by_prefill(own)):
+                show.say(f"{exact}, which no method changes; last_token=held lets the compressed cache answer")
+            for line in remarks.reasoning(own, run.reasoning):
+                show.say(line)
             draw_all(run.examples, [cell.record.folder for cell in run.cells])
 
     def _failures(self, run: Run) -> int:

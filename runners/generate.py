@@ -23,6 +23,7 @@ class Prompt:
     n_context: tokens of the context; under `protocol=agnostic` only these are compressed.
     ends: token ids that end the generation, after `min_new_tokens`.
     sample: a number that identifies the sample; a method's randomness is keyed by it.
+    held: under `protocol=aware` the last token is fed after compression, as before choices (runners/choices.py).
     """
 
     ids: Sequence[int]
@@ -31,6 +32,7 @@ class Prompt:
     min_new_tokens: int = 0
     ends: tuple[int, ...] = ()
     sample: int = 0
+    held: bool = False
 
     @property
     def limits(self) -> Limits:
@@ -39,8 +41,10 @@ class Prompt:
     def parts(self, protocol: str) -> tuple[list[int], list[int]]:
         """What is compressed, and what is fed afterwards."""
         ids = list(self.ids)
-        if protocol == "aware":
+        if protocol == "aware" and not (self.held and len(ids) > 1):
             return ids, []
+        if protocol == "aware":
+            return ids[:-1], ids[-1:]
         # the first new token needs a token that is fed after compression, and compression needs a context
         cut = max(1, min(self.n_context, len(ids) - 1))
         return ids[:cut], ids[cut:]

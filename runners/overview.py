@@ -11,7 +11,7 @@ import torch
 
 from analysis import screen
 from methods.core.errors import BudgetMiss
-from runners import show
+from runners import remarks, show
 from runners.compare import Compared, compare
 from runners.heat_map import draw_all
 from runners.jobs import shard
@@ -68,9 +68,28 @@ def report(sweep: Sweep, resamples: int) -> int:
     if pairs:
         cut = sum(row["cut"] for row in full.values())
         show.say(f"{run.settings(pairs)}; {cut} of {len(full)} samples cut in the middle")
+    _remark(sweep)
     draw_all(run.examples, [member.cell.record.folder for member in sweep.members])
     show.say(f"records: {run.full.record.folder.parent}")
     return max(_failures(sweep), sweep.code)
+
+
+def _remark(sweep: Sweep) -> None:
+    """Whose answers the exact prefill gave, cells of one number in one line; then what became of reasoning."""
+    run = sweep.run
+    exact: dict[str, list[str]] = {}
+    everything: list[dict[str, Any]] = []
+    for member in sweep.members:
+        rows = list(_finished(sweep, member).values())
+        everything += rows
+        if member.cell is not run.full and (line := remarks.by_prefill(rows)):
+            exact.setdefault(line, []).append(f"{_name(member)} {member.cell.method.budget:g}")
+    for line, names in exact.items():
+        show.say(f"{line}: {', '.join(names)}")
+    if exact:
+        show.say("no method changes such answers; last_token=held lets the compressed cache give them")
+    for line in remarks.reasoning(everything, run.reasoning):
+        show.say(line)
 
 
 def _report_times(sweep: Sweep) -> None:

@@ -6,9 +6,11 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from methods.core.errors import UserError
+from runners import thoughts
 from runners.generate import Prompt
 from runners.model_files import dated
 from runners.time_limit import within_template
@@ -44,6 +46,8 @@ class Encoder:
     window: positions that the model has, for prompt and answer together; None: no limit.
     chat: use the chat template where the example wants one and the tokenizer has one; chat_options go to the template.
     date: what a template that writes today's date is told, such as 2024-07-26; None: it asks for none.
+    reasoning: what becomes of a <think> block in an answer: "strip" does not score it, "keep" does, "off" fails.
+    hold_last: prompts are `held`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -53,6 +57,8 @@ class Encoder:
     chat: bool = True
     chat_options: Mapping[str, Any] = field(default_factory=dict)
     date: str | None = None
+    reasoning: str = "strip"
+    hold_last: bool = False
     _texts: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, example: Example) -> Encoded:
@@ -92,6 +98,7 @@ class Encoder:
             min_new_tokens=example.min_new_tokens,
             ends=self.ends_of(example),
             sample=zlib.crc32(example.id.encode()),
+            held=self.hold_last,
         )
         return Encoded(prompt, cut, bos=ids.count(self.tokenizer.bos_token_id))
 
@@ -126,9 +133,36 @@ class Encoder:
         return [token for token in (bos, eos) if token is not None][:1]
 
     def text(self, ids: Sequence[int]) -> str:
-        """An answer as it is scored: without the token that ended it, flagged as special or not, and special tokens."""
-        stop = next((i for i, token in enumerate(ids) if token in self.ends), len(ids))
-        return self._decode(ids[:stop])
+        """An answer without the token that ended it, flagged as special or not, and special tokens."""
+        return self._decode(self._spoken(ids))
+
+    def said(self, example: Example, ids: Sequence[int]) -> tuple[str, str]:
+        """An answer as it is scored, and the <think> blocks in it, which count unless `reasoning` is "strip"."""
+        # tags that are flagged as special would be lost with the other special tokens
+        runs = groupby(self._spoken(ids), self._tags.get)
+        text = "".join(self._decode(list(run)) if tag is None else tag * len(list(run)) for tag, run in runs)
+        answer, reasoning = thoughts.apart(text, self._opens_block(example))
+        return (answer if self.reasoning == "strip" and reasoning else self.text(ids)), reasoning
+
+    def _spoken(self, ids: Sequence[int]) -> Sequence[int]:
+        return ids[: next((i for i, token in enumerate(ids) if token in self.ends), len(ids))]
+
+    @cached_property
+    def _tags(self) -> dict[int, str]:
+        """The token ids of a block's tags that are flagged as special."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {id: str(one.content) for id, one in added if one.special and one.content in thoughts.TAGS}
+
+    def _opens_block(self, example: Example) -> bool:
+        """Whether the example's prompt ends inside a <think> block, so that its answer begins there."""
+        if self.chats(example):
+            return thoughts.opens(self._behind_turn + example.prefill)
+        return (example.question + example.prefill).rstrip().endswith(thoughts.OPEN)
+
+    @cached_property
+    def _behind_turn(self) -> str:
+        """What the chat template writes between a user's turn and the answer."""
+        return self.templated((), MARK).rpartition(MARK)[2]
 
     def tokens(self) -> Tokens:
         """What a task may know: a prompt of `longest` tokens, special ones not counted, is not cut."""

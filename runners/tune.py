@@ -21,6 +21,7 @@ from methods.core.errors import UserError
 from methods.core.typed import Count, Positive
 from methods.kvtuner import BITS, CARD, KVTuner, Pair, Table, nominal_bits, table_yaml
 from runners import show
+from runners.answer import REASONS, check_last_token
 from runners.base import Runner
 from runners.bind import bind
 from runners.fronts import draw_front
@@ -42,6 +43,7 @@ from runners.prompt import Encoded, Encoder
 from runners.record import digest
 from runners.search import SAMPLERS, Trial, best_under, front, search
 from runners.sensitivity import RELATIVE, Shift, profile
+from runners.thoughts import named
 from runners.together import together
 from tasks.base import Example, Task
 
@@ -132,6 +134,12 @@ class Tune(Runner):
             show.say(f"layers {_ranges(group.layers)}: {', '.join(map(str, group.pairs))}")
 
         asked = examples[: self.samples]
+        check_last_token(asked, cfg.protocol, cfg.last_token)
+        # what was found before these settings were there was found with their defaults
+        otherwise = {
+            **({"last_token": cfg.last_token} if cfg.last_token else {}),
+            **({"reasoning": encoder.reasoning} if encoder.reasoning != "strip" else {}),
+        }
         about = {
             "weights": checkpoint.weights,
             # what is read and what ends an answer, whatever the model's settings made of them
@@ -142,6 +150,7 @@ class Tune(Runner):
             "protocol": cfg.protocol,
             "dtype": str(dtype),
             "chunk": cfg.chunk,
+            **otherwise,
         }
         path = Path(cfg.results).expanduser() / "tune" / f"{name}-{digest(about)}.jsonl"
         scores = Scores(model, method, task, encoder, asked, cfg, path)
@@ -166,6 +175,7 @@ class Tune(Runner):
             "task": task.name,
             "task_fingerprint": task.fingerprint,
             "protocol": cfg.protocol,
+            **otherwise,
             "samples": [example.id for example in asked],
             "profile_prompts": len(prompts),
             "command": _command(),
@@ -225,7 +235,10 @@ class Scores:
             for batch in _batches(self.examples, self.cfg.batch_size):
                 for i, answers in enumerate(self._answer(methods, batch)):
                     for example, ids in zip(batch, answers, strict=True):
-                        totals[i] += self.sign * self.task.score(example, self.encoder.text(ids))
+                        text, thoughts = self.encoder.said(example, ids)
+                        if thoughts and self.encoder.reasoning == "off":
+                            raise UserError(f"{example.id}: {REASONS}")
+                        totals[i] += self.sign * self.task.score(example, text)
                 bar.advance(len(batch))
         return [total / len(self.examples) for total in totals]
 
@@ -341,6 +354,8 @@ def _encoder(checkpoint: Checkpoint, cfg: DictConfig) -> Encoder:
         chat=bool(cfg.model.chat),
         chat_options=_plain(cfg.model.chat_options),
         date=date_of(checkpoint, cfg.model),
+        reasoning=named(cfg.model.reasoning),
+        hold_last=cfg.last_token == "held",
     )
 
 

@@ -92,7 +92,9 @@ def test_a_sweep_ends_with_one_line_per_cell(command, tmp_path):
     code, out, _ = command(*GRID)
     assert code == 0
     lines = [line.split() for line in out.splitlines()]
-    table = [(line[0], line[1], line[2]) for line in lines if len(line) > 6 and line[0] in ("full", "nacl", "snapkv")]
+    # a cell's remark below the table, such as samples above its budget, has a colon behind its budget
+    table = [tuple(line[:3]) for line in lines if len(line) > 6 and line[0] in ("full", "nacl", "snapkv")]
+    table = [line for line in table if not line[1].endswith(":")]
     assert table == [
         (m, b, "6") for m, b in [("full", "1"), *[(m, b) for m in ("nacl", "snapkv") for b in ("0.5", "0.2")]]
     ]

@@ -1,11 +1,16 @@
 """Files that are written whole or not at all, and tables that are safe to open elsewhere."""
 
+from __future__ import annotations
+
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 # what a spreadsheet takes for the beginning of a formula
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -16,7 +21,7 @@ class CannotWrite(Exception):
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path, advice: str = "give another place as --out") -> Iterator[Path]:
     """Where to write what becomes `path` once the block has ended; an earlier file stays until then.
 
     Raises CannotWrite on a disk that is full or read-only.
@@ -27,17 +32,44 @@ def whole(path: Path) -> Iterator[Path]:
         yield draft
         draft.replace(path)
     except OSError as error:
-        raise CannotWrite(
-            f"{path}: cannot be written ({error.strerror or error}); give another place as --out"
-        ) from error
+        raise CannotWrite(f"{path}: cannot be written ({error.strerror or error}); {advice}") from error
     finally:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text whole. Raises CannotWrite."""
-    with whole(path) as draft:
+def check_out(out: Path | None, is_file: bool) -> None:
+    """Raises CannotWrite unless `--out`, a folder or a file, can be written; its folder is made if it is missing."""
+    if out is None:
+        return
+    if is_file and (not out.name or out.is_dir()):
+        raise CannotWrite(f"--out={out}: is a folder; give the name of a file")
+    folder = out.parent if is_file else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        what = "no folder" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise CannotWrite(f"--out={out}: cannot be written ({what}: {folder}); give another place") from error
+
+
+def picture(out: Path | None) -> Path | None:
+    """`--out` of a picture, a PNG where its name says no kind, checked by `check_out`. Raises CannotWrite."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    check_out(out, is_file=True)
+    kinds = sorted(FigureCanvasBase.filetypes)
+    if out is None or not out.suffix:
+        return out and out.with_suffix(".png")
+    if out.suffix.removeprefix(".").lower() not in kinds:
+        raise CannotWrite(f"--out={out}: is no kind of picture; end it in .{', .'.join(kinds)}")
+    return out
+
+
+def write(path: Path, text: str, **advice: str) -> None:
+    """Write a text whole; advice: as in `whole`. Raises CannotWrite."""
+    with whole(path, **advice) as draft:
         draft.write_text(text, encoding="utf-8")
 
 

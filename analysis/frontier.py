@@ -17,7 +17,7 @@ import pandas as pd
 
 from analysis import latex, screen, stats, style
 from analysis.area import areas
-from analysis.files import CannotWrite, one_line, write, write_csv
+from analysis.files import CannotWrite, check_out, one_line, write, write_csv
 from analysis.generations import add_flag
 from analysis.load import NothingToRead, load
 from analysis.paired import WHOLE
@@ -210,12 +210,13 @@ def main(arguments: list[str] | None = None) -> int:
     add_flag(parser)
     given = parser.parse_args(arguments)
     try:
+        check_out(given.out, is_file=False)
         results = load(given.results, given.all_generations)
         table = chosen(points(results, given.x), given.task, given.model)
         for problem in results.problems:
             print(problem, file=sys.stderr)
         figure = draw(table, given.x, not given.linear, max(1, given.columns), given.by == "category")
-    except NothingToRead as error:
+    except (NothingToRead, CannotWrite) as error:
         print(f"frontier: {error}", file=sys.stderr)
         return 2
     out = given.out or (given.results if given.results.is_dir() else given.results.parent)

@@ -20,10 +20,12 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import form
 from analysis.generations import asked, chosen
 
 FORMATS = (1, 2)  # of records that can be read
 CACHE = ".analysis.parquet"
+READER = 2  # what another one has kept of a record is read again
 METRIC = {"name": "score", "unit": "points of 100", "better": "higher", "scale": 100.0, "digits": 2}
 #: columns of `Results.samples` that hold no text; the texts are read by `texts`, from byte `at` on, `size` bytes
 SAMPLE = {
@@ -118,7 +120,7 @@ def load(results: str | Path, all_generations: bool = False) -> Results:
             else:
                 table, book = _samples(name, folder / "samples.jsonl")
                 book["stamp"] = stamp
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # what is nested deeply is read, and cannot be written
             problems.append(f"{name}: left out, {_why(error)}")
             continue
         problems += book["problems"]
@@ -181,10 +183,18 @@ def _unpack(path: Path) -> Results:
 
 def _cell(name: str, folder: Path) -> dict[str, Any]:
     try:
-        book = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError) as error:
+        book = form.parse((folder / "cell.json").read_bytes())
+    except (FileNotFoundError, ValueError) as error:
         raise ValueError(
             "its cell.json is missing or broken; the command that made the record writes it again"
+        ) from error
+    try:
+        form.check(book, form.CELL)
+        form.check(book["runs"][-1], form.RUN)
+    except ValueError as error:
+        raise ValueError(
+            f"its cell.json is broken ({error}); mend it, or delete it and the command that made the record writes it "
+            "again"
         ) from error
     if book["format"] not in FORMATS:
         raise ValueError(f"format {book['format']} is none of {', '.join(map(str, FORMATS))}")
@@ -192,7 +202,7 @@ def _cell(name: str, folder: Path) -> dict[str, Any]:
     method, model, task, notes = identity["method"], identity["model"], identity["task"], runs[-1]
     latest = notes["conditions"]
     passes = {name: value for name, value in model.items() if name not in ("name", "weights")}
-    return {
+    found = {
         "cell": name,
         "model": model["name"],
         "task": task["name"],
@@ -220,6 +230,7 @@ def _cell(name: str, folder: Path) -> dict[str, Any]:
         "commit": notes.get("commit") or "",
         "command": notes.get("command", ""),
     }
+    return _whole(found)
 
 
 def _samples(name: str, path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -232,14 +243,15 @@ def _samples(name: str, path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
         if line:
             try:
-                read = json.loads(line)
+                read = form.parse(line)
+                form.check_sample(read, form.FINISHED)
                 row = _whole(_row(read)) | {"at": at, "size": len(line)}
                 if rows.get(read["id"], row)["key"] != row["key"]:
                     again.add(read["id"])
                 rows[read["id"]] = row
                 ledgers[read["id"]] = _per_sample(read)
                 runs[read["id"]] = read.get("run", 0)
-            except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:  # tags are a task's own
                 problems.append(f"{name}: line {number} of samples.jsonl is no sample, left out ({_why(error)})")
         at += len(line) + 1
     if again:
@@ -272,7 +284,7 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
         "subset": subset,
         "category": tags.get("category", subset),
     }
-    row |= {name: float(tags[name]) for name in ("length", "depth") if isinstance(tags.get(name), int | float)}
+    row |= {name: float(tags[name]) for name in ("length", "depth") if form.is_number(tags.get(name))}
     row["control"] = bool(tags.get("control", False))
     row["chance"] = float(tags["chance"]) if "chance" in tags else 1 / tags["n"] if tags.get("gold", -1) >= 0 else 0.0
     if "error" in line:
@@ -340,9 +352,9 @@ def _ledger(line: dict[str, Any]) -> dict[str, Any]:
 
 def _stamp(path: Path) -> list[int]:
     if not path.exists():
-        return [0, 0]
+        return [0, 0, READER]
     stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
+    return [stat.st_size, stat.st_mtime_ns, READER]
 
 
 def _cache(root: Path) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
@@ -371,5 +383,7 @@ def _keep(root: Path, table: pd.DataFrame, books: dict[str, dict[str, Any]]) -> 
 
 
 def _why(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename} cannot be read ({error.strerror})"
     text = str(error).splitlines()[0] if str(error) else ""
     return f"{type(error).__name__}: {text}" if not isinstance(error, KeyError) else f"it lacks {text}"

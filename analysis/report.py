@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis import screen, style
 from analysis.area import areas
-from analysis.files import CannotWrite, write
+from analysis.files import CannotWrite, check_out, write
 from analysis.generations import add_flag
 from analysis.load import LEDGER, NothingToRead, Results, load, texts
 from analysis.paired import KEYS, WHOLE
@@ -204,9 +204,10 @@ def main(arguments: list[str] | None = None) -> int:
     add_flag(parser)
     given = parser.parse_args(arguments)
     try:
+        check_out(given.out, is_file=True)
         results = load(given.results, given.all_generations)
         html = page(results)
-    except NothingToRead as error:
+    except (NothingToRead, CannotWrite) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
     for problem in results.problems:

@@ -20,6 +20,7 @@ import pandas as pd
 import yaml
 
 from analysis import screen
+from analysis.files import CannotWrite, whole, write
 from analysis.frontier import markdown
 from analysis.generations import add_flag
 from analysis.load import NothingToRead, Results, load
@@ -27,6 +28,7 @@ from analysis.points import WHOLE, points
 
 HOME = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(?P<head><!-- (?P<kind>table|figure): (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.S)
+ADVICE = "the earlier files are as they were; make room, or let it be written"
 #: what an interval says of a claim
 VERDICTS = HELD, NOT_HELD, OPEN = "held", "not held", "cannot be told here"
 KEPT = [
@@ -214,12 +216,13 @@ def main(arguments: list[str] | None = None) -> int:
             for problem in results.problems:
                 print(problem, file=sys.stderr)
             path = folder / f"{given.name}.json"
-            path.write_text(json.dumps(book, indent=1) + "\n", encoding="utf-8")
-            results.pack(path.with_suffix(".parquet"))
+            with whole(path.with_suffix(".parquet"), ADVICE) as draft:
+                results.pack(draft)
+            write(path, json.dumps(book, indent=1) + "\n", advice=ADVICE)
             print(f"{len(book['points'])} points in {path}, and the samples behind them in {path.stem}.parquet")
         if given.readme:
-            readme.write_text(fill(readme.read_text(encoding="utf-8"), folder), encoding="utf-8")
-    except NothingToRead as error:
+            write(readme, fill(readme.read_text(encoding="utf-8"), folder), advice=ADVICE)
+    except (NothingToRead, CannotWrite) as error:
         print(f"tables: {error}", file=sys.stderr)
         return 2
     return 0

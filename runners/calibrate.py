@@ -25,6 +25,7 @@ from methods.core.typed import Count
 from runners import show
 from runners.base import Runner
 from runners.load import checkpoint_of, load_model, load_tokenizer, pick_backend, pick_device, pick_dtype, pick_threads
+from runners.record import check_writable
 from tasks.documents import KINDS, Pool, prose, prose_hash, sentences
 from tasks.documents.pools import Split
 from tasks.sources import parse_rows
@@ -61,6 +62,9 @@ class Calibrate(Runner):
         name = HydraConfig.get().runtime.choices["method"]
         method = build_method(name, _plain(cfg.method))
         options = self._options(method)
+        at = Path(self.out).expanduser() if self.out else None
+        if at:
+            check_writable(at, "runner.out")
         checkpoint = checkpoint_of(cfg.model)
         tokenizer = load_tokenizer(checkpoint)
         length = min(self.tokens, checkpoint.window or self.tokens)
@@ -82,8 +86,13 @@ class Calibrate(Runner):
             "checkpoint": checkpoint.weights,
             "made_with": {package: metadata.version(package) for package in ("torch", "transformers")},
         }
-        at = Path(self.out).expanduser() if self.out else None
-        path = artefacts.save(made.method, made.name, model, made.tensors, facts, at=at)
+        try:
+            path = artefacts.save(made.method, made.name, model, made.tensors, facts, at=at)
+        except OSError as error:
+            raise UserError(
+                f"runner.out={self.out or 'null'}: {error.filename or at} cannot be written ({error.strerror}); "
+                "give a folder that can"
+            ) from error
         for line in made.report:
             show.say(line)
         show.say(f"artefact: {artefacts.shown(path)}")

@@ -183,7 +183,7 @@ def _costs(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
         ("KV bytes, end of generation", "held_end", "full"),
     ):
         held, of = (fmean(row["ledger"][name] for row in rows) for name in (key, whole))
-        found[what] = f"{show.size(held)} ({held / of:.1%})"
+        found[what] = f"{show.size(held)} ({show.share(held, of)})"
     if n := sum(map(above, rows)):
         found["samples above the budget"] = f"{n} of {len(rows)}"
     coded = [row["ledger"] for row in rows if row["ledger"].get("nominal_bits") is not None]
@@ -192,7 +192,7 @@ def _costs(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
         found["bits per number, as codes / in all"] = f"{nominal:.2f} / {effective:.2f}"
     # a group's times are not those of any of its members
     times = [row["timings"] for row in rows if "group" not in row]
-    reads = [time["n_prompt"] / time["prompt"] for time in times]
+    reads = [time["n_prompt"] / time["prompt"] for time in times if time["prompt"]]
     found["prefill, tokens/s"] = f"{median(reads):,.0f}" if reads else "-"
     steps = [1000 * time["decode"] / time["steps"] for time in times if time["steps"]]
     found["decode, ms/token"] = f"{median(steps):.2f}" if steps else "-"

@@ -6,20 +6,27 @@ Each generation has a record of its own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis import form
 from methods.core.errors import UserError
 from runners import revision, show
 from runners.record import Record, asked, differences, generation_of, plain_name
+from runners.stored import read_cell
 
 if TYPE_CHECKING:
     from runners.cells import Cell
 
+#: of a cell.json, what tells whether it is of the same question
+FOUND = {
+    "identity.model": form.OBJECT,
+    "identity.task.fingerprint": form.OBJECT,
+    "runs": form.RUNS,
+}
 SHOWN = 4  # changed modules or files that are named in a line
 
 
@@ -86,13 +93,12 @@ class Shelf:
 def _open(folder: Path) -> Found | None:
     """A record; None for one that cannot be read, which is said when it is asked for itself."""
     try:
-        book = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
-        identity, runs = book["identity"], book["runs"]
-        began, samples = str(runs[-1].get("began", "")), folder / "samples.jsonl"
-        asked(identity), generation_of(identity, runs[-1])
-        return Found(folder, identity, runs, (began, samples.stat().st_mtime if samples.exists() else 0.0))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        book = read_cell(folder, FOUND)
+        began, samples = book["runs"][-1].get("began", ""), folder / "samples.jsonl"
+        written = samples.stat().st_mtime if samples.exists() else 0.0
+    except (UserError, OSError):
         return None
+    return Found(folder, book["identity"], book["runs"], (str(began), written))
 
 
 def say_what_changed(cells: Sequence[Cell]) -> None:

@@ -7,15 +7,17 @@ cell where the full cache fails too, which says nothing about compression.
 
 import argparse
 import contextlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from analysis import form
+from analysis.files import CannotWrite, picture, whole
 from methods.core.errors import UserError
 from runners import show
+from runners.stored import read_cell, read_samples
 from tasks.base import Example
 
 COLOURS = ("#440154", "#21918C", "#FDE725")  # worst, middling, best: viridis, told apart by every kind of colour sight
@@ -47,7 +49,7 @@ def cells(rows: Iterable[Sample]) -> dict[tuple[int, float], tuple[float, float 
 
 
 def heat_map(rows: Sequence[Sample], path: Path, title: str = "") -> None:
-    """Write the picture: one panel per kind, and beside it the full cache's where it is known."""
+    """Write the picture: one panel per kind, and beside it the full cache's where it is known. Raises CannotWrite."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,8 +96,11 @@ def heat_map(rows: Sequence[Sample], path: Path, title: str = "") -> None:
     if crossed:
         figure.supxlabel("× the full cache fails here too: this cell says nothing of the method", fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    try:
+        with whole(path) as draft:
+            figure.savefig(draft, dpi=120)
+    finally:
+        plt.close(figure)
 
 
 def _number(value: float | None) -> float:
@@ -110,7 +115,11 @@ def read_record(folder: Path) -> tuple[list[Sample], str]:
     identity, scores = _read(folder)
     full: dict[str, float] = {}
     for other in sorted(folder.parent.glob("full-*")):
-        theirs, found = _read(other)
+        try:
+            theirs, found = _read(other)
+        except UserError as error:  # of one generation of several
+            show.note(f"drawn without the full cache of {error}")
+            continue
         if all(theirs[key] == identity[key] for key in ("model", "task", "protocol", "dtype")):
             full = found
     rows = []
@@ -133,14 +142,14 @@ def draw_all(examples: Iterable[Example], folders: Iterable[Path]) -> None:
             for folder in folders:
                 with contextlib.suppress(UserError):  # samples that have a place and no name of a cell
                     draw(folder)
-        except OSError as error:  # the table is worth more
-            show.note(f"no heat maps: {error.strerror}; python -m runners.heat_map RECORD draws them later")
+        except CannotWrite as error:  # the table is worth more
+            show.note(f"no heat maps: {error}; python -m runners.heat_map RECORD draws them later")
 
 
 def draw(folder: Path, path: Path | None = None) -> Path | None:
     """Draw a record, into its own folder unless `path` says where; None if it has no finished sample.
 
-    Raises UserError if the folder is no record, or its samples are no cells of a grid.
+    Raises UserError if the folder is no record, or its samples are no cells of a grid; and CannotWrite.
     """
     rows, title = read_record(folder)
     if not rows:
@@ -152,13 +161,9 @@ def draw(folder: Path, path: Path | None = None) -> Path | None:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
     """A record's identity, and the scores of its finished samples."""
-    try:
-        identity = json.loads((folder / "cell.json").read_text(encoding="utf-8"))["identity"]
-        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: not a record that can be read ({error})") from error
-    return identity, {row["id"]: row["score"] for row in rows if "score" in row}
+    identity = read_cell(folder, form.IDENTITY)["identity"]
+    rows = read_samples(folder / "samples.jsonl", form.SCORED)
+    return identity, {row["id"]: row["score"] for row in rows if "error" not in row}
 
 
 def main() -> None:
@@ -168,8 +173,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     try:
-        print(draw(given.record, given.out) or f"{given.record}: holds no finished sample")
-    except UserError as error:
+        print(draw(given.record, picture(given.out)) or f"{given.record}: holds no finished sample")
+    except (UserError, CannotWrite) as error:
         parser.exit(2, f"error: {error}\n")
 
 

@@ -6,7 +6,6 @@ hits both. Shown are the median of the rounds' ratios, and their lowest and high
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -14,10 +13,11 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from analysis import screen, style
+from analysis import form, screen, style
+from analysis.files import CannotWrite, picture, whole
 from methods.core.errors import UserError
 from runners import show
-from runners.ledger import of_sample
+from runners.stored import read_cell, read_samples
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -52,7 +52,7 @@ def table(cells: Sequence[tuple[str, Rows]]) -> Table:
                 against(row, "steps"),
                 f"{batch / step:,.0f}",
                 show.size(batch * (book["held_prompt"] + padding)),
-                f"{book['held_prompt'] / book['full_prompt']:.1%}",
+                show.share(book["held_prompt"], book["full_prompt"]),
                 show.size(batch * book["read_step"]),
                 show.size(batch * max(book["peak_prompt"], book["peak_decode"])),
             )
@@ -68,8 +68,8 @@ def show_times(cells: Sequence[tuple[str, Rows, Path]], title: str) -> None:
         if rows:
             try:
                 draw([(label, rows)], folder / "latency.png", f"{title}, {label}")
-            except OSError as error:  # the table is worth more
-                show.note(f"no pictures: {error.strerror}; python -m runners.latency_report RECORD draws them later")
+            except CannotWrite as error:  # the table is worth more
+                show.note(f"no pictures: {error}; python -m runners.latency_report RECORD draws them later")
                 return
 
 
@@ -89,7 +89,7 @@ def ratios(row: Mapping[str, Any], what: str) -> list[float]:
 def draw(cells: Sequence[tuple[str, Rows]], path: Path, title: str = "") -> None:
     """Write the picture: one line of panels per batch size, one column each for prompt, decoding and bytes.
 
-    Points are medians of the rounds, bars their lowest and highest.
+    Points are medians of the rounds, bars their lowest and highest.  Raises CannotWrite.
     """
     import matplotlib
 
@@ -117,8 +117,11 @@ def draw(cells: Sequence[tuple[str, Rows]], path: Path, title: str = "") -> None
             axis.set_xlim(left=0)
     axes[0][0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    try:
+        with whole(path) as draft:
+            figure.savefig(draft, dpi=120)
+    finally:
+        plt.close(figure)
 
 
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -162,19 +165,18 @@ def curves(cells: Sequence[tuple[str, Rows]], batch: int) -> dict[str, list[Poin
 
 def read(folder: Path) -> tuple[str, Rows, str]:
     """A record's label, its finished samples, and its model. Raises UserError if it is none of task=latency."""
-    try:
-        identity = json.loads((folder / "cell.json").read_text(encoding="utf-8"))["identity"]
-        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = {row["id"]: row for row in (of_sample(json.loads(line)) for line in lines if line.endswith("}"))}
-        label = identity["method"]["name"]
-        if label != "full":
-            label = f"{label} {identity['budget']:g}"
-        finished = [row for row in rows.values() if "times" in row]
-        model = f"{identity['model']['name']}, {identity['dtype']}"
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: not a record that can be read ({error})") from error
-    if not finished:
+    identity = read_cell(folder, form.IDENTITY)["identity"]
+    path = folder / "samples.jsonl"
+    if not any("times" in row for row in read_samples(path, form.SAMPLE)):
         raise UserError(f"{folder}: holds no times; give a record of task=latency")
+    rows = {row["id"]: row for row in read_samples(path, form.TIMED)}
+    label = identity["method"]["name"]
+    if label != "full":
+        label = f"{label} {identity['budget']:g}"
+    finished = [row for row in rows.values() if "error" not in row]
+    model = f"{identity['model']['name']}, {identity['dtype']}"
+    if not finished:
+        raise UserError(f"{folder}: holds no finished sample")
     threads = finished[0]["threads"]
     return label, finished, f"{model}, {threads} thread{'' if threads == 1 else 's'}"
 
@@ -185,14 +187,14 @@ def main() -> None:
     parser.add_argument("records", type=Path, nargs="+", metavar="RECORD")
     parser.add_argument("--out", type=Path, help="the picture; by default latency.png in the first record's folder")
     given = parser.parse_args()
-    path = given.out or given.records[0] / "latency.png"
     try:
+        path = picture(given.out) or given.records[0] / "latency.png"
         found = [read(folder) for folder in given.records]
         if len({model for *_, model in found}) > 1:
             raise UserError(f"{', '.join(sorted({model for *_, model in found}))}: give records of one model")
-    except UserError as error:
+        draw([(label, rows) for label, rows, _ in found], path, found[0][2])
+    except (UserError, CannotWrite) as error:
         parser.exit(2, f"error: {error}\n")
-    draw([(label, rows) for label, rows, _ in found], path, found[0][2])
     print(path)
 
 

@@ -142,7 +142,7 @@ def _line(whole: Compared, rows: Sequence[Compared], ours: Sequence[dict[str, An
         show.points(whole.row.score, digits),
         show.signed(whole.difference, digits),
         show.interval(whole.interval, digits),
-        f"{held / of:.1%}{'*' if misses(ours) else ''}",
+        f"{show.share(held, of)}{'*' if misses(ours) else ''}",
         f"{worst.row.name} {show.signed(worst.difference, digits)}" if gain < 0 else "-",
     ]
 

@@ -18,23 +18,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from analysis import form
 from methods.core.errors import UserError
-from runners.ledger import of_sample
 from runners.logs import link_log
+from runners.stored import read_samples
 
 FORMAT = 2
 #: conditions that make a generation: where they differ, what was asked for has another record
 GENERATION = ("code", "weights", "files", "artefacts")
 
 
-def check_writable(results: Path) -> None:
-    """Raises UserError unless files can be made in `results`, which is created if it is missing."""
+def check_writable(folder: Path, key: str = "results") -> None:
+    """Raises UserError unless files can be made in a folder, which is created if it is missing; key: of its setting."""
     try:
-        results.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=results):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise _unwritable(results, error) from error
+        raise _unwritable(folder, error, key) from error
 
 
 def digest(value: Any, length: int = 8) -> str:
@@ -95,27 +96,9 @@ class Record:
 
     def read(self) -> dict[str, dict[str, Any]]:
         """The latest line of each sample, by its key. Raises UserError if the file was damaged by something else."""
-        try:
-            text = self.samples_path.read_bytes()
-        except FileNotFoundError:
+        if not (self.samples_path.exists() or self.samples_path.is_symlink()):
             return {}
-        except OSError as error:
-            raise unreadable(self.samples_path, error) from error
-        rows: dict[str, dict[str, Any]] = {}
-        lines = text.split(b"\n")
-        for number, line in enumerate(lines, 1):
-            if not line:
-                continue
-            try:
-                row = of_sample(json.loads(line))
-                rows[key_of(row)] = row
-            except (ValueError, KeyError, TypeError) as error:
-                if number == len(lines):
-                    break  # the line that a killed run was writing
-                raise UserError(
-                    f"{self.samples_path}, line {number}: not a sample's record; mend it or delete that line"
-                ) from error
-        return rows
+        return {key_of(row): row for row in read_samples(self.samples_path)}
 
     def runs(self) -> list[dict[str, Any]]:
         """Under which `conditions` samples were computed, oldest first; more than one only after resume=force.
@@ -123,12 +106,14 @@ class Record:
         None where cell.json is missing or broken: `begin` writes it again.
         """
         try:
-            runs = json.loads(self.cell_path.read_text(encoding="utf-8"))["runs"]
-            return runs if all(isinstance(run["conditions"], dict) for run in runs) else []
-        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+            book = form.parse(self.cell_path.read_bytes())
+            form.check(book, {"runs": form.RUNS})
+        except (FileNotFoundError, ValueError):
             return []
         except OSError as error:
             raise unreadable(self.cell_path, error) from error
+        runs: list[dict[str, Any]] = book["runs"]
+        return runs
 
     def check(self, conditions: dict[str, Any], force: bool) -> None:
         """Raises UserError if samples were finished under other conditions, naming what differs, unless forced."""
@@ -184,7 +169,7 @@ class Writer:
             return size
         tail = self.record.samples_path.read_bytes().rpartition(b"\n")[2]
         try:
-            json.loads(tail)
+            form.parse(tail)
         except ValueError:
             return size - len(tail)
         os.write(self.file, b"\n")
@@ -282,7 +267,7 @@ def unreadable(path: Path, error: OSError) -> UserError:
     return UserError(f"{path}: cannot be read ({error.strerror or error}); make it a file that can")
 
 
-def _unwritable(results: Path, error: OSError) -> UserError:
+def _unwritable(folder: Path, error: OSError, key: str = "results") -> UserError:
     what = error.strerror or str(error)
     where = f": {error.filename}" if error.filename else ""
-    return UserError(f"results={results}: cannot be written ({what}{where}); give a folder that can")
+    return UserError(f"{key}={folder}: cannot be written ({what}{where}); give a folder that can")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from runners.ledger import of_sample
 from runners.record import Record, Writer, gone, key_of, unreadable
+from runners.stored import parse_sample
 
 
 class SharedRecord:
@@ -42,11 +41,11 @@ class SharedRecord:
             raise unreadable(self.record.samples_path, error) from error
         whole = new[: new.rfind(b"\n") + 1]
         try:
-            for line in whole.splitlines():
+            for line in whole.split(b"\n"):
                 if line:
-                    row = of_sample(json.loads(line))
+                    row = parse_sample(line)
                     self.rows[key_of(row)] = row
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             self.rows = self.record.read()  # names the line
         self._read += len(whole)
 

@@ -178,6 +178,11 @@ def size(n: float | None) -> str:
     return f"{n:.2f} GiB"
 
 
+def share(part: float, whole: float) -> str:
+    """A part of a whole in per cent; a dash where there is no whole."""
+    return f"{part / whole:.1%}" if whole else "-"
+
+
 def duration(seconds: float) -> str:
     """Seconds in a readable unit."""
     if seconds < 90:

@@ -28,6 +28,7 @@ from runners import blockwise
 from runners.base import Runner
 from runners.induction import write_circuit
 from runners.recall import recall
+from runners.record import check_writable
 from runners.rows import Diet, Packer, pick_length
 from runners.vocabulary import train_tokenizer
 from tasks.documents import prose_hash
@@ -123,7 +124,7 @@ class Train(Runner):
         if self.threads:
             torch.set_num_threads(self.threads)
         out = Path(self.out)
-        out.mkdir(parents=True, exist_ok=True)
+        check_writable(out, "runner.out")
         tokenizer = self._tokenizer(out)
         model = LlamaForCausalLM(self.model_config(tokenizer)).to(torch.float32)
         write_circuit(model, self.seed)

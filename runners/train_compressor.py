@@ -39,6 +39,7 @@ from runners import show
 from runners.base import Runner
 from runners.calibrate import generated
 from runners.load import checkpoint_of, load_model, load_tokenizer, pick_backend, pick_device, pick_dtype, pick_threads
+from runners.record import check_writable
 from tasks.documents import prose
 from tasks.documents.pools import Split
 
@@ -113,6 +114,7 @@ class TrainCompressor(Runner):
                 f"method={name}, budget={cfg.budget}: has nothing to train; {TRAINER} makes the compressors of "
                 "method=lococo for one number of slots, such as budget=128"
             )
+        check_writable(Path(self.out), "runner.out")
         checkpoint = checkpoint_of(cfg.model)
         torch.set_num_threads(pick_threads(cfg.threads))
         device = pick_device(str(cfg.device))

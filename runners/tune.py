@@ -40,7 +40,7 @@ from runners.load import (
 from runners.pairs import Group, group_layers
 from runners.parts import task_of
 from runners.prompt import Encoded, Encoder
-from runners.record import digest
+from runners.record import check_writable, digest
 from runners.search import SAMPLERS, Trial, best_under, front, search
 from runners.sensitivity import RELATIVE, Shift, profile
 from runners.thoughts import named
@@ -109,6 +109,8 @@ class Tune(Runner):
             raise UserError(f"runner=tune: method={name} has no tables of bits; give method=kvtuner")
         task: Task = task_of(cfg)
         show.say(task.source())
+        if self.out:
+            check_writable(Path(self.out).expanduser(), "runner.out")
         checkpoint = checkpoint_of(cfg.model)
         encoder = _encoder(checkpoint, cfg)
         task.fit(encoder.tokens)

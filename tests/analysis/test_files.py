@@ -2,13 +2,15 @@
 
 import csv
 import errno
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from analysis import frontier, latex, report
-from analysis.files import CannotWrite, write, write_csv
+from analysis.files import CannotWrite, picture, write, write_csv
+from runners import heat_map, latency_report
 
 
 def full(*args, **options):
@@ -40,6 +42,31 @@ def test_a_place_that_cannot_be_written_is_one_line_and_leaves_the_earlier_file(
     blocked.write_text("")
     out = ["--out", str(blocked / "below" / "report.html")]
     assert command.main([str(book.root), *out]) == 2 and "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [frontier.main, report.main, heat_map.main, latency_report.main])
+@pytest.mark.parametrize("out", ["file/below/a.png", "dangling/a.png", "/proc/nothing/a.png"])
+def test_an_out_that_cannot_be_written_is_one_line_that_names_it_before_anything_is_read(
+    tmp_path, capsys, monkeypatch, main, out
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    Path("dangling").symlink_to("/nowhere/x")
+    monkeypatch.setattr(sys, "argv", ["x", "no/such/record", "--out", out])
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code
+    (said,) = capsys.readouterr().err.splitlines()
+    assert code == 2 and f"--out={out}: cannot be written (" in said and said.endswith("; give another place")
+
+
+def test_an_out_that_is_a_folder_or_no_picture_is_named_and_one_without_a_kind_is_a_png(tmp_path):
+    with pytest.raises(CannotWrite, match=f"--out={tmp_path}: is a folder"):
+        picture(tmp_path)
+    with pytest.raises(CannotWrite, match=r"map\.txt: is no kind of picture; end it in"):
+        picture(tmp_path / "map.txt")
+    assert picture(None) is None and picture(tmp_path / "map") == tmp_path / "map.png"
 
 
 def test_no_text_of_a_csv_file_begins_a_formula_and_numbers_stay_numbers(tmp_path):

@@ -119,6 +119,20 @@ def test_the_command_writes_the_points_and_the_samples_behind_them(book, tmp_pat
     assert made == again and made["points"] and "quiz.parquet" in capsys.readouterr().out
 
 
+def test_earlier_points_stay_whole_on_a_full_disk(book, tmp_path, monkeypatch, capsys):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    fill(book)
+    (tmp_path / "benchmarks").mkdir()
+    (earlier := tmp_path / "benchmarks" / "quiz.json").write_text("earlier")
+    monkeypatch.setattr(tables, "HOME", tmp_path)
+    monkeypatch.setattr(Path, "write_text", full)
+    assert tables.main([str(book.root), "--name", "quiz"]) == 2
+    assert "quiz.json: cannot be written (No space left on device)" in capsys.readouterr().err
+    assert earlier.read_text() == "earlier"
+
+
 def test_the_command_needs_something_to_do(capsys):
     with pytest.raises(SystemExit):
         tables.main([])

@@ -76,6 +76,7 @@ def test_the_svd_gives_the_same_filters(command, tmp_path):
     ("overrides", "said"),
     [
         (["runner.tokens=1"], "runner.tokens=1"),
+        (["runner.out=/proc/nothing"], "runner.out=/proc/nothing: cannot be written"),
         (["runner.data=nowhere.txt"], "runner.data=nowhere.txt: no such file"),
         (["runner.options={rows: 5}"], "runner.options.rows=5: qfilters takes n_rows, route"),
         (["runner.options={route: qr}", *SMALL], "runner.options.route=qr"),

@@ -12,6 +12,7 @@ from methods.core.errors import UserError
 from runners.claims import Claims
 from runners.record import Record
 from runners.shared_record import SharedRecord
+from tests.rows import done
 
 IDENTITY = {"model": {"name": "m"}, "task": {"name": "t"}, "method": {"name": "nacl"}, "budget": 0.5}
 SPAWN = multiprocessing.get_context("spawn")
@@ -78,9 +79,9 @@ def lines(shared: SharedRecord) -> list[dict]:
 
 def test_two_writers_add_each_sample_once(tmp_path):
     one, two = record(tmp_path), record(tmp_path)
-    assert one.add([{"id": "a", "score": 1}], pytest.fail) == 1
-    assert two.add([{"id": "a", "score": 1}, {"id": "b", "score": 0}], pytest.fail) == 1
-    assert one.add([{"id": "b", "score": 0}, {"id": "c", "score": 0}], pytest.fail) == 1
+    assert one.add([done("a", 1)], pytest.fail) == 1
+    assert two.add([done("a", 1), done("b", 0)], pytest.fail) == 1
+    assert one.add([done("b", 0), done("c", 0)], pytest.fail) == 1
     assert [row["id"] for row in lines(one)] == ["a", "b", "c"]
     two.refresh()
     assert two.finished == one.finished == {"a", "b", "c"}
@@ -91,25 +92,25 @@ def test_a_failure_is_written_once_and_its_success_after_it(tmp_path):
     assert [one.add([{"id": "a", "error": "no"}], pytest.fail) for _ in range(2)] == [1, 0]
     assert one.finished == set()
     assert one.add([{"id": "a", "error": "other"}], pytest.fail) == 1
-    assert one.add([{"id": "a", "score": 1}], pytest.fail) == 1
+    assert one.add([done("a", 1)], pytest.fail) == 1
     assert one.finished == {"a"} and len(lines(one)) == 3
 
 
 def test_a_line_that_another_process_left_unfinished_is_cut_off_before_the_next(tmp_path):
     one = record(tmp_path)
-    one.add([{"id": "a", "score": 1}], pytest.fail)
+    one.add([done("a", 1)], pytest.fail)
     with one.record.samples_path.open("a") as file:
         file.write('{"id": "b", "sco')  # its writer was killed
     one.refresh()
     assert one.finished == {"a"}
-    one.add([{"id": "b", "score": 1}], pytest.fail)
+    one.add([done("b", 1)], pytest.fail)
     assert [row["id"] for row in lines(one)] == ["a", "b"]
 
 
 def test_a_full_disk_takes_back_no_row_of_another_process(tmp_path, monkeypatch):
     one, two = record(tmp_path), record(tmp_path)
-    one.add([{"id": "a", "score": 1}], pytest.fail)
-    two.add([{"id": "b", "score": 1}], pytest.fail)
+    one.add([done("a", 1)], pytest.fail)
+    two.add([done("b", 1)], pytest.fail)
     real = os.write
 
     def full(file, data):
@@ -118,26 +119,26 @@ def test_a_full_disk_takes_back_no_row_of_another_process(tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(UserError, match="cannot write on"):
-        one.add([{"id": "c", "score": 1}], pytest.fail)
+        one.add([done("c", 1)], pytest.fail)
     assert [row["id"] for row in lines(one)] == ["a", "b"]
 
 
 def test_only_what_is_new_is_read(tmp_path, monkeypatch):
     one = record(tmp_path)
-    one.add([{"id": "a", "score": 1}], pytest.fail)
+    one.add([done("a", 1)], pytest.fail)
     read = []
     loads = json.loads
     monkeypatch.setattr(json, "loads", lambda line: read.append(line) or loads(line))
     one.refresh()
     assert read == []
-    record(tmp_path).add([{"id": "b", "score": 1}], pytest.fail)
+    record(tmp_path).add([done("b", 1)], pytest.fail)
     read.clear()
     one.refresh()
     assert len(read) == 1
 
 
 def test_other_conditions_are_refused(tmp_path):
-    record(tmp_path).add([{"id": "a", "score": 1}], pytest.fail)
+    record(tmp_path).add([done("a", 1)], pytest.fail)
     other = SharedRecord(Record(tmp_path, IDENTITY), {"torch": "3"}, {})
     with pytest.raises(UserError, match="torch was 2, is 3"):
-        other.add([{"id": "b", "score": 1}], pytest.fail)
+        other.add([done("b", 1)], pytest.fail)

@@ -148,9 +148,9 @@ def test_a_curve_has_one_colour_in_all_panels_whichever_curves_these_have(tmp_pa
 
 
 def test_a_record_of_another_task_is_refused(tmp_path):
-    (tmp_path / "cell.json").write_text(
-        json.dumps({"identity": {"method": {"name": "full"}, "budget": 1, "model": {"name": "m"}, "dtype": "float32"}})
-    )
+    named = {key: {"name": name} for key, name in (("method", "full"), ("model", "m"), ("task", "latency"))}
+    identity = {**named, "budget": 1, "protocol": "aware", "dtype": "float32"}
+    (tmp_path / "cell.json").write_text(json.dumps({"identity": identity}))
     (tmp_path / "samples.jsonl").write_text(json.dumps({"id": "a", "score": 1.0}) + "\n")
     with pytest.raises(UserError, match="task=latency"):
         read(tmp_path)

@@ -25,6 +25,8 @@ def row(batch: int, **more) -> dict:
         "batch": batch,
         "tokens_in": 5,
         "tokens_out": 3,
+        "cut": False,
+        "threads": 1,
         "ledger": book,
         "timings": TIMES,
     }

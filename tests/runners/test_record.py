@@ -13,6 +13,7 @@ import pytest
 from methods.core.errors import UserError
 from runners.record import Record, check_writable, differences, digest
 from runners.shared_record import SharedRecord
+from tests.rows import done
 
 NOW = {"torch": "2.13", "device": "cpu"}
 
@@ -38,7 +39,7 @@ def record(tmp_path) -> Record:
 def write(record: Record, *ids: str) -> None:
     with record.begin(NOW) as writer:
         for id in ids:
-            writer.append({"id": id, "score": 0.5})
+            writer.append(done(id, 0.5))
 
 
 def test_the_path_says_what_was_run_and_nothing_else_decides_it(tmp_path):
@@ -62,7 +63,7 @@ def test_a_number_of_slots_keeps_its_form_in_the_path(tmp_path):
 
 def test_each_sample_is_on_disk_before_append_returns(record):
     with record.begin(NOW) as writer:
-        writer.append({"id": "a/0", "prediction": "ä\n\u2028 \ud800"})
+        writer.append(done("a/0", prediction="ä\n\u2028 \ud800"))
         assert set(record.read()) == {"a/0"}
         (line,) = record.samples_path.read_text().rstrip("\n").split("\n")
     assert json.loads(line)["prediction"] == "ä\n\u2028 \ud800" and json.loads(line)["run"] == 0
@@ -98,7 +99,7 @@ def test_damage_in_the_middle_is_named_by_file_and_line(record):
 def test_the_later_line_of_a_sample_counts(record):
     with record.begin(NOW) as writer:
         writer.append({"id": "a/0", "error": "out of memory"})
-        writer.append({"id": "a/0", "score": 1.0})
+        writer.append(done("a/0", 1.0))
     assert record.read()["a/0"]["score"] == 1.0 and "error" not in record.read()["a/0"]
 
 
@@ -116,7 +117,7 @@ def test_a_full_disk_stops_with_what_was_done_whole(record, monkeypatch):
     with record.begin(NOW) as writer:
         monkeypatch.setattr(os, "write", ten_bytes_then_full)
         with pytest.raises(UserError, match=r"No space left on device.*finished samples are kept"):
-            writer.append({"id": "a/1", "score": 0.5})
+            writer.append(done("a/1", 0.5))
     assert record.samples_path.read_bytes() == whole
 
 
@@ -146,7 +147,7 @@ def test_other_conditions_are_refused_by_name_unless_forced(record):
         record.check(later, force=False)
     record.check(later, force=True)
     with record.begin(later) as writer:
-        writer.append({"id": "a/1"})
+        writer.append(done("a/1"))
     assert [one["conditions"] for one in record.runs()] == [NOW, later]
     assert {row["id"]: row["run"] for row in record.read().values()} == {"a/0": 0, "a/1": 1}
     record.check(later, force=False)  # forced once, it goes on under the newer ones
@@ -204,10 +205,10 @@ def test_no_draft_of_a_cell_file_stays_after_a_full_disk_or_a_killed_process(rec
 
 def test_samples_whose_folder_is_deleted_while_they_are_written_are_not_lost_without_a_word(record):
     with record.begin(NOW) as writer:
-        writer.append({"id": "a/0"})
+        writer.append(done("a/0"))
         shutil.rmtree(record.folder)
         with pytest.raises(UserError, match=r"were deleted or cut while this run was writing them"):
-            writer.append({"id": "a/1"})
+            writer.append(done("a/1"))
 
 
 def test_a_file_that_cannot_be_read_is_a_users_error(record):
@@ -225,12 +226,12 @@ def shared(record: Record) -> SharedRecord:
 def test_a_shared_record_keeps_no_file_open_and_notices_when_its_samples_are_deleted(record):
     one = shared(record)
     before = len(os.listdir("/proc/self/fd"))
-    assert one.add([{"id": "a/0"}], lambda: None) == 1 and one.add([{"id": "a/1"}, {"id": "a/0"}], lambda: None) == 1
+    assert one.add([done("a/0")], lambda: None) == 1 and one.add([done("a/1"), done("a/0")], lambda: None) == 1
     assert len(os.listdir("/proc/self/fd")) == before and one.finished == {"a/0", "a/1"}
     assert {row["run"] for row in one.rows.values()} == {0}
     shutil.rmtree(record.folder)
     with pytest.raises(UserError, match="were deleted or cut"):
-        one.add([{"id": "a/2"}], lambda: None)
+        one.add([done("a/2")], lambda: None)
 
 
 def _hold(results: Path, began, seconds: float) -> None:

@@ -230,6 +230,9 @@ def answered(
     prediction, thoughts = setting.encoder.said(example, one.ids)
     if thoughts and setting.encoder.reasoning == "off":
         return failed(example, REASONS)
+    score = setting.task.score(example, prediction)
+    if not math.isfinite(score):
+        return failed(example, f"the score is not finite ({score})")
     # nothing is fed between compression and the first token, and that is all that was said; beams compete beyond it
     exact = not encoded.prompt.parts(setting.protocol)[1] and example.beams == 1
     return {
@@ -237,7 +240,7 @@ def answered(
         "prediction": prediction,
         **({"thoughts": thoughts} if thoughts else {}),
         "by_prefill": exact and _first_alone(setting, one, prediction, thoughts),
-        "score": setting.task.score(example, prediction),
+        "score": score,
         **_parts(setting.task.parts(example, prediction)),
         "stop": one.stop,
         "tokens_in": len(encoded.prompt.ids),
@@ -313,6 +316,8 @@ def _talked(
             }
         )
     scores = [turn["score"] for turn in turns]
+    if not all(map(math.isfinite, scores)):
+        return failed(example, "a turn's score is not finite")
     later = sum(len(question.golden) for question in said.later)
     return {
         **about(example),

@@ -74,6 +74,15 @@ def alone(setting: Setting, ids: list[int]) -> str:
     return setting.encoder.text(answers[0].ids)
 
 
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_an_answer_whose_score_is_not_finite_has_failed(setting, monkeypatch, score):
+    monkeypatch.setattr(Echo, "score", lambda self, example, prediction: score)
+    plain = Example("p/0", TEXT, "\n\nwho?", ["x"], NEW, {"subset": "p", "category": "p"})
+    for example in (plain, talk()):
+        (row,) = rows(setting, load_method("full"), example)
+        assert "score is not finite" in row["error"] and "score" not in row
+
+
 @pytest.mark.parametrize("budget", ["full", 1.0])
 def test_a_golden_turn_equals_a_fresh_run_with_the_whole_history_as_one_prompt(setting, budget):
     example = talk()

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,17 +30,48 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
 CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 PICTURES = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-#: settings for configurations whose defaults make no model
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_PICTURE_ROPE = {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}}
+_TWO_ROPES = {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}}
+_INDEXED = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
+_CONV = {"layer_types": ["conv", "full_attention"] * 16}
+_SIGLIP = {"vision_config": {"model_type": "siglip_vision_model"}}
+
+#: settings for configurations whose defaults make no model, or one that does not run or that nobody has
 OWN: dict[str, dict[str, Any]] = {
-    "aya_vision": {"vision_config": {"model_type": "siglip_vision_model"}},
+    "aya_vision": _SIGLIP,
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "cohere_compass": {"text_config": _TWO_ROPES},
+    "cohere_compass_text": _TWO_ROPES,
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8, "clip_qkv": 8.0}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] * 32}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "diffusion_gemma": {"text_config": {"moe_intermediate_size": 64, "num_experts": 4, "top_k_experts": 2}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+    "fast_vlm": _SIGLIP,
+    "glm46v": {"text_config": _PICTURE_ROPE},
+    "glm4v": {"text_config": _PICTURE_ROPE},
+    "glm4v_moe": {"text_config": {"head_dim": 128, **_PICTURE_ROPE}},
+    "glmga": {"text_config": _PICTURE_ROPE},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
-    "hunyuan_vl": {"head_dim": 128},
+    "hunyuan_vl": {"text_config": {"head_dim": 128, "rope_parameters": {**_ROPE, "mrope_section": [16] * 4}}},
+    "lfm2": _CONV,
+    "lfm2_moe": _CONV,
+    "lfm2_vl": {"text_config": _CONV},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
+    "qwen4_exp": {"text_config": _INDEXED},
+    "qwen4_exp_text": _INDEXED,
     "reformer": {"is_decoder": True},
+    "step3p7": {"text_config": {"sliding_window": 512}},
 }
 
 
@@ -47,14 +79,21 @@ OWN: dict[str, dict[str, Any]] = {
 class Outcome:
     """What became of one architecture.
 
-    verdict: "equal", "refused", or "none" where no model could be made of it.  reason: of a refusal, or why there is
-    no model.  kind: of attention, where it is equal.
+    verdict: one of SECTIONS.  row: of the page: what the attention is where it is equal, a reason elsewhere.
     """
 
     name: str
     verdict: str
-    reason: str = ""
-    kind: str = ""
+    row: str
+
+
+#: verdict -> title on the page, head of the first column
+SECTIONS = {
+    "equal": ("Equal to the untouched model", "attention"),
+    "refused": ("Refused by name", "reason"),
+    "no copy": ("Refused by name, since no small copy of the defaults answers texts", "what stands in the way"),
+    "none": ("Not tried here, decided by the self-check when such a model is first bound", "why"),
+}
 
 
 def entries() -> list[str]:
@@ -67,13 +106,22 @@ def outcome(name: str) -> Outcome:
     try:
         model = _made(name)
     except Exception as error:  # each configuration and each missing package fails in its own way
-        return Outcome(name, "none", f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:120])
+        said = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        return Outcome(name, "none", textwrap.shorten(re.sub(r"<class .*", "…", said), 120, placeholder=" …"))
     try:
         decoder = decoder_of(model, bind.ADAPTERS)
         self_check.self_check(model, decoder, bind.full, bind.ADAPTERS)
     except CannotBind as refused:
-        return Outcome(name, "refused", refused.reason)
-    return Outcome(name, "equal", kind=_kind(decoder))
+        return _refused(name, refused.reason)
+    return Outcome(name, "equal", _kind(decoder))
+
+
+def _refused(name: str, reason: str) -> Outcome:
+    if found := re.match(r"no small copy of it could be tried out \((.*)\);", reason):
+        return Outcome(name, "no copy", re.sub(r"\w+\.forward", "forward", found[1]))
+    # classes, shapes, numbers of layers and sizes of a difference are this model's own
+    reason = re.sub(r" \(.*| by [\d.e+-]+ of the logits' spread.*", "", reason)
+    return Outcome(name, "refused", re.sub(r"^\d+ of its \d+ layers", "not all of its layers", reason))
 
 
 def _made(name: str) -> PreTrainedModel:
@@ -98,31 +146,25 @@ def _kind(decoder: Decoder) -> str:
 def page(outcomes: Iterable[Outcome]) -> str:
     """docs/architectures.md."""
     found = list(outcomes)
-    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for one in found:
-        groups[one.verdict, one.kind or re.sub(r" \(.*", "", one.reason)].append(one.name)
-    count = {verdict: sum(one.verdict == verdict for one in found) for verdict in ("equal", "refused", "none")}
+        groups[one.verdict][one.row].append(one.name)
     lines = [
         "# Architectures",
         "",
         f"The {len(found)} entries of the causal-LM and image-text-to-text mappings of transformers "
-        f"{transformers.__version__}, each tried on a small random copy of its default configuration: "
-        f"{count['equal']} answer under the full cache as the untouched model does, {count['refused']} are refused by "
-        f"name when they are bound, of {count['none']} the defaults make no model here. What decides is what the "
-        "attention does, not what "
-        "the architecture is called: your own configuration is tried the same way when it is first used "
-        "(`model.check=auto`), and remembered below `~/.cache/kvfrontier` (`KVFRONTIER_CACHE`). "
-        "`python -m benchmarks.architectures` writes this page.",
+        f"{transformers.__version__}, each tried on a small random copy of its default configuration, texts only. What "
+        "decides is what the attention does, not what the architecture is called, so that another configuration of "
+        "the same name may fare otherwise. Your own is tried the same way when it is first used (`model.check=auto`), "
+        "and what passes is remembered below `~/.cache/kvfrontier` "
+        "(`KVFRONTIER_CACHE`). `python -m benchmarks.architectures` writes this page.",
     ]
-    for verdict, title, head in (
-        ("equal", "Equal to the untouched model", "attention"),
-        ("refused", "Refused by name", "reason"),
-        ("none", "No model of the defaults", "reason"),
-    ):
-        rows = sorted((kind, names) for (its, kind), names in groups.items() if its == verdict)
+    for verdict, (title, head) in SECTIONS.items():
+        rows = groups[verdict]
         if rows:
-            lines += ["", f"## {title}", "", f"| {head} | architectures |", "|---|---|"]
-            lines += [f"| {kind.replace('|', '/')} | {', '.join(sorted(names))} |" for kind, names in rows]
+            names = sum(map(len, rows.values()))
+            lines += ["", f"## {title}", f"{names} of {len(found)}.", "", f"| {head} | architectures |", "|---|---|"]
+            lines += [f"| {row.replace('|', '/')} | {', '.join(sorted(rows[row]))} |" for row in sorted(rows)]
     return "\n".join(lines) + "\n"
 
 

@@ -103,7 +103,8 @@ def _copy(model: PreTrainedModel, decoder: Decoder, adapted: Any) -> tuple[PreTr
         try:
             small = small_model(model, layers, narrow=narrow)
             its = decoder_of(small, adapted)
-            if set(signatures(small, its)) != set(signatures(model, decoder)):
+            lists = _per_layer(decoder)
+            if set(signatures(small, its, lists)) != set(signatures(model, decoder, lists)):
                 reason = reason or "not all kinds of its layers can be brought together"
                 continue
             stock = [_read(small, DynamicCache(config=small.config), pieces) for pieces in PIECES]
@@ -130,13 +131,23 @@ def _ways(model: PreTrainedModel, decoder: Decoder) -> Iterator[tuple[list[int],
             yield up_to, narrow
 
 
-def signatures(model: PreTrainedModel, decoder: Decoder) -> list[Any]:
-    """What tells the layers of a model apart, sizes left out: one hashable value per layer."""
-    n = len(decoder.modules)
-    lists = [value for value in vars(decoder.config).values() if isinstance(value, (list, tuple)) and len(value) == n]
+def signatures(model: PreTrainedModel, decoder: Decoder, lists: Sequence[str] | None = None) -> list[Any]:
+    """What tells the layers of a model apart, sizes left out: one hashable value per layer.
+
+    lists: names of the settings with an entry per layer; in a copy of two layers another list may be as long.
+    """
+    values = [getattr(decoder.config, name) for name in (_per_layer(decoder) if lists is None else lists)]
     return [
-        (_parts(layer), tuple(_kind(value[i]) for value in lists))
+        (_parts(layer), tuple(_kind(value[i]) for value in values))
         for i, layer in enumerate(_layers(model, decoder.modules))
+    ]
+
+
+def _per_layer(decoder: Decoder) -> list[str]:
+    """Names of the settings that have an entry per layer."""
+    n = len(decoder.modules)
+    return [
+        name for name, value in vars(decoder.config).items() if isinstance(value, (list, tuple)) and len(value) == n
     ]
 
 

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, Cohere2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cohere2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.models.llama import modeling_llama
 
 from methods import load_method
@@ -127,6 +134,15 @@ def test_a_copy_meets_every_kind_of_layer_and_every_length_early():
         "original_max_position_embeddings": 8192,
     }), [0])  # fmt: skip
     assert early.rope_parameters["original_max_position_embeddings"] == SPAN
+
+
+def test_a_list_as_long_as_the_copy_is_deep_is_no_setting_per_layer():
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=97)
+    seen = dict(num_hidden_layers=3, layer_types=kinds, use_sliding_window=True, sliding_window=9)
+    config = AutoConfig.for_model("qwen2", **sizes, **seen)
+    config.widths_of_experts = [48, 16]
+    load_method("full").cache_for(AutoModelForCausalLM.from_config(config).eval())
 
 
 def test_the_setting_reaches_the_model_and_a_wrong_one_is_named(tiny_model_dir):

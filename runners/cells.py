@@ -364,8 +364,11 @@ class Run:
 
 def own_data(task: Task) -> str:
     """The name of the file or folder that a task's samples come from, where that is one of the user's own."""
-    path = expand(str(getattr(task, "data", "")))
-    return path.resolve().name if getattr(task, "data", "") and path.exists() else ""
+    data = str(getattr(task, "data", ""))  # random tokens come from nowhere
+    if data in ("", "bundled", "hub"):
+        return ""
+    path = expand(data)
+    return path.resolve().name if path.exists() else ""
 
 
 def _command(name: str, words: Sequence[str]) -> str:

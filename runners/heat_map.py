@@ -142,8 +142,9 @@ def draw_all(examples: Iterable[Example], folders: Iterable[Path]) -> None:
             for folder in folders:
                 with contextlib.suppress(UserError):  # samples that have a place and no name of a cell
                     draw(folder)
-        except CannotWrite as error:  # the table is worth more
-            show.note(f"no heat maps: {error}; python -m runners.heat_map RECORD draws them later")
+        except (CannotWrite, OSError) as error:  # the table is worth more
+            why = getattr(error, "strerror", None) or error
+            show.note(f"no heat maps: {why}; python -m runners.heat_map RECORD draws them later")
 
 
 def draw(folder: Path, path: Path | None = None) -> Path | None:

@@ -215,7 +215,7 @@ def test_a_rotation_that_no_form_gives_is_refused_by_name_by_what_turns_keys_and
 def test_positions_that_are_added_to_the_input_are_no_rope():
     for kind in ("gpt2", "opt"):
         knobs = dict(ffn_dim=48, word_embed_proj_dim=32) if kind == "opt" else {}
-        model = one_layer(kind, **knobs)
+        model = one_layer(kind, num_key_value_heads=4, **knobs)  # every head has keys of its own
         assert bind(model).ropes == [None]
         with pytest.raises(UserError, match="positions=rolled"):
             load_method("streaming_llm", budget=12).cache_for(model)

@@ -139,7 +139,7 @@ def test_a_task_file_of_ones_own_generates_and_is_read_by_its_filters(tmp_path, 
         "metric_list: [{metric: exact_match}]\n"
     )
     task = LmEval(include=str(tmp_path), trust_include=True)
-    assert task.source().startswith(f"lm_eval ({tmp_path}): own (test, 1 items)")
+    assert task.source().startswith(f"lm_eval ({tmp_path}, with the code of {tmp_path}): own (test, 1 items)")
     (example,) = task.examples()
     assert example.kind == "answer" and example.max_new_tokens == 5 and example.answers == ["red"]
     assert (example.context, example.question) == ("the mat is red", "\nwhich colour?")

@@ -125,16 +125,16 @@ def test_a_turn_of_a_mixed_row_has_a_rule_and_a_limit_of_its_own(tmp_path, mode)
 class Said(Encoder):
     """Every answer reads as what was said last, whatever its tokens."""
 
-    said: list[str] = []  # noqa: RUF012
+    spoken: list[str] = []  # noqa: RUF012
 
     def text(self, ids: Any) -> str:
-        return self.said.pop(0)
+        return self.spoken.pop(0)
 
 
 def run(task: Task, tokenizer: Any, model_dir: Path, protocol: str, said: list[str]) -> dict[str, Any]:
     """The row of the task's only example, its answers scored as if they were these."""
     encoder = Said(tokenizer, ends=[], window=1200)
-    Said.said = list(said)
+    Said.spoken = list(said)
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
     found: list[dict[str, Any]] = []
     answer(Setting(model, task, lambda: encoder, protocol, None, 1), load_method("full"), task.examples(), found.append)

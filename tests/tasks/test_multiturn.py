@@ -127,8 +127,8 @@ class Said(Encoder):
 
     spoken: list[str] = []  # noqa: RUF012
 
-    def text(self, ids: Any) -> str:
-        return self.spoken.pop(0)
+    def said(self, example: Any, ids: Any) -> tuple[str, str]:
+        return self.spoken.pop(0), ""
 
 
 def run(task: Task, tokenizer: Any, model_dir: Path, protocol: str, said: list[str]) -> dict[str, Any]:

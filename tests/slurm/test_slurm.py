@@ -24,9 +24,8 @@ pytestmark = pytest.mark.slurm
 ROOT = Path(run.__file__).parent
 GRID = ("-m", "method=full,nacl,snapkv", "budget=0.5", "task.subset=[river]")
 CELLS = 3
-# eight groups: what these differ in changes the prompt's pass
-EIGHT = ("-m", "method=full,nacl,snapkv", "budget=0.5", "task.subset=[river],[mat]", "protocol=aware,agnostic",
-         "batch_size=1,2")  # fmt: skip
+# eight groups: what these differ in changes the prompt's pass, and the folder (which subsets would share)
+EIGHT = (*GRID, "protocol=aware,agnostic", "batch_size=1,2,3,4")
 SAMPLES, LEFT = 6, 2  # of a subset, and how many of them are held back
 PATIENCE = 600  # seconds; a machine that is busy with other things takes half a minute to import torch
 SLURM = ("hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.cpus_per_task=1",

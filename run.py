@@ -26,12 +26,12 @@ from omegaconf import DictConfig
 
 from analysis.screen import any_text
 from methods.core.errors import UserError
-from runners import guard
-from runners.check import check
-from runners.explain import EXPECTED, report
 from runners.jobs import Failed, spread
-from runners.revision import commit
-from runners.words import check_words
+from runners.records.provenance import commit
+from runners.settings import guard
+from runners.settings.check import check
+from runners.settings.explain import EXPECTED, report
+from runners.settings.words import check_words
 
 CONF = Path(__file__).resolve().parent / "conf"
 INTERRUPTED = 130
@@ -60,7 +60,7 @@ def job(cfg: DictConfig) -> None:
 
 def execute(cfg: DictConfig) -> int:
     """Run what a configuration that was checked describes; the exit code. Raises UserError for what cannot work."""
-    from runners.parts import runner_of  # imports torch
+    from runners.settings.parts import runner_of  # imports torch
 
     return runner_of(cfg).run(cfg)
 

@@ -23,8 +23,10 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from runners import bind, self_check
-from runners.decoder import CannotBind, Decoder, decoder_of
+from methods.core import bind
+from methods.core.adapters import ADAPTERS
+from methods.core.binding import self_check
+from methods.core.binding.decoder import CannotBind, Decoder, decoder_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
 CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -109,8 +111,8 @@ def outcome(name: str) -> Outcome:
         said = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
         return Outcome(name, "none", textwrap.shorten(re.sub(r"<class .*", "…", said), 120, placeholder=" …"))
     try:
-        decoder = decoder_of(model, bind.ADAPTERS)
-        self_check.self_check(model, decoder, bind.full, bind.ADAPTERS)
+        decoder = decoder_of(model, ADAPTERS)
+        self_check.self_check(model, decoder, bind.full, ADAPTERS)
     except CannotBind as refused:
         return _refused(name, refused.reason)
     return Outcome(name, "equal", _kind(decoder))
@@ -139,7 +141,7 @@ def _kind(decoder: Decoder) -> str:
     kinds = set(getattr(config, "layer_types", None) or ())
     window = "sliding" in str(kinds) or (not kinds and getattr(config, "sliding_window", None))
     sees = "windows" if window and "full_attention" not in kinds else "windows and all" if window else "all"
-    reached = "an adapter" if config.model_type in bind.ADAPTERS else "the attention interface"
+    reached = "an adapter" if config.model_type in ADAPTERS else "the attention interface"
     return f"{reached}; {shared}; sees {sees}"
 
 

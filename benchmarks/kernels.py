@@ -40,13 +40,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.speed import MODELS, Sequence, commit, hardware  # noqa: E402
-from kernels import Rules, attend, backend, mass  # noqa: E402
+from kernels import Rules, attend, backend, compiled, mass  # noqa: E402
 from kernels.attend import attend_pages  # noqa: E402
 from kernels.attend_quantized import attend_quantized  # noqa: E402
 from kernels.quantize import dequantize, quantize  # noqa: E402
 from methods import load_method  # noqa: E402
 from methods.core.group import Shared  # noqa: E402
-from runners.meter import nbytes  # noqa: E402
+from methods.core.meter import nbytes  # noqa: E402
 
 PLAIN = "transformers"
 FP8, QUANTO = "transformers, fp8", "transformers, quanto 4"
@@ -171,7 +171,7 @@ def decode(name: str, length: int, rounds: int, steps: int, threads: int) -> dic
         "model": name,
         "threads": threads,
         "clock": "processor time" if threads == 1 else "wall",
-        "kernels": backend.name_on(torch.device("cpu")),
+        "kernels": compiled.name_on(torch.device("cpu")),
         "tokens": length,
         "decode_steps": steps,
         "rounds": rounds,

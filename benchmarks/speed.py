@@ -175,7 +175,7 @@ def harness(model_path: str, limit: int) -> dict[str, Any]:
     from hydra.core.hydra_config import HydraConfig
 
     from runners.cells import Run
-    from runners.parts import task_of
+    from runners.settings.parts import task_of
 
     inside = 0.0
     with tempfile.TemporaryDirectory() as results, initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

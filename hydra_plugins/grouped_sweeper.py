@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from methods import method_part
 from methods.core.typed import conform, hints_of
-from runners.config import Config
 from runners.jobs import Failed, announce, group, job_cells, numbers_apart, tidy
-from runners.record import check_writable
+from runners.records.record import check_writable
+from runners.settings.config import Config
 
 # runners that take a group; training, or a measurement of speed, does not
 RUNNERS = ("evaluate",)

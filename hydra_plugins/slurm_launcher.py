@@ -22,7 +22,7 @@ from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
 from methods.core.errors import UserError
 from runners.jobs import Failed
-from runners.logs import LOG
+from runners.records.job_log import LOG
 
 if TYPE_CHECKING:
     from submitit import Job

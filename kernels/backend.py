@@ -46,21 +46,7 @@ def on_triton(*tensors: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False
-    return _runs_on(first.device)
-
-
-def name_on(device: torch.device) -> str:
-    """What a record says of ops on this device: reference, compiled (C++ on a CPU), triton, or triton (interpreted).
-
-    Builds the C++ forms if they have not been yet. Raises RuntimeError where Triton was asked for and cannot run.
-    """
-    if _chosen == "auto" and device.type == "cpu":
-        from kernels import compiled  # which asks what is chosen
-
-        return "reference" if compiled.library() is None else "compiled"
-    if _chosen == "reference" or (_chosen == "auto" and device.type != "cuda") or not _runs_on(device):
-        return "reference"
-    return "triton (interpreted)" if interpreted() else "triton"
+    return runs_on(first.device)
 
 
 def interpreted() -> bool:
@@ -68,7 +54,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _runs_on(device: torch.device) -> bool:
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton works on a device. Raises RuntimeError where it was asked for and cannot run."""
     trouble = _trouble(device, interpreted())
     if trouble and _chosen == "triton":
         raise RuntimeError(f"kernels.backend=triton: {trouble}; kernels.backend=reference works everywhere")

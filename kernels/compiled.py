@@ -51,6 +51,19 @@ def pieces(heads: int) -> int:
     return 1 if heads % threads == 0 else -(-4 * threads // heads)
 
 
+def name_on(device: torch.device) -> str:
+    """What a record says of ops on this device: reference, compiled (C++ on a CPU), triton, or triton (interpreted).
+
+    Builds the C++ forms if they have not been yet. Raises RuntimeError where Triton was asked for and cannot run.
+    """
+    if backend.chosen() == "auto" and device.type == "cpu":
+        return "reference" if library() is None else "compiled"
+    chosen = backend.chosen()
+    if chosen == "reference" or (chosen == "auto" and device.type != "cuda") or not backend.runs_on(device):
+        return "reference"
+    return "triton (interpreted)" if backend.interpreted() else "triton"
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """All C++ forms, built if they have not been yet; None: they cannot be."""

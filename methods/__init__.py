@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from methods.core.build import Part, check_part
 from methods.core.errors import UserError
+from methods.core.typed import conform
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from methods.core.build import Part
-    from methods.core.contract import Method  # at run time it would import torch before a mistyped key is refused
+    from methods.core.contract import Method
 
 _YAMLS = Path(__file__).resolve().parent.parent / "conf" / "method"
 
@@ -52,9 +53,7 @@ def method_part(config: Any) -> Part:
 
     Raises UserError for a knob that is unknown or of another type, and for a class that is no method.
     """
-    from methods.core.build import check_part
-    from methods.core.contract import Method
-    from methods.core.typed import conform
+    from methods.core.contract import Method  # which imports torch: a mistyped key must not wait for it
 
     if isinstance(config, dict):
         conform(config.get("sweep"), dict[str, list[Any]] | None, "method.sweep")

@@ -20,8 +20,8 @@ from torch import Tensor
 from kernels import top
 from methods.core.allocate import Allocator
 from methods.core.errors import UserError
-from methods.core.ragged import RaggedStore
 from methods.core.store import Store
+from methods.core.stores.ragged import RaggedStore
 
 SAFEGUARDS = ("blend", "reserve", "release")
 # fractions of slots that differ by less are equal: 0.2 * 3 + 0.8 * 3 is not 3 in binary

@@ -16,8 +16,8 @@ Here:  groups run along the tokens of one row: padding is never quantized. A con
 from __future__ import annotations
 
 from methods.core.errors import UserError
-from methods.core.quantized import QuantizedStore
-from methods.core.scheme import LADDER, Scheme, check_scheme
+from methods.core.stores.quantized import QuantizedStore
+from methods.core.stores.scheme import LADDER, Scheme, check_scheme
 
 
 class KIVI(QuantizedStore):

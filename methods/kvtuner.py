@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from methods.core import artefacts
-from methods.core.codec import Codec, CodecCache
 from methods.core.contract import LayerCache, ModelSpec, Stage, Step
 from methods.core.errors import UserError
-from methods.core.quantized import QuantizedStore
 from methods.core.reading import read_json, read_text
+from methods.core.stores.codec import Codec, CodecCache
+from methods.core.stores.quantized import QuantizedStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

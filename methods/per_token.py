@@ -13,8 +13,8 @@ from __future__ import annotations
 import sys
 
 from methods.core.errors import UserError
-from methods.core.quantized import QuantizedStore
-from methods.core.scheme import LADDER, Scheme, check_scheme
+from methods.core.stores.quantized import QuantizedStore
+from methods.core.stores.scheme import LADDER, Scheme, check_scheme
 
 
 class PerToken(QuantizedStore):

@@ -20,10 +20,9 @@ from methods import build_method, load_method
 from methods.core import artefacts
 from methods.core.contract import Method
 from methods.core.errors import UserError
-from runners import answer, latency, show, thoughts, together
-from runners.generate import Prompt, generate
-from runners.generations import Found, Shelf, check_found, say_what_changed
-from runners.load import (
+from runners.engine import answer, latency, thoughts, together
+from runners.engine.generation import Prompt, generate
+from runners.engine.loading import (
     Checkpoint,
     checkpoint_of,
     date_of,
@@ -34,11 +33,13 @@ from runners.load import (
     pick_dtype,
     pick_threads,
 )
-from runners.prompt import Encoder
-from runners.record import Record, digest, generation_of
-from runners.revision import Code, code_of, commit
+from runners.engine.prompt import Encoder
+from runners.records.generations import Found, Shelf, check_found, say_what_changed
+from runners.records.provenance import Code, code_of, commit
+from runners.records.record import Record, digest, generation_of
+from runners.report import run_table as show
 from tasks.base import Example, Task, as_parts
-from tasks.sources import expand
+from tasks.data.sources import expand
 
 if TYPE_CHECKING:
     # importing the library's models takes seconds, and what is on disk is shown without them
@@ -192,7 +193,7 @@ class Run:
     def scored(
         self, ours: Mapping[str, dict[str, Any]], full: Mapping[str, dict[str, Any]]
     ) -> list[tuple[Example, float, float]]:
-        """What both have finished, for `runners.compare`: (example, the method's score, the full cache's score)."""
+        """What both have finished, for report.compare: (example, the method's score, the full cache's score)."""
         return [
             (part, score, reference)
             for example in self.examples

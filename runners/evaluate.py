@@ -14,17 +14,19 @@ from omegaconf import DictConfig
 from analysis import screen
 from methods.core.errors import BudgetMiss, UserError
 from methods.core.typed import Count
-from runners import overview, remarks, show
 from runners.base import Runner
 from runners.cells import Run
-from runners.compare import compare
-from runners.heat_map import draw_all
-from runners.latency_report import show_times
-from runners.ledger import above
-from runners.parts import task_of
-from runners.record import check_writable
+from runners.records.ledger import above
+from runners.records.record import check_writable
+from runners.report import remarks
+from runners.report import run_table as show
+from runners.report import sweep_table as overview
+from runners.report.compare import compare
+from runners.report.heat_map import draw_all
+from runners.report.latency_report import show_times
+from runners.report.wandb_runs import track
+from runners.settings.parts import task_of
 from runners.sweep import Sweep
-from runners.tracking import track
 from tasks.base import Task
 
 # failed samples that are named on screen; the record has them all

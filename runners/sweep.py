@@ -22,21 +22,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from methods.core.contract import Method
 from methods.core.errors import BudgetMiss, UserError
-from runners import show
-from runners.answer import failed, row_of
 from runners.cells import Cell, Run, plain
-from runners.check import check
-from runners.choices import encode
-from runners.claims import Claims
-from runners.dialogue import dialogue
-from runners.generations import check_found, say_what_changed
+from runners.engine.answer import failed, row_of
+from runners.engine.choices import encode
+from runners.engine.conversation import dialogue
+from runners.engine.loading import Checkpoint, load_model
+from runners.engine.problem import problem
+from runners.engine.together import answer_together, why_alone
 from runners.jobs import NUMBERS, announced, numbers_apart, unpack
-from runners.load import Checkpoint, load_model
 from runners.memory import Size, device_bytes
-from runners.parts import task_of
-from runners.problem import problem
-from runners.shared_record import SharedRecord
-from runners.together import answer_together, why_alone
+from runners.records.generations import check_found, say_what_changed
+from runners.records.sample_locks import Claims
+from runners.records.shared_record import SharedRecord
+from runners.report import run_table as show
+from runners.settings.check import check
+from runners.settings.parts import task_of
 from tasks.base import Example
 
 if TYPE_CHECKING:

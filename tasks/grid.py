@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Literal
 from methods.core.errors import UserError
 from methods.core.reading import read_bytes
 from tasks.base import Example, Row, Task, mean_by_category, mean_row
-from tasks.matching import MATCHING
-from tasks.rows import Depth, Text, Texts, wrong
-from tasks.rows import Tokens as Most
-from tasks.sources import expand, parse_rows
+from tasks.data.rows import Depth, Text, Texts, wrong
+from tasks.data.rows import Tokens as Most
+from tasks.data.sources import expand, parse_rows
+from tasks.scoring.matching import MATCHING
 from tasks.tokens import Tokens
 
 FIELDS = {"kind": str, "length": int, "context": str, "question": str, "answers": list, "metric": str,

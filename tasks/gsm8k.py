@@ -14,13 +14,13 @@ from functools import cached_property
 from typing import Any
 
 from methods.core.errors import UserError
-from tasks import remarks
 from tasks.base import Apart, Example, Task
-from tasks.files import Files, check_limit, check_stand_in, hub_rows, read_files
-from tasks.pins import PINNED
+from tasks.data.files import Files, check_limit, check_stand_in, hub_rows, read_files
+from tasks.data.pins import PINNED
+from tasks.data.rows import wrong
 from tasks.prompts import lm_eval_task, lm_eval_version
 from tasks.reasoning import Reasoning
-from tasks.rows import wrong
+from tasks.scoring import remarks
 
 VERSION = "1"  # goes into every record; raise it when a score could change
 HUB = ("openai/gsm8k", "main")

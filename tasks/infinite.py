@@ -13,9 +13,9 @@ from typing import Any
 
 from methods.core.errors import UserError
 from methods.core.reading import read_bytes
+from tasks.data.sources import parse_rows
 from tasks.prompts import Template, lm_eval_task
 from tasks.ruler.templates import noise
-from tasks.sources import parse_rows
 
 
 @dataclass(frozen=True)

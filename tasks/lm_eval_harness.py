@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.errors import UserError
-from tasks import pins, remarks
 from tasks.base import Choice, Example, Row, Task, mean_by_category
-from tasks.choice_rows import read_rows
-from tasks.files import ASSETS, check_limit, commit_of, hub_set
+from tasks.data import pins
+from tasks.data.choice_rows import read_rows
+from tasks.data.files import ASSETS, check_limit, commit_of, hub_set
+from tasks.data.sources import cached_only, expand, hub_trouble
 from tasks.prompts import lm_eval_folder, lm_eval_version
-from tasks.sources import cached_only, expand, hub_trouble
+from tasks.scoring import remarks
 
 VERSION = "1"  # goes into every record; raise it when a score could change
 SPLITS = ("train", "validation", "test")
@@ -73,7 +74,7 @@ class LmEval(Task):
     chat: whether the model's chat template is put around a prompt, solved examples and all, as one user turn; lm_eval's
         --apply_chat_template. Without it prompts are plain text, whatever the model has.
     revision: of the data on the hub, the same for all tasks; "pinned": what a task itself names, else the commit in
-        hub-pins.yaml (tasks/pins.py).
+        hub-pins.yaml (tasks/data/pins.py).
     """
 
     tasks: Sequence[str] | str | None = None

@@ -21,12 +21,12 @@ import yaml
 
 from methods.core.errors import UserError
 from methods.core.typed import shown
-from tasks import remarks
 from tasks.base import Example, Metric, Row, Task
-from tasks.files import Files, check_limit, check_stand_in, chosen, hub_rows, read_files
+from tasks.data.files import Files, check_limit, check_stand_in, chosen, hub_rows, read_files
+from tasks.data.pins import PINNED
 from tasks.lm_eval_harness import LmEval
-from tasks.pins import PINNED
 from tasks.prompts import lm_eval_folder, lm_eval_version
+from tasks.scoring import remarks
 
 VERSION = "1"  # goes into every record; raise it when a score could change
 HUB = ("THUDM/LongBench-v2", None, "train")

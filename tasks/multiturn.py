@@ -18,11 +18,11 @@ from functools import cached_property
 from typing import Any
 
 from methods.core.errors import UserError
-from tasks import matching, metrics, numerals, rouge
 from tasks.base import Example, Task, Turn
-from tasks.files import Files, check_limit, chosen, hub_rows, read_files
-from tasks.pins import PINNED
-from tasks.rows import Text, Texts, Tokens, wrong
+from tasks.data.files import Files, check_limit, chosen, hub_rows, read_files
+from tasks.data.pins import PINNED
+from tasks.data.rows import Text, Texts, Tokens, wrong
+from tasks.scoring import matching, metrics, numerals, rouge
 
 VERSION = "2"  # goes into every record; raise it when a score could change
 MODES, HISTORIES, COMPRESS = ("turns", "requests"), ("golden", "own"), ("first_prompt_only", "every_prompt")

@@ -19,15 +19,16 @@ from typing import Any
 
 from methods.core.errors import UserError
 from methods.core.reading import read_bytes
-from tasks import grid, infinite, matching
+from tasks import grid, infinite
 from tasks.base import Example
+from tasks.data.haystack import FAR, Hidden, even_depths, hide, read_haystack, sigmoid_depths
+from tasks.data.pins import PINNED
+from tasks.data.sources import expand, parse_rows
 from tasks.grid import Grid
-from tasks.haystack import FAR, Hidden, even_depths, hide, read_haystack, sigmoid_depths
-from tasks.metrics import first_line
-from tasks.pins import PINNED
 from tasks.ruler import niah
 from tasks.ruler.templates import needle as sentence
-from tasks.sources import expand, parse_rows
+from tasks.scoring import matching
+from tasks.scoring.metrics import first_line
 from tasks.tokens import Tokens
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "needle-mini"

@@ -13,10 +13,10 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from methods.core.errors import UserError
-from tasks import remarks
 from tasks.base import Apart, Example, Forced, Metric, Row
-from tasks.files import Files, check_limit, chosen, hub_rows, read_files
-from tasks.pins import PINNED
+from tasks.data.files import Files, check_limit, chosen, hub_rows, read_files
+from tasks.data.pins import PINNED
+from tasks.scoring import remarks
 from tasks.tokens import Tokens
 
 VERSION = "1"  # goes into every record; raise it when a score could change

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tasks import remarks
 from tasks.base import Example, Row, Task, mean_by_category
-from tasks.files import Files, check_limit, chosen, read_files
-from tasks.rows import Tokens, wrong
+from tasks.data.files import Files, check_limit, chosen, read_files
+from tasks.data.rows import Tokens, wrong
+from tasks.scoring import remarks
 
 VERSION = "1"  # goes into every record; raise it when a score could change
 

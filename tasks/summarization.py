@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 
 from methods.core.errors import UserError
-from tasks import remarks, rouge
 from tasks.base import Apart, Example
-from tasks.files import Files, check_limit, chosen, hub_rows, read_files
+from tasks.data.files import Files, check_limit, chosen, hub_rows, read_files
+from tasks.data.pins import PINNED
+from tasks.data.rows import Text, wrong
+from tasks.data.rows import Tokens as Most
 from tasks.gsm8k import cut_at
-from tasks.pins import PINNED
 from tasks.prompts import lm_eval_task
-from tasks.rows import Text, wrong
-from tasks.rows import Tokens as Most
+from tasks.scoring import remarks, rouge
 from tasks.tokens import Tokens
 
 VERSION = "2"  # goes into every record; raise it when a score could change
@@ -58,7 +58,7 @@ FRAME = (
 class Setup:
     """How a set-up decodes and scores.
 
-    rouge: a package of tasks.rouge.  prompt_tokens: longest prompt, None: what the model reads.
+    rouge: a package of tasks.scoring.rouge.  prompt_tokens: longest prompt, None: what the model reads.
     """
 
     max_new_tokens: int

@@ -20,7 +20,11 @@ import yaml
 from omegaconf import OmegaConf
 
 import run
-from runners import answer, cells, evaluate, load, record, revision, sweep
+from runners import cells, evaluate, sweep
+from runners.engine import answer
+from runners.engine import loading as load
+from runners.records import provenance as revision
+from runners.records import record
 
 ROOT = Path(run.__file__).parent
 TEXT = "the cat sat on a mat and read about a long river in the north where nobody answers questions. "

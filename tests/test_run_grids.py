@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import run
-from runners import heat_map
+from runners.report import heat_map
 
 ESSAY = " ".join(f"Sentence {i} tells of a river, a road and a mill." for i in range(60))
 

@@ -13,11 +13,11 @@ import run
 from methods import build_method, load_method
 from methods.core.errors import UserError
 from runners.cells import Run
-from runners.check import check, plain
-from runners.config import Config
-from runners.load import checkpoint_of
-from runners.parts import runner_of, task_of
-from runners.words import quoted, read
+from runners.engine.loading import checkpoint_of
+from runners.settings.check import check, plain
+from runners.settings.config import Config
+from runners.settings.parts import runner_of, task_of
+from runners.settings.words import quoted, read
 from tests.test_every_task import CASES
 from tests.wrong_values import WRONG, changed, composed, keys, outcome, sample
 

@@ -18,8 +18,8 @@ import run
 from methods import method_names
 from methods.core.errors import BudgetMiss
 from methods.core.eviction import EvictionCache
+from methods.core.meter import Report
 from runners import cells, sweep
-from runners.meter import Report
 from tests.bounds import losses_off, near
 from tests.tasks.choice_items import write
 from tests.test_run import write_split

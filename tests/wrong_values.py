@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from run import CONF
-from runners.explain import EXPECTED, explain
+from runners.settings.explain import EXPECTED, explain
 
 WRONG: dict[str, Any] = {
     "null": None,

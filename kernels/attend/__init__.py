@@ -4,38 +4,13 @@ Layouts: q [B, Hq, T, D]; k [B, H, S, D]; v [B, H, S, Dv]; Hq is a multiple of H
 h // (Hq // H). Positions are the tokens' own, int, -1 for padding: q_pos [B, T]; k_pos [B, H or 1, S].
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 from torch import Tensor
 
 from kernels.attend import compiled, reference
 from kernels.attend.lse import log_sum_exp
 from kernels.attend.reference import visible
+from kernels.attend.rules import Plan, Rules
 from kernels.backend import on_triton
-
-#: what the caller knows about visibility: `all` slots are seen by every query; `causal` means q and k are the same
-#: unpadded tokens; `positions` compares q_pos with k_pos and is always right.
-Plan = Literal["all", "causal", "positions"]
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How one layer of the model turns q·k into probabilities.
-
-    scale: factor on q·k.  softcap: bound c of c·tanh(x/c), or None.  window: a query sees keys less than this many
-    tokens back, or None.  slopes: ALiBi slope per query head, [Hq], or None.
-    """
-
-    scale: float
-    softcap: float | None = None
-    window: int | None = None
-    slopes: Tensor | None = None
-
-    @property
-    def plain(self) -> bool:
-        """Whether softmax(scale · q·k) is all there is to it."""
-        return self.softcap is None and self.slopes is None
 
 
 def attend(

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import compiled
 
 if TYPE_CHECKING:
-    from kernels.attend import Rules
+    from kernels.attend.rules import Rules
 
 # channels of a head come in whole vectors
 LANES = 16

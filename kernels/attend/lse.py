@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.attend.reference import BLOCK_ELEMENTS, logits
 
 if TYPE_CHECKING:
-    from kernels.attend import Rules
+    from kernels.attend.rules import Rules
 
 
 def log_sum_exp(q: Tensor, k: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kernels.attend import Rules
+    from kernels.attend.rules import Rules
 
 # elements of one block's [rows, S] scores; 2**22 float32 are 16 MiB
 BLOCK_ELEMENTS = 1 << 22

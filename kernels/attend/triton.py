@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attend import Rules
+from kernels.attend.rules import Rules
 from kernels.attend.splits import merged, pick_splits
 from kernels.attend.tiles import (
     LN2,

@@ -7,7 +7,7 @@ grouped along tokens or channels, values along channels. Positions as in `attend
 
 from torch import Tensor
 
-from kernels.attend import Plan, Rules
+from kernels.attend.rules import Plan, Rules
 from kernels.attend_quantized import compiled, reference
 from kernels.backend import on_triton
 from kernels.quantize import Packed

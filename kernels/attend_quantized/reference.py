@@ -16,7 +16,7 @@ from kernels.attend.reference import BLOCK_ELEMENTS, visible
 from kernels.quantize import Packed, codes_per_pack, planes
 
 if TYPE_CHECKING:
-    from kernels.attend import Plan, Rules
+    from kernels.attend.rules import Plan, Rules
 
 # elements of one block of codes; a plane of them as float32 takes 4 MiB or less (of 2**17 to 2**21, 2**20 was fastest)
 UNPACKED = 1 << 20

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attend import Plan, Rules
+from kernels.attend.rules import Plan, Rules
 from kernels.attend.splits import merged, pick_splits
 from kernels.attend.tiles import finish, last_contiguous, packed_rows, scores, strides
 from kernels.backend import DTYPES, interpreted

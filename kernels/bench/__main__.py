@@ -28,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kernels import backend
+from kernels import backend, compiled
 from kernels.bench import agreement, cases
 from kernels.bench.timing import Ceilings, captured_seconds, measure_ceilings, seconds
 
@@ -44,7 +44,7 @@ def main(words: Sequence[str]) -> int:
         torch.set_num_threads(asked.threads)
     try:
         backend.use(asked.backend)
-        form = backend.name_on(device)
+        form = compiled.name_on(device)
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import backend
+from kernels import backend, compiled
 from kernels.attend import Rules, attend, attend_pages, attend_with_lse
 from kernels.attend_quantized import attend_quantized
 from kernels.bounds import bound
@@ -37,7 +37,7 @@ def forms(device: torch.device) -> list[str]:
     """What `backend.use` takes so that every form that runs on the device has its turn."""
     if backend.interpreted():
         return ["reference", "triton"]
-    return ["reference"] if backend.name_on(device) == "reference" else ["reference", "auto"]
+    return ["reference"] if compiled.name_on(device) == "reference" else ["reference", "auto"]
 
 
 def checks(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Check]:
@@ -46,7 +46,7 @@ def checks(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Chec
     for form in forms(device):
         backend.use(form)
         try:
-            name = backend.name_on(device)
+            name = compiled.name_on(device)
             # the definition rounds logits to the inputs' type, Triton does not
             scores = torch.float32 if name.startswith("triton") else dtype
             for op, out, expected, tolerance in results(device, dtype, scores, torch.Generator().manual_seed(seed)):

@@ -7,7 +7,7 @@ slots in order; "positions" is always right. Sums over the last w queries are th
 
 from torch import Tensor
 
-from kernels.attend import Rules
+from kernels.attend.rules import Rules
 from kernels.backend import on_triton
 from kernels.mass import compiled, noisy, reference, weighted
 from kernels.mass.reference import attention_probs

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.attend import Rules
 from kernels.attend.reference import logits
+from kernels.attend.rules import Rules
 from kernels.noise import Stem
 
 # elements of one block's scores, and query rows that it has at least: of 2**18 to 2**21, the largest measured fastest

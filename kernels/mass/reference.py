@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels.attend import Rules, attend
+from kernels.attend import attend
 from kernels.attend.reference import logits
+from kernels.attend.rules import Rules
 
 # elements of one block's scores, and query rows that it has at least: measured fastest where a block stays in the cache
 BLOCK_ELEMENTS, LEAST_ROWS = 1 << 20, 8

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attend import Rules
+from kernels.attend.rules import Rules
 from kernels.attend.tiles import (
     LOG2E,
     SCAN,

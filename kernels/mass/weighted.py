@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.attend import Rules
+from kernels.attend.rules import Rules
 from kernels.mass.reference import attention_probs
 
 # elements of one block's scores

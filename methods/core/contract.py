@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from methods.core.artefacts import Made
-    from runners.bind import KVCache
+    from methods.core.cache import KVCache
 
 
 class Stage(Enum):
@@ -276,6 +276,6 @@ class Method:
         samples: one number per row, keys of the method's randomness; None: 0, 1, 2, ...
         Raises UserError when the model's architecture cannot be bound.
         """
-        from runners.bind import KVCache  # the one import upwards: this method is the users' way in
+        from methods.core.bind import cache_for  # at call time: binding needs this contract
 
-        return KVCache(model, self, prompt_len=prompt_len, samples=samples)
+        return cache_for(model, self, prompt_len=prompt_len, samples=samples)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from tasks.haystack import Haystack
+from tasks.data.haystack import Haystack
 from tasks.ruler.fitting import Sample
 from tasks.ruler.templates import needle, noise, wording
 from tasks.ruler.vocabulary import adjectives, nouns

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.errors import UserError
-from tasks import grid, matching
+from tasks import grid
 from tasks.base import Example, Row
+from tasks.data.haystack import Haystack, read_haystack
+from tasks.data.pins import PINNED
+from tasks.data.sources import expand
 from tasks.grid import Grid
-from tasks.haystack import Haystack, read_haystack
-from tasks.pins import PINNED
 from tasks.prompts import lm_eval_version
 from tasks.ruler import counting, documents, niah, tracking
 from tasks.ruler.fitting import Sample, most_units, shrink
 from tasks.ruler.templates import DIGESTS, wording
-from tasks.sources import expand
+from tasks.scoring import matching
 
 BUNDLED = Path(__file__).parents[2] / "assets" / "ruler-mini"
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)

@@ -10,7 +10,7 @@ import pytest
 
 from analysis import frontier, latex, report
 from analysis.files import CannotWrite, picture, write, write_csv
-from runners import heat_map, latency_report
+from runners.report import heat_map, latency_report
 
 
 def full(*args, **options):

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from benchmarks.architectures import PAGE, SECTIONS, Outcome, entries, outcome, page
-from runners import self_check
+from methods.core.binding import self_check
 
 #: one architecture per row of what is equal and what is refused, the quickest
 ONE_EACH = (

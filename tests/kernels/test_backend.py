@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels import backend
+from kernels import backend, compiled
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def on_a_gpu(dtype=torch.float32, wants_gradient=False):
 
 def test_tensors_on_a_cpu_take_the_reference_unless_told_otherwise():
     assert not backend.on_triton(torch.ones(1))
-    assert backend.name_on(CPU) in ("reference", "compiled")  # where there is a C++ compiler
+    assert compiled.name_on(CPU) in ("reference", "compiled")  # where there is a C++ compiler
 
 
 def test_an_unknown_name_is_refused_under_the_name_the_user_typed():
@@ -44,7 +44,7 @@ def test_an_unknown_name_is_refused_under_the_name_the_user_typed():
 
 def test_triton_on_a_cpu_is_an_error_that_says_what_works():
     backend.use("triton")
-    for ask in (lambda: backend.on_triton(torch.ones(1)), lambda: backend.name_on(CPU)):
+    for ask in (lambda: backend.on_triton(torch.ones(1)), lambda: compiled.name_on(CPU)):
         with pytest.raises(RuntimeError, match=r"kernels\.backend=triton: .*kernels\.backend=reference works"):
             ask()
 
@@ -54,7 +54,7 @@ def test_triton_on_a_cpu_works_in_the_interpreter_and_the_record_says_so(monkeyp
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     backend.use("triton")
     assert backend.on_triton(torch.ones(1), torch.ones(1, dtype=torch.int32))
-    assert backend.name_on(CPU) == "triton (interpreted)"
+    assert compiled.name_on(CPU) == "triton (interpreted)"
     backend.use("auto")
     assert not backend.on_triton(torch.ones(1))
 
@@ -65,10 +65,10 @@ def test_on_a_gpu_the_choice_follows_what_works_there(trouble, expected, monkeyp
     # the fixture clears the cache of what is patched away here
     monkeypatch.setattr(backend._trouble, "cache_clear", lambda: None, raising=False)
     assert backend.on_triton(on_a_gpu()) is (expected == "triton")
-    assert backend.name_on(torch.device("cuda")) == expected
+    assert compiled.name_on(torch.device("cuda")) == expected
     backend.use("reference")
     assert not backend.on_triton(on_a_gpu())
-    assert backend.name_on(torch.device("cuda")) == "reference"
+    assert compiled.name_on(torch.device("cuda")) == "reference"
 
 
 def test_what_only_the_reference_has_goes_there(monkeypatch):

@@ -155,7 +155,7 @@ def test_without_a_compiler_all_runs_in_pytorch_without_a_word(fresh, monkeypatc
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert compiled.library() is None
-    assert backend.name_on(CPU) == "reference"
+    assert compiled.name_on(CPU) == "reference"
     codes, k = packed(32, 64, 4, 32, 2, B=1), torch.randn(1, 2, 4, 64)
     assert not form.serves(torch.randn(1, 2, 1, 64), (codes, k), (None, k))
 
@@ -178,9 +178,9 @@ def test_a_folder_that_cannot_be_written_does_not_matter(fresh, monkeypatch):
 
 @needs_compiler
 def test_the_record_names_the_form():
-    assert backend.name_on(CPU) == "compiled"
+    assert compiled.name_on(CPU) == "compiled"
     backend.use("reference")
-    assert backend.name_on(CPU) == "reference"
+    assert compiled.name_on(CPU) == "reference"
 
 
 @needs_compiler

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels.quantize import Packed, codes_per_pack, dequantize, planes, quantize
-from runners.meter import nbytes
+from methods.core.meter import nbytes
 from tests.bounds import bound, half_digit, near
 
 WIDTHS = [2, 3, 4, 8]

@@ -7,8 +7,8 @@ from methods import load_method
 from methods.adakv import AdaKV, best
 from methods.core.allocate import Uniform
 from methods.core.errors import UserError
-from methods.core.ragged import PAGE
-from runners.meter import nbytes
+from methods.core.meter import nbytes
+from methods.core.stores.ragged import PAGE
 from tests.bounds import bound, near, run_off
 from tests.methods.conftest import kept, run
 

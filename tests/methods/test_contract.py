@@ -8,14 +8,14 @@ from omegaconf import OmegaConf
 from transformers import DynamicCache
 
 from methods import _compose, load_method, method_names
+from methods.core.bind import unbound
 from methods.core.budget import check_budget, slots
 from methods.core.capped import Capped
-from methods.core.codec import Codec
 from methods.core.errors import UserError
 from methods.core.eviction import Eviction
-from methods.core.ragged import RaggedStore
+from methods.core.stores.codec import Codec
+from methods.core.stores.ragged import RaggedStore
 from methods.lococo import LoCoCo
-from runners.bind import unbound
 from tests.bounds import near, near_codes, run_off
 from tests.methods.conftest import kept, run
 from tests.methods.knobs import FIXED, SETS, knobs_of, others, read_by_piece

@@ -11,8 +11,8 @@ from kernels import backend
 from kernels.launch import noting
 from methods import load_method, method_names
 from methods.adakv import AdaKV
+from methods.core.cache import KVCache
 from methods.core.contract import Method
-from runners.bind import KVCache
 from tests.kernels.both_forms import using
 from tests.methods.conftest import run
 from tests.tiny import SIZES, equip, tiny_model

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from methods import load_method, method_names
 from methods.adakv import AdaKV
 from methods.core.contract import Method
-from runners.meter import nbytes
+from methods.core.meter import nbytes
 from tests.methods.conftest import run, tiny_llama
 from tests.tiny import SIZES, equip, tiny_model
 

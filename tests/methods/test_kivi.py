@@ -10,13 +10,13 @@ from transformers.cache_utils import Cache
 from kernels import Rules
 from kernels.quantize import dequantize, quantize
 from methods import load_method
-from methods.core.codec import CodecCache
 from methods.core.contract import Stage, Step
 from methods.core.errors import BudgetMiss, UserError
-from methods.core.quantized import QuantizedStore
-from methods.core.scheme import Scheme
+from methods.core.meter import nbytes
+from methods.core.stores.codec import CodecCache
+from methods.core.stores.quantized import QuantizedStore
+from methods.core.stores.scheme import Scheme
 from methods.kivi import KIVI
-from runners.meter import nbytes
 from tests.bounds import MILD, bound, near, near_codes, run_off
 from tests.kernels.formula import formula, largest_logit
 from tests.methods.conftest import run, tiny_llama
@@ -340,7 +340,7 @@ def test_a_sliding_layer_lets_go_of_whole_groups_that_no_later_query_sees(monkey
     trimmed = run(model, cache, ids, new=new)
     assert cache.report().held_prompt - cache.report().overhead <= cache.report().asked
     assert len(cache.layers[0].inner.store) < 40 + 40 // 8 + 16
-    monkeypatch.setattr("methods.core.codec.spare", lambda window: 1000)
+    monkeypatch.setattr("methods.core.stores.codec.spare", lambda window: 1000)
     whole = small().cache_for(model)
     near(run(model, whole, ids, new=new), trimmed, run_off(trimmed, MILD, layers=1, length=250))
     assert len(whole.layers[0].inner.store) == 39 + 150

@@ -7,9 +7,9 @@ from torch import Tensor
 from kernels import Rules
 from kernels.quantize import dequantize, quantize
 from methods import load_method
-from methods.core.codec import CodecCache
 from methods.core.contract import Stage, Step
 from methods.core.errors import UserError
+from methods.core.stores.codec import CodecCache
 from methods.kivi import KIVI
 from methods.per_token import PerToken
 from tests.bounds import bound, near, near_codes

@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from methods import load_method
 from methods.core import artefacts
+from methods.core.bind import unbound
 from methods.core.contract import Stage
 from methods.core.errors import UserError
 from methods.core.watch import watch
 from methods.qfilters import principal, sample_queries
-from runners.bind import unbound
 from tests.bounds import bound, half_digit, near, run_off
 from tests.methods.conftest import kept, run, tiny_llama
 from tests.methods.layer import settled, step_of

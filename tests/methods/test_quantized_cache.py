@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import QuantizedLayer
 
-from methods.core.codec import CodecCache
 from methods.core.contract import Stage
+from methods.core.stores.codec import CodecCache
 from methods.kivi import KIVI
 from tests.methods.layer import step_of
 

@@ -152,7 +152,7 @@ def test_without_sinks_it_is_a_plain_window(gqa):
 
 
 def test_rotating_there_and_back_gives_the_key_and_rotating_adds_up(gqa):
-    from runners.bind import bind
+    from methods.core.bind import bind
 
     rope = bind(gqa).ropes[0]
     k = torch.randn(2, 3, 16)

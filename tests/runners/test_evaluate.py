@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runners import show
-from runners.compare import compare
 from runners.evaluate import cost_rows
-from runners.ledger import of_sample
+from runners.records.ledger import of_sample
+from runners.report import run_table as show
+from runners.report.compare import compare
 from tasks.base import Example, Task
 from tasks.needle import Needle
 from tasks.ruler.task import Ruler

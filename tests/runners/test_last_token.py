@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from tests.runners.test_answer import Echo
 
 import run
 from methods import load_method
 from methods.core.errors import UserError
-from runners.answer import Setting, answer, check
-from runners.prompt import Encoder
-from runners.together import answer_together
+from runners.engine.answer import Setting, answer, check
+from runners.engine.prompt import Encoder
+from runners.engine.together import answer_together
 from tasks.base import Choice, Example, Turn
 from tests.conftest import WORDS
-from tests.runners.test_answer import Echo
 from tests.test_run import write_split
 
 N = 8

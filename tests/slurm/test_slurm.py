@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import run
-from runners.claims import Claims
+from runners.records.sample_locks import Claims
 from tests.test_run import write_split
 from tests.test_sweep import comparable, records
 

@@ -10,12 +10,12 @@ import pytest
 from huggingface_hub import constants
 
 from methods.core.errors import UserError
-from tasks import pins
 from tasks.base import Task
-from tasks.files import hub_rows
+from tasks.data import pins
+from tasks.data.files import hub_rows
 from tasks.gsm8k import GSM8K
 from tasks.lm_eval_harness import LmEval
-from tasks.longbench import LongBench
+from tasks.longbench.task import LongBench
 from tasks.longbench_v2 import LongBenchV2
 from tasks.multiturn import MultiTurn
 from tasks.needle import Needle
@@ -85,7 +85,7 @@ def hub(monkeypatch):
         return Found([row for _, (known, row) in ROWS.items() if known == repo][:1], COMMIT)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("tasks.sources.unreachable", lambda url: None)
+    monkeypatch.setattr("tasks.data.sources.unreachable", lambda url: None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     return asked
 
@@ -120,7 +120,7 @@ def test_a_hub_out_of_reach_is_asked_for_nothing(name, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("tasks.sources.unreachable", lambda url: "no route")
+    monkeypatch.setattr("tasks.data.sources.unreachable", lambda url: "no route")
     with pytest.raises(UserError, match="no route"):
         made(name).source()
     assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE  # as they were

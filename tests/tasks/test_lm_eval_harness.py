@@ -8,7 +8,7 @@ import pytest
 
 from methods.core.errors import UserError
 from tasks.base import as_parts
-from tasks.choice_rows import read_rows
+from tasks.data.choice_rows import read_rows
 from tasks.lm_eval_harness import LmEval, _guessed, _moved, margin
 from tests.tasks.choice_items import PIQA, put, write
 

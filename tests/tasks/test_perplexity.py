@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from methods.core.errors import UserError
-from runners.compare import compare
+from runners.report.compare import compare
 from tasks.base import as_parts
 from tasks.perplexity import Perplexity, mean_loss, one_pass
 from tasks.tokens import Tokens

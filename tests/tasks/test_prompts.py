@@ -7,8 +7,8 @@ import pytest
 
 from methods.core.errors import UserError
 from tasks import prompts
+from tasks.longbench.subsets import LONGBENCH, LONGBENCH_E
 from tasks.prompts import Template, lm_eval_task, longbench_template
-from tasks.subsets import LONGBENCH, LONGBENCH_E
 
 ALL = [*LONGBENCH, *LONGBENCH_E]
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from methods import load_method
+from methods.core.bind import unbound
 from methods.core.errors import UserError
-from runners.bind import unbound
-from runners.forced import force
-from runners.prompt import Encoder
+from runners.engine.prompt import Encoder
+from runners.engine.teacher_forcing import force
 from tasks.perplexity import Perplexity
 from tests.bounds import losses_off, near
 from tests.conftest import WORDS

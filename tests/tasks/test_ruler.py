@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from methods.core.errors import UserError
-from tasks.haystack import Haystack
+from tasks.data.haystack import Haystack
 from tasks.ruler import counting, documents, niah, tracking
 from tasks.ruler import task as ruler_task
 from tasks.ruler.fitting import Sample, most_units, shrink

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tasks.base import Choice, Example, Forced, Turn
-from tasks.longbench import LongBench
+from tasks.longbench.task import LongBench
 from tasks.longbench_v2 import LongBenchV2
 from tasks.multiturn import MultiTurn
 from tasks.needle import Needle

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from methods.core.errors import UserError
-from tasks import rouge
 from tasks.base import as_parts
+from tasks.scoring import rouge
 from tasks.summarization import FRAME, SETUPS, Summarization, criterion, distinct, lead, ratio_interval
 from tasks.tokens import Tokens
 

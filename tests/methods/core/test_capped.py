@@ -12,7 +12,7 @@ from methods.adakv import AdaKV
 from methods.core.capped import Capped
 from methods.core.contract import Stage
 from methods.core.errors import UserError
-from runners.meter import nbytes
+from methods.core.meter import nbytes
 from tests.bounds import LOUDEST, SHARP, losses_off, near, run_off
 from tests.methods.conftest import kept, run
 from tests.methods.layer import step_of

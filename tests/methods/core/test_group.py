@@ -3,8 +3,8 @@
 import torch
 
 from methods import load_method, method_names
+from methods.core.cache import KVCache
 from methods.core.group import Rows, Shared
-from runners.bind import KVCache
 from tests.bounds import near, run_off
 from tests.methods.conftest import kept, run
 

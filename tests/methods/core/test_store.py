@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kernels import Rules
 from methods.core.contract import Stage, Step
-from methods.core.ragged import RaggedStore
+from methods.core.meter import nbytes
 from methods.core.store import Store, spare
-from runners.meter import nbytes
+from methods.core.stores.ragged import RaggedStore
 from tests.bounds import bound, near
 from tests.kernels.formula import allowed, formula
 

@@ -1,0 +1,91 @@
+"""Which forward passes run on our caches: the attention is ours while one of them lasts, else the model's own."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from methods.core.binding.lengths import Lengths
+from methods.core.errors import UserError
+
+
+class Bound(Cache):
+    """A cache that only our attention can answer from."""
+
+
+class Passes:
+    """Switches a model over for the passes that bring a Bound cache; every other call meets the untouched model.
+
+    name: of our attention, as the configurations are to say it.  adapter: the method of the attention modules to
+    replace instead of asking for the attention by name, and by what.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        configs: Sequence[Any],
+        modules: Sequence[nn.Module],
+        adapter: tuple[str, Callable[..., Any]] | None,
+        lengths: Lengths,
+    ):
+        self.name, self.configs, self.modules, self.adapter, self.lengths = name, configs, modules, adapter, lengths
+        self.barred = False  # within `unbound`
+        self.outermost: nn.Module | None = None  # the module whose pass it is
+        self._stock: list[str] = []
+
+    def watch(self, model: PreTrainedModel) -> None:
+        """Look at every pass of the model, or of a part of it that can be called by itself."""
+        own = set(self.modules)
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel) and own & set(part.modules()):
+                part.register_forward_pre_hook(self.begin, with_kwargs=True)
+                part.register_forward_hook(self.end, always_call=True)
+
+    def begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a pass. Raises UserError if it asks for attention weights, CrossesSwitch as Lengths does."""
+        cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, Bound)), None)
+        if cache is None:
+            self._switch_off()  # which an interrupted pass may have left on
+        elif self.outermost is None and not self.barred:
+            said = [
+                kwargs.get("output_attentions"),
+                *(getattr(config, "output_attentions", 0) for config in self.configs),
+            ]
+            if any(said):
+                raise UserError(
+                    "output_attentions=True: a compressed cache holds no attention over all tokens; leave it out, or "
+                    "call the model without the cache of method.cache_for(model)"
+                )
+            self.lengths.begin(cache, args, kwargs)
+            self._switch_on(part)
+
+    def end(self, part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After a pass, also one that failed."""
+        if part is self.outermost:
+            self._switch_off()
+
+    def _switch_on(self, part: nn.Module) -> None:
+        self.outermost = part
+        self._stock = [config._attn_implementation_internal for config in self.configs]
+        for config in self.configs:
+            config._attn_implementation_internal = self.name
+        if self.adapter is not None:
+            name, function = self.adapter
+            for module in self.modules:
+                setattr(module, name, types.MethodType(function, module))
+
+    def _switch_off(self) -> None:
+        if self.outermost is None:
+            return
+        self.outermost = None
+        for config, stock in zip(self.configs, self._stock, strict=True):
+            config._attn_implementation_internal = stock
+        if self.adapter is not None:
+            for module in self.modules:
+                del module.__dict__[self.adapter[0]]
+        self.lengths.end()

@@ -1,0 +1,307 @@
+"""A transformers Cache whose layers belong to a method: where a pass stands, and what each layer takes in of it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from kernels import Rules
+from methods.core.binding.decoder import CannotBind
+from methods.core.binding.lengths import Reach
+from methods.core.binding.padding import columns, padding_first, put_back
+from methods.core.binding.passes import Bound
+from methods.core.binding.rotation import Turning
+from methods.core.contract import LayerCache, Method, Stage, Step
+from methods.core.errors import UserError
+from methods.core.meter import Meter, Report
+
+#: where a bound model keeps what binding noted of it
+BINDING = "_kvfrontier"
+
+
+@dataclass
+class Handle:
+    """New keys and values on their way through the model; deliberately not a tensor."""
+
+    layer: KVLayer
+    k: Tensor
+    v: Tensor
+
+
+class KVLayer(CacheLayerMixin):
+    """One layer of a KVCache, as transformers sees it."""
+
+    is_sliding = False
+
+    def __init__(self, cache: KVCache, index: int, inner: LayerCache):
+        super().__init__()
+        self.cache, self.index, self.inner = cache, index, inner
+        self.seen = 0  # columns of the batch, padding included
+        self.extras: dict[str, Any] = {}  # what the method asked for of the current step
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the stores see their first tensors in `take`."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Handle, None]:
+        spec, shape = self.cache.spec, tuple(key_states.shape)
+        if len(shape) != 4 or (shape[1], shape[3]) != (spec.n_kv_heads, spec.head_dim):
+            raise CannotBind(
+                self.cache.kind,
+                "it stores something other than its heads' keys and values, such as latents "
+                f"({' x '.join(map(str, shape[1::2]))} numbers per token, not {spec.n_kv_heads} x {spec.head_dim})",
+            )
+        self.seen += shape[2]
+        return Handle(self, key_states, value_states), None
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, not slots stored: positions never come from a stored length."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def offload(self) -> None:
+        raise NotImplementedError("a compressed cache stays on its device")
+
+    prefetch = offload
+
+    def reset(self) -> None:
+        raise NotImplementedError("a new sequence needs a new cache: method.cache_for(model)")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError(
+            "tokens cannot be taken back from a compressed cache; assisted generation is not for it"
+        )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.inner.reorder(beam_idx)
+
+    def attend(self, handle: Handle, q: Tensor, mask: Tensor | None, rules: Rules) -> Tensor:
+        """Output [B, Hq, T, Dv] of the step: take in, attend, settle, and let the meter look."""
+        cache = self.cache
+        here = cache.standing(self, q, mask)
+        step = Step(
+            layer=self.index, n_layers=len(cache.layers), stage=here.stage, q=q, k=handle.k, v=handle.v, pos=here.pos,
+            seen=here.seen, padded=here.padded, samples=cache.samples, rules=rules, rope=cache.spec.ropes[self.index],
+            **self.extras,
+        )  # fmt: skip
+        self.extras = {}
+        if here.order is not None:
+            step = columns(step, here.order)
+        self.inner.take(step)
+        cache.meter.after_take(step)
+        out = self.inner.attend(step)
+        self.inner.settle(step)
+        cache.meter.after_settle(step)
+        return out if here.order is None else put_back(out, here.order)
+
+
+@dataclass
+class Standing:
+    """Where one forward pass stands, the same for all its layers."""
+
+    total: int  # columns seen, this pass included
+    stage: Stage
+    pos: Tensor  # [B, T]
+    seen: Tensor  # [B], tokens per row before this pass
+    padded: bool
+    order: Tensor | None = None  # [B, T], of the columns as a step has them; None: as they came
+
+
+class KVCache(Bound):
+    """A transformers Cache whose layers belong to a method; made by `Method.cache_for`. The model is bound."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        prompt_len: int | None = None,
+        samples: Sequence[int] | None = None,
+    ):
+        binding = model.__dict__[BINDING]
+        spec = binding["spec"]
+        self.kind: str = binding["kind"]
+        self.turnings: list[Turning] = binding["turnings"]
+        unknown = [i for i, turning in enumerate(self.turnings) if not turning.known]
+        if "rope" in method.needs and unknown:
+            raise UserError(f"{method.name}: needs keys as they are before RoPE, and how layer {unknown[0]} of "
+                            f"{spec.name} turns them is not known")  # fmt: skip
+        prepared = model.__dict__.setdefault("_kvfrontier_prepared", Prepared())
+        self.spec = dataclasses.replace(spec, prepared=prepared.by(method, model))
+        self.method, self.prompt_len = method, prompt_len
+        self.reach: Reach | None = None  # where frequencies follow the length
+        self._samples = samples
+        self._here: Standing | None = None
+        self._counts: Tensor | None = None  # [B], tokens per row so far
+        self._again = False
+        inner = method.caches(self.spec, prompt_len)
+        super().__init__(layers=[KVLayer(self, i, layer) for i, layer in enumerate(inner)])
+        self.meter = Meter(inner)
+
+    @property
+    def samples(self) -> Tensor:
+        assert self._here is not None
+        if not isinstance(self._samples, Tensor):
+            B, device = self._here.pos.shape[0], self._here.pos.device
+            numbers = list(self._samples) if self._samples is not None else list(range(B))
+            if len(numbers) != B:
+                raise UserError(f"samples: {len(numbers)} numbers for a batch of {B} rows; give one per row")
+            self._samples = torch.tensor(numbers, device=device)
+        return self._samples
+
+    def standing(self, layer: KVLayer, q: Tensor, mask: Tensor | None) -> Standing:
+        """The pass that `layer` is in; worked out by the first layer that meets it."""
+        if self._here is None or layer.seen > self._here.total:
+            self._here = self._stand(layer.seen, q, mask)
+        return self._here
+
+    def _stand(self, total: int, q: Tensor, mask: Tensor | None) -> Standing:
+        B, _, T, _ = q.shape
+        before = total - T
+        if self.prompt_len is None:
+            self.prompt_len = total
+        if before < self.prompt_len:
+            stage = Stage.MID_PROMPT if total < self.prompt_len else Stage.ENDS_PROMPT
+        elif self._again:
+            stage, self._again = Stage.ENDS_PROMPT, False
+        else:
+            stage = Stage.DECODE if T == 1 else Stage.TURN
+        if self._counts is None:
+            self._counts = torch.zeros(B, dtype=torch.int32, device=q.device)
+        seen = self._counts
+        real = None
+        # a decoded token is never padding, so that no device is waited for
+        if mask is not None and stage is not Stage.DECODE:
+            real = mask[:, total - T : total].bool()
+            real = None if bool(real.all()) else real
+        if real is None:
+            pos = seen[:, None] + torch.arange(T, dtype=torch.int32, device=q.device)
+            self._counts = seen + T
+        else:
+            running = real.cumsum(-1, dtype=torch.int32)
+            pos = torch.where(real, seen[:, None] + running - 1, -1)
+            self._counts = seen + running[:, -1]
+        order = None if real is None else padding_first(real)
+        if stage is Stage.MID_PROMPT or (stage is Stage.ENDS_PROMPT and 0 < before < self.prompt_len):
+            self._refuse_gaps(real, order, seen)
+        if order is not None:
+            pos = pos.gather(1, order)
+        return Standing(total, stage, pos, seen, real is not None, order)
+
+    def _refuse_gaps(self, real: Tensor | None, order: Tensor | None, seen: Tensor) -> None:
+        """Raises UserError where a prompt in pieces has padding behind tokens: what decides may lie a piece back."""
+        if real is not None and (order is not None or bool(((seen > 0) & ~real.all(-1)).any())):
+            raise UserError(
+                f"attention_mask: a row of a prompt that comes in pieces (prompt_len={self.prompt_len}) has padding "
+                "behind its tokens; pad it on the left, or give the prompt in one piece"
+            )
+
+    def go_on_from(self, other: KVCache, rows: Tensor | None = None) -> None:
+        """Stand where `other` stands, which saw the same tokens; what the layers hold is the caller's business.
+
+        rows [B], long: which row of `other` each row goes on from; None: the same.
+        """
+        assert other._counts is not None and isinstance(other._samples, Tensor), "the other has seen nothing yet"
+        self.prompt_len, self._here, self.reach = other.prompt_len, other._here, other.reach
+        self._counts = other._counts if rows is None else other._counts[rows]
+        self._samples = other._samples if rows is None else other._samples[rows]
+        for own, its in zip(self.layers, other.layers, strict=True):
+            own.seen = its.seen
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.meter.reorder(beam_idx)
+        if self._counts is not None:
+            self._counts = self._counts[beam_idx.to(self._counts.device)]
+        if isinstance(self._samples, Tensor):
+            self._samples = self._samples[beam_idx.to(self._samples.device)]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with these rows only, given by number or as a mask over the rows."""
+        self.reorder_cache(torch.arange(self._rows())[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Go on with every row so many times, side by side; the copies count as the same sample."""
+        self.reorder_cache(torch.arange(self._rows()).repeat_interleave(repeats))
+
+    def _rows(self) -> int:
+        if self._counts is None:
+            raise RuntimeError("this cache has no rows yet: it has seen no token")
+        return len(self._counts)
+
+    def compress_next(self) -> None:
+        """The next forward ends a prompt, as the first one did: what is stored then is compressed again."""
+        self._again = True
+
+    def fork(self) -> KVCache:
+        """A copy that goes on by itself; what belongs to the method or the model is shared, not copied."""
+        return copy.deepcopy(self, {id(one): one for one in self.lent()})
+
+    def lent(self) -> list[Any]:
+        """What is the method's or the model's, and not this sequence's."""
+        adapters = (tensor for layer in self.layers for tensor in layer.inner.adapters())
+        lent = (self.method, self.spec, self.turnings, self.spec.__dict__.get("prepared"), *adapters)
+        return [one for one in lent if one is not None]
+
+    def expect(self, new: int) -> None:
+        """So many tokens will be decoded from here: no room is made for more. Without it room grows by an eighth."""
+        for layer in self.layers:
+            layer.inner.expect(new)
+
+    def report(self) -> Report:
+        """Bytes held, read and spent so far, of all rows together; see methods/core/meter.py.
+
+        Raises UserError while the prompt that was announced has not come whole, when nothing has been compressed.
+        """
+        self._refuse_half_a_prompt()
+        return self.meter.report()
+
+    def reports(self, behind: Sequence[int] | None = None) -> list[Report]:
+        """The same of every row; behind: passes that each was fed after its own last one, which do not count."""
+        self._refuse_half_a_prompt()
+        return self.meter.reports(behind)
+
+    def _refuse_half_a_prompt(self) -> None:
+        come = self.layers[-1].seen
+        if self.prompt_len is not None and come < self.prompt_len:
+            raise UserError(
+                f"prompt_len={self.prompt_len}: only {come} tokens have come, so that the prompt has not ended and "
+                f"nothing has been compressed; prompt_len is the prompt's own length, such as prompt_len={come}, and "
+                "may be left out where the prompt comes in one piece"
+            )
+
+    def check_budget(self) -> None:
+        """Raises BudgetMiss when the prompt's end left more of a row than its budget and documented overhead."""
+        self._refuse_half_a_prompt()
+        self.meter.check_budget(self.method.name)
+
+
+class Prepared:
+    """What methods have made of a model in `prepare`, each for as long as the method lives."""
+
+    def __init__(self) -> None:
+        self.made: dict[int, tuple[weakref.ref[Method], Any]] = {}
+
+    def by(self, method: Method, model: PreTrainedModel) -> Any:
+        """What this very method made, which it does once: one with the same knobs may edit the model otherwise."""
+        key = id(method)
+        if key not in self.made or self.made[key][0]() is not method:
+            made = self.made
+            self.made[key] = (weakref.ref(method, lambda gone: made.pop(key, None)), method.prepare(model))
+        return self.made[key][1]
+
+    def __reduce__(self) -> tuple[type[Prepared], tuple[()]]:
+        return Prepared, ()  # a copy of the model, or one from a file, knows no method yet

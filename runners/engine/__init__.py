@@ -1,0 +1,1 @@
+"""The engine: from examples to answers over a compressed cache, alone and with a shared prefill."""

@@ -1,0 +1,202 @@
+"""Several ways to go on from one compressed prompt, compared by the log-probability of their tokens.
+
+The prompt's last token is held back until compression is done: otherwise the first token of every choice, the only one
+of many, would be predicted by exact attention over the whole prompt, and no method could change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from methods.core.meter import Report
+from runners.engine.generation import MakesCache, Timings, start
+from runners.engine.prompt import Encoder
+from runners.engine.session import State, now
+from tasks.base import Choice, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One choice as token ids.
+
+    prompt: what stands before it.  n_context: how many of these end inside the example's context.
+    text: its own.  cut: the start of the prompt was left out.
+    """
+
+    prompt: tuple[int, ...]
+    n_context: int
+    text: tuple[int, ...]
+    cut: bool = False
+
+    def parts(self, protocol: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What of the prompt is compressed, and what is fed afterwards."""
+        most = len(self.prompt) - 1
+        at = max(1, most if protocol == "aware" else min(self.n_context, most))
+        return self.prompt[:at], self.prompt[at:]
+
+
+def encode(encoder: Encoder, example: Example, choice: Choice) -> Asked:
+    """Token ids as lm_eval makes them: prompt and text are encoded together, and the text's begin where those of the
+    prompt alone end. A prompt that is too long loses its start. Raises ValueError if the text has no room, or no token.
+    """
+    prompt, text = example.context + choice.question, choice.text
+    opening, start = encoder.opening, example.context
+    if prompt and encoder.chats(example):
+        split = len(start)
+        prompt, split = encoder.wrap(prompt, split)
+        opening, start = [], prompt[:split]  # a template writes its own
+    if prompt:
+        bare = prompt.rstrip()  # white space before the text is part of its first token
+        ids = [*opening, *encoder.plain(bare)]
+        whole = [*opening, *encoder.plain(prompt + text)]
+        own = whole[len(ids) :]
+    else:
+        tokenizer = encoder.tokenizer
+        prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        own = encoder.plain(text)
+        ids, own = ([prefix], own) if own[:1] != [prefix] else (own[:1], own[1:])
+    if not ids or not own:
+        raise ValueError("a choice needs a token, and one before it")
+    context = [*opening, *encoder.plain(start)]
+    n_context = next((i for i, (a, b) in enumerate(zip(ids, context)) if a != b), min(len(ids), len(context)))
+    limit = min((n for n in (encoder.max_length, encoder.window) if n is not None), default=None)
+    return fit(ids, n_context, own, limit)
+
+
+def fit(prompt: Sequence[int], n_context: int, text: Sequence[int], limit: int | None) -> Asked:
+    """A choice whose prompt has lost as much of its start as it takes to feed at most `limit` tokens.
+
+    Raises ValueError if the choice alone has no room.
+    """
+    lost = 0 if limit is None else max(0, len(prompt) + len(text) - limit - 1)  # the last token is not fed
+    if lost >= len(prompt):
+        raise ValueError(f"a choice takes {len(text)} tokens; prompt and choice together have room for {limit}")
+    return Asked(tuple(prompt[lost:]), max(0, n_context - lost), tuple(text), lost > 0)
+
+
+@dataclass
+class _Row:
+    """A prompt, once, and the choices that follow it: places in the batch."""
+
+    first: tuple[int, ...]
+    rest: tuple[int, ...]
+    sample: int
+    members: list[tuple[int, int]]
+
+
+#: for every example and choice the log-likelihood in nats, and whether all its tokens were the likeliest
+Likelihoods = list[list[tuple[float, bool]]]
+
+
+@torch.inference_mode()
+def compare(
+    model: PreTrainedModel,
+    method: MakesCache,
+    asked: Sequence[Sequence[Asked]],
+    samples: Sequence[int],
+    protocol: str = "aware",
+    chunk: int | None = None,
+    stride: int | None = None,
+    pad_id: int = 0,
+) -> tuple[Likelihoods, list[Report], Timings]:
+    """The choices' likelihoods, the ledgers of the caches that they were made with, and the time it took.
+
+    Choices of equal prompts share one compressed cache, from which each goes on by itself. protocol: "aware" compresses
+    the prompt but for its last token, "agnostic" the example's context. stride: tokens of a choice fed at once.
+    """
+    choices = Choices(asked, samples, protocol, stride, pad_id)
+    began = now(model.device)
+    session, after = start(model, method, choices.firsts, choices.samples, chunk, pad_id)
+    prompt_done = now(model.device)
+    (found,) = choices.rate(session, after)
+    return found, choices.reports(session.cache), choices.timings(prompt_done - began, now(model.device) - prompt_done)
+
+
+class Choices:
+    """The prompts of a batch, each once, and the choices behind them.
+
+    firsts, samples: what is read and compressed, and whose it is; a row per prompt.
+    """
+
+    def __init__(
+        self, asked: Sequence[Sequence[Asked]], samples: Sequence[int], protocol: str, stride: int | None, pad_id: int
+    ):
+        self.asked, self.stride, self.pad_id = asked, stride, pad_id
+        self.rows = _rows(asked, samples, protocol)
+        self.firsts, self.samples = [row.first for row in self.rows], [row.sample for row in self.rows]
+        self.steps = 0
+        self.passes = 0  # of the choices that were fed last
+
+    def rate(self, state: State, after: Tensor) -> list[Likelihoods]:
+        """What each cache of a state behind the prompts finds.
+
+        after [caches * rows, V]: logits after the prompts.
+        """
+        rows = self.rows
+        if any(len(row.rest) > 1 for row in rows):
+            state.feed([row.rest[:-1] for row in rows])
+        after = after.unflatten(0, (-1, len(rows)))  # [caches, rows, V]
+        found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # each [caches]
+        turns = max(len(row.members) for row in rows)
+        for turn in range(turns):
+            members = [row.members[min(turn, len(row.members) - 1)] for row in rows]
+            texts = [self.asked[i][j].text for i, j in members]
+            # what the next choice starts from stays as it is
+            fed = self._feed(state if turn + 1 == turns else state.fork(), texts, after)
+            for i, (place, text, row) in enumerate(zip(members, texts, rows)):
+                logits = fed[:, i, : len(text) - (not row.rest)]
+                if not row.rest:  # a prompt of one token, which could not be held back
+                    logits = torch.cat((after[:, i, None], logits), dim=1)
+                found[place] = _likelihood(logits, torch.tensor(text, device=logits.device))
+        sums = torch.stack([total for total, _ in found.values()], dim=1).tolist()
+        likeliest = torch.stack([best for _, best in found.values()], dim=1).tolist()
+        by_cache = [dict(zip(found, zip(*own))) for own in zip(sums, likeliest)]
+        return [[[done[i, j] for j in range(len(own))] for i, own in enumerate(self.asked)] for done in by_cache]
+
+    def _feed(self, state: State, texts: Sequence[Sequence[int]], after: Tensor) -> Tensor:
+        """Logits [caches, rows, T, V] behind every token of a choice per row, its last one left out."""
+        parts = [(*row.rest[-1:], *text[:-1]) for row, text in zip(self.rows, texts)]
+        self.passes = 0
+        if not any(parts):
+            return after[:, :, None][:, :, :0]
+        # filled up on the right: what comes after a text cannot change its score
+        width = max(map(len, parts))
+        ids = torch.tensor([[*part, *[self.pad_id] * (width - len(part))] for part in parts])
+        self.steps += width
+        self.passes = -(-width // (self.stride or width))
+        return state.run(ids, chunk=self.stride, every=True).unflatten(0, (-1, len(parts)))
+
+    def reports(self, cache: Any) -> list[Report]:
+        """Of every example the ledger of its prompts together, by when the choices begin: they are filled up."""
+        own: list[list[int]] = [[] for _ in self.asked]
+        for place, row in enumerate(self.rows):
+            own[row.members[0][0]].append(place)
+        behind = [self.passes] * len(self.rows)
+        return [cache.meter.report(rows, behind) for rows in own]
+
+    def timings(self, prompt: float, choices: float) -> Timings:
+        return Timings(prompt, 0.0, choices, n_prompt=sum(map(len, self.firsts)), steps=self.steps)
+
+
+def _rows(asked: Sequence[Sequence[Asked]], samples: Sequence[int], protocol: str) -> list[_Row]:
+    """One row for every prompt that is different inside its example."""
+    found: dict[tuple[int, tuple[int, ...]], _Row] = {}
+    for i, choices in enumerate(asked):
+        for j, one in enumerate(choices):
+            first, rest = one.parts(protocol)
+            found.setdefault((i, one.prompt), _Row(first, rest, samples[i], [])).members.append((i, j))
+    return list(found.values())
+
+
+def _likelihood(logits: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of the log-probabilities of tokens [T] from logits [n, T, V], and whether each is the likeliest; [n]."""
+    own = logits.float().log_softmax(-1).gather(-1, text[None, :, None].expand(len(logits), -1, 1))  # [n, T, 1]
+    return own.sum((1, 2)), (logits.argmax(-1) == text).all(-1)

@@ -1,0 +1,237 @@
+"""A batch on its way through a model and one cache: parts are fed, answers decoded, and states forked."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from methods.core.meter import Report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# decode steps between two looks at whether all rows have ended: away from the CPU each look waits for the device
+LOOK_EVERY = {"cpu": 1, "cuda": 8}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a row's answer ends: at one of the token ids `ends` after `least` tokens, or at `most` tokens."""
+
+    most: int
+    least: int = 0
+    ends: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One row's new tokens, the one that ended it included.
+
+    stop: "end" for an end token, "length" for the most tokens.
+    error: why the tokens mean nothing, such as a NaN in the logits.
+    """
+
+    ids: list[int]
+    stop: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What one cache answered: one answer per row of the prompts, the passes of the decoding.
+
+    reports: the ledger of every row when it had ended.  at: on `now`'s clock, when the last one had.
+    """
+
+    answers: list[Answer]
+    reports: list[Report]
+    steps: int
+    at: float
+
+
+class State(Protocol):
+    """A batch behind its prompts: one cache's, which is a Session, or that of many caches, a Group.
+
+    feed, run: as in Session; many caches are all fed the same, and their logits follow each other.
+    """
+
+    def feed(self, parts: Sequence[Sequence[int]], *, ends_prompt: bool = False) -> Tensor: ...
+
+    def run(self, ids: Tensor, *, chunk: int | None = None, every: bool = False) -> Tensor: ...
+
+    def answer(self, logits: Tensor, limits: Sequence[Limits], *, exact: bool = False) -> list[Heard | Exception]:
+        """Greedy answers of every cache, from the logits after what was last fed."""
+        ...
+
+    def fork(self) -> Self: ...
+
+
+class Session:
+    """The state of a batch: its cache, and which of the columns fed so far are padding.
+
+    Rows are padded on the left in every part, so that all parts end together.
+    steps: passes of all decoding so far.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: Any, rows: int, pad_id: int = 0):
+        self.model, self.cache, self.pad_id = model, cache, pad_id
+        self.mask = torch.ones(rows, 0, dtype=torch.long, device=model.device)  # [B, n], 1 is a token
+        self.counts = torch.zeros(rows, 1, dtype=torch.long, device=model.device)  # tokens per row
+        self.steps = 0
+        self._last_only = (
+            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        )
+
+    def feed(
+        self, parts: Sequence[Sequence[int]], chunk: int | None = None, ends_prompt: bool = False, every: bool = False
+    ) -> Tensor:
+        """Logits after the last token of each row's part, [B, V]; with `every` after all columns, [B, T, V].
+
+        chunk: columns per pass; None takes the part in one.
+        ends_prompt: methods compress at the end of this part as at the end of the prompt.
+        """
+        return self.run(*_rectangle(parts, self.pad_id), chunk, ends_prompt, every)
+
+    def run(
+        self, ids: Tensor, mask: Tensor | None = None, chunk: int | None = None, ends_prompt: bool = False,
+        every: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """As `feed`, for tokens [B, T] that are a rectangle already; mask [B, T] is 0 for padding, None: no padding."""
+        ids = ids.to(self.model.device)
+        mask = torch.ones_like(ids) if mask is None else mask.to(ids.device)
+        pos = (self.counts + mask.cumsum(-1) - 1).clamp(min=0)
+        before, n, width = self.mask.shape[1], ids.shape[1], chunk or ids.shape[1]
+        self.mask = torch.cat((self.mask, mask), dim=1)
+        self.counts = self.counts + mask.sum(-1, keepdim=True)
+        if ends_prompt:
+            self.cache.compress_next()
+        found = []
+        for a in range(0, n, width):
+            b = min(a + width, n)
+            found.append(self._forward(ids[:, a:b], pos[:, a:b], self.mask[:, : before + b], every))
+        return torch.cat(found, dim=1) if every else found[-1][:, -1]
+
+    def decode(self, logits: Tensor, limits: Sequence[Limits], exact: bool = False) -> list[Answer]:
+        """Greedy answers of all rows from the logits [B, V] after what was fed; the last token is not fed.
+
+        exact: stop at once when all rows have ended, so that nothing is fed behind a single row's answer.
+        """
+        rows, n = NewTokens(limits, logits.device), self.mask.shape[1]
+        steps = max(0, rows.most - 1)
+        self.expect(steps)
+        mask = torch.cat((self.mask, self.mask.new_ones(len(limits), steps)), dim=1)
+        pos = self.counts + torch.arange(steps, device=logits.device)
+        new = rows.take(logits)
+        look_every = 1 if exact else LOOK_EVERY.get(logits.device.type, 1)
+        done = 0
+        while done < steps:
+            if done % look_every == 0 and rows.all_done():
+                break
+            logits = self._forward(new[:, None], pos[:, done : done + 1], mask[:, : n + done + 1], False)[:, -1]
+            new = rows.take(logits)
+            done += 1
+        self.mask, self.counts = mask[:, : n + done], self.counts + done
+        self.steps += done
+        return rows.answers()
+
+    def answer(self, logits: Tensor, limits: Sequence[Limits], exact: bool = False) -> list[Heard | Exception]:
+        """What `decode` gives, with the rows' ledgers."""
+        before = self.steps
+        answers = self.decode(logits, limits, exact)
+        steps = self.steps - before
+        return [Heard(answers, self.cache.reports(behind(answers, steps)), steps, now(self.model.device))]
+
+    def expect(self, new: int) -> None:
+        """Let the cache make room for no more than so many tokens; the library's own caches do not ask."""
+        if (expect := getattr(self.cache, "expect", None)) is not None:
+            expect(new)
+
+    def fork(self) -> Session:
+        """A session that goes on from here by itself; what the method shares between sequences is not copied."""
+        other = copy.copy(self)
+        other.cache = self.cache.fork()
+        return other
+
+    def _forward(self, ids: Tensor, pos: Tensor, mask: Tensor, every: bool) -> Tensor:
+        return self.model(
+            input_ids=ids,
+            # a single row has no padding, and models are faster without a mask
+            attention_mask=mask if len(ids) > 1 else None,
+            position_ids=pos,
+            past_key_values=self.cache,
+            use_cache=True,
+            **({} if every else self._last_only),
+        ).logits
+
+
+class NewTokens:
+    """The new tokens of a batch, and which rows have ended, without waiting for the device."""
+
+    def __init__(self, limits: Sequence[Limits], device: torch.device):
+        self.limits = limits
+        self.most = max(limit.most for limit in limits)
+        width = max(1, *(len(limit.ends) for limit in limits))
+        ends = [[*limit.ends, *[-1] * (width - len(limit.ends))] for limit in limits]
+        self.ends = torch.tensor(ends, device=device)  # [B, E], filled up with -1
+        self.limit = torch.tensor([limit.most for limit in limits], device=device)
+        self.done = torch.zeros(len(limits), dtype=torch.bool, device=device)
+        self.broken = torch.zeros_like(self.done)
+        self.tokens: list[Tensor] = []
+
+    def take(self, logits: Tensor) -> Tensor:
+        """The next token of each row, [B], from logits [B, V]."""
+        taken = len(self.tokens)
+        if taken < max(limit.least for limit in self.limits):
+            logits = logits.clone()
+            for row, limit in enumerate(self.limits):
+                if taken < limit.least:
+                    logits[row, list(limit.ends)] = -torch.inf
+        best, token = logits.max(dim=-1)
+        self.broken |= best.isnan() & ~self.done
+        self.tokens.append(token)
+        self.done |= (token[:, None] == self.ends).any(dim=-1) | (taken + 1 >= self.limit)
+        return token
+
+    def all_done(self) -> bool:
+        return bool((self.done | self.broken).all())
+
+    def answers(self) -> list[Answer]:
+        tokens = torch.stack(self.tokens, dim=1).tolist()
+        broken = self.broken.tolist()
+        answers = []
+        for row, limit in enumerate(self.limits):
+            ids = tokens[row][: limit.most]
+            end = next((i for i, token in enumerate(ids) if token in limit.ends), None)
+            error = "the logits hold a NaN" if broken[row] else None
+            if end is None:
+                answers.append(Answer(ids, "length", error))
+            else:
+                answers.append(Answer(ids[: end + 1], "end", error))
+        return answers
+
+
+def behind(answers: Sequence[Answer], steps: int) -> list[int]:
+    """How many of so many decode steps every row was fed after its own last one; an answer's last token is not fed."""
+    return [max(0, steps - len(answer.ids) + 1) for answer in answers]
+
+
+def now(device: torch.device) -> float:
+    """Seconds, after all work on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _rectangle(parts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of tokens, filled up on the left: ids and mask, both [B, T]."""
+    n = max(map(len, parts))
+    ids = [[pad_id] * (n - len(part)) + list(part) for part in parts]
+    mask = [[0] * (n - len(part)) + [1] * len(part) for part in parts]
+    return torch.tensor(ids), torch.tensor(mask)

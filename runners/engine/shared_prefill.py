@@ -1,0 +1,320 @@
+"""Members of a group: one pass over the prompts, then one batch whose rows are the members' own.
+
+The prompt runs once with the full cache; every member takes in each layer's step and compresses its own copy before the
+next layer begins. Then what is fed goes through one batch, each row on its own cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from methods import load_method
+from methods.core.bind import bind
+from methods.core.cache import KVCache
+from methods.core.contract import LayerCache, Method, ModelSpec, Step
+from methods.core.group import Rows, Shared
+from methods.core.meter import Meter
+from runners.engine.problem import problem
+from runners.engine.session import LOOK_EVERY, Answer, Heard, Limits, NewTokens, Session, behind, now
+from runners.engine.time_limit import TimeLimit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Group:
+    """Members on the same prompts, which have been read: what is fed to its session is fed to all of them.
+
+    members: all of them, in the order of their methods.  active: those that neither failed nor ended.
+    session: its rows are those of the prompts, once per active member.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, members: Sequence[Member], session: _RowsSession, shared: KVCache, B: int
+    ):
+        self.model, self.members, self.session, self.B = model, members, session, B
+        self.active = [member for member in members if member.error is None]
+        self._gather(shared)
+
+    @classmethod
+    def begin(
+        cls,
+        model: PreTrainedModel,
+        methods: Sequence[Method],
+        samples: Sequence[int],
+        read: Callable[[Session], Tensor],
+        prompt_len: int | None = None,
+        pad_id: int = 0,
+    ) -> tuple[Group, Tensor]:
+        """A group behind its prompts, and what reading them gave, once per active member.
+
+        read: feeds the prompts, one row per sample, and gives a tensor of these rows.
+        prompt_len: as for `Method.caches`.
+        """
+        members = [Member(model, method, prompt_len, samples) for method in methods]
+        lead = load_method("full").caches(bind(model), prompt_len)
+        shared = _empty(model, members, prompt_len, samples)
+        for i, layer in enumerate(shared.layers):
+            followers = [member.layers[i] for member in members if member.error is None]
+            layer.inner = Shared(lead[i], followers, leader_stays=False)
+        session = Session(model, shared, len(samples), pad_id)
+        found = read(session)
+        for member in members:
+            member.go_on_from(shared, model)
+        active = sum(member.error is None for member in members)
+        group = cls(model, members, _RowsSession(session, active), shared, len(samples))
+        return group, found.repeat(active, *[1] * (found.dim() - 1))
+
+    def feed(self, parts: Sequence[Sequence[int]], ends_prompt: bool = False) -> Tensor:
+        """As Session.feed, one part per prompt for all members; [active * B, V]."""
+        return self.session.feed([*parts] * len(self.active), ends_prompt=ends_prompt)
+
+    def run(self, ids: Tensor, chunk: int | None = None, every: bool = False) -> Tensor:
+        """As Session.run, for ids [B, T] of all members."""
+        return self.session.run(ids.repeat(len(self.active), 1), chunk=chunk, every=every)
+
+    def fork(self) -> Group:
+        """A group that goes on from here by itself; a member that fails in one of the two has failed in both."""
+        lent = [self.model, *self.session.cache.lent()]
+        for member in self.members:
+            lent += [member] if member not in self.active else [member.fate, *member.cache.lent()]
+        return copy.deepcopy(self, {id(one): one for one in lent})
+
+    def answer(
+        self,
+        logits: Tensor,
+        limits: Sequence[Limits],
+        exact: bool = False,
+        seconds: float | None = None,
+        spent: float = 0.0,
+    ) -> list[Heard | Exception]:
+        """Greedy answers of all members, in their order; the error of one that has failed.
+
+        A member leaves when all its rows have ended: nothing can be fed afterwards.
+
+        logits [active * B, V]: after what was last fed.  limits: one per prompt.
+        seconds: who has not ended by then fails with TimeLimit; `spent` of them are gone already.
+        """
+        assert not exact, "rows that end apart from each other cannot go on together"
+        self._decode(logits, limits, seconds, spent)
+        return [found for member in self.members if (found := member.heard or member.error) is not None]
+
+    def _decode(self, logits: Tensor, limits: Sequence[Limits], seconds: float | None, spent: float) -> None:
+        if not self.active:
+            return
+        until = None if seconds is None else time.perf_counter() + seconds - spent
+        session, device = self.session, logits.device
+        rows = _Tokens([*limits] * len(self.active), device)
+        n, steps = session.mask.shape[1], max(0, rows.most - 1)
+        session.expect(steps)
+        pos = session.counts[: self.B] + torch.arange(steps, device=device)  # [B, steps]
+        mask = torch.cat((session.mask[: self.B], session.mask.new_ones(self.B, steps)), dim=1)
+        new = rows.take(logits)
+        look_every = LOOK_EVERY.get(device.type, 1)
+        for done in range(steps):
+            if done % look_every == 0:
+                if seconds is not None and until is not None and time.perf_counter() > until:
+                    for member in self.active:
+                        member.fail(TimeLimit(seconds))
+                stay = [i for i, over in enumerate(rows.ended(self.B)) if not over and self.active[i].error is None]
+                if len(stay) < len(self.active):
+                    self._leave(rows, done, but=stay)
+                    if not self.active:
+                        return
+                    new = new[rows.keep(stay, self.B)]
+                    self._gather(session.cache)
+            M = len(self.active)
+            here = slice(done, done + 1)
+            seen = mask[:, : n + done + 1].repeat(M, 1)
+            new = rows.take(session._forward(new[:, None], pos[:, here].repeat(M, 1), seen, False)[:, -1])
+        self._leave(rows, steps)
+
+    def _leave(self, rows: _Tokens, steps: int, but: Sequence[int] = ()) -> None:
+        """Let all members go that are not in `but`, places among the active."""
+        at = now(self.model.device)
+        for i, member in enumerate(self.active):
+            if i not in but:
+                member.leave(rows.answers_of(i, self.B), steps, at)
+        self.active = [self.active[i] for i in but]
+
+    def _gather(self, before: KVCache) -> None:
+        """One cache whose rows are the active members', standing where `before` stands."""
+        if not self.active:
+            return
+        batch = _empty(self.model, self.active, before.prompt_len, None)
+        for i, layer in enumerate(batch.layers):
+            parts = [(row * self.B, (row + 1) * self.B, member.layers[i]) for row, member in enumerate(self.active)]
+            layer.inner = Rows(parts)
+        rows = torch.arange(self.B, device=self.model.device).repeat(len(self.active))
+        batch.go_on_from(before, rows=rows)
+        self.session.cache = batch
+
+
+class Member:
+    """One method of a group: its cache, and what became of it.
+
+    heard: its answers, once it has left.  fate: what ended it, if anything did; shared with its forks.
+    """
+
+    def __init__(self, model: PreTrainedModel, method: Method, prompt_len: int | None, samples: Sequence[int]):
+        self.method = method
+        self.heard: Heard | None = None
+        self.fate: list[Exception] = []
+        self.layers: list[_Watched] = []
+
+        def begin() -> None:
+            self.cache = method.cache_for(model, prompt_len=prompt_len, samples=samples)
+            self.layers = [_Watched(self, layer.inner) for layer in self.cache.layers]
+
+        self.guard(begin)
+
+    @property
+    def error(self) -> Exception | None:
+        return self.fate[0] if self.fate else None
+
+    def guard(self, act: Callable[[], None]) -> None:
+        """Do something that concerns this member only: an error ends the member, not the group."""
+        if self.error is not None:
+            return
+        try:
+            act()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        problem(error)  # the traceback, which is let go next, holds tensors of the failed step
+        self.fate.append(error.with_traceback(None))
+        for layer in self.layers:
+            layer.inner = None
+
+    def go_on_from(self, shared: KVCache, model: PreTrainedModel) -> None:
+        """After the shared prompt: stand there with a cache of its own."""
+        self.guard(lambda: self.cache.go_on_from(shared))
+        self.guard(lambda: self.method.after_prompt(model, self.cache))
+
+    def leave(self, answers: list[Answer], steps: int, at: float) -> None:
+        """Let the cache go with these answers: others may decode for a long time yet."""
+        if self.error is None:
+            self.heard = Heard(answers, self.cache.reports(behind(answers, steps)), steps, at)
+        del self.cache
+        for layer in self.layers:
+            layer.inner = None
+
+
+class _Watched(LayerCache):
+    """A member's layer, with its own meter; its errors end the member and nobody else."""
+
+    def __init__(self, member: Member, inner: LayerCache):
+        self.member, self.meter = member, member.cache.meter
+        self.inner: LayerCache | None = inner
+
+    def take(self, step: Step) -> None:
+        def act() -> None:
+            assert self.inner is not None
+            self.inner.take(step)
+            self.meter.after_take(step)
+
+        self.member.guard(act)
+
+    def attend(self, step: Step) -> Tensor:
+        out = []
+
+        def act() -> None:
+            assert self.inner is not None
+            out.append(self.inner.attend(step))
+
+        self.member.guard(act)
+        # a member that failed still has its rows in the batch, until it leaves
+        return out[0] if out else step.q.new_zeros(*step.q.shape[:-1], step.v.shape[-1])
+
+    def settle(self, step: Step) -> None:
+        def act() -> None:
+            assert self.inner is not None
+            self.inner.settle(step)
+            self.meter.after_settle(step)
+
+        self.member.guard(act)
+
+    def expect(self, new: int) -> None:
+        if self.inner is not None:
+            self.inner.expect(new)
+
+    def tensors(self) -> Any:
+        return () if self.inner is None else self.inner.tensors()
+
+
+class _Unwatched(Meter):
+    """Stands where the meter of a batch would: each member has its own."""
+
+    def after_take(self, step: Step) -> None:
+        """Nothing to count."""
+
+    def after_settle(self, step: Step) -> None:
+        """Nothing to count."""
+
+
+@dataclass
+class _Joint(Method):
+    """What a batch of several methods shows the model: layers to be filled in, and what the members need of a step."""
+
+    asks: frozenset[str] = frozenset()
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return self.asks
+
+    def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
+        return [LayerCache() for _ in range(spec.n_layers)]
+
+
+def _empty(model: PreTrainedModel, members: Sequence[Member], prompt_len: int | None, samples: Any) -> KVCache:
+    asks = frozenset().union(*(member.method.needs for member in members))
+    batch = KVCache(model, _Joint(asks=asks), prompt_len, samples)
+    batch.meter = _Unwatched([])
+    return batch
+
+
+class _RowsSession(Session):
+    """A session whose rows are those of another one, once per member."""
+
+    def __init__(self, before: Session, members: int):
+        super().__init__(before.model, None, 0, before.pad_id)
+        self.alone = len(before.mask) == 1
+        self.mask, self.counts = before.mask.repeat(members, 1), before.counts.repeat(members, 1)
+
+    def _forward(self, ids: Tensor, pos: Tensor, mask: Tensor | None, every: bool) -> Tensor:
+        # rows of one prompt have no padding, however many members there are
+        return super()._forward(ids, pos, None if self.alone else mask, every)
+
+
+class _Tokens(NewTokens):
+    """The new tokens of all members' rows, B per member."""
+
+    def ended(self, B: int) -> list[bool]:
+        """For each member whether all its rows have ended; waits for the device."""
+        return (self.done | self.broken).view(-1, B).all(dim=1).tolist()
+
+    def answers_of(self, member: int, B: int) -> list[Answer]:
+        """What one member's rows have answered so far."""
+        own, rows = copy.copy(self), slice(member * B, (member + 1) * B)
+        own.limits, own.broken, own.tokens = self.limits[rows], self.broken[rows], [new[rows] for new in self.tokens]
+        return own.answers()
+
+    def keep(self, members: Sequence[int], B: int) -> Tensor:
+        """Go on with these members only; returns the rows' old numbers."""
+        rows = [member * B + row for member in members for row in range(B)]
+        at = torch.tensor(rows, device=self.done.device)
+        self.limits = [self.limits[row] for row in rows]
+        for name in ("ends", "limit", "done", "broken"):
+            setattr(self, name, getattr(self, name)[at])
+        self.tokens = list(torch.stack(self.tokens, dim=1)[at].unbind(1))
+        return at

@@ -1,0 +1,1 @@
+"""The search for tables of bits per layer."""

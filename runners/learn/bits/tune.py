@@ -1,0 +1,382 @@
+"""Search tables of bits per layer for a model: profile, prune, group, search, and write what is on the front."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from methods import build_method
+from methods.core import artefacts
+from methods.core.bind import bind
+from methods.core.errors import UserError
+from methods.core.typed import Count, Positive
+from methods.kvtuner import BITS, CARD, KVTuner, Pair, Table, nominal_bits, table_yaml
+from runners.base import Runner
+from runners.engine.answer import REASONS, check_last_token
+from runners.engine.generation import generate
+from runners.engine.loading import (
+    Checkpoint,
+    checkpoint_of,
+    date_of,
+    load_model,
+    load_tokenizer,
+    pick_backend,
+    pick_device,
+    pick_dtype,
+    pick_threads,
+)
+from runners.engine.prompt import Encoded, Encoder
+from runners.engine.thoughts import named
+from runners.engine.together import together
+from runners.learn.bits.bit_pairs import Group, group_layers
+from runners.learn.bits.pareto_figure import draw_front
+from runners.learn.bits.search import SAMPLERS, Trial, best_under, front, search
+from runners.learn.bits.sensitivity import RELATIVE, Shift, profile
+from runners.records.record import check_writable, digest
+from runners.report import run_table as show
+from runners.settings.parts import task_of
+from tasks.base import Example, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+OBJECTIVES = ("score", "output_error")
+
+
+@dataclass
+class Tune(Runner):
+    """The runner behind `python run.py runner=tune method=kvtuner`; every argument is a key of conf/runner/tune.yaml.
+
+    bits: to choose from, for keys and for values.  profile_prompts, samples: of the task, its first ones.
+    stride: take every so many-th sample of the task only, and leave the others unseen.
+    relative: see `runners.learn.bits.sensitivity.shifts`.
+    eps, min_samples, outliers: see `group_layers`.  limits: average bits, each with a search of its own of `trials`
+    tables and a seed of its own; nothing above the highest is written.
+    objective: "score" of the task, or "output_error", minus the sum of the layers' errors.
+    at_once: tables that share one pass over a prompt.  out: folder, None for the one where the method looks.
+    """
+
+    bits: list[int] = field(default_factory=lambda: [8, 4, 2])
+    profile_prompts: Count = 20
+    relative: str = "elements"
+    eps: Positive = 0.05
+    min_samples: Count = 2
+    outliers: str = "together"
+    limits: list[float] = field(default_factory=lambda: [4, 6])
+    trials: Count = 200
+    sampler: str = "nsga2"
+    samples: Count = 200
+    stride: Count = 1
+    objective: str = "score"
+    at_once: Count = 16
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        self.bits, self.limits = sorted(self.bits, reverse=True), list(self.limits)
+        if not self.bits or not set(self.bits) <= set(BITS):
+            raise UserError(f"tune: runner.bits={self.bits}; give some of {', '.join(map(str, BITS))}")
+        if not self.limits or min(self.limits) < min(self.bits):
+            raise UserError(f"tune: runner.limits={self.limits}; average bits, none below {min(self.bits)}")
+        for key in ("profile_prompts", "samples", "stride", "trials", "at_once", "min_samples"):
+            if not isinstance(value := getattr(self, key), int) or value < 1:
+                raise UserError(f"tune: runner.{key}={value}; give a whole number, 1 or more")
+        if self.eps <= 0:
+            raise UserError(f"tune: runner.eps={self.eps}; give a distance above 0")
+        for key, allowed in (
+            ("sampler", SAMPLERS),
+            ("objective", OBJECTIVES),
+            ("outliers", ("together", "apart")),
+            ("relative", RELATIVE),
+        ):
+            if getattr(self, key) not in allowed:
+                raise UserError(f"tune: runner.{key}={getattr(self, key)}; it is one of {', '.join(allowed)}")
+
+    def run(self, cfg: DictConfig) -> int:
+        """Searches, writes tables, card and figure, returns 0. Raises UserError for what was given and cannot work."""
+        name = HydraConfig.get().runtime.choices["method"]
+        method = build_method(name, _plain(cfg.method))
+        if not isinstance(method, KVTuner):
+            raise UserError(f"runner=tune: method={name} has no tables of bits; give method=kvtuner")
+        task: Task = task_of(cfg)
+        show.say(task.source())
+        if self.out:
+            check_writable(Path(self.out).expanduser(), "runner.out")
+        checkpoint = checkpoint_of(cfg.model)
+        encoder = _encoder(checkpoint, cfg)
+        task.fit(encoder.tokens)
+        asking = [example for example in task.examples() if not example.error and example.kind == "answer"]
+        examples = asking[:: self.stride]
+        if not examples:
+            raise UserError(f"runner=tune: task={task.name} asks no questions that are answered; give one that does")
+        device = pick_device(str(cfg.device))
+        pick_backend(str(cfg.kernels.backend), device)
+        dtype = pick_dtype(str(cfg.dtype), checkpoint, device)
+        torch.set_num_threads(pick_threads(cfg.threads))
+        model = load_model(checkpoint, dtype, device)
+
+        prompts = [encoder(example).prompt.ids for example in examples[: self.profile_prompts]]
+        shifts = profile(model, prompts, method.store, self.bits, self.relative)
+        groups = group_layers(
+            [{pair: shift.output for pair, shift in layer.items()} for layer in shifts],
+            self.eps,
+            self.min_samples,
+            self.outliers,
+        )
+        for group in groups:
+            show.say(f"layers {_ranges(group.layers)}: {', '.join(map(str, group.pairs))}")
+
+        asked = examples[: self.samples]
+        check_last_token(asked, cfg.protocol, cfg.last_token)
+        # what was found before these settings were there was found with their defaults
+        otherwise = {
+            **({"last_token": cfg.last_token} if cfg.last_token else {}),
+            **({"reasoning": encoder.reasoning} if encoder.reasoning != "strip" else {}),
+        }
+        about = {
+            "weights": checkpoint.weights,
+            # what is read and what ends an answer, whatever the model's settings made of them
+            "prompts": _digest_of([encoder(example) for example in asked]),
+            "task": task.fingerprint,
+            "samples": [example.id for example in asked],
+            "method": {**replace(method, table=None, budget=1.0).config()},
+            "protocol": cfg.protocol,
+            "dtype": str(dtype),
+            "chunk": cfg.chunk,
+            **otherwise,
+        }
+        path = Path(cfg.results).expanduser() / "tune" / f"{name}-{digest(about)}.jsonl"
+        scores = Scores(model, method, task, encoder, asked, cfg, path)
+        rate = scores if self.objective == "score" else _Errors(shifts)
+        uniform = [(Pair(bits, bits),) * len(shifts) for bits in self.bits]
+        alike = [Trial(table, nominal_bits(table), score) for table, score in zip(uniform, rate(uniform))]
+        tried: list[Trial] = []
+        best: dict[float, Trial] = {}
+        for limit in self.limits:
+            own = search(groups, rate, limit, self.trials, self.sampler, seed_of(cfg.seed, limit), self.at_once)
+            tried += own
+            if best_under(own, limit) is None:
+                show.note(f"at most {limit:g} bits: none of the {len(own)} tables searched is within; "
+                          "give more runner.trials, or a higher limit")  # fmt: skip
+            # tables of one pair for all layers were measured as well, and some are always within
+            if found := best_under([*own, *alike], limit):
+                best[limit] = found
+        worth = front(trial for trial in [*tried, *alike] if trial.bits <= max(self.limits))
+        facts = {
+            "objective": self.objective,
+            "mode": method.mode,
+            "task": task.name,
+            "task_fingerprint": task.fingerprint,
+            "protocol": cfg.protocol,
+            **otherwise,
+            "samples": [example.id for example in asked],
+            "profile_prompts": len(prompts),
+            "command": _command(),
+            "settings": {key: value for key, value in vars(self).items() if key != "out"},
+            "store": method.config()["store"],
+            "prefill_attends_dequantised": method.prefill_attends_dequantised,
+            "seed": cfg.seed,
+            "dtype": str(dtype).removeprefix("torch."),
+            "weights": checkpoint.weights,
+            "made_with": {package: metadata.version(package) for package in ("torch", "transformers", "optuna")},
+        }
+        out = Path(self.out).expanduser() if self.out else artefacts.folders("kvtuner", model)[0] / method.mode
+        write(out, model, method, facts, shifts, groups, tried, alike, worth, best)
+        for limit, trial in best.items():
+            show.say(f"at most {limit:g} bits: {table_name(trial)}, score {trial.score:.4f}")
+        for trial in alike:
+            show.say(f"all layers {trial.table[0]}: score {trial.score:.4f}")
+        n = len({trial.table for trial in [*tried, *alike]})
+        show.say(f"{len(worth)} tables on the front of {n} tried: {artefacts.shown(out)}")
+        return 0
+
+
+class Scores:
+    """Mean scores of tables on the examples, remembered in a file: a search that was stopped goes on."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: KVTuner,
+        task: Task,
+        encoder: Encoder,
+        examples: Sequence[Example],
+        cfg: DictConfig,
+        path: Path,
+    ):
+        self.model, self.method, self.task, self.encoder = model, method, task, encoder
+        self.examples, self.cfg, self.path = examples, cfg, path
+        self.sign = 1 if task.metric.better == "higher" else -1
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self.known: dict[str, float] = {row["table"]: row["score"] for row in map(json.loads, lines)}
+
+    def __call__(self, tables: Sequence[Table]) -> list[float]:
+        todo = {str_table(table): table for table in tables if str_table(table) not in self.known}
+        if todo:
+            scores = self._measure(list(todo.values()))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                for name, score in zip(todo, scores, strict=True):
+                    self.known[name] = score
+                    file.write(json.dumps({"table": name, "score": score}) + "\n")
+        return [self.known[str_table(table)] for table in tables]
+
+    def _measure(self, tables: Sequence[Table]) -> list[float]:
+        methods = [replace(self.method, table=as_entries(table)) for table in tables]
+        totals = [0.0] * len(methods)
+        with show.Bar(f"{len(self.known)} tables known, {len(tables)} more", len(self.examples)) as bar:
+            for batch in _batches(self.examples, self.cfg.batch_size):
+                for i, answers in enumerate(self._answer(methods, batch)):
+                    for example, ids in zip(batch, answers, strict=True):
+                        text, thoughts = self.encoder.said(example, ids)
+                        if thoughts and self.encoder.reasoning == "off":
+                            raise UserError(f"{example.id}: {REASONS}")
+                        totals[i] += self.sign * self.task.score(example, text)
+                bar.advance(len(batch))
+        return [total / len(self.examples) for total in totals]
+
+    def _answer(self, methods: Sequence[KVTuner], batch: Sequence[Example]) -> list[list[list[int]]]:
+        """New tokens by method and example."""
+        prompts = [self.encoder(example).prompt for example in batch]
+        how = {
+            "protocol": self.cfg.protocol,
+            "chunk": self.cfg.chunk,
+            "pad_id": self.encoder.tokenizer.pad_token_id or 0,
+        }
+        if self.method.changes_prompt:
+            found = [generate(self.model, method, prompts, **how)[0] for method in methods]
+            return [[answer.ids for answer in answers] for answers in found]
+        outcomes = together(self.model, methods, prompts, **how)
+        for outcome in outcomes:
+            if outcome.error is not None:
+                raise outcome.error
+        return [[answer.ids for answer in outcome.answers] for outcome in outcomes]
+
+
+class _Errors:
+    """Minus the sum of the layers' output errors: a stand-in for a score that needs no generation."""
+
+    def __init__(self, shifts: Sequence[dict[Pair, Shift]]):
+        self.shifts = shifts
+
+    def __call__(self, tables: Sequence[Table]) -> list[float]:
+        return [-sum(layer[pair].output for layer, pair in zip(self.shifts, table, strict=True)) for table in tables]
+
+
+def write(
+    out: Path,
+    model: PreTrainedModel,
+    method: KVTuner,
+    facts: dict[str, Any],
+    shifts: Sequence[dict[Pair, Shift]],
+    groups: Sequence[Group],
+    tried: Sequence[Trial],
+    alike: Sequence[Trial],
+    worth: Sequence[Trial],
+    best: dict[float, Trial],
+) -> None:
+    """The tables of the front (`worth`), a card and a figure, in place of what the folder held."""
+    width = bind(model).head_dim
+
+    def row(trial: Trial, name: str) -> dict[str, Any]:
+        effective = method.effective_bits(trial.table, width)
+        numbers = {"bits": trial.bits, "effective_bits": effective, "score": trial.score}
+        return {"name": name, **numbers, "table": str_table(trial.table)}
+
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("*.yaml"):
+        old.unlink()
+    for trial in worth:
+        (out / f"{table_name(trial)}.yaml").write_text(table_yaml(trial.table), encoding="utf-8")
+    card = {
+        "method": "kvtuner",
+        **facts,
+        "groups": [{"layers": list(group.layers), "pairs": list(map(str, group.pairs))} for group in groups],
+        "tables": [row(trial, table_name(trial)) for trial in worth],
+        "best": {f"{limit:g} bits": table_name(trial) for limit, trial in best.items()},
+        "uniform": [row(trial, str(trial.table[0])) for trial in alike],
+        "tables_tried": len({trial.table for trial in [*tried, *alike]}),
+        "profile": [{str(pair): vars(shift) for pair, shift in layer.items()} for layer in shifts],
+        "model": artefacts.identity(model),
+    }
+    part = out / f"{CARD}.{os.getpid()}.tmp"
+    part.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    part.replace(out / CARD)
+    draw_front(tried, alike, worth, facts["mode"], out / "front.png")
+
+
+def seed_of(seed: int, limit: float) -> int:
+    """The seed of one limit's search: searches of the same seed would draw the same tables first."""
+    return zlib.crc32(f"{seed}/{limit:g}".encode())
+
+
+def _digest_of(encoded: Sequence[Encoded]) -> str:
+    prompts = [one.prompt for one in encoded]
+    return digest([[p.ids, p.n_context, p.ends, p.max_new_tokens, p.min_new_tokens] for p in prompts])
+
+
+def table_name(trial: Trial) -> str:
+    """As the paper names tables: by their average bits."""
+    return f"C{trial.bits:.2f}"
+
+
+def str_table(table: Table) -> str:
+    """The pairs of all layers in one line."""
+    return " ".join(map(str, table))
+
+
+def as_entries(table: Table) -> dict[int, dict[str, int]]:
+    """The table as `method.table` takes it."""
+    return {layer: {"nbits_key": pair.key, "nbits_value": pair.value} for layer, pair in enumerate(table)}
+
+
+def _command() -> str:
+    """What was typed, without what only says where and how fast."""
+    typed = HydraConfig.get().overrides.task
+    elsewhere = ("results=", "threads=", "device=", "runner.out=", "model.path=")
+    return " ".join(["python run.py", *(word for word in typed if not word.startswith(elsewhere))])
+
+
+def _encoder(checkpoint: Checkpoint, cfg: DictConfig) -> Encoder:
+    tokenizer = load_tokenizer(checkpoint)
+    return Encoder(
+        tokenizer,
+        ends=sorted(checkpoint.ends | ({tokenizer.eos_token_id} - {None})),
+        max_length=checkpoint.max_length(cfg.model.max_length),
+        window=checkpoint.window,
+        chat=bool(cfg.model.chat),
+        chat_options=_plain(cfg.model.chat_options),
+        date=date_of(checkpoint, cfg.model),
+        reasoning=named(cfg.model.reasoning),
+        hold_last=cfg.last_token == "held",
+    )
+
+
+def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """Layers as people write them: 0, 3-5."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _plain(node: Any) -> Any:
+    """A configuration node as plain containers."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

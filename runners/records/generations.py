@@ -1,0 +1,147 @@
+"""Records of the same question by other code or other model files: which there are, and what has changed since.
+
+A cell is what was asked for. Its generation is what answered: the code, the model's files, what a method has learned.
+Each generation has a record of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis import form
+from methods.core.errors import UserError
+from runners.records import provenance as revision
+from runners.records.record import Record, asked, differences, generation_of, plain_name
+from runners.records.stored import read_cell
+from runners.report import run_table as show
+
+if TYPE_CHECKING:
+    from runners.cells import Cell
+
+#: of a cell.json, what tells whether it is of the same question
+FOUND = {
+    "identity.model": form.OBJECT,
+    "identity.task.fingerprint": form.OBJECT,
+    "runs": form.RUNS,
+}
+SHOWN = 4  # changed modules or files that are named in a line
+
+
+def _without(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """An old identity with no more in its task than a new one: format 1 had all samples' hash there, and no `data`."""
+    task, now = old["task"], new["task"]
+    settings = {key: value for key, value in task["fingerprint"].items() if key in now["fingerprint"]}
+    return {**old, "task": {**({"data": now["data"]} if "data" in now else {}), **task, "fingerprint": settings}}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A record on disk. identity, runs: of its cell.json.  age: of two records of a cell the newer has the larger."""
+
+    folder: Path
+    identity: dict[str, Any]
+    runs: list[dict[str, Any]]
+    age: tuple[str, float]
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        return generation_of(self.identity, self.runs[-1])
+
+    def answers(self, identity: dict[str, Any], weights: str, place: str) -> bool:
+        """Whether it is a record of what `identity` asks for; other weights are so in the same place only."""
+        if _without(asked(self.identity), identity) != asked(identity):
+            return False
+        return self.generation.get("weights") == weights or self.runs[-1].get("place") == place
+
+    def record(self, results: Path) -> Record:
+        return Record(results, self.identity, folder=self.folder)
+
+
+class Shelf:
+    """The records of one model and task below a results folder; each is read when its method is first asked for."""
+
+    def __init__(self, results: Path, model: str, task: str):
+        self.folder = results / plain_name(model) / plain_name(task)
+        self._read: dict[str, Found | None] = {}
+
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        """Folders by their name without its last part, which is a hash."""
+        found: dict[str, list[str]] = {}
+        try:
+            for path in self.folder.iterdir():
+                found.setdefault(path.name.rpartition("-")[0], []).append(path.name)
+        except OSError:  # there is none yet, or it cannot be read, which writing will say
+            return {}
+        return found
+
+    def of(self, record: Record, weights: str, place: str) -> list[Found]:
+        """The records that answer the same question, oldest first."""
+        names = self._names.get(record.folder.name.rpartition("-")[0], [])
+        found = [one for name in names if (one := self._open(name)) and one.answers(record.identity, weights, place)]
+        return sorted(found, key=lambda one: one.age)
+
+    def _open(self, name: str) -> Found | None:
+        if name not in self._read:
+            self._read[name] = _open(self.folder / name)
+        return self._read[name]
+
+
+def _open(folder: Path) -> Found | None:
+    """A record; None for one that cannot be read, which is said when it is asked for itself."""
+    try:
+        book = read_cell(folder, FOUND)
+        began, samples = book["runs"][-1].get("began", ""), folder / "samples.jsonl"
+        written = samples.stat().st_mtime if samples.exists() else 0.0
+    except (UserError, OSError):
+        return None
+    return Found(folder, book["identity"], book["runs"], (str(began), written))
+
+
+def say_what_changed(cells: Sequence[Cell]) -> None:
+    """One line for cells that begin a record beside an older one, which names what is not as it was for that."""
+    alike: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if cell.older is not None and not cell.record.cell_path.exists():
+            alike.setdefault(what_changed(cell.older, cell.conditions, cell.notes), []).append(cell)
+    for what, own in alike.items():
+        assert own[0].older is not None
+        who = own[0].label if len(own) == 1 else f"{len(own)} cells"
+        since = own[0].older.folder.name if len(own) == 1 else "their records on disk"
+        new = "a new record" if len(own) == 1 else "new records"
+        show.note(f"{who}: changed since {since} ({what}); computed into {new}, resume=old shows the old")
+
+
+def check_found(cell: Cell) -> None:
+    """Raises UserError if nothing was recorded of a cell."""
+    if not cell.record.samples_path.exists():
+        where = cell.record.folder.parent
+        raise UserError(
+            f"resume=old: {where} has no record of {cell.label} as it is asked for; resume=auto computes it"
+        )
+
+
+def what_changed(old: Found, conditions: dict[str, Any], notes: dict[str, Any]) -> str:
+    """What of the code and the model's files is not as it was for a record, in a few words."""
+    said = []
+    for kind, what in (("modules", "code"), ("files", "the model's files")):
+        before, now = old.runs[-1].get(kind), notes.get(kind)
+        if isinstance(before, dict) and isinstance(now, dict):
+            names = revision.changed(before, now) if kind == "modules" else _differ(before, now)
+            said += [f"{what}: {_some(names)}"] if names else []
+    # a record of an earlier form names no modules and no files
+    generation = {key: conditions[key] for key in conditions if key in old.generation}
+    return "; ".join(said) or differences(old.generation, generation) or "the code"
+
+
+def _differ(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

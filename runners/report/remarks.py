@@ -1,0 +1,31 @@
+"""What is said below a table of the answers behind it: who answered them, and what of them was not scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from runners.engine.thoughts import CLOSE
+
+
+def by_prefill(rows: Iterable[Mapping[str, Any]]) -> str | None:
+    """How many generated answers are the first token's alone, which the exact prefill gave; None where none is."""
+    answers = [one for row in rows for one in row.get("turns", [row]) if "by_prefill" in one]
+    n = sum(one["by_prefill"] for one in answers)
+    return f"{n} of {len(answers)} answered by the exact prefill" if n else None
+
+
+def reasoning(rows: Iterable[Mapping[str, Any]], how: str) -> list[str]:
+    """What became of the reasoning in answers; nothing where there is none and none was asked about.
+
+    how: model.reasoning.
+    """
+    own = list(rows)
+    held = [row["thoughts"] for row in own if row.get("thoughts")]
+    if not held and how != "keep":
+        return []
+    line = f"model.reasoning={how}: {len(held)} of {len(own)} samples hold a <think> block, "
+    if how == "keep":
+        return [f"{line}which is scored too"]
+    open_ends = sum(not thoughts.rstrip().endswith(CLOSE) for thoughts in held)
+    return [f"{line}which is not scored" + (f"; in {open_ends} of them it never ends" if open_ends else "")]

@@ -1,0 +1,60 @@
+"""Checks of a composed configuration, before anything is loaded or called."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from methods.core.budget import check_budget
+from methods.core.errors import UserError
+from methods.core.typed import no_target, settings
+from runners.settings.config import Config, Group, Kernels, Model, Tracking
+
+PARTS = ("method", "task", "runner")
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises UserError for a value that cannot work: first what needs no import, then the parts that are named.
+
+    What a setting's type makes of a value, and defaults of settings that are missing, are written back.
+    """
+    settle(cfg)
+    from runners.settings.parts import GROUPS, part_of  # imports torch
+
+    for group in GROUPS:
+        part_of(cfg, group)
+
+
+def settle(cfg: DictConfig) -> None:
+    """The same without the parts, for which their modules would have to be imported."""
+    given = plain(cfg)
+    for group in ("model", *PARTS):
+        if group not in given or given[group] is None:
+            raise UserError(f"{group}: nothing is chosen; give {group}=NAME")
+    if "budget" in given:
+        check_budget(given["budget"])
+    found = settings(given, Config, "")
+    for key, value in given.items():
+        if key not in PARTS:
+            no_target(value, key)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", found["device"]):
+        raise UserError(f"device={found['device']}: give auto, cpu, cuda, or one of several such as cuda:1")
+    with open_dict(cfg):
+        for key, value in found.items():
+            settled = dataclasses.asdict(value) if isinstance(value, Model | Tracking | Kernels | Group) else value
+            if key not in PARTS and settled != given.get(key):
+                cfg[key] = settled
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain containers, without Hydra's own."""
+    found = {}
+    for key in cfg:
+        if key != "hydra":
+            node = cfg[key]
+            config = OmegaConf.is_config(node)
+            found[str(key)] = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if config else node
+    return found

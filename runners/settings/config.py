@@ -1,0 +1,82 @@
+"""The settings of a call: their names, types and bounds. Each is a key of conf/config.yaml or of a group's files.
+
+`method`, `task` and `runner` name classes, whose arguments are their settings (methods/core/build.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from methods.core.typed import Count, Range, Whole
+from runners.engine.model_files import DATE
+
+Threads = Annotated[int, Range(least=1, most=4096)]
+Seconds = Annotated[float, Range(above=0), "seconds per sample, above 0, or null for no limit"]
+
+
+@dataclass
+class Model:
+    """One file of conf/model; see conf/model/reference.yaml."""
+
+    path: str
+    revision: str = "main"
+    max_length: Count | None = None
+    chat: bool = True
+    chat_options: dict[str, Any] = field(default_factory=dict)
+    init: Literal["pretrained", "random"] = "pretrained"
+    shape: str | None = None
+    resize: dict[str, Any] | None = None
+    date: Annotated[str, "a day such as 2024-07-26"] = DATE
+    check: Annotated[Literal["auto", "off", False], "auto or off"] = "auto"  # YAML reads off as false
+    reasoning: Annotated[Literal["strip", "keep", "off", False], "one of strip, keep, off"] = "strip"
+
+
+@dataclass
+class Tracking:
+    """One file of conf/wandb."""
+
+    mode: Annotated[Literal["disabled", "offline", "online"], "one of disabled, offline, online, or wandb=NAME"]
+    project: str = "kvfrontier"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Kernels:
+    backend: Literal["auto", "reference", "triton"]
+
+
+@dataclass
+class Group:
+    max_bytes: Count | None = None
+    max_cells: Count | None = None
+
+
+@dataclass
+class Config:
+    """Everything but Hydra's own settings."""
+
+    model: Model
+    method: Any
+    task: Any
+    runner: Any
+    wandb: Tracking
+    budget: Any  # checked by methods.core.budget
+    budget_miss: Literal["keep", "fail"]
+    protocol: Literal["aware", "agnostic"]
+    dtype: Literal["auto", "float32", "float16", "bfloat16"]
+    device: str
+    kernels: Kernels
+    threads: Threads | None
+    batch_size: Count
+    chunk: Count | None
+    seed: Whole
+    results: Annotated[str, "a folder"]
+    resume: Literal["auto", "old", "force"]
+    plan: bool
+    time_limit: Seconds | None
+    cells: list[str] | None
+    group: Group
+    last_token: Literal["held"] | None = None

@@ -1,0 +1,1 @@
+"""LongBench: its subsets, prompts and scores."""

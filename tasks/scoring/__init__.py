@@ -1,0 +1,1 @@
+"""How answers are scored: pure functions of strings, and remarks on what was scored."""

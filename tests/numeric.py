@@ -16,7 +16,7 @@ import sys
 import time
 from itertools import product
 
-FILES = ["kernels", "methods", "runners/test_bind.py", "runners/test_rotation.py", "runners/test_together.py"]
+FILES = ["kernels", "methods", "runners/engine/test_together.py"]
 VARIABLES = ("ATEN_CPU_CAPABILITY", "OPENBLAS_CORETYPE", "KVFRONTIER_TEST_THREADS")
 CHOICES = (("default", "avx2", "-"), ("Haswell", "Zen", "-"), ("1", "2"))
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.runners.test_answer import Echo
 
 import run
 from methods import load_method
@@ -17,6 +16,7 @@ from runners.engine.prompt import Encoder
 from runners.engine.together import answer_together
 from tasks.base import Choice, Example, Turn
 from tests.conftest import WORDS
+from tests.runners.engine.test_answer import Echo
 from tests.test_run import write_split
 
 N = 8

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.runners.test_answer import TEXT, Example, Method, model, setting  # noqa: F401
 
 from methods.snapkv import SnapKV
 from methods.tova import TOVA
 from runners.engine.answer import answer
 from runners.engine.problem import problem
 from runners.engine.together import answer_together
+from tests.runners.engine.test_answer import TEXT, Example, Method, model, setting  # noqa: F401
 
 HERE = Path(__file__).relative_to(Path(__file__).parents[3])
 

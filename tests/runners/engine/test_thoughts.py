@@ -4,7 +4,6 @@ import copy
 from dataclasses import replace
 
 import pytest
-from tests.runners.test_prompt import CHAT
 from tokenizers import AddedToken
 
 from runners.engine.answer import Setting, answered
@@ -14,6 +13,7 @@ from runners.engine.thoughts import apart
 from runners.report import remarks
 from tasks.base import Example
 from tasks.ruler.task import Ruler
+from tests.runners.engine.test_prompt import CHAT
 
 GUESS = "<think>maybe 84151? no</think> I do not know"
 EXAMPLE = Example("niah/0", "many words. ", "Which number?", ["84151"], 40, {"metric": "all"})

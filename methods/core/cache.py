@@ -18,7 +18,7 @@ from kernels import Rules
 from methods.core.binding.decoder import CannotBind
 from methods.core.binding.lengths import Reach
 from methods.core.binding.padding import columns, padding_first, put_back
-from methods.core.binding.passes import Bound
+from methods.core.binding.passes import Bound, other_model
 from methods.core.binding.rotation import Turning
 from methods.core.contract import LayerCache, Method, Stage, Step
 from methods.core.errors import UserError
@@ -53,6 +53,7 @@ class KVLayer(CacheLayerMixin):
         """Nothing to do: the stores see their first tensors in `take`."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Handle, None]:
+        self.cache.need_own_pass()
         spec, shape = self.cache.spec, tuple(key_states.shape)
         if len(shape) != 4 or (shape[1], shape[3]) != (spec.n_kv_heads, spec.head_dim):
             raise CannotBind(
@@ -134,6 +135,7 @@ class KVCache(Bound):
         binding = model.__dict__[BINDING]
         spec = binding["spec"]
         self.kind: str = binding["kind"]
+        self.passes = weakref.ref(binding["passes"])  # weak: a copy of the cache has the same
         self.turnings: list[Turning] = binding["turnings"]
         unknown = [i for i, turning in enumerate(self.turnings) if not turning.known]
         if "rope" in method.needs and unknown:
@@ -146,6 +148,7 @@ class KVCache(Bound):
         self._samples = samples
         self._here: Standing | None = None
         self._counts: Tensor | None = None  # [B], tokens per row so far
+        self._pieces: tuple[bool, int] = False, 0  # of the prompt: was one longer than a token, single ones since then
         self._again = False
         inner = method.caches(self.spec, prompt_len)
         super().__init__(layers=[KVLayer(self, i, layer) for i, layer in enumerate(inner)])
@@ -173,6 +176,8 @@ class KVCache(Bound):
         before = total - T
         if self.prompt_len is None:
             self.prompt_len = total
+        if total < self.prompt_len:
+            self._refuse_decoding(before, T)
         if before < self.prompt_len:
             stage = Stage.MID_PROMPT if total < self.prompt_len else Stage.ENDS_PROMPT
         elif self._again:
@@ -209,6 +214,22 @@ class KVCache(Bound):
                 "behind its tokens; pad it on the left, or give the prompt in one piece"
             )
 
+    def _refuse_decoding(self, before: int, T: int) -> None:
+        """Raises UserError where tokens come one by one behind longer pieces: what is decoded is no prompt.
+
+        One such token may be a piece of its own.
+        """
+        longer, single = self._pieces
+        self._pieces = (True, 0) if T > 1 else (longer, single + 1)
+        if longer and T == 1 and single:
+            self._refuse_half_a_prompt(before - single)
+
+    def need_own_pass(self) -> None:
+        """Raises UserError unless it is this cache's own model that brings keys, with our attention under it."""
+        passes = self.passes()
+        if passes is None or passes.outermost is None:
+            raise UserError(other_model(self))
+
     def go_on_from(self, other: KVCache, rows: Tensor | None = None) -> None:
         """Stand where `other` stands, which saw the same tokens; what the layers hold is the caller's business.
 
@@ -243,7 +264,11 @@ class KVCache(Bound):
         return len(self._counts)
 
     def compress_next(self) -> None:
-        """The next forward ends a prompt, as the first one did: what is stored then is compressed again."""
+        """The next forward ends a prompt, as the first one did: what is stored then is compressed again.
+
+        Raises UserError while the prompt that was announced has not come whole.
+        """
+        self._refuse_half_a_prompt()
         self._again = True
 
     def fork(self) -> KVCache:
@@ -257,7 +282,11 @@ class KVCache(Bound):
         return [one for one in lent if one is not None]
 
     def expect(self, new: int) -> None:
-        """So many tokens will be decoded from here: no room is made for more. Without it room grows by an eighth."""
+        """So many tokens will be decoded from here: no room is made for more. Without it room grows by an eighth.
+
+        Raises UserError while the prompt that was announced has not come whole.
+        """
+        self._refuse_half_a_prompt()
         for layer in self.layers:
             layer.inner.expect(new)
 
@@ -274,8 +303,9 @@ class KVCache(Bound):
         self._refuse_half_a_prompt()
         return self.meter.reports(behind)
 
-    def _refuse_half_a_prompt(self) -> None:
-        come = self.layers[-1].seen
+    def _refuse_half_a_prompt(self, come: int | None = None) -> None:
+        """Raises UserError if fewer tokens have come than the prompt was said to have; come: so many, else all seen."""
+        come = self.layers[-1].seen if come is None else come
         if self.prompt_len is not None and come < self.prompt_len:
             raise UserError(
                 f"prompt_len={self.prompt_len}: only {come} tokens have come, so that the prompt has not ended and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,11 +12,23 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from methods.core.binding.lengths import Lengths
+from methods.core.contract import ModelSpec
 from methods.core.errors import UserError
 
 
 class Bound(Cache):
-    """A cache that only our attention can answer from."""
+    """A cache that only our attention can answer from, in passes of the model that it was made for."""
+
+    passes: weakref.ref[Passes]
+    spec: ModelSpec
+
+
+def other_model(cache: Bound) -> str:
+    """The line for a cache that a model is given which it was not made for."""
+    return (
+        f"past_key_values: this cache was made for another model ({cache.spec.name}) than the one that is called; make "
+        "one for it with method.cache_for(model)"
+    )
 
 
 class Passes:
@@ -47,11 +60,18 @@ class Passes:
                 part.register_forward_hook(self.end, always_call=True)
 
     def begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a pass. Raises UserError if it asks for attention weights, CrossesSwitch as Lengths does."""
+        """Before a pass.
+
+        Raises UserError if the cache is another model's or attention weights are asked for, CrossesSwitch as Lengths
+        does.
+        """
         cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, Bound)), None)
         if cache is None:
             self._switch_off()  # which an interrupted pass may have left on
         elif self.outermost is None and not self.barred:
+            own = cache.passes()
+            if own is None or own.modules != self.modules:
+                raise UserError(other_model(cache))
             said = [
                 kwargs.get("output_attentions"),
                 *(getattr(config, "output_attentions", 0) for config in self.configs),

@@ -43,11 +43,36 @@ def test_padding_before_them_is_not(pieces, model):
     assert 0 < cache.report().share < 1
 
 
-def test_a_prompt_shorter_than_it_was_said_to_be_has_no_report(model):
+@pytest.fixture
+def waiting(model):
+    """A cache that was promised a prompt of 100 tokens and has met 60."""
     cache = load_method("snapkv", budget=0.5).cache_for(model, prompt_len=100)
-    feed(model, cache, [60, 1, 1], torch.ones(1, 62, dtype=torch.long))
-    for ask in (cache.report, cache.check_budget):
-        with pytest.raises(UserError, match="prompt_len=100: only 62 tokens have come"):
-            ask()
-    feed(model, cache, [38], torch.ones(1, 38, dtype=torch.long))
-    assert cache.report().share > 0
+    feed(model, cache, [60], torch.ones(1, 60, dtype=torch.long))
+    return cache
+
+
+ONLY_60 = "prompt_len=100: only 60 tokens have come"
+
+
+@pytest.mark.parametrize("ask", ["report", "reports", "check_budget", "compress_next", "expect"])
+def test_a_prompt_shorter_than_it_was_said_to_be_has_no_report_and_no_answer(ask, model, waiting):
+    with pytest.raises(UserError, match=ONLY_60):
+        getattr(waiting, ask)(*([5] if ask == "expect" else []))
+    feed(model, waiting, [40], torch.ones(1, 40, dtype=torch.long))
+    assert waiting.report().share > 0
+
+
+def test_tokens_that_come_one_by_one_behind_a_prompt_that_has_not_ended_are_refused_by_name(model, waiting):
+    with pytest.raises(UserError, match=ONLY_60):
+        feed(model, waiting, [1, 1], torch.ones(1, 2, dtype=torch.long))
+    for pieces in ([60, 1, 39], [30, 1, 30, 1, 38], [1] * 100):  # a token alone may be a piece, as may all be
+        cache = load_method("snapkv", budget=0.5).cache_for(model, prompt_len=100)
+        feed(model, cache, pieces, torch.ones(1, 100, dtype=torch.long))
+        assert cache.report().share > 0
+
+
+def test_generate_refuses_a_prompt_shorter_than_it_was_said_to_be(model):
+    cache = load_method("snapkv", budget=0.5).cache_for(model, prompt_len=100)
+    ids = torch.ones(1, 60, dtype=torch.long)
+    with pytest.raises(UserError, match=ONLY_60):
+        model.generate(ids, past_key_values=cache, max_new_tokens=4, min_new_tokens=4, do_sample=False)

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from methods import load_method
-from methods.core.bind import bind
+from methods.core.bind import bind, unbound
 from methods.core.errors import UserError
 from methods.full import Full
 from tests.bounds import MILD, near, run_off
@@ -109,6 +109,23 @@ def test_a_part_that_is_called_by_itself_takes_our_cache_and_a_pass_that_fails_l
         with pytest.raises(interrupted):
             llama(ids, past_key_values=cache)
         assert torch.equal(llama(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model_is_refused_by_name(llama):
+    ids, _ = padded_prompt([9])
+    twin, untouched = copy.deepcopy(llama), tiny_model("llama")
+    through_our_cache(twin)
+    for other in (twin, twin.model, untouched):
+        before, cache = other(ids, use_cache=False)[0], load_method("full").cache_for(llama)
+        with pytest.raises(UserError, match=r"past_key_values: .*another model \(llama\).*cache_for"):
+            other(ids, past_key_values=cache)
+        assert torch.equal(other(ids, use_cache=False)[0], before)
+        assert cache.get_seq_length() == 0
+        fork = copy.deepcopy(cache)  # a cache that was refused, and a copy of it, go on as if nothing had been
+        near(llama(ids, past_key_values=fork).logits, llama(ids).logits, run_off(llama(ids).logits, MILD))
+    with unbound(llama), pytest.raises(UserError, match="past_key_values"):
+        llama(ids, past_key_values=load_method("full").cache_for(llama))
 
 
 @torch.no_grad()

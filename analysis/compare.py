@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import screen, stats
+from analysis.files import given_path
 from analysis.frontier import show
 from analysis.generations import add_flag
 from analysis.load import NothingToRead, Results, load
@@ -124,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.compare", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("a", metavar="A", help="a method's name, or a folder of results")
     parser.add_argument("b", metavar="B", help="another one")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where two methods are looked for")
+    parser.add_argument("--results", type=given_path, default=Path("results"), help="where two methods are looked for")
     parser.add_argument("--markdown", action="store_true", help="a table to paste, whatever the screen's width")
     add_flag(parser)
     given = parser.parse_args(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import tempfile
@@ -18,6 +19,13 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 class CannotWrite(Exception):
     """A file cannot be written; the message says which, why and what would work."""
+
+
+def given_path(text: str) -> Path:
+    """A path as typed, for argparse. Raises ArgumentTypeError for an empty one, which would be the working folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty; name a file or folder, or leave it out")
+    return Path(text)
 
 
 @contextlib.contextmanager

@@ -85,8 +85,8 @@ SAMPLE = {
 FAILED = SAMPLE | {"error": TEXT}
 SCORED = SAMPLE | {"score": SCORE}
 FINISHED = SCORED | {
-    "weights?": WEIGHTS, "parts?": SCORES, "turns?": TURNS, "curve?": CURVE, "tokens_in": COUNT, "tokens_out": COUNT,
-    "batch": SOME,
+    "weights?": WEIGHTS, "parts?": SCORES, "measure?": TEXT, "turns?": TURNS, "curve?": CURVE,
+    "tokens_in": COUNT, "tokens_out": COUNT, "batch": SOME,
     **{f"ledger.{name}": AMOUNT for name in ("full", "full_prompt", "held_prompt", "held_end", "read_step",
                                              "peak_prompt", "peak_decode")},
     **{f"ledger.{name}?": AMOUNT for name in ("padding", "padding_end", "workspace", "adapter", "host", "asked",

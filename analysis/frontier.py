@@ -17,7 +17,7 @@ import pandas as pd
 
 from analysis import latex, screen, stats, style
 from analysis.area import areas
-from analysis.files import CannotWrite, check_out, one_line, write, write_csv
+from analysis.files import CannotWrite, check_out, given_path, one_line, write, write_csv
 from analysis.generations import add_flag
 from analysis.load import NothingToRead, load
 from analysis.paired import WHOLE
@@ -199,14 +199,14 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 when there is nothing to draw."""
     screen.any_text()
     parser = argparse.ArgumentParser(prog="python -m analysis.frontier", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", type=Path, help="a folder of records, or a file of them from benchmarks/")
+    parser.add_argument("results", type=given_path, help="a folder of records, or a file of them from benchmarks/")
     parser.add_argument("--task", action="append", help="only this task; may be repeated")
     parser.add_argument("--model", action="append", help="only this model; may be repeated")
     parser.add_argument("--x", choices=AXES, default="held", help="what the horizontal axis shows")
     parser.add_argument("--linear", action="store_true", help="a linear horizontal axis instead of a logarithmic one")
     parser.add_argument("--by", choices=("task", "category"), default="task", help="what has a panel of its own")
     parser.add_argument("--columns", type=int, default=2, help="panels side by side, each as wide as a paper's column")
-    parser.add_argument("--out", type=Path, help="folder for the files (default: RESULTS)")
+    parser.add_argument("--out", type=given_path, help="folder for the files (default: RESULTS)")
     add_flag(parser)
     given = parser.parse_args(arguments)
     try:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import screen, stats
+from analysis.files import given_path
 from analysis.frontier import show
 from analysis.generations import add_flag
 from analysis.load import NothingToRead, load
@@ -107,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 when there is nothing to rank."""
     screen.any_text()
     parser = argparse.ArgumentParser(prog="python -m analysis.leaderboard", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", type=Path, nargs="?", default=Path("results"))
+    parser.add_argument("results", type=given_path, nargs="?", default=Path("results"))
     parser.add_argument("--markdown", action="store_true", help="tables to paste, whatever the screen's width")
     add_flag(parser)
     given = parser.parse_args(arguments)

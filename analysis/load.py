@@ -25,7 +25,7 @@ from analysis.generations import asked, chosen
 
 FORMATS = (1, 2)  # of records that can be read
 CACHE = ".analysis.parquet"
-READER = 2  # what another one has kept of a record is read again
+READER = 3  # what another one has kept of a record is read again
 METRIC = {"name": "score", "unit": "points of 100", "better": "higher", "scale": 100.0, "digits": 2}
 #: columns of `Results.samples` that hold no text; the texts are read by `texts`, from byte `at` on, `size` bytes
 SAMPLE = {
@@ -36,6 +36,8 @@ SAMPLE = {
     "length": float("nan"), "depth": float("nan"), "prompt_s": float("nan"), "n_prompt": 0, "decode_s": float("nan"),
     "steps": 0, "alone": True, "above": False, "at": 0, "size": 0,
 }  # fmt: skip
+#: parts that are the sample's own score without being the first, where its line names none, as lines did before
+NOT_FIRST = ("ROUGE-L", "flexible")
 SHARES = ("held", "held_end", "read", "peak")
 #: of a record's ledger, bytes
 LEDGER = (
@@ -328,9 +330,13 @@ def _end(line: dict[str, Any]) -> str:
 
 
 def _measure(line: dict[str, Any]) -> str:
-    """Which of several scores is the sample's own: the first. Turns and places in a text are no measures."""
+    """Which of several scores is the sample's own. Turns and places in a text are no measures."""
     parts = line.get("parts") or {}
-    return "" if "turns" in line or "curve" in line else next(iter(parts), "")
+    if "turns" in line or "curve" in line:
+        return ""
+    if "measure" in line:
+        return str(line["measure"])
+    return next((name for name in NOT_FIRST if name in parts), next(iter(parts), ""))
 
 
 def _per_sample(line: dict[str, Any]) -> dict[str, Any]:

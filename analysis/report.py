@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis import screen, style
 from analysis.area import areas
-from analysis.files import CannotWrite, check_out, write
+from analysis.files import CannotWrite, check_out, given_path, write
 from analysis.generations import add_flag
 from analysis.load import LEDGER, NothingToRead, Results, load, texts
 from analysis.paired import KEYS, WHOLE
@@ -196,8 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 when there is nothing to report."""
     screen.any_text()
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", type=Path, nargs="?", default=Path("results"))
-    parser.add_argument("--out", type=Path, help="the file (default: RESULTS/report.html)")
+    parser.add_argument("results", type=given_path, nargs="?", default=Path("results"))
+    parser.add_argument("--out", type=given_path, help="the file (default: RESULTS/report.html)")
     parser.add_argument("--wandb", action="store_true", help="a W&B Report as well: its JSON, sent if it can be")
     parser.add_argument("--project", default="kvfrontier", help="of the W&B Report")
     parser.add_argument("--entity", default="", help="of the W&B Report (default: the account's own)")

@@ -20,7 +20,7 @@ import pandas as pd
 import yaml
 
 from analysis import screen
-from analysis.files import CannotWrite, whole, write
+from analysis.files import CannotWrite, given_path, whole, write
 from analysis.frontier import markdown
 from analysis.generations import add_flag
 from analysis.load import NothingToRead, Results, load
@@ -198,10 +198,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 when something to read is missing."""
     screen.any_text()
     parser = argparse.ArgumentParser(prog="python -m analysis.tables", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", type=Path, nargs="?", help="records to make benchmarks/NAME.json from")
+    parser.add_argument("results", type=given_path, nargs="?", help="records to make benchmarks/NAME.json from")
     parser.add_argument("--name", help="of the file and of the table")
     parser.add_argument("--command", default="", help="what made the records, for the reader")
-    parser.add_argument("--expected", type=Path, help="YAML with what each method's paper claims")
+    parser.add_argument("--expected", type=given_path, help="YAML with what each method's paper claims")
     parser.add_argument("--readme", action="store_true", help="write the README's tables again")
     add_flag(parser)
     given = parser.parse_args(arguments)

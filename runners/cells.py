@@ -193,15 +193,27 @@ class Run:
     def scored(
         self, ours: Mapping[str, dict[str, Any]], full: Mapping[str, dict[str, Any]]
     ) -> list[tuple[Example, float, float]]:
-        """What both have finished, for report.compare: (example, the method's score, the full cache's score)."""
-        return [
-            (part, score, reference)
-            for example in self.examples
-            if example.id in ours and example.id in full
-            for (part, score), (_, reference) in zip(
-                as_parts(example, ours[example.id]), as_parts(example, full[example.id]), strict=True
+        """What both have finished, for report.compare: (example, the method's score, the full cache's score).
+
+        Of a score in parts those that both have; what one alone has, since other code has scored it, is said.
+        """
+        found: list[tuple[Example, float, float]] = []
+        alone: dict[str, str] = {}  # name of a part -> a sample that has it in one record
+        for example in self.examples:
+            if example.id not in ours or example.id not in full:
+                continue
+            mine, theirs = (
+                {str(part.tags.get("subset", "")): (part, score) for part, score in as_parts(example, rows[example.id])}
+                for rows in (ours, full)
             )
-        ]
+            found += [(part, score, theirs[name][1]) for name, (part, score) in mine.items() if name in theirs]
+            alone |= {name: example.id for name in mine.keys() ^ theirs.keys()}
+        if alone:
+            show.note(
+                f"{', '.join(sorted(alone))} (such as {min(alone.values())}): in one of the two records only, which "
+                "other code has scored, and so not compared; resume=auto computes both by the present code"
+            )
+        return found
 
     @cached_property
     def shelf(self) -> Shelf:

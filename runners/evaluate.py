@@ -127,8 +127,8 @@ class Evaluate(Runner):
         both = [example for example in run.examples if example.id in ours and example.id in full]
         label = "" if run.cell is run.full else run.cell.name
         if both:
-            rows = compare(run.task, run.scored(ours, full), self.resamples, seed=0)
-            screen.draw(show.scores(rows, label))
+            if paired := run.scored(ours, full):
+                screen.draw(show.scores(compare(run.task, paired, self.resamples, seed=0), label))
             for line in [
                 *show.about(run.task.metric),
                 *run.task.remarks([(example, ours[example.id], full[example.id]) for example in both]),

@@ -261,6 +261,10 @@ class Task(ABC):
         """Scores of a prediction that have rows of their own, by name; none: `score` has the only row."""
         return {}
 
+    def measure(self, parts: Mapping[str, float]) -> str:
+        """The name of the part that is the sample's own score; "" where there are none."""
+        return next(iter(parts), "")
+
     def rate(self, example: Example, likelihoods: Sequence[tuple[float, bool]]) -> dict[str, float]:
         """Scores of a sample whose choices were compared, by name; the first one is the sample's own.
 

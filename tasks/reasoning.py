@@ -55,6 +55,9 @@ class Reasoning(Task):
         steps = prediction.split() == example.answers[0].split()
         return {"strict": float(steps), "flexible": self.score(example, prediction)}
 
+    def measure(self, parts: Mapping[str, float]) -> str:
+        return "flexible"
+
     def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
         """Both readings of every subset, then the mean over subsets of each."""
         subsets = [({**tags, "category": _mean_of(tags)}, row) for tags, row in self._subsets(rows)]

@@ -130,4 +130,6 @@ def test_a_task_runs_with_eviction_and_quantization_beside_the_full_cache(
     for name, rows in records.items():
         assert [row["id"] for row in rows] == [row["id"] for row in records["full"]] and "error" not in rows[0]
         share = rows[0]["ledger"]["share"]
+        if "parts" in rows[0] and not {"turns", "curve"} & rows[0].keys():
+            assert rows[0]["parts"][rows[0]["measure"]] == rows[0]["score"]
         assert 1 <= share < 1.05 if name == "full" else 0.2 < share < 0.6, (name, share)

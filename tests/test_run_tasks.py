@@ -139,6 +139,23 @@ def test_summaries_have_three_kinds_of_rouge_and_a_verdict(command, tmp_path):
     assert code == 0 and "beam 2" in out, err
 
 
+def test_parts_that_one_of_two_records_lacks_are_named_and_the_others_are_compared(command, tmp_path):
+    data = write(tmp_path / "news.jsonl", {"article": TEXT * 2, "highlights": "the cat sat."})
+    words = ("task=summarization", data, "task.max_new_tokens=4", *SNAPKV)
+    command(*words)
+    (path,) = (tmp_path / "results").glob("*/*/full-b*/samples.jsonl")
+    row = json.loads(path.read_text())
+    del row["parts"]["ROUGE-Lsum"]  # as code wrote it that had no such part
+    path.write_text(json.dumps(row) + "\n")
+    code, out, err = command(*words)
+    assert code == 0 and "news ROUGE-L " in out and "news ROUGE-Lsum " not in out, out
+    assert "news ROUGE-Lsum (such as news/0): in one of the two records only" in err and len(err.splitlines()) == 1
+    path.write_text(json.dumps({name: value for name, value in row.items() if name != "parts"}) + "\n")
+    for grid in ((), ("-m",)):
+        code, out, err = command(*grid, *words)
+        assert code == 0 and "news ROUGE-1, news ROUGE-2, " in err and "record" in out, err
+
+
 def test_choices_have_both_accuracies_and_what_moved_below_them(command, tmp_path):
     row = {"context": TEXT * 2, "question": "\n\nwhere?", "choices": ["in the north", "here", "a cat", "on"], "gold": 0}
     (tmp_path / "facts.jsonl").write_text(json.dumps(row) + "\n")

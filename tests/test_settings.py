@@ -218,7 +218,7 @@ def test_windows_is_told_of_wsl_before_anything_is_imported_that_it_lacks(monkey
     assert "WSL" in err and "fcntl" in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("results", ["null", "[a]", "/proc/kvfrontier", "/dev/null/below"])
+@pytest.mark.parametrize("results", ["", "null", "[a]", "/proc/kvfrontier", "/dev/null/below"])
 @pytest.mark.parametrize("sweep", [[], ["-m", "method=full,nacl"]])
 def test_a_results_folder_that_cannot_be_is_named_and_nothing_is_made(results, sweep, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")

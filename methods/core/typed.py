@@ -52,6 +52,18 @@ class Range:
         return ", ".join(parts + ([] if self.most is None else [f"at most {self.most}"]))
 
 
+@dataclass(frozen=True)
+class Filled:
+    """Of a text: it is not empty."""
+
+    def holds(self, value: str) -> bool:
+        return bool(value.strip())
+
+    def __str__(self) -> str:
+        return "not empty"
+
+
+Folder = Annotated[str, Filled(), "a folder"]  # an empty path would be the working folder
 Count = Annotated[int, Range(least=1)]
 Whole = Annotated[int, Range(least=0)]
 Positive = Annotated[float, Range(above=0)]
@@ -186,7 +198,8 @@ def _fit(value: Any, wanted: Any, key: str) -> Any:
     if origin is typing.Annotated:
         fitted = _fit(value, args[0], key)
         number = isinstance(fitted, int | float) and not isinstance(fitted, bool)
-        if number and not all(one.holds(fitted) for one in args[1:] if isinstance(one, Range)):
+        rules = Range if number else Filled if isinstance(fitted, str) else ()
+        if not all(one.holds(fitted) for one in args[1:] if isinstance(one, rules)):
             raise _Unfit
         return fitted
     if origin in (typing.Union, types.UnionType):

@@ -21,7 +21,7 @@ from methods.core import artefacts
 from methods.core.contract import Method
 from methods.core.errors import UserError
 from methods.core.reading import read_bytes, read_text
-from methods.core.typed import Count
+from methods.core.typed import Count, Folder
 from runners.base import Runner
 from runners.engine.loading import (
     checkpoint_of,
@@ -57,7 +57,7 @@ class Calibrate(Runner):
     documents: Count = 20
     tokens: int = 2048
     data: str | None = None
-    out: str | None = None
+    out: Folder | None = None
     options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from analysis import form
-from analysis.files import CannotWrite, picture, whole
+from analysis.files import CannotWrite, given_path, picture, whole
 from methods.core.errors import UserError
 from runners.records.stored import read_cell, read_samples
 from runners.report import run_table as show
@@ -170,8 +170,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
 def main() -> None:
     """Draw one record into its own folder, or where --out says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("record", type=Path)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("record", type=given_path)
+    parser.add_argument("--out", type=given_path)
     given = parser.parse_args()
     try:
         print(draw(given.record, picture(given.out)) or f"{given.record}: holds no finished sample")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from analysis import form, screen, style
-from analysis.files import CannotWrite, picture, whole
+from analysis.files import CannotWrite, given_path, picture, whole
 from methods.core.errors import UserError
 from runners.records.stored import read_cell, read_samples
 from runners.report import run_table as show
@@ -185,8 +185,10 @@ def read(folder: Path) -> tuple[str, Rows, str]:
 def main() -> None:
     """Draw records, of one model, into one picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("records", type=Path, nargs="+", metavar="RECORD")
-    parser.add_argument("--out", type=Path, help="the picture; by default latency.png in the first record's folder")
+    parser.add_argument("records", type=given_path, nargs="+", metavar="RECORD")
+    parser.add_argument(
+        "--out", type=given_path, help="the picture; by default latency.png in the first record's folder"
+    )
     given = parser.parse_args()
     try:
         path = picture(given.out) or given.records[0] / "latency.png"

@@ -46,7 +46,8 @@ def report(sweep: Sweep, resamples: int) -> int:
     lines, missed = [], []
     for member in sorted(sweep.members, key=lambda m: (m.cell is not run.full, m.cell.name, -m.cell.method.budget)):
         ours = _finished(sweep, member)
-        rows = compare(run.task, run.scored(ours, full), resamples, seed=0) if set(ours) & set(full) else []
+        paired = run.scored(ours, full)
+        rows = compare(run.task, paired, resamples, seed=0) if paired else []
         if line := misses(list(ours.values())):
             missed.append(f"{_name(member)} {member.cell.method.budget:g}: {line}")
         for name, found in _lines(rows, list(ours.values()), lower):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from methods.core.typed import Count, Range, Whole
+from methods.core.typed import Count, Folder, Range, Whole
 from runners.engine.model_files import DATE
 
 Threads = Annotated[int, Range(least=1, most=4096)]
@@ -73,7 +73,7 @@ class Config:
     batch_size: Count
     chunk: Count | None
     seed: Whole
-    results: Annotated[str, "a folder"]
+    results: Folder
     resume: Literal["auto", "old", "force"]
     plan: bool
     time_limit: Seconds | None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import frontier, latex, report
+from analysis import compare, frontier, latex, leaderboard, report, tables
 from analysis.files import CannotWrite, picture, write, write_csv
 from runners.report import heat_map, latency_report
 
@@ -83,3 +83,30 @@ def test_line_breaks_in_names_break_no_row(book):
     text = frontier.markdown(pd.DataFrame({name: [name]}))
     assert len(text.splitlines()) == 3 and text.splitlines()[2] == "| a b c d\\|e |"
     assert len(latex.escaped(name).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (frontier, ["results", "--out", ""]),
+        (frontier, [""]),
+        (report, ["results", "--out", " "]),
+        (report, [""]),
+        (leaderboard, [""]),
+        (compare, ["a", "b", "--results", ""]),
+        (tables, [""]),
+        (tables, ["results", "--expected", ""]),
+        (heat_map, ["record", "--out", ""]),
+        (latency_report, ["record", "--out", ""]),
+    ],
+)
+def test_an_empty_path_is_refused_by_name_and_not_taken_for_the_working_folder(
+    command, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x", *words])
+    with pytest.raises(SystemExit) as end:
+        command.main(*([] if command in (heat_map, latency_report) else [words]))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "the path is empty" in said and (words[-2] if len(words) > 1 else "results") in said
+    assert not list(tmp_path.iterdir())

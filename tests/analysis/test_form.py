@@ -46,7 +46,7 @@ def test_a_wrong_field_of_a_cell_file_costs_no_other_record(book, part):
 def test_a_wrong_field_of_a_sample_costs_no_other_sample(book):
     """All wrong values of all fields, each a line of one record."""
     first = json.loads((whole(book, "h2o", [1.0]) / "samples.jsonl").read_text())
-    wrong = list(every(first | {"parts": {"F1": 0.5}, "key": "k"}))
+    wrong = list(every(first | {"parts": {"F1": 0.5}, "measure": "F1", "key": "k"}))
     ids = [f"qa/{number}" for number in range(len(wrong))]
     own = [
         row | {"id": id} if isinstance(row, dict) and field != "id" else row for (field, _, row), id in zip(wrong, ids)

@@ -182,3 +182,10 @@ def test_shared_passes_have_no_speed_and_weights_chance_and_measure_are_read(boo
     assert found["alone"].tolist() == [False, True] and found["weight"].tolist() == [7.0, 1.0]
     assert found["chance"].tolist() == [0.0, 0.25] and found["measure"].tolist() == ["", "acc"]
     assert found["control"].tolist() == [False, True]
+
+
+def test_a_sample_is_labelled_with_the_part_that_is_its_score(book):
+    rouge = {"parts": {"ROUGE-1": 0.9, "ROUGE-2": 0.4, "ROUGE-L": 0.5, "ROUGE-Lsum": 0.9}}
+    read = {"parts": {"strict": 0.0, "flexible": 0.5}}
+    book.cell(scores=[0.5, 0.5, 0.0], rows=[rouge, read, read | {"measure": "strict"}])
+    assert load(book.root).finished["measure"].tolist() == ["ROUGE-L", "flexible", "strict"]

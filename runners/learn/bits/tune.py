@@ -19,7 +19,7 @@ from methods import build_method
 from methods.core import artefacts
 from methods.core.bind import bind
 from methods.core.errors import UserError
-from methods.core.typed import Count, Positive
+from methods.core.typed import Count, Folder, Positive
 from methods.kvtuner import BITS, CARD, KVTuner, Pair, Table, nominal_bits, table_yaml
 from runners.base import Runner
 from runners.engine.answer import REASONS, check_last_token
@@ -79,7 +79,7 @@ class Tune(Runner):
     stride: Count = 1
     objective: str = "score"
     at_once: Count = 16
-    out: str | None = None
+    out: Folder | None = None
 
     def __post_init__(self) -> None:
         self.bits, self.limits = sorted(self.bits, reverse=True), list(self.limits)

@@ -77,6 +77,7 @@ def test_the_svd_gives_the_same_filters(command, tmp_path):
     [
         (["runner.tokens=1"], "runner.tokens=1"),
         (["runner.out=/proc/nothing"], "runner.out=/proc/nothing: cannot be written"),
+        (["runner.out="], "runner.out=: give a folder or null"),
         (["runner.data=nowhere.txt"], "runner.data=nowhere.txt: no such file"),
         (["runner.options={rows: 5}"], "runner.options.rows=5: qfilters takes n_rows, route"),
         (["runner.options={route: qr}", *SMALL], "runner.options.route=qr"),

@@ -50,7 +50,7 @@ def said(attempt) -> str:
 
 
 def test_a_wrong_field_of_a_sample_is_named_by_file_and_line_or_shown(record):
-    right = done("a", parts={"f1": 0.5}, weights={"f1": 2.0}, curve=[[0, 3, 1.5]], key="k",
+    right = done("a", parts={"f1": 0.5}, weights={"f1": 2.0}, measure="f1", curve=[[0, 3, 1.5]], key="k",
                  turns=[{"score": 1.0, "held": 5, "full": 10}])  # fmt: skip
     example = Example("a", "", "", [], 1, {"subset": "qa", "category": "QA"})
     refused = 0

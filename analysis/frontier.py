@@ -10,7 +10,6 @@ import argparse
 import re
 import sys
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import pandas as pd

@@ -174,7 +174,7 @@ class Summarization(Apart):
             own = [row for row in rows if row[0].tags["subset"] == name]
             if not own:
                 continue
-            if remarks.compared(own) and all(RULE <= set(row.get("parts", ())) for _, *pair in own for row in pair):
+            if remarks.compared(own) and all(set(row.get("parts", ())) >= RULE for _, *pair in own for row in pair):
                 lines.append(f"{name}: {criterion(own)}")
             lead = [rouge.scores(self._setup.rouge, example.tags["lead"], example.answers[0]) for example, _, _ in own]
             means = ", ".join(f"{key} {100 * sum(one[key] for one in lead) / len(lead):.2f}" for key in lead[0])

@@ -49,8 +49,8 @@ class StrangeAttention(modeling_llama.LlamaAttention):
 
     def forward(self, hidden_states, *args, **kwargs):
         out, weights = super().forward(hidden_states, *args, **kwargs)
-        if self.config._attn_implementation != NAME:
-            out = out * 1.5
+        if self.config._attn_implementation == NAME:
+            out = out * self.config.factor
         return out, weights
 
 
@@ -68,8 +68,9 @@ def strange(model: PreTrainedModel) -> PreTrainedModel:
     return made
 
 
-def test_an_attention_nobody_listed_that_answers_otherwise_is_refused_with_by_how_much():
-    model = strange(llama())
+@pytest.mark.parametrize("factor", [1.5, 1.001, float("nan")])
+def test_an_attention_nobody_listed_that_answers_otherwise_is_refused_with_by_how_much(factor):
+    model = strange(llama(factor=factor))
     before = {name: set(vars(m)) for name, m in model.named_modules()}
     with pytest.raises(
         UserError, match=r"^model: llama cannot be bound, its output differs from the untouched model's by"
@@ -86,7 +87,8 @@ def test_what_has_passed_is_remembered_for_the_configuration_and_forgotten_with_
     monkeypatch.setattr(self_check, "_differences", lambda *given: tried.append(1) or whole(*given))
     load_method("full").cache_for(llama())
     (note,) = nothing_passed.iterdir()
-    assert json.loads(note.read_text())["off"] < self_check.BOUND
+    found = json.loads(note.read_text())
+    assert found["off"] < found["allowed"] / 10
     self_check._passed.cache_clear()
     load_method("full").cache_for(llama())
     assert len(tried) == 1

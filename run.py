@@ -31,6 +31,7 @@ from runners.records.provenance import commit
 from runners.settings import guard
 from runners.settings.check import check
 from runners.settings.explain import EXPECTED, report
+from runners.settings.trainers import for_trainer
 from runners.settings.words import check_words
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -82,7 +83,7 @@ def main() -> int:
     guard.install()
     try:
         check_words(sys.argv[1:])
-        sys.argv[1:] = spread(sys.argv[1:])
+        sys.argv[1:] = spread(for_trainer(sys.argv[1:]))
         job()
     except Failed as failed:
         return failed.code

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from methods.core.contract import Method
 
+#: what a method's YAML holds beside the arguments of its class: the points of its frontier, and how it is trained
+BLOCKS = ("sweep", "train")
 _YAMLS = Path(__file__).resolve().parent.parent / "conf" / "method"
 
 
@@ -31,7 +33,9 @@ def load_method(name: str, **knobs: Any) -> Method:
 
     if name not in method_names():
         raise UserError(f"method={name}: no such method; there are {', '.join(method_names())}")
-    config = _compose(name)
+    config = method_yaml(name)
+    for block in BLOCKS:
+        config.pop(block, None)
     for key in knobs:
         if key not in config:
             raise UserError(f"method.{key}={knobs[key]}: {name} has no such knob; it has {', '.join(map(str, config))}")
@@ -49,7 +53,7 @@ def build_method(name: str, config: dict[str, Any]) -> Method:
 
 
 def method_part(config: Any) -> Part:
-    """The class and the checked knobs of a resolved YAML; `sweep` is for sweeps and not an argument.
+    """The class and the checked knobs of a resolved YAML; its blocks `sweep` and `train` are for runners.
 
     Raises UserError for a knob that is unknown or of another type, and for a class that is no method.
     """
@@ -57,14 +61,14 @@ def method_part(config: Any) -> Part:
 
     if isinstance(config, dict):
         conform(config.get("sweep"), dict[str, list[Any]] | None, "method.sweep")
-        config = {key: value for key, value in config.items() if key != "sweep"}
+        config = {key: value for key, value in config.items() if key not in BLOCKS}
     return check_part(config, Method, "method")
 
 
-def _compose(name: str) -> DictConfig:
+def method_yaml(name: str) -> DictConfig:
     """A method's YAML over the YAMLs it starts from, unresolved."""
     from omegaconf import OmegaConf
 
     own = cast("DictConfig", OmegaConf.load(_YAMLS / f"{name}.yaml"))
     bases = [base for base in own.pop("defaults", []) if base != "_self_"]
-    return cast("DictConfig", OmegaConf.merge(*map(_compose, bases), own))
+    return cast("DictConfig", OmegaConf.merge(*map(method_yaml, bases), own))

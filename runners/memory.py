@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from methods.core.contract import Method
+from methods.core.contract import Method, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -20,9 +20,10 @@ class Size:
         width = config.get("head_dim") or (
             (config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 0) // heads
         )
-        self.layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("n_layers") or 1
+        layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("n_layers") or 1
+        self.shape = Shape(layers, kv_heads, width, dtype.itemsize)
         #: keys and values of one token in all layers
-        self.token = 2 * self.layers * kv_heads * width * dtype.itemsize
+        self.token = 2 * layers * kv_heads * width * dtype.itemsize
         self.vocabulary, self.itemsize = config.get("vocab_size") or 0, dtype.itemsize
 
     def prompt(self, tokens: int, rows: int) -> int:
@@ -34,8 +35,8 @@ class Size:
         return tokens * rows * self.vocabulary * (4 + self.itemsize)
 
     def member(self, method: Method, tokens: int, new: int, rows: int, chunked: bool) -> int:
-        """What one member holds at most: the share that its budget names; all of a prompt that comes in chunks."""
-        share = method.budget if method.budget <= 1 else min(1.0, method.budget / max(1, tokens))
+        """What one member holds at most: the share that it plans; all of a prompt that comes in chunks."""
+        share = method.planned_share(tokens, self.shape)
         return int((tokens * (1 if chunked else share) + new) * rows * self.token)
 
 

@@ -20,7 +20,6 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from methods.core.contract import Method
 from methods.core.errors import BudgetMiss, UserError
 from runners.cells import Cell, Run, plain
 from runners.engine.answer import failed, row_of
@@ -156,7 +155,10 @@ class Sweep:
         """Why a member cannot share its prompts with others; None if it can."""
         if self._examples_alone is not None:
             return self._examples_alone
-        return "changes the prompt itself" if member.cell.method.changes_prompt else None
+        method = member.cell.method
+        if method.edits_model:
+            return "edits the model"
+        return "changes the prompt itself" if method.changes_prompt else None
 
     @cached_property
     def _examples_alone(self) -> str | None:
@@ -194,9 +196,8 @@ class Sweep:
                 member.record.refresh()
 
     def _own_run(self, member: Member) -> Run:
-        """The run of a member that runs alone; with a model of its own if the method may edit it."""
-        method = member.cell.method
-        if not method.changes_prompt or type(method).prepare is Method.prepare:
+        """The run of a member that runs alone; with a model of its own if the method edits it."""
+        if not member.cell.method.edits_model:
             return self.run
         own = copy.copy(self.run)
         own.load = load_model

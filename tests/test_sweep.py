@@ -19,7 +19,9 @@ from methods import method_names
 from methods.core.errors import BudgetMiss
 from methods.core.eviction import EvictionCache
 from methods.core.meter import Report
+from methods.random import Random
 from runners import cells, sweep
+from runners.engine.loading import load_model
 from tests.bounds import losses_off, near
 from tests.tasks.choice_items import write
 from tests.test_run import write_split
@@ -396,6 +398,41 @@ def test_another_task_is_a_group_of_its_own_and_the_model_is_loaded_once(command
     monkeypatch.setattr(sweep, "load_model", lambda *a: loads.append(1) or real(*a))
     code, out, _ = command("-m", "method=full,snapkv", "task.subset=[river],[mat]", "task.limit=1")
     assert code == 0 and out.count("records: ") == 2 and len(loads) == 1
+
+
+def test_a_method_that_changes_the_prompt_and_not_the_model_runs_on_the_same_one(command, monkeypatch):
+    loads = []
+    monkeypatch.setattr(sweep, "load_model", lambda *a: loads.append(a) or load_model(*a))
+    monkeypatch.setattr(cells, "load_model", lambda *a: pytest.fail("a second model was loaded"))
+    code, out, err = command(
+        "-m", "method=lococo,snapkv", "budget=128,256", "model.path=assets/reference", "task.limit=1"
+    )
+    assert code == 0 and len(loads) == 1, err
+    assert err.count("changes the prompt itself, it runs alone") + out.count("it runs alone") == 2
+
+
+def test_a_method_that_edits_the_model_has_one_of_its_own(command, monkeypatch):
+    def halve(self, model):
+        model.lm_head.weight.data *= 0.5
+        model.lm_head.weight.add_(0.0)  # written to in a way that PyTorch counts
+
+    monkeypatch.setattr(Random, "prepare", torch.no_grad()(halve))
+    monkeypatch.setattr(Random, "edits_model", True)
+    loads = []
+    monkeypatch.setattr(sweep, "load_model", lambda *a: loads.append(a) or load_model(*a))
+    code, out, err = command("-m", "method=random,snapkv", "budget=0.5", "task.limit=1")
+    assert code == 0 and len(loads) == 2, err
+    assert "edits the model, it runs alone" in out + err
+    assert len({id(model) for model in map(sweep.loaded, *zip(*loads[:1], strict=True))}) == 1
+    monkeypatch.setattr(Random, "edits_model", False)
+    code, out, err = command("-m", "method=random", "budget=0.4", "task.limit=1")
+    assert code == 2 and "its prepare changed the model" in out + err
+
+
+def test_the_plan_counts_the_bits_of_codes(command):
+    code, out, _ = command("-m", "method=kivi", "method.bits=4,2", "method.store.residual=32", "plan=true")
+    sizes = [float(line.split()[-5]) for line in out.splitlines() if line.strip().startswith("kivi")]
+    assert code == 0 and len(sizes) == 2 and 22 > sizes[0] > sizes[1], out
 
 
 def test_progress_says_which_group_it_is_what_failed_and_how_long_all_will_take(command, monkeypatch):

@@ -329,9 +329,18 @@ class Prepared:
         """What this very method made, which it does once: one with the same knobs may edit the model otherwise."""
         key = id(method)
         if key not in self.made or self.made[key][0]() is not method:
-            made = self.made
-            self.made[key] = (weakref.ref(method, lambda gone: made.pop(key, None)), method.prepare(model))
+            made, before = self.made, _weights(model)
+            own = method.prepare(model)
+            if not method.edits_model and _weights(model) != before:
+                raise UserError(f"method={method.name}: its prepare changed the model, which other methods use too; a "
+                                "method that edits weights says so: edits_model = True")  # fmt: skip
+            made[key] = (weakref.ref(method, lambda gone: made.pop(key, None)), own)
         return self.made[key][1]
 
     def __reduce__(self) -> tuple[type[Prepared], tuple[()]]:
         return Prepared, ()  # a copy of the model, or one from a file, knows no method yet
+
+
+def _weights(model: PreTrainedModel) -> list[tuple[str, int, int]]:
+    """Where every parameter lies and how often it was written to, as far as PyTorch counts it."""
+    return [(name, one.data_ptr(), 0 if one.is_inference() else one._version) for name, one in model.named_parameters()]

@@ -215,6 +215,16 @@ class LayerCache:
         raise NotImplementedError(f"{type(self).__name__}: rows of this cache cannot be reordered")
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What plans know of a model before it is loaded. itemsize: bytes per number of its keys and values."""
+
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    itemsize: int
+
+
 @dataclass
 class Method:
     """Hyperparameters of one system; unchanged while running, all state lives in the caches.
@@ -232,6 +242,8 @@ class Method:
     needs: ClassVar[frozenset[str]] = frozenset()
     #: changes the prompt's own hidden states, so the cell cannot share a prompt pass
     changes_prompt: ClassVar[bool] = False
+    #: its `prepare` changes the model itself, so that no other cell may use the same one
+    edits_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.budget = check_budget(self.budget)
@@ -251,7 +263,10 @@ class Method:
         return dataclasses.asdict(self)
 
     def prepare(self, model: PreTrainedModel) -> Any:
-        """Load an artefact or edit weights, once per model; what it returns reaches `caches` as spec.prepared."""
+        """Load an artefact, once per model; what it returns reaches `caches` as spec.prepared.
+
+        A method that edits weights here says so with `edits_model`; one that does not and edits them is refused.
+        """
 
     def calibrate(self, model: PreTrainedModel, rows: Sequence[Tensor], seed: int, **options: Any) -> Made:
         """What `runner=calibrate` saves for `prepare` to load, from rows of token ids [1, T] run through the model.
@@ -263,6 +278,10 @@ class Method:
     def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
         """One LayerCache per layer for one batch; prompt_len: padded length of a prompt that comes in chunks."""
         raise NotImplementedError
+
+    def planned_share(self, tokens: int, spec: Shape) -> float:
+        """For plans: what a row of so many tokens will hold when its prompt has ended, as a share of a full cache."""
+        return float(self.budget) if self.budget <= 1 else min(1.0, self.budget / max(1, tokens))
 
     def after_prompt(self, model: PreTrainedModel, cache: KVCache) -> None:
         """For methods that run the model again once the prompt is in; called by the runner, not by `generate()`."""

@@ -1,6 +1,6 @@
 """Train LoCoCo's compressors for one model and one number of slots, with the model frozen.
 
-    python run.py runner=train_compressor method=lococo budget=128
+    python run.py runner=train method=lococo budget=128
 
 A row of text is read in the method's own chunks. Each chunk's loss is taken back through the compression that came
 before the chunk, and no further: what is held is data. The paper's loss is that of the next token; what compression
@@ -72,7 +72,7 @@ class InTraining(LoCoCo):
 
 @dataclass
 class TrainCompressor(Runner):
-    """Every argument is a key of conf/runner/train_compressor.yaml.
+    """Every argument is a key of the block `train:` of conf/method/lococo.yaml.
 
     out: folder of checkpoints and logs.  export: folder of the artefact, None for where the method looks for it.
     text: file to read; None: generated documents in turn with the prose that every Python carries.
@@ -107,11 +107,11 @@ class TrainCompressor(Runner):
     def __post_init__(self) -> None:
         for key in ("length", "batch", "batches", "accumulate", "chosen_on", "held_out", "measure_every"):
             if getattr(self, key) < 1:
-                raise UserError(f"train_compressor: runner.{key}={getattr(self, key)}; give a whole number, 1 or more")
+                raise UserError(f"train: runner.{key}={getattr(self, key)}; give a whole number, 1 or more")
         if self.loss not in LOSSES:
-            raise UserError(f"train_compressor: runner.loss={self.loss}; it is one of {', '.join(LOSSES)}")
+            raise UserError(f"train: runner.loss={self.loss}; it is one of {', '.join(LOSSES)}")
         if self.text is not None and not Path(self.text).expanduser().is_file():
-            raise UserError(f"train_compressor: runner.text={self.text}: no such file; give a text file, or null")
+            raise UserError(f"train: runner.text={self.text}: no such file; give a text file, or null")
 
     def run(self, cfg: DictConfig) -> int:
         """Train or go on training, save, compare; the exit code."""
@@ -139,7 +139,7 @@ class TrainCompressor(Runner):
         if any(len(rows) <= self.chosen_on for rows in held_out.values()) or per_row < 1:
             counts = ", ".join(f"{len(rows)} rows of {name}" for name, rows in held_out.items())
             raise UserError(
-                f"train_compressor: runner.length={self.length}: there are {counts} to measure on, of which "
+                f"train: runner.length={self.length}: there are {counts} to measure on, of which "
                 f"runner.chosen_on={self.chosen_on} choose, with {max(per_row, 0)} compressions each; give a text of "
                 f"more rows, of more than {first * method.chunk} tokens each"
             )
@@ -205,7 +205,7 @@ class TrainCompressor(Runner):
             trained, held_out = (rows_of(tokenizer, text, self.length) for text in texts(self.text))
             if not len(trained):
                 raise UserError(
-                    f"train_compressor: runner.text={self.text}: has no runner.length={self.length} tokens to train on"
+                    f"train: runner.text={self.text}: has no runner.length={self.length} tokens to train on"
                 )
             return lambda i: _pick(trained, seed, i, self.batch), {Path(self.text).name: held_out}
 

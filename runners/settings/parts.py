@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from methods import method_part
 from methods.core.build import Part, check_part
 from runners.base import Runner
+from runners.settings.trainers import check_block
 from tasks.base import Task
 
 # in the order in which they are checked
@@ -20,6 +21,7 @@ def part_of(cfg: DictConfig, group: str) -> Part:
     node = cfg[group]
     given = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
     if group == "method":
+        check_block(cfg)
         return method_part(given)
     return check_part(given, Task if group == "task" else Runner, group)
 

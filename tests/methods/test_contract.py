@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import DynamicCache
 
-from methods import _compose, load_method, method_names
+from methods import load_method, method_names, method_yaml
 from methods.core.bind import unbound
 from methods.core.budget import check_budget, slots
 from methods.core.capped import Capped
@@ -62,7 +62,7 @@ def plain_knobs(config: dict, at: str = "") -> set[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_knob_departs_from_its_default_in_some_set(name):
     assert name in SETS, f"tests/methods/knobs.py lists no knobs of {name} that are not its defaults"
-    config = OmegaConf.to_container(_compose(name))
+    config = OmegaConf.to_container(method_yaml(name))
     moved = {
         knob
         for knobs in SETS[name]

@@ -406,7 +406,7 @@ def test_knobs_that_cannot_work_are_refused_by_name(knobs, said):
 
 
 def test_a_missing_compressor_names_the_command_that_trains_it(gqa):
-    with pytest.raises(UserError, match=r"runner=train_compressor budget=50 method=lococo"):
+    with pytest.raises(UserError, match=r"runner=train budget=50 method=lococo"):
         load_method("lococo", budget=50).cache_for(gqa)
 
 

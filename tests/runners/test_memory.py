@@ -12,6 +12,7 @@ from methods import load_method
 from runners.memory import Size
 from runners.sweep import Sweep, block_of, rows_of
 from tasks.base import Choice, Example, Forced, Turn
+from tests.methods.conftest import run, tiny_llama
 
 CONFIG = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100}
 TOKEN = 2 * 2 * 2 * 16 * 4  # keys and values, layers, KV heads, width, bytes of a number
@@ -42,6 +43,17 @@ def test_a_member_takes_its_share_of_the_prompt_and_what_is_generated(sweep):
     assert bytes_of(sweep, PLAIN, PLAIN) == 2 * (25 + 10) * TOKEN
     sweep.cfg.chunk = 50
     assert bytes_of(sweep, PLAIN) == (100 + 10) * TOKEN
+
+
+@pytest.mark.parametrize(("name", "knobs"), [("kivi", {"bits": 4}), ("kivi", {"bits": 2}), ("per_token", {"bits": 4})])
+def test_a_codec_of_given_bits_plans_the_bytes_that_it_then_holds(name, knobs):
+    model, method = tiny_llama(), load_method(name, **knobs)
+    cache = method.cache_for(model)
+    run(model, cache, torch.randint(0, 97, (1, 300), generator=torch.Generator().manual_seed(0)))
+    shape = Size(model.config.to_dict(), torch.float32)
+    positions = 300 * 4 * 2  # of every layer, which plans leave out
+    planned = int(method.planned_share(300, shape.shape) * 300 * shape.token)
+    assert planned + positions == cache.report().held_prompt
 
 
 def test_questions_and_choices_go_on_from_a_copy(sweep):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from methods.core.contract import Holding, LayerCache, Method, ModelSpec, Stage, Step
+from methods.core.contract import Holding, LayerCache, Method, ModelSpec, Shape, Stage, Step
 from methods.core.errors import UserError
 from methods.core.store import spare
 from methods.core.stores.quantized import QuantizedStore
@@ -56,6 +56,14 @@ class Codec(Method):
         """Storage of one layer; capacity: tokens of a prompt that comes in chunks."""
         budget = self.budget if self.key_bits is None else None
         return self.store(key_bits=self.key_bits, value_bits=self.value_bits, budget=budget, capacity=capacity)
+
+    def planned_share(self, tokens: int, spec: Shape) -> float:
+        """The bytes of the bits that are given; a budget that picks them is what they are picked for."""
+        if self.key_bits is None:
+            return super().planned_share(tokens, spec)
+        schemes = self.new_store(0, spec.n_layers).schemes[0]
+        held = sum(scheme.nbytes(tokens, spec.head_dim, spec.itemsize) for scheme in schemes)
+        return held / (2 * max(1, tokens) * spec.head_dim * spec.itemsize)
 
     def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
         stores = [self.new_store(layer, spec.n_layers, prompt_len) for layer in range(spec.n_layers)]

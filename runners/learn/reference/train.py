@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from methods.core.build import check_part
 from methods.core.errors import UserError
 from methods.core.typed import Count, Positive, Whole
 from runners.base import Runner
@@ -31,10 +30,10 @@ from runners.learn.reference.packing import Diet, Packer, pick_length
 from runners.learn.reference.recall import recall
 from runners.learn.reference.vocabulary import train_tokenizer
 from runners.records.record import check_writable
+from runners.settings.trainers import trainer_of
 from tasks.documents import prose_hash
 
 CONF = Path(__file__).resolve().parents[3] / "conf" / "runner"
-COMPRESSED = "methods.lococo.LoCoCo"
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -117,10 +116,9 @@ class Train(Runner):
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def run(self, cfg: Any = None) -> int:
-        """Train or continue, then export; the exit code. With method=lococo, what is trained is its compressors."""
-        if cfg is not None and cfg.method.get("_target_") == COMPRESSED:
-            compressor = OmegaConf.to_container(OmegaConf.load(CONF / "train_compressor.yaml"))
-            return check_part(compressor, Runner, "runner").make().run(cfg)
+        """Train or continue, then export; the exit code. What is trained is the method's, where its YAML says how."""
+        if cfg is not None and (trainer := trainer_of(cfg.method, cfg.runner, OmegaConf.load(CONF / "train.yaml"))):
+            return trainer.make().run(cfg)
         if self.threads:
             torch.set_num_threads(self.threads)
         out = Path(self.out)

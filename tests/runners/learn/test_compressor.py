@@ -13,7 +13,7 @@ from methods import load_method
 from methods.core import artefacts
 from methods.core.errors import UserError
 from runners.engine.loading import find, load_model, load_tokenizer
-from runners.learn import compressor as train_compressor
+from runners.learn import compressor
 from runners.learn.compressor import TrainCompressor, compare, losses, predicted, rows_of, texts
 from tests.bounds import half_digit, losses_off, near
 
@@ -119,13 +119,13 @@ def test_the_first_loss_is_that_of_the_chunks_behind_a_compression(loss, made, t
 
 
 def test_the_weights_that_did_best_on_what_chooses_are_saved_and_not_the_last(made, monkeypatch):
-    measured, scripted = train_compressor.losses, iter([1.0, 2.0])
+    measured, scripted = compressor.losses, iter([1.0, 2.0])
 
     def said(*given):
         value = next(scripted, None)
         return measured(*given) if value is None else torch.full((1, 1), value)
 
-    monkeypatch.setattr(train_compressor, "losses", said)
+    monkeypatch.setattr(compressor, "losses", said)
     made("one", limit=2)  # the checkpoint then holds the weights that are measured first
     (place,) = (made.at / "one").rglob("checkpoint.pt")
     best = torch.load(place, weights_only=True)["nets"]
@@ -207,7 +207,7 @@ def command(tmp_path, tiny_model_dir, text, monkeypatch, capfd):
         monkeypatch.delenv("KVFRONTIER_TRACEBACK", raising=False)
         monkeypatch.setattr(artefacts, "PLACES", [tmp_path / "assets"])
         given = [f"model.path={tiny_model_dir}", f"runner.text={text}", f"runner.out={tmp_path / 'out'}"]
-        monkeypatch.setattr(sys, "argv", ["run.py", "runner=train_compressor", *given, *overrides])
+        monkeypatch.setattr(sys, "argv", ["run.py", "runner=train", *given, *overrides])
         capfd.readouterr()
         code = run.main()
         out, err = capfd.readouterr()

@@ -154,6 +154,25 @@ def test_the_rooms_of_runners_see_only_those_below_them():
     assert {path.parent.name for path in (ROOT / "runners").glob("*/__init__.py")} == set(ROOMS)
 
 
+def test_no_file_of_runners_outside_learn_names_a_method():
+    names = {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")} - BASELINES
+    named = [
+        f"{path.relative_to(ROOT)}:{node.lineno} names {node.value}"
+        for path in [ROOT / "run.py", *sources("runners"), *sources("hydra_plugins")]
+        if not path.is_relative_to(ROOT / "runners" / "learn")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in names
+    ]
+    papers = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in sources("runners")
+        if not path.is_relative_to(ROOT / "runners" / "learn")
+        for module, line, _ in imports(path)
+        if module.split(".")[0] == "methods" and module.split(".")[1:2] != ["core"] and module.count(".") > 1
+    ]
+    assert named + papers == []
+
+
 def test_imports_inside_functions_are_the_ones_that_cannot_be_at_the_top():
     """Of our own modules, in the library: a cache's binding, which needs the contract; torch, which a mistyped key
     must not wait for; and Triton's forms, whose package is not everywhere."""

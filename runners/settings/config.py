@@ -17,7 +17,7 @@ Seconds = Annotated[float, Range(above=0), "seconds per sample, above 0, or null
 
 @dataclass
 class Model:
-    """One file of conf/model; see conf/model/reference.yaml."""
+    """One file of conf/model; see conf/base/model.yaml."""
 
     path: str
     revision: str = "main"

@@ -60,7 +60,7 @@ def check_block(cfg: DictConfig) -> None:
         check_part(_plain(method[BLOCK]), Runner, "runner" if training else f"method.{BLOCK}")
 
 
-def trainer_of(method: DictConfig, runner: DictConfig, default: DictConfig) -> Part | None:
+def trainer_of(method: DictConfig, runner: DictConfig, default: Any) -> Part | None:
     """The trainer that a method's configuration names, with what `runner` says otherwise than its file `default`.
 
     None where the method has no block. Raises UserError for settings that cannot work.

@@ -39,6 +39,7 @@ from methods.core import artefacts
 from methods.core.budget import slots
 from methods.core.contract import Holding, LayerCache, Method, ModelSpec, Stage, Step
 from methods.core.errors import UserError
+from methods.core.per_row import PerRow
 from methods.core.store import Store
 
 if TYPE_CHECKING:
@@ -345,59 +346,27 @@ class Memory:
         store.n, store.buffers, store.fills = self.method.slots, vars(made), dict(old.fills)
         store.most, store.to_come = self.method.limit + 1, old.to_come
 
+    def copy(self, rows: slice) -> Memory:
+        """The same for some of the rows."""
+        made = Memory(self.method, self.compressor, self.store.capacity)
+        made.left, made.prompt = self.left, self.prompt
+        made.store.n, made.store.fills = self.store.n, dict(self.store.fills)
+        made.store.most, made.store.to_come = self.store.most, self.store.to_come
+        made.store.buffers = {name: buffer[rows].clone() for name, buffer in self.store.buffers.items()}
+        return made
 
-class LoCoCoCache(LayerCache):
+
+class LoCoCoCache(PerRow[Memory]):
     """One layer: a memory for all rows, or one for each once a row has padding."""
 
     def __init__(self, method: LoCoCo, compressor: Compressor | None, prompt_len: int | None):
-        self.method, self.compressor = method, compressor
         most = None if prompt_len is None else min(prompt_len, method.limit + method.chunk)
-        self.memories = [Memory(method, compressor, most)]
-        self.real: list[Tensor] = []  # per row, the columns of the step that are not padding
-
-    @property
-    def pos(self) -> Tensor:
-        """Positions of the slots that are held, [B, H, S], -1 where a row holds fewer."""
-        held = [memory.store.pos for memory in self.memories]
-        most = max(pos.shape[2] for pos in held)
-        return torch.cat([F.pad(pos, (0, most - pos.shape[2]), value=-1) for pos in held])
-
-    def take(self, step: Step) -> None:
-        if step.padded and len(self.memories) < step.q.shape[0]:
-            self.memories = [self._row(row) for row in range(step.q.shape[0])]
-        self.real = []
-        if len(self.memories) == 1 and not step.padded:
-            self.memories[0].take(step)
-            return
-        if step.padded:
-            self.real = [(pos >= 0).nonzero().flatten() for pos in step.pos]
-        for row, memory in enumerate(self.memories):
-            own = step.rows(slice(row, row + 1))
-            if self.real:
-                at = self.real[row]
-                cut = {name: getattr(own, name).index_select(2, at) for name in ("q", "k", "v")}
-                own = replace(own, **cut, pos=own.pos.index_select(1, at), padded=False)
-            memory.take(own)
-
-    def attend(self, step: Step) -> Tensor:
-        parts = [memory.attend() for memory in self.memories]
-        if not self.real:
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-        out = step.q.new_zeros(*step.q.shape[:3], step.v.shape[-1])
-        for row, (part, at) in enumerate(zip(parts, self.real, strict=True)):
-            out[row : row + 1, :, at] = part
-        return out
-
-    def settle(self, step: Step) -> None:
-        for memory in self.memories:
-            memory.settle(step)
-
-    def tensors(self) -> Iterable[Tensor]:
-        for memory in self.memories:
-            yield from memory.store.tensors()
+        super().__init__(Memory(method, compressor, most))
+        self.method = method
 
     def adapters(self) -> Iterable[Tensor]:
-        return () if self.compressor is None else self.compressor.parameters()
+        compressor = self.memories[0].compressor
+        return () if compressor is None else compressor.parameters()
 
     def holding(self) -> Holding:
         """On top of the budget positions and scores, and the slots that wait for the next compression."""
@@ -417,16 +386,6 @@ class LoCoCoCache(LayerCache):
         own = [memory.prompt for memory in self.memories] * (len(full) // len(self.memories))
         return [min(size, math.ceil(size * self.method.slots / max(1, n))) for size, n in zip(full, own, strict=True)]
 
-    def expect(self, new: int) -> None:
-        for memory in self.memories:
-            memory.store.expect(new)
-
-    def reorder(self, rows: Tensor) -> None:
-        if len(self.memories) == 1:
-            self.memories[0].store.reorder(rows)
-        else:
-            self.memories = [self._copy(self.memories[row], slice(None)) for row in rows.tolist()]
-
     @property
     def due(self) -> bool:
         """Whether the next chunk begins with a compression."""
@@ -436,14 +395,3 @@ class LoCoCoCache(LayerCache):
         """Let no later gradient reach what is held: training looks back over one compression."""
         for memory in self.memories:
             memory.detach()
-
-    def _row(self, row: int) -> Memory:
-        return self._copy(self.memories[0], slice(row, row + 1))
-
-    def _copy(self, memory: Memory, rows: slice) -> Memory:
-        made = Memory(self.method, self.compressor, memory.store.capacity)
-        made.left, made.prompt = memory.left, memory.prompt
-        made.store.n, made.store.fills = memory.store.n, dict(memory.store.fills)
-        made.store.most, made.store.to_come = memory.store.most, memory.store.to_come
-        made.store.buffers = {name: buffer[rows].clone() for name, buffer in memory.store.buffers.items()}
-        return made

@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import DynamicCache
 
-from methods import load_method, method_names, method_yaml
+from methods import BLOCKS, load_method, method_names, method_yaml
 from methods.core.bind import unbound
 from methods.core.budget import check_budget, slots
 from methods.core.capped import Capped
@@ -53,7 +53,7 @@ def plain_knobs(config: dict, at: str = "") -> set[str]:
     """The knobs of a YAML as typed, those of its parts included."""
     found = set()
     for key, value in config.items():
-        if key in ("_target_", "_partial_", "sweep"):
+        if key in ("_target_", "_partial_", *BLOCKS):
             continue
         found |= plain_knobs(value, f"{at}{key}.") if isinstance(value, dict) else {at + key}
     return found

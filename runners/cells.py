@@ -38,6 +38,7 @@ from runners.records.generations import Found, Shelf, check_found, say_what_chan
 from runners.records.provenance import Code, code_of, commit
 from runners.records.record import Record, digest, generation_of
 from runners.report import run_table as show
+from runners.settings.sampling import check_sampling, sampling_of, told
 from tasks.base import Example, Task, as_parts
 from tasks.data.sources import expand
 
@@ -86,8 +87,10 @@ class Run:
         self.load = load or load_model
         self.cfg, self.task, self.results = cfg, task, results
         self.checkpoint = checkpoint_of(cfg.model)
+        self.sampling = sampling_of(task, cfg.sampling)
         task.fit(lambda: self.encoder.tokens())
         self.examples = task.examples()
+        check_sampling(self.sampling, self.examples)
         latency.check(self.examples, self.checkpoint.window)
         self.device = pick_device(str(cfg.device))
         self.backend = pick_backend(str(cfg.kernels.backend), self.device)
@@ -137,6 +140,7 @@ class Run:
             date=date_of(self.checkpoint, model),
             reasoning=self.reasoning,
             hold_last=self.cfg.last_token == "held",
+            sampling=self.sampling,
         )
 
     @property
@@ -174,6 +178,7 @@ class Run:
         for key in ("chunk", "last_token"):
             if self.cfg[key] is not None:
                 settings[key] = self.cfg[key]
+        settings |= {f"sampling.{key}": value for key, value in told(self.sampling).items()}
         return ", ".join(f"{key}={value}" for key, value in settings.items())
 
     def rows(self, cell: Cell) -> dict[str, dict[str, Any]]:
@@ -309,6 +314,7 @@ class Run:
                 "batch_size": self.cfg.batch_size,
                 "chunk": self.cfg.chunk,
                 **({"last_token": held} if (held := self.cfg.last_token) else {}),
+                **({"sampling": drawn} if (drawn := told(self.sampling)) else {}),
             },
         }
         notes = {

@@ -13,6 +13,24 @@ from tasks.tokens import Tokens
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    temperature: divides the logits; 0 takes the likeliest token.  top_p: a token is left if those likelier than it have
+    less than that probability in all.  top_k: how many of the likeliest are left; 0: all.
+    seed: of the draws; what a method draws, and which method it is, makes no difference to them.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
 class Turn:
     """A later question on the same context.
 
@@ -93,6 +111,7 @@ class Example:
     max_new_tokens, min_new_tokens: limits of the generation; tokens.
     tags: at least `subset` and `category`.
     stop_at_newline: the last token id of an encoded newline ends the generation too.
+    stop: strings that end an answer as soon as it holds one; they and what follows are no part of what is scored.
     chat: wrap the prompt in the chat template, if the tokenizer has one.
     whole_question: a prompt that is too long loses context only; False: its middle, whatever stands there.
     error: why this sample cannot be run; it is recorded as failed, and the others go on.
@@ -131,6 +150,7 @@ class Example:
     stride: int | None = None
     timed: Timed | None = None
     weight: float = 1
+    stop: tuple[str, ...] = ()
 
     @cached_property
     def key(self) -> str:
@@ -139,6 +159,8 @@ class Example:
         It does not depend on which other samples were chosen.
         """
         told = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("error", "weight")}
+        if not self.stop:  # as it was told before there were any
+            del told["stop"]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=_told).encode()).hexdigest()[:16]
 
     @property
@@ -213,6 +235,11 @@ class Row:
     note: str = ""
 
 
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stops that comes in it."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
 def percent(scores: Iterable[float]) -> float | None:
     """100 times the mean of scores in [0, 1]; None when there are none."""
     return Metric().mean(scores)
@@ -222,12 +249,14 @@ class Task(ABC):
     """A benchmark: knobs at construction, then strings only.
 
     metric: of `score` and of every row of the table.
+    sampling: how answers are drawn where the user does not say.
     mean_over: what the average over the whole task is a mean of; either is a mean of subset means.
     of_samples: entries of the fingerprint that say which samples were chosen, or what is in them. A record has that in
         its samples' keys: the same sample is found again, whatever else is chosen beside it.
     """
 
     metric: ClassVar[Metric] = Metric()
+    sampling: ClassVar[Sampling] = GREEDY
     mean_over: ClassVar[Literal["categories", "subsets"]] = "categories"
     of_samples: ClassVar[frozenset[str]] = frozenset({"data_sha256"})
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from methods.core.errors import UserError
-from tasks.base import Apart, Example, Task
+from tasks.base import Apart, Example, Task, cut_at
 from tasks.data.files import Files, check_limit, check_stand_in, hub_rows, read_files
 from tasks.data.pins import PINNED
 from tasks.data.rows import wrong
@@ -241,6 +241,7 @@ class GSM8K(Apart):
             tags=tags,
             shots=tuple(solved) if self.multiturn else (),
             chat=self.multiturn or self.variant.endswith("llama"),
+            stop=tuple(self._stops),
         )
 
     def _fill(self, key: str, row: Mapping[str, Any]) -> str:
@@ -252,11 +253,6 @@ class GSM8K(Apart):
 
         environment = Environment(keep_trailing_newline=True)  # as lm_eval does
         return {key: environment.from_string(self._task[key]) for key in ("doc_to_text", "doc_to_target")}
-
-
-def cut_at(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of the stops that comes in it."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 def bare(text: str) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.errors import UserError
-from tasks.base import Choice, Example, Row, Task, mean_by_category
+from tasks.base import Choice, Example, Row, Task, cut_at, mean_by_category
 from tasks.data import pins
 from tasks.data.choice_rows import read_rows
 from tasks.data.files import ASSETS, check_limit, commit_of, hub_set
@@ -120,8 +120,8 @@ class LmEval(Task):
             n, split = len(task.eval_docs), task.config.test_split or task.config.validation_split
             odd = f", not the published {ITEMS[name]}" if ITEMS.get(name, n) != n else ""
             drawn = dict(task.config.generation_kwargs or {}).get("do_sample")
-            greedy = ", greedily and not by chance as it asks" if drawn else ""
-            found.append(f"{name} ({self._repository(task)}{split}, {n} items{odd}{greedy})")
+            asks = ", which asks to be drawn: sampling.temperature says how" if drawn else ""
+            found.append(f"{name} ({self._repository(task)}{split}, {n} items{odd}{asks})")
         where = self.include if self.data == "bundled" and self.include is not None else self.data
         where += f", with the code of {self.include}" if self._foreign else ""
         wrapped = "in the chat template" if self.chat else "without a chat template"
@@ -173,11 +173,8 @@ class LmEval(Task):
     def parts(self, example: Example, prediction: str) -> dict[str, float]:
         """Of a generated answer, which lm_eval's stops end and its filters read; one score per metric and filter."""
         task, (request, *_) = self._loaded[example.tags["subset"]], self._requests[example.id]
-        until = request.args[1].get("until") or []
-        until = [until] if isinstance(until, str) else until
-        cut = min((at for stop in until if (at := prediction.find(stop)) >= 0), default=len(prediction))
         one = copy.copy(request)
-        one.resps, one.filtered_resps = [prediction[:cut]], {}
+        one.resps, one.filtered_resps = [cut_at(prediction, _stops(request))], {}
         found = {}
         for filter in task._filters:
             filter.apply([one])
@@ -377,7 +374,8 @@ class LmEval(Task):
             limits = [made[0].args[1].get(key) for key in MOST_NEW_KEYS]
             most = next((int(limit) for limit in limits if limit is not None), MOST_NEW)
             answers = [str(task.doc_to_target(doc))]
-            return Example(id, examples, rest[0], answers, most, tags, chat=self.chat)
+            stop = _stops(made[0])
+            return Example(id, examples, rest[0], answers, most, tags, chat=self.chat, stop=stop)
         texts = [one.args[1] for one in made]
         gold = _gold(task, doc)
         if gold is not None:
@@ -433,6 +431,12 @@ def _before(prompt: str, item: str) -> str:
         at += 1
     rest = prompt[len(prompt) - at :]
     return prompt[: len(prompt) - len(rest.lstrip("\n"))]
+
+
+def _stops(request: Any) -> tuple[str, ...]:
+    """The strings that end a generated answer."""
+    until = request.args[1].get("until") or []
+    return tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
 
 
 def _gold(task: Any, doc: Mapping[str, Any]) -> int | None:

@@ -4,7 +4,7 @@ Papers: Adnan et al. 2024, Keyformer, arXiv:2403.09054 (keyformer: beam 4, rouge
         Zhang et al. 2023, H2O, arXiv:2306.14048 (h2o: prepared XSum prompts, the package rouge).
 Here:   `plain` is our own wording; `lm_eval` is lm_eval's CNN/DailyMail. An article that is too long is cut at its
         end and the frame around it stays, of which the original lost the last words. Samples are drawn without
-        replacement. Everything is greedy unless beams are asked for, also `h2o`, which sampled and had no
+        replacement. Everything is greedy unless beams or draws are asked for, also `h2o`, which sampled and had no
         beginning-of-sequence token.
 """
 
@@ -21,12 +21,11 @@ from typing import Any
 import numpy as np
 
 from methods.core.errors import UserError
-from tasks.base import Apart, Example
+from tasks.base import Apart, Example, cut_at
 from tasks.data.files import Files, check_limit, chosen, hub_rows, read_files
 from tasks.data.pins import PINNED
 from tasks.data.rows import Text, wrong
 from tasks.data.rows import Tokens as Most
-from tasks.gsm8k import cut_at
 from tasks.prompts import lm_eval_task
 from tasks.scoring import remarks, rouge
 from tasks.tokens import Tokens
@@ -127,9 +126,9 @@ class Summarization(Apart):
     def source(self) -> str:
         names = list(self._rows)
         n = sum(len(rows) for rows in self._rows.values())
-        decoding = f"beam {self.beams}" if self.beams > 1 else "greedy"
+        beams = f"beam {self.beams}, " if self.beams > 1 else ""
         return (
-            f"{self.name} ({self._files.where}), {', '.join(names)}, {n} samples, {decoding}, "
+            f"{self.name} ({self._files.where}), {', '.join(names)}, {n} samples, {beams}"
             f"{rouge.described(self._setup.rouge)}, sha256 {self._files.digest[:12]}"
         )
 
@@ -245,6 +244,7 @@ class Summarization(Apart):
             tags=tags,
             chat=self._setup.chat,
             beams=self.beams,
+            stop=self._setup.stops,
         )
 
     def _frame(self, name: str, row: Mapping[str, Any], source: str) -> tuple[str, str, str]:

@@ -20,13 +20,14 @@ from runners.engine.choices import Asked, compare, encode
 from runners.engine.conversation import Dialogue, dialogue
 from runners.engine.generation import Timings, generate, start
 from runners.engine.latency import measure
+from runners.engine.new_tokens import Answer, behind
 from runners.engine.problem import Problem, problem
 from runners.engine.prompt import Encoded, Encoder
-from runners.engine.session import Answer, Heard, behind, now
+from runners.engine.session import Heard, now
 from runners.engine.shared_conversation import Talk
 from runners.engine.teacher_forcing import force
 from runners.engine.time_limit import within
-from tasks.base import Example, Forced, Task, Turn
+from tasks.base import Example, Forced, Task, Turn, cut_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -239,7 +240,7 @@ def answered(
         **about(example),
         "prediction": prediction,
         **({"thoughts": thoughts} if thoughts else {}),
-        "by_prefill": exact and _first_alone(setting, one, prediction, thoughts),
+        "by_prefill": exact and _first_alone(setting, example, one, prediction, thoughts),
         "score": score,
         **_parts(parts := setting.task.parts(example, prediction)),
         **({"measure": setting.task.measure(parts)} if parts else {}),
@@ -253,9 +254,9 @@ def answered(
     }
 
 
-def _first_alone(setting: Setting, one: Answer, prediction: str, thoughts: str) -> bool:
+def _first_alone(setting: Setting, example: Example, one: Answer, prediction: str, thoughts: str) -> bool:
     """Whether an answer says no more than its first token does."""
-    return not thoughts and prediction.strip() == setting.encoder.text(one.ids[:1]).strip()
+    return not thoughts and prediction.strip() == cut_at(setting.encoder.text(one.ids[:1]), example.stop).strip()
 
 
 @torch.inference_mode()
@@ -308,7 +309,7 @@ def _talked(
         turns.append(
             {
                 "prediction": prediction,
-                "by_prefill": exact and not turns and _first_alone(setting, answer, prediction, thoughts),
+                "by_prefill": exact and not turns and _first_alone(setting, example, answer, prediction, thoughts),
                 "score": setting.task.score(own, prediction),
                 "stop": answer.stop,
                 "tokens_out": len(answer.ids),

@@ -9,7 +9,8 @@ import torch
 from methods.core.contract import Method
 from methods.core.errors import UserError
 from runners.engine.generation import Prompt, Timings
-from runners.engine.session import Answer, now
+from runners.engine.new_tokens import Answer
+from runners.engine.session import now
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from runners.engine.new_tokens import Limits
 from runners.engine.prompt import Encoded, Encoder
-from runners.engine.session import Limits
 from tasks.base import Example, Turn
 
 
@@ -42,10 +42,9 @@ def dialogue(encoder: Encoder, example: Example) -> Dialogue:
     turns = (Turn(example.question, example.answers, example.max_new_tokens), *example.turns)
     if example.history == "none":
         return _apart(encoder, example, turns)
-    ends = encoder.ends_of(example)
     later = [
-        Question(*_continued(encoder, example, before, turn), Limits(turn.max_new_tokens, 0, ends))
-        for before, turn in pairwise(turns)
+        Question(*_continued(encoder, example, before, turn), encoder.limits(example, turn.max_new_tokens, turn=i))
+        for i, (before, turn) in enumerate(pairwise(turns), 1)
     ]
     new = sum(turn.max_new_tokens for turn in turns) + sum(len(question.golden) for question in later)
     context, cut = encoder.fit(example, new)
@@ -55,15 +54,15 @@ def dialogue(encoder: Encoder, example: Example) -> Dialogue:
 def _apart(encoder: Encoder, example: Example, turns: Sequence[Turn]) -> Dialogue:
     longest = max(turns, key=lambda turn: len(encoder.plain(turn.question)) + turn.max_new_tokens)
     context, cut = encoder.fit(replace(example, question=longest.question), longest.max_new_tokens)
-    ends = encoder.ends_of(example)
     wrap, shared = encoder.chats(example), context
     later = []
-    for turn in turns:
+    for i, turn in enumerate(turns):
         text, split = context + turn.question, len(context)
         if wrap:
             text, split = encoder.wrap(text, split, example.shots)
         shared, ids = text[:split], encoder.plain(text[split:])
-        later.append(Question(ids, ids, Limits(turn.max_new_tokens, example.min_new_tokens, ends)))
+        limits = encoder.limits(example, turn.max_new_tokens, example.min_new_tokens, i)
+        later.append(Question(ids, ids, limits))
     ids = encoder.plain(shared) if wrap else [*encoder.opening, *encoder.plain(shared)]
     return Dialogue(encoder.encoded(example, ids, len(ids), cut), later)
 

@@ -1,4 +1,4 @@
-"""Greedy answers over a compressed cache: the prompt in chunks, then the question, then the decoding."""
+"""Answers over a compressed cache: the prompt in chunks, then the question, then the decoding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from runners.engine.session import Answer, Limits, Session, now
+from runners.engine.new_tokens import Answer, Draw, Limits, Stops
+from runners.engine.session import Session, now
+from tasks.base import GREEDY, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,8 +23,8 @@ class Prompt:
 
     ids: token ids of context and question, tokenized as one string.
     n_context: tokens of the context; under `protocol=agnostic` only these are compressed.
-    ends: token ids that end the generation, after `min_new_tokens`.
-    sample: a number that identifies the sample; a method's randomness is keyed by it.
+    ends, stops: token ids and strings that end the generation, after `min_new_tokens`.
+    sample: a number that identifies the sample; a method's randomness and that of the answer are keyed by it.
     held: under `protocol=aware` the last token is fed after compression, as before choices (runners/engine/choices.py).
     """
 
@@ -33,10 +35,13 @@ class Prompt:
     ends: tuple[int, ...] = ()
     sample: int = 0
     held: bool = False
+    stops: Stops | None = None
+    sampling: Sampling = GREEDY
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.max_new_tokens, self.min_new_tokens, self.ends)
+        draw = Draw(self.sampling, self.sample) if self.sampling.temperature else None
+        return Limits(self.max_new_tokens, self.min_new_tokens, self.ends, self.stops, draw)
 
     def parts(self, protocol: str) -> tuple[list[int], list[int]]:
         """What is compressed, and what is fed afterwards."""

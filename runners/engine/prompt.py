@@ -13,8 +13,9 @@ from methods.core.errors import UserError
 from runners.engine import thoughts
 from runners.engine.generation import Prompt
 from runners.engine.model_files import dated
+from runners.engine.new_tokens import Draw, Limits, Stops
 from runners.engine.time_limit import within_template
-from tasks.base import Example, Forced
+from tasks.base import GREEDY, Example, Forced, Sampling, cut_at
 from tasks.tokens import Tokens
 from tasks.truncate import cut_middle, truncate_middle
 
@@ -48,6 +49,7 @@ class Encoder:
     date: what a template that writes today's date is told, such as 2024-07-26; None: it asks for none.
     reasoning: what becomes of a <think> block in an answer: "strip" does not score it, "keep" does, "off" fails.
     hold_last: prompts are `held`.
+    sampling: how answers are drawn.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -59,6 +61,7 @@ class Encoder:
     date: str | None = None
     reasoning: str = "strip"
     hold_last: bool = False
+    sampling: Sampling = GREEDY
     _texts: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, example: Example) -> Encoded:
@@ -97,8 +100,10 @@ class Encoder:
             max_new_tokens=example.max_new_tokens,
             min_new_tokens=example.min_new_tokens,
             ends=self.ends_of(example),
-            sample=zlib.crc32(example.id.encode()),
+            sample=number_of(example),
             held=self.hold_last,
+            stops=self.stops_of(example),
+            sampling=self.sampling,
         )
         return Encoded(prompt, cut, bos=ids.count(self.tokenizer.bos_token_id))
 
@@ -106,6 +111,17 @@ class Encoder:
         """Token ids that end the example's answers."""
         newline = {self.plain("\n")[-1]} if example.stop_at_newline else set()
         return tuple(sorted({*self.ends, *newline}))
+
+    def stops_of(self, example: Example) -> Stops | None:
+        """Strings that end the example's answers: in what is scored, so that none inside a <think> block counts."""
+        if not example.stop:
+            return None
+        return Stops(example.stop, self._decode, lambda ids: self._said(example, ids)[0])
+
+    def limits(self, example: Example, most: int, least: int = 0, turn: int = 0) -> Limits:
+        """When the answer to a later question of the example ends, the first one being turn 0."""
+        draw = Draw(self.sampling, number_of(example), turn=turn) if self.sampling.temperature else None
+        return Limits(most, least, self.ends_of(example), self.stops_of(example), draw)
 
     def piece(self, forced: Forced) -> list[int]:
         """The tokens of a piece of a text, the special one before it included."""
@@ -138,6 +154,11 @@ class Encoder:
 
     def said(self, example: Example, ids: Sequence[int]) -> tuple[str, str]:
         """An answer as it is scored, and the <think> blocks in it, which count unless `reasoning` is "strip"."""
+        text, reasoning = self._said(example, ids)
+        return cut_at(text, example.stop), reasoning
+
+    def _said(self, example: Example, ids: Sequence[int]) -> tuple[str, str]:
+        """The same with the stop string that ended it."""
         # tags that are flagged as special would be lost with the other special tokens
         runs = groupby(self._spoken(ids), self._tags.get)
         text = "".join(self._decode(list(run)) if tag is None else tag * len(list(run)) for tag, run in runs)
@@ -240,3 +261,8 @@ class Encoder:
         if at < 0 or turn.strip() != prompt.strip():
             raise ValueError("the chat template rewrites its turn; model.chat=false leaves it out")
         return text, len(before) + min(max(0, split - at), len(turn))
+
+
+def number_of(example: Example) -> int:
+    """The number that the example's sample is known by where something is drawn."""
+    return zlib.crc32(example.id.encode())

@@ -13,34 +13,13 @@ import torch
 from torch import Tensor
 
 from methods.core.meter import Report
+from runners.engine.new_tokens import Answer, Limits, NewTokens, behind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # decode steps between two looks at whether all rows have ended: away from the CPU each look waits for the device
 LOOK_EVERY = {"cpu": 1, "cuda": 8}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When a row's answer ends: at one of the token ids `ends` after `least` tokens, or at `most` tokens."""
-
-    most: int
-    least: int = 0
-    ends: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One row's new tokens, the one that ended it included.
-
-    stop: "end" for an end token, "length" for the most tokens.
-    error: why the tokens mean nothing, such as a NaN in the logits.
-    """
-
-    ids: list[int]
-    stop: str
-    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +46,7 @@ class State(Protocol):
     def run(self, ids: Tensor, *, chunk: int | None = None, every: bool = False) -> Tensor: ...
 
     def answer(self, logits: Tensor, limits: Sequence[Limits], *, exact: bool = False) -> list[Heard | Exception]:
-        """Greedy answers of every cache, from the logits after what was last fed."""
+        """Answers of every cache, from the logits after what was last fed."""
         ...
 
     def fork(self) -> Self: ...
@@ -119,7 +98,7 @@ class Session:
         return torch.cat(found, dim=1) if every else found[-1][:, -1]
 
     def decode(self, logits: Tensor, limits: Sequence[Limits], exact: bool = False) -> list[Answer]:
-        """Greedy answers of all rows from the logits [B, V] after what was fed; the last token is not fed.
+        """Answers of all rows from the logits [B, V] after what was fed; the last token is not fed.
 
         exact: stop at once when all rows have ended, so that nothing is fed behind a single row's answer.
         """
@@ -132,7 +111,7 @@ class Session:
         look_every = 1 if exact else LOOK_EVERY.get(logits.device.type, 1)
         done = 0
         while done < steps:
-            if done % look_every == 0 and rows.all_done():
+            if done % look_every == 0 and all(rows.ended()):
                 break
             logits = self._forward(new[:, None], pos[:, done : done + 1], mask[:, : n + done + 1], False)[:, -1]
             new = rows.take(logits)
@@ -169,57 +148,6 @@ class Session:
             use_cache=True,
             **({} if every else self._last_only),
         ).logits
-
-
-class NewTokens:
-    """The new tokens of a batch, and which rows have ended, without waiting for the device."""
-
-    def __init__(self, limits: Sequence[Limits], device: torch.device):
-        self.limits = limits
-        self.most = max(limit.most for limit in limits)
-        width = max(1, *(len(limit.ends) for limit in limits))
-        ends = [[*limit.ends, *[-1] * (width - len(limit.ends))] for limit in limits]
-        self.ends = torch.tensor(ends, device=device)  # [B, E], filled up with -1
-        self.limit = torch.tensor([limit.most for limit in limits], device=device)
-        self.done = torch.zeros(len(limits), dtype=torch.bool, device=device)
-        self.broken = torch.zeros_like(self.done)
-        self.tokens: list[Tensor] = []
-
-    def take(self, logits: Tensor) -> Tensor:
-        """The next token of each row, [B], from logits [B, V]."""
-        taken = len(self.tokens)
-        if taken < max(limit.least for limit in self.limits):
-            logits = logits.clone()
-            for row, limit in enumerate(self.limits):
-                if taken < limit.least:
-                    logits[row, list(limit.ends)] = -torch.inf
-        best, token = logits.max(dim=-1)
-        self.broken |= best.isnan() & ~self.done
-        self.tokens.append(token)
-        self.done |= (token[:, None] == self.ends).any(dim=-1) | (taken + 1 >= self.limit)
-        return token
-
-    def all_done(self) -> bool:
-        return bool((self.done | self.broken).all())
-
-    def answers(self) -> list[Answer]:
-        tokens = torch.stack(self.tokens, dim=1).tolist()
-        broken = self.broken.tolist()
-        answers = []
-        for row, limit in enumerate(self.limits):
-            ids = tokens[row][: limit.most]
-            end = next((i for i, token in enumerate(ids) if token in limit.ends), None)
-            error = "the logits hold a NaN" if broken[row] else None
-            if end is None:
-                answers.append(Answer(ids, "length", error))
-            else:
-                answers.append(Answer(ids[: end + 1], "end", error))
-        return answers
-
-
-def behind(answers: Sequence[Answer], steps: int) -> list[int]:
-    """How many of so many decode steps every row was fed after its own last one; an answer's last token is not fed."""
-    return [max(0, steps - len(answer.ids) + 1) for answer in answers]
 
 
 def now(device: torch.device) -> float:

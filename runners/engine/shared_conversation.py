@@ -10,7 +10,8 @@ from torch import Tensor
 
 from runners.engine.conversation import Dialogue, Question
 from runners.engine.generation import Timings
-from runners.engine.session import Answer, Heard, Limits, State, now
+from runners.engine.new_tokens import Answer, Limits
+from runners.engine.session import Heard, State, now
 
 Found = TypeVar("Found")
 
@@ -18,7 +19,7 @@ Found = TypeVar("Found")
 class Talk:
     """The questions of a batch.
 
-    history, recompress: of its examples; see tasks/base.py.  ends: the token of an answer that was cut by its limit.
+    history, recompress: of its examples; see tasks/base.py.  ends: the token of an answer that does not end with one.
     firsts: what is read and compressed, a row per example.
     heard: per question what each cache made of it.
     """
@@ -71,7 +72,7 @@ class Talk:
     def _since(self, answer: Answer, question: list[int]) -> list[int]:
         """What follows an answer that stays in the cache: its last token, which was not fed, its end, the question."""
         last = answer.ids[-1:]
-        if answer.stop == "length":
+        if answer.stop != "end":
             return [*last, *([] if self.ends is None or self.ends in question[:1] else [self.ends]), *question]
         return [*last, *(question[1:] if question[:1] == last else question)]
 

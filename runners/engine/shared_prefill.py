@@ -21,8 +21,9 @@ from methods.core.cache import KVCache
 from methods.core.contract import LayerCache, Method, ModelSpec, Step
 from methods.core.group import Rows, Shared
 from methods.core.meter import Meter
+from runners.engine.new_tokens import Answer, Limits, NewTokens, behind
 from runners.engine.problem import problem
-from runners.engine.session import LOOK_EVERY, Answer, Heard, Limits, NewTokens, Session, behind, now
+from runners.engine.session import LOOK_EVERY, Heard, Session, now
 from runners.engine.time_limit import TimeLimit
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Group:
         seconds: float | None = None,
         spent: float = 0.0,
     ) -> list[Heard | Exception]:
-        """Greedy answers of all members, in their order; the error of one that has failed.
+        """Answers of all members, in their order; the error of one that has failed.
 
         A member leaves when all its rows have ended: nothing can be fed afterwards.
 
@@ -111,7 +112,7 @@ class Group:
             return
         until = None if seconds is None else time.perf_counter() + seconds - spent
         session, device = self.session, logits.device
-        rows = _Tokens([*limits] * len(self.active), device)
+        rows = NewTokens([*limits] * len(self.active), device)
         n, steps = session.mask.shape[1], max(0, rows.most - 1)
         session.expect(steps)
         pos = session.counts[: self.B] + torch.arange(steps, device=device)  # [B, steps]
@@ -123,12 +124,15 @@ class Group:
                 if seconds is not None and until is not None and time.perf_counter() > until:
                     for member in self.active:
                         member.fail(TimeLimit(seconds))
-                stay = [i for i, over in enumerate(rows.ended(self.B)) if not over and self.active[i].error is None]
+                ended = rows.ended()
+                over = [all(ended[row] for row in self._rows(i)) for i in range(len(self.active))]
+                stay = [i for i, member in enumerate(self.active) if not over[i] and member.error is None]
                 if len(stay) < len(self.active):
+                    left = [row for i in stay for row in self._rows(i)]
                     self._leave(rows, done, but=stay)
                     if not self.active:
                         return
-                    new = new[rows.keep(stay, self.B)]
+                    new = new[rows.keep(left)]
                     self._gather(session.cache)
             M = len(self.active)
             here = slice(done, done + 1)
@@ -136,13 +140,18 @@ class Group:
             new = rows.take(session._forward(new[:, None], pos[:, here].repeat(M, 1), seen, False)[:, -1])
         self._leave(rows, steps)
 
-    def _leave(self, rows: _Tokens, steps: int, but: Sequence[int] = ()) -> None:
+    def _leave(self, rows: NewTokens, steps: int, but: Sequence[int] = ()) -> None:
         """Let all members go that are not in `but`, places among the active."""
         at = now(self.model.device)
+        answers = rows.answers()
         for i, member in enumerate(self.active):
             if i not in but:
-                member.leave(rows.answers_of(i, self.B), steps, at)
+                member.leave([answers[row] for row in self._rows(i)], steps, at)
         self.active = [self.active[i] for i in but]
+
+    def _rows(self, i: int) -> range:
+        """The rows of active member i."""
+        return range(i * self.B, (i + 1) * self.B)
 
     def _gather(self, before: KVCache) -> None:
         """One cache whose rows are the active members', standing where `before` stands."""
@@ -294,27 +303,3 @@ class _RowsSession(Session):
     def _forward(self, ids: Tensor, pos: Tensor, mask: Tensor | None, every: bool) -> Tensor:
         # rows of one prompt have no padding, however many members there are
         return super()._forward(ids, pos, None if self.alone else mask, every)
-
-
-class _Tokens(NewTokens):
-    """The new tokens of all members' rows, B per member."""
-
-    def ended(self, B: int) -> list[bool]:
-        """For each member whether all its rows have ended; waits for the device."""
-        return (self.done | self.broken).view(-1, B).all(dim=1).tolist()
-
-    def answers_of(self, member: int, B: int) -> list[Answer]:
-        """What one member's rows have answered so far."""
-        own, rows = copy.copy(self), slice(member * B, (member + 1) * B)
-        own.limits, own.broken, own.tokens = self.limits[rows], self.broken[rows], [new[rows] for new in self.tokens]
-        return own.answers()
-
-    def keep(self, members: Sequence[int], B: int) -> Tensor:
-        """Go on with these members only; returns the rows' old numbers."""
-        rows = [member * B + row for member in members for row in range(B)]
-        at = torch.tensor(rows, device=self.done.device)
-        self.limits = [self.limits[row] for row in rows]
-        for name in ("ends", "limit", "done", "broken"):
-            setattr(self, name, getattr(self, name)[at])
-        self.tokens = list(torch.stack(self.tokens, dim=1)[at].unbind(1))
-        return at

@@ -28,7 +28,8 @@ from runners.engine.answer import (
 )
 from runners.engine.choices import Choices
 from runners.engine.generation import Prompt, Timings
-from runners.engine.session import Answer, Heard, Session, now
+from runners.engine.new_tokens import Answer
+from runners.engine.session import Heard, Session, now
 from runners.engine.shared_prefill import Group, Member
 from runners.engine.teacher_forcing import Text
 from runners.engine.time_limit import TimeLimit, within

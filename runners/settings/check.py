@@ -11,9 +11,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from methods.core.budget import check_budget
 from methods.core.errors import UserError
 from methods.core.typed import no_target, settings
-from runners.settings.config import Config, Group, Kernels, Model, Tracking
+from runners.settings.config import Config, Group, Kernels, Model, Sampled, Tracking
 
 PARTS = ("method", "task", "runner")
+SEVERAL = (Model, Tracking, Kernels, Group, Sampled)  # settings of settings
 
 
 def check(cfg: DictConfig) -> None:
@@ -44,7 +45,7 @@ def settle(cfg: DictConfig) -> None:
         raise UserError(f"device={found['device']}: give auto, cpu, cuda, or one of several such as cuda:1")
     with open_dict(cfg):
         for key, value in found.items():
-            settled = dataclasses.asdict(value) if isinstance(value, Model | Tracking | Kernels | Group) else value
+            settled = dataclasses.asdict(value) if isinstance(value, SEVERAL) else value
             if key not in PARTS and settled != given.get(key):
                 cfg[key] = settled
 

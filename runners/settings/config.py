@@ -14,6 +14,9 @@ from runners.engine.model_files import DATE
 Threads = Annotated[int, Range(least=1, most=4096)]
 Seconds = Annotated[float, Range(above=0), "seconds per sample, above 0, or null for no limit"]
 
+Temperature = Annotated[float, Range(least=0), "a number, 0 or more; at 0 the likeliest token is taken"]
+TopP = Annotated[float, Range(above=0, most=1)]
+
 
 @dataclass
 class Model:
@@ -55,6 +58,16 @@ class Group:
 
 
 @dataclass
+class Sampled:
+    """How answers are drawn; None: as the task says. See tasks.base.Sampling."""
+
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: Whole | None = None
+    seed: Whole | None = None
+
+
+@dataclass
 class Config:
     """Everything but Hydra's own settings."""
 
@@ -80,3 +93,4 @@ class Config:
     cells: list[str] | None
     group: Group
     last_token: Literal["held"] | None = None
+    sampling: Sampled = field(default_factory=Sampled)

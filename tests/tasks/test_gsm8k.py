@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from methods.core.errors import UserError
-from tasks.gsm8k import GSM8K, INVALID, bare, cut_at
+from tasks.base import cut_at
+from tasks.gsm8k import GSM8K, INVALID, bare
 from tasks.reasoning import Reasoning
 
 
@@ -164,3 +165,12 @@ def test_the_strings_that_end_a_solution_can_be_set(tmp_path):
     assert ended.fingerprint["stop"] == ["END"] and "stop" not in plain.fingerprint
     with pytest.raises(UserError, match=r"task\.stop=END; give a list"):
         GSM8K(data, stop="END")
+
+
+def test_what_cuts_the_scored_text_ends_the_answer(tmp_path):
+    (example, *_) = GSM8K(write(tmp_path), shots=1).examples()
+    assert "Question:" in example.stop
+    (own, *_) = GSM8K(write(tmp_path), shots=1, stop=["END"]).examples()
+    (none, *_) = GSM8K(write(tmp_path), shots=1, stop=[]).examples()
+    assert own.stop == ("END",) and none.stop == ()
+    assert len({example.key, own.key, none.key}) == 3

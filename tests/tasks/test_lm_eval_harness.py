@@ -148,7 +148,7 @@ def test_a_task_file_of_ones_own_generates_and_is_read_by_its_filters(tmp_path, 
     own = tmp_path / "own.yaml"
     own.write_text(own.read_text().replace("generation_kwargs: {", "generation_kwargs: {do_sample: true, "))
     said = LmEval(include=str(tmp_path), trust_include=True).source()
-    assert "own (test, 1 items, greedily and not by chance as it asks)" in said
+    assert "own (test, 1 items, which asks to be drawn: sampling.temperature says how)" in said
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ from runners.learn.bits.sensitivity import RELATIVE, Shift, profile
 from runners.records.record import check_writable, digest
 from runners.report import run_table as show
 from runners.settings.parts import task_of
+from runners.settings.sampling import sampling_of, told
 from tasks.base import Example, Task
 
 if TYPE_CHECKING:
@@ -137,6 +138,11 @@ class Tune(Runner):
 
         asked = examples[: self.samples]
         check_last_token(asked, cfg.protocol, cfg.last_token)
+        if drawn := told(sampling_of(task, cfg.sampling)):
+            raise UserError(
+                f"runner=tune: sampling.temperature={drawn['temperature']:g}: tables are compared by their likeliest "
+                "answers; give sampling.temperature=0"
+            )
         # what was found before these settings were there was found with their defaults
         otherwise = {
             **({"last_token": cfg.last_token} if cfg.last_token else {}),

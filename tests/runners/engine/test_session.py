@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from methods import load_method
 from methods.core.contract import Method
 from runners.engine.generation import start
-from runners.engine.session import Limits
+from runners.engine.new_tokens import Limits
 
 NEW = 8
 

@@ -7,8 +7,8 @@ import pytest
 from tokenizers import AddedToken
 
 from runners.engine.answer import Setting, answered
+from runners.engine.new_tokens import Answer
 from runners.engine.prompt import Encoder
-from runners.engine.session import Answer
 from runners.engine.thoughts import apart
 from runners.report import remarks
 from tasks.base import Example

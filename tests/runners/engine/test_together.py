@@ -13,8 +13,8 @@ from methods.core.eviction import Eviction, EvictionCache
 from methods.core.stores.codec import Codec
 from runners.engine.answer import Setting, answer
 from runners.engine.generation import Prompt, generate
+from runners.engine.new_tokens import Answer, behind
 from runners.engine.prompt import Encoder
-from runners.engine.session import Answer, behind
 from runners.engine.teacher_forcing import force
 from runners.engine.time_limit import TimeLimit
 from runners.engine.together import answer_together, force_together, together

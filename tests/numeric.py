@@ -4,8 +4,8 @@
     python -m tests.numeric default,Haswell,1 -,-,2          # these: ATEN_CPU_CAPABILITY, OPENBLAS_CORETYPE, threads
     python -m tests.numeric -- -k attend                     # what follows -- goes to pytest
 
-One line for each combination; a failing one's output is shown. Exit code 1: one of them failed. "-" leaves the choice
-to the library, by the machine.
+Of the files below the tests that compare computed numbers are run, by tests/numbers.py. One line for each combination;
+a failing one's output is shown. Exit code 1: one of them failed. "-" leaves the choice to the library, by the machine.
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ def main(words: list[str]) -> int:
         print(f"[{i}/{len(combinations)}] {said} …", flush=True)
         env = {**os.environ, **dict(zip(VARIABLES, combination, strict=True))}
         env = {name: value for name, value in env.items() if not (name in VARIABLES and value == "-")}
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--timeout", "600", "-m", "not slow and not slurm"]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--timeout", "600", "-p", "tests.numbers"]
+        files = [f"tests/{file}" for file in FILES]
         began = time.monotonic()
         done = subprocess.run(
-            [*command, *(f"tests/{file}" for file in FILES), *words[cut + 1 :]], env=env, capture_output=True, text=True
+            [*command, "-m", "not slow and not slurm", *files, *words[cut + 1 :]],
+            env=env,
+            capture_output=True,
+            text=True,
         )
         lines = (done.stdout + done.stderr).strip().splitlines()
         if done.returncode:

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import bounds
+from tests.numbers import allowing, allowing_in, chosen
+from tests.numeric import FILES
+
 TESTS = Path(__file__).resolve().parent
 NUMERIC = sorted(
     path
@@ -73,3 +77,46 @@ def test_no_numeric_test_has_a_tolerance_of_its_own(path):
 def test_a_tolerance_of_its_own_is_found(line):
     assert literals(line)
     assert not literals("near(a, b, bound(torch.float32, 63, 5.0))\nassert a < 0.5 * b\nassert n == 3")
+
+
+def test_every_test_with_a_tolerance_in_kernels_methods_and_binding_is_in_the_matrix():
+    known = {name for name in bounds.__all__ if name.islower()}
+    within = [TESTS / file for file in FILES]
+    for path in TESTS.rglob("test_*.py"):
+        source = path.read_text()
+        if not any(path.is_relative_to(place) for place in within):
+            binds = re.search(r"^from \S+\.bind import", source, re.M) and re.search(
+                r"^from tests\.bounds import", source, re.M
+            )
+            assert path.parent.name not in ("kernels", "methods", "core") and not binds, (
+                f"{path} is not in numeric.FILES"
+            )
+            continue
+        tests = {
+            node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name[:5] == "test_"
+        }
+        asking = {node.name for node in tests if re.search(rf"\b({'|'.join(known)})\(", ast.unparse(node))}
+        assert asking <= allowing(path), path
+
+
+def test_a_tolerance_behind_functions_constants_fixtures_and_imports_of_the_tests_is_found():
+    found = allowing_in(
+        "from tests.bounds import near as close\n"
+        "from tests.methods.dense import check, Row\n"
+        "def helper(): close(1, 1, 0)\n"
+        "LIMIT = [helper]\n"
+        "def test_a(): return LIMIT\n"
+        "def test_b(helper): pass\n"
+        "def test_c(): check()\n"
+        "def test_d(): assert Row == 3\n"
+    )
+    assert {"test_a", "test_b", "test_c", "helper", "LIMIT"} <= found and not found & {"test_d", "Row"}
+
+
+def test_of_a_family_every_value_is_taken_and_not_every_combination():
+    cases = {f"{a}-{b}": {("a", a), ("b", b)} for a in range(19) for b in range(4)}
+    taken = chosen(cases.items())
+    assert set().union(*(cases[name] for name in taken)) == set().union(*cases.values())
+    assert len(taken) <= 19 + 4
+    assert taken == chosen(reversed(cases.items()))
+    assert chosen([("alone", set())]) == ["alone"]

@@ -36,11 +36,11 @@ def budgeted(case: str, budget: float = 0.5, **knobs):
 
 
 def same(
-    actual: torch.Tensor, expected: torch.Tensor, ours, theirs, method, n: int, row: int = 0, their_row: int = 0
+    actual: torch.Tensor, expected: torch.Tensor, ours, theirs, method, n: int, row: int = 0, their_row: int = 0, **kw
 ) -> None:
     """Logits as near as rounding allows, and where there are codes, as near as it allows those."""
     if isinstance(method, Codec):
-        near_codes(actual, expected, ours, theirs, n, row, their_row)
+        near_codes(actual, expected, ours, theirs, n, row, their_row, **kw)
     else:
         near(actual, expected, run_off(expected))
 
@@ -132,7 +132,7 @@ def any_chunking_is_the_same(case, chunks, model):
     expected = run(model, whole, ids, new=new)
     actual = run(model, parts, ids, chunks=chunks, new=new)
     assert [kept(whole, 1, 0, h) for h in range(2)] == [kept(parts, 1, 0, h) for h in range(2)]
-    same(actual, expected, parts, whole, method, LENGTH)
+    same(actual, expected, parts, whole, method, LENGTH, before=1)
 
 
 @pytest.mark.parametrize("case", [case for case in OTHERS if not read_by_piece(case)])
@@ -188,7 +188,7 @@ def test_rows_of_a_padded_batch_do_not_affect_each_other(name, gqa):
         expected = run(gqa, alone, ids[row : row + 1, LENGTH - n :], new=new[row : row + 1])
         for layer, head in [(0, 0), (1, 1)]:
             assert kept(batch, layer, row, head) == kept(alone, layer, 0, head)
-        same(actual[row], expected[0], batch, alone, method, n, row)
+        same(actual[row], expected[0], batch, alone, method, n, row, before=1)
 
 
 def left(n: int, width: int) -> list[int]:

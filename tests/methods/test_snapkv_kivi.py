@@ -55,7 +55,7 @@ def test_rows_of_a_padded_batch_do_not_affect_each_other(gqa):
     for row, n in enumerate(lengths):
         alone = small().cache_for(gqa)
         expected = run(gqa, alone, ids[row : row + 1, 90 - n :], new=new[row : row + 1])
-        near_codes(actual[row], expected[0], batch, alone, n, row)
+        near_codes(actual[row], expected[0], batch, alone, n, row, before=1)
         assert kept(batch, 1, row, 1) == kept(alone, 1, 0, 1)
 
 
@@ -64,7 +64,7 @@ def test_a_prompt_in_chunks_is_packed_once_whole(chunks, gqa):
     ids, new = tokens(90), tokens(20, seed=2)
     whole, parts = small().cache_for(gqa), small().cache_for(gqa, prompt_len=90)
     expected = run(gqa, whole, ids, new=new)
-    near_codes(run(gqa, parts, ids, chunks=chunks, new=new), expected, parts, whole, 90)
+    near_codes(run(gqa, parts, ids, chunks=chunks, new=new), expected, parts, whole, 90, before=1)
     assert kept(whole, 1) == kept(parts, 1)
 
 

@@ -1,12 +1,14 @@
 """A tiny llama per attention shape, and the one loop that method tests run."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tests.tiny import equip
+from tests.tiny import equip, tiny_model
 
 
 def tiny_llama(n_heads: int = 4, n_kv_heads: int = 2, n_layers: int = 2) -> LlamaForCausalLM:
@@ -25,12 +27,20 @@ def tiny_llama(n_heads: int = 4, n_kv_heads: int = 2, n_layers: int = 2) -> Llam
 
 
 @pytest.fixture(scope="session")
+def equipped(artefact_folder: Path) -> Callable[[str], PreTrainedModel]:
+    """equipped(architecture): a tiny model that every method knows, made once."""
+    return cache(lambda name: equip(tiny_model(name), artefact_folder))
+
+
+@pytest.fixture(scope="session")
 def gqa(artefact_folder: Path) -> LlamaForCausalLM:
     return equip(tiny_llama(4, 2), artefact_folder)
 
 
 @pytest.fixture(scope="session", params=[(4, 2), (4, 4), (4, 1)], ids=["gqa", "mha", "mqa"])
 def any_heads(request: pytest.FixtureRequest, artefact_folder: Path) -> LlamaForCausalLM:
+    if request.param == (4, 2):
+        return request.getfixturevalue("gqa")
     return equip(tiny_llama(*request.param), artefact_folder)
 
 

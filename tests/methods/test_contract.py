@@ -45,6 +45,15 @@ def same(
         near(actual, expected, run_off(expected))
 
 
+def in_turns(values: list) -> list:
+    """Every method with every value. Other knobs than the defaults meet one each, in turns; the other ones are slow."""
+    return [
+        pytest.param(case, value, marks=() if case in NAMES or (i - j) % len(values) == 0 else pytest.mark.slow)
+        for i, case in enumerate(CASES)
+        for j, value in enumerate(values)
+    ]
+
+
 def tokens(n: int = LENGTH, rows: int = 1, seed: int = 1) -> torch.Tensor:
     return torch.randint(1, 97, (rows, n), generator=torch.Generator().manual_seed(seed))
 
@@ -199,8 +208,7 @@ def right(n: int, width: int) -> list[int]:
     return left(n, width)[::-1]
 
 
-@pytest.mark.parametrize("side", [left, right])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "side"), in_turns([left, right]))
 def test_padding_decides_nothing_wherever_it_stands(case, side, gqa):
     # the prompt's, and that of a later turn whose rows have different lengths
     prompts, turns, width = [60, 90], [7, 3], 7
@@ -289,8 +297,7 @@ def test_what_is_dropped_shows_in_the_next_logits(name, gqa):
     assert (small[:, 1] - full[:, 1]).abs().max() > 2 * run_off(full)
 
 
-@pytest.mark.parametrize("order", [[1, 0], [0, 0]])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "order"), in_turns([[1, 0], [0, 0]]))
 def test_rows_that_change_places_take_all_their_state_with_them(case, order, gqa):
     # rows of different lengths, so that every number that is kept per row differs
     ids, mask = padded_prompt([LENGTH, 41])

@@ -1,7 +1,7 @@
 """A decode step of every method asks nothing of the device: the host runs ahead of it, and a CUDA graph can hold it."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from methods.core.cache import KVCache
 from methods.core.contract import Method
 from tests.kernels.both_forms import using
 from tests.methods.conftest import run
-from tests.tiny import SIZES, equip, tiny_model
+from tests.tiny import SIZES
 from tests.waiting import no_waiting, without_contents
 
 pytest.importorskip("triton")
@@ -87,8 +87,8 @@ def decode(model: PreTrainedModel, cache: KVCache, steps: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def sliding(artefact_folder: Path) -> PreTrainedModel:
-    return equip(tiny_model("mistral"), artefact_folder)
+def sliding(equipped: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
+    return equipped("mistral")
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Every method's bytes by row: a row holds what it holds alone, and nothing that is held is nobody's."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from methods.adakv import AdaKV
 from methods.core.contract import Method
 from methods.core.meter import nbytes
 from tests.methods.conftest import run, tiny_llama
-from tests.tiny import SIZES, equip, tiny_model
+from tests.tiny import SIZES, equip
 
 LENGTHS = (90, 35, 75, 61)
 NEW = 5
@@ -58,8 +59,8 @@ def read(model, method, lengths, chunks=None, new=NEW):
 
 
 @pytest.fixture(scope="module")
-def sliding(artefact_folder: Path) -> PreTrainedModel:
-    return equip(tiny_model("mistral"), artefact_folder)
+def sliding(equipped: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
+    return equipped("mistral")
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +76,18 @@ def own(report) -> dict:
     return {name: found[name] for name in (*OWN, "nominal_bits", "effective_bits", "read_step")}
 
 
+@cache
+def rows_of(case: str, model: PreTrainedModel, lengths: tuple[int, ...]) -> list[dict]:
+    """What the ledger has of each row behind whole prompts; computed once for all tests."""
+    return [own(one) for one in read(model, made(case, 0.5), lengths).reports()]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_row_holds_the_same_in_every_batch(case, gqa):
     method = made(case, 0.5)
     alone = {n: own(read(gqa, method, [n]).report()) for n in LENGTHS}
     for lengths in (LENGTHS, (35, 90, 90, 61, 35, 75, 61, 75)):
-        reports = read(gqa, method, lengths).reports()
-        assert [own(one) for one in reports] == [alone[n] for n in lengths]
+        assert rows_of(case, gqa, lengths) == [alone[n] for n in lengths]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -89,8 +95,8 @@ def test_a_row_holds_the_same_however_its_prompt_is_cut(case, gqa):
     method = made(case, 0.5)
     if method.changes_prompt and not case.startswith("lococo"):
         pytest.skip("what it reads depends on the pieces")
-    whole, parts = (read(gqa, method, LENGTHS, chunks) for chunks in (None, [30, 1, 40, 19]))
-    assert [own(one) for one in parts.reports()] == [own(one) for one in whole.reports()]
+    parts = read(gqa, method, LENGTHS, [30, 1, 40, 19])
+    assert [own(one) for one in parts.reports()] == rows_of(case, gqa, LENGTHS)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -16,7 +16,7 @@ from methods.core.meter import nbytes
 from tests.bounds import LOUDEST, SHARP, losses_off, near, run_off
 from tests.methods.conftest import kept, run
 from tests.methods.layer import step_of
-from tests.tiny import equip, feed, padded_prompt, tiny_model
+from tests.tiny import equip, feed, padded_prompt
 from tests.waiting import no_waiting
 
 NAMES = [name for name in method_names() if isinstance(load_method(name), Capped)]
@@ -219,8 +219,8 @@ def test_rows_that_change_places_take_all_their_state_with_them(name, gqa):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("arch", ["mistral", "gemma2", "gpt2", "gptj", "mpt"])
-def test_sliding_layers_and_other_architectures_keep_what_the_next_token_sees(name, arch, artefact_folder):
-    model = equip(tiny_model(arch), artefact_folder)
+def test_sliding_layers_and_other_architectures_keep_what_the_next_token_sees(name, arch, equipped):
+    model = equipped(arch)
     knobs = {"recent": 2} if name == "scissorhands" else {}
     lengths = [40, 31]
     ids, mask = padded_prompt(lengths)

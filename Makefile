@@ -4,7 +4,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WA
 PYTEST := $(ONE_THREAD) $(PY) -m pytest -n 2 --timeout 300
 CODE = $(wildcard run.py methods tasks runners kernels analysis benchmarks hydra_plugins)
 
-.PHONY: help setup run test test-slurm test-numeric test-all lint format peers
+.PHONY: help setup run test test-slurm test-numeric test-all lint format docs peers
 help:
 	@echo "make run       python run.py method=nacl budget=0.5 task=longbench; more overrides: make run ARGS='budget=0.25'"
 	@echo "make test      the tests, without the slow ones and those that need a cluster"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-numeric  kernels, methods and binding again under each choice of instructions and of threads (18)"
 	@echo "make test-all  all tests that this machine can run"
 	@echo "make lint      ruff check, ruff format --check, mypy"
+	@echo "make docs      the documents as a site, build/site/index.html; every link in them leads somewhere"
 	@echo "make peers     ask kvpress again, in an environment of its own, and compare; the answers in tests/peers/data stay"
 
 setup:
@@ -42,6 +43,13 @@ lint: setup
 format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+docs: setup .venv/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q
+
+.venv/docs-installed: pyproject.toml constraints.txt
+	$(PY) -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
 
 peers: setup .venv-peers/installed
 	$(ONE_THREAD) $(PY) -m tests.peers.inputs

@@ -1,15 +1,17 @@
-"""The README's tables: `python -m analysis.tables --readme` writes them again from benchmarks/*.json.
+"""The documents' tables: `python -m analysis.tables --pages` writes them again from benchmarks/*.json.
 
 `python -m analysis.tables RESULTS --name NAME --command COMMAND` makes such a file from the records below RESULTS: the
 points of all whole tasks, the commits and conditions behind them, and the command; and beside it NAME.parquet, every
-sample's score and bytes, which the other commands read in the place of RESULTS. In the README a table stands between
-`<!-- table: NAME -->` and `<!-- end -->`; the one called methods is made from conf/method and the docstrings there. A
-picture stands between `<!-- figure: NAME -->` and `<!-- end -->`, which are left alone until its file is there.
+sample's score and bytes, which the other commands read in the place of RESULTS. In README.md and the pages of docs/ a
+table stands between `<!-- table: NAME -->` and `<!-- end -->`; the one called methods is made from conf/method and the
+docstrings there. A picture stands between `<!-- figure: NAME -->` and `<!-- end -->`, which are left alone until its
+file is there.
 """
 
 import argparse
 import ast
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -125,10 +127,15 @@ def _entry(point: pd.Series, most: int) -> str:
     return f"{f'**{score}**' if point['tie'] else score} ({low}, {high})"
 
 
-def fill(text: str, folder: Path) -> str:
+def pages() -> list[Path]:
+    """Files of the checkout that may hold marked tables and figures."""
+    return [HOME / "README.md", *sorted((HOME / "docs").glob("*.md"))]
+
+
+def fill(text: str, folder: Path, page_folder: Path = HOME) -> str:
     """A text with every marked table made again from folder/NAME.json. Raises NothingToRead naming a missing file.
 
-    A figure's picture and source are named once its file is there.
+    A figure's picture and source are named once its file is there; its link leads from page_folder to the picture.
     """
 
     def table(match: re.Match[str]) -> str:
@@ -145,7 +152,8 @@ def fill(text: str, folder: Path) -> str:
             return f"{head}\n{claimed(book)}\n`{book['command']}`\n\n{end}"
         said = f"`{book['command']}`, n = {_counts(book['points'])}\n"
         if match["kind"] == "figure":
-            picture = f"![score against measured bytes](benchmarks/{name}.png)"
+            link = Path(os.path.relpath(HOME / "benchmarks" / f"{name}.png", page_folder)).as_posix()
+            picture = f"![score against measured bytes]({link})"
             said = f"{said[:-1]}; every sample behind it: `benchmarks/{name}.parquet`\n"
             return f"{head}\n{picture}\n\n{said}\n{end}"
         return f"{head}\n{grid(book)}\n{said}\n{end}"
@@ -202,12 +210,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", help="of the file and of the table")
     parser.add_argument("--command", default="", help="what made the records, for the reader")
     parser.add_argument("--expected", type=given_path, help="YAML with what each method's paper claims")
-    parser.add_argument("--readme", action="store_true", help="write the README's tables again")
+    parser.add_argument(
+        "--pages", "--readme", action="store_true", help="write the tables of README.md and docs/ again"
+    )
     add_flag(parser)
     given = parser.parse_args(arguments)
-    if (given.results is None) != (given.name is None) or not (given.results or given.readme):
-        parser.error("give RESULTS with --name, or --readme, or both")
-    folder, readme = HOME / "benchmarks", HOME / "README.md"
+    if (given.results is None) != (given.name is None) or not (given.results or given.pages):
+        parser.error("give RESULTS with --name, or --pages, or both")
+    folder = HOME / "benchmarks"
     try:
         if given.results:
             results = load(given.results, given.all_generations)
@@ -220,8 +230,12 @@ def main(arguments: list[str] | None = None) -> int:
                 results.pack(draft)
             write(path, json.dumps(book, indent=1) + "\n", advice=ADVICE)
             print(f"{len(book['points'])} points in {path}, and the samples behind them in {path.stem}.parquet")
-        if given.readme:
-            write(readme, fill(readme.read_text(encoding="utf-8"), folder), advice=ADVICE)
+        if given.pages:
+            texts = {page: page.read_text(encoding="utf-8") for page in pages()}
+            made = {page: fill(text, folder, page.parent) for page, text in texts.items()}  # all, or none is touched
+            for page in pages():
+                if made[page] != texts[page]:
+                    write(page, made[page], advice=ADVICE)
     except (NothingToRead, CannotWrite) as error:
         print(f"tables: {error}", file=sys.stderr)
         return 2

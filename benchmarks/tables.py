@@ -1,7 +1,7 @@
 """Make a committed table from scratch: `python benchmarks/tables.py separation|core|frontier-mini`.
 
 Runs the sweeps that belong to the table (what is on disk is not run again), writes benchmarks/NAME.json, its picture
-benchmarks/NAME.png, and the README's table. `--only WORD` runs those sweeps only that have the word, such as
+benchmarks/NAME.png, and its table in the documents. `--only WORD` runs those sweeps only that have the word, such as
 `--only perplexity`, and makes nothing of them.
 """
 
@@ -78,7 +78,7 @@ def main() -> int:
     said = " ".join(["python benchmarks/tables.py", given.name, *given.overrides])
     expected = ["--expected", str(EXPECTED[given.name])] if given.name in EXPECTED else []
     for module in (
-        ["analysis.tables", str(results), "--name", given.name, "--command", said, *expected, "--readme"],
+        ["analysis.tables", str(results), "--name", given.name, "--command", said, *expected, "--pages"],
         ["analysis.frontier", str(results), "--out", str(results)],
     ):
         code = subprocess.run([sys.executable, "-m", *module], cwd=HOME, check=False).returncode

@@ -1,4 +1,4 @@
-"""Committed tables, and the README made from them."""
+"""Committed tables, and the pages made from them."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 from analysis import tables
 from analysis.load import NothingToRead, load
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def fill(book):
@@ -57,7 +57,7 @@ def test_cells_that_name_their_bits_have_a_line_each(book):
     ]
 
 
-def test_a_readme_is_filled_between_its_marks(book, tmp_path):
+def test_a_page_is_filled_between_its_marks(book, tmp_path):
     fill(book)
     (tmp_path / "quiz.json").write_text(json.dumps(tables.snapshot(load(book.root), "python run.py")))
     text = "before\n<!-- table: quiz -->\nold\n<!-- end -->\nafter\n"
@@ -99,14 +99,54 @@ def test_a_figure_is_shown_with_its_command_once_it_is_there(book, tmp_path):
     made = tables.fill(text, tmp_path)
     assert "(benchmarks/quiz.png)" in made and "`python run.py`, n = 8 (other-mini), 8 (quiz-mini); every" in made
     assert "benchmarks/quiz.parquet" in made and tables.fill(made, tmp_path) == made
+    assert "(../benchmarks/quiz.png)" in tables.fill(text, tmp_path, ROOT / "docs")
 
 
-def test_the_readme_holds_what_the_committed_files_say():
-    text = README.read_text()
-    made = tables.fill(text, README.parent / "benchmarks")
+def test_the_pages_hold_what_the_committed_files_say():
     # a new method is two files: its row in the list comes with the next tables
-    books = [block.group() for block in tables.BLOCK.finditer(text) if block["name"] != "methods"]
-    assert len(books) >= 2 and all(block in made for block in books)
+    books = {"methods"}
+    for page in tables.pages():
+        text = page.read_text()
+        made = tables.fill(text, ROOT / "benchmarks", page.parent)
+        blocks = {block["name"]: block.group() for block in tables.BLOCK.finditer(text)}
+        assert [name for name, block in blocks.items() if block not in made and name != "methods"] == []
+        books |= set(blocks)
+    assert books == {"methods", *(path.stem for path in ROOT.glob("benchmarks/*.json") if is_table(path))}
+
+
+def is_table(path: Path) -> bool:
+    """Whether the file is points or claims, not times."""
+    return bool({"points", "claims"} & set(json.loads(path.read_text())))
+
+
+@pytest.mark.parametrize("flag", ["--pages", "--readme"])
+def test_every_page_with_marks_is_written_again_and_the_others_are_left_alone(book, tmp_path, monkeypatch, flag):
+    fill(book)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "docs").mkdir()
+    marks = "<!-- table: quiz -->\n<!-- end -->\n<!-- figure: quiz -->\n<!-- end -->\n"
+    (tmp_path / "README.md").write_text(f"# Short\n{marks}")
+    (tmp_path / "docs" / "results.md").write_text(f"# Long\n{marks}")
+    (tmp_path / "docs" / "other.md").write_text("# Other\n")
+    before = (tmp_path / "docs" / "other.md").stat().st_mtime_ns
+    monkeypatch.setattr(tables, "HOME", tmp_path)
+    assert tables.main([str(book.root), "--name", "quiz", flag]) == 0
+    for page, link in (("README.md", "benchmarks/quiz.png"), ("docs/results.md", "../benchmarks/quiz.png")):
+        text = (tmp_path / page).read_text()
+        assert "| nacl | 0.5 |" in text and f"({link})" in text
+    assert (tmp_path / "docs" / "other.md").stat().st_mtime_ns == before
+
+
+def test_no_page_is_touched_when_a_table_of_one_is_not_there(tmp_path, monkeypatch, capsys):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("<!-- table: quiz -->\n<!-- end -->\n")
+    (tmp_path / "docs" / "a.md").write_text("<!-- table: none -->\n<!-- end -->\n")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "quiz.json").write_text(json.dumps({"command": "x", "claims": []}))
+    monkeypatch.setattr(tables, "HOME", tmp_path)
+    assert tables.main(["--pages"]) == 2
+    assert "none.json: no such file" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "<!-- table: quiz -->\n<!-- end -->\n"
 
 
 def test_the_command_writes_the_points_and_the_samples_behind_them(book, tmp_path, monkeypatch, capsys):
@@ -136,16 +176,16 @@ def test_earlier_points_stay_whole_on_a_full_disk(book, tmp_path, monkeypatch, c
 def test_the_command_needs_something_to_do(capsys):
     with pytest.raises(SystemExit):
         tables.main([])
-    assert "--readme" in capsys.readouterr().err
+    assert "--pages" in capsys.readouterr().err
 
 
 def test_every_method_is_in_the_list_with_its_paper():
-    text = tables.methods(README.parent)
-    for path in (README.parent / "conf" / "method").glob("*.yaml"):
+    text = tables.methods(ROOT)
+    for path in (ROOT / "conf" / "method").glob("*.yaml"):
         assert f"| `{path.stem}` |" in text
     assert re.search(r"`snapkv` \| keep the prompt slots .* \| Li et al\. 2024, arXiv:2404\.14469", text)
 
 
 def test_a_method_that_is_an_allocator_cites_the_allocators_paper():
-    row = next(line for line in tables.methods(README.parent).splitlines() if line.startswith("| `adakv`"))
+    row = next(line for line in tables.methods(ROOT).splitlines() if line.startswith("| `adakv`"))
     assert "arXiv:2407.11550" in row

@@ -20,7 +20,7 @@ from analysis.frontier import show
 from analysis.generations import add_flag
 from analysis.load import NothingToRead, Results, load
 from analysis.names import at, bits, labels
-from analysis.paired import CONTENT, PLACE, beside, by_sample, subset_means
+from analysis.paired import CONTENT, PLACE, beside, by_sample, holm, subset_means
 
 SETTINGS = ["model", "task", "protocol", "budget", "bits"]
 SAME = {"weights": "the model's weights", "dtype": "dtype", "passes": "the passes"}
@@ -87,7 +87,7 @@ def table(found: list[Pair]) -> pd.DataFrame:
             rows.append(_row(pair, both[["a", "b", *PLACE]], f", {measure}" if several else ""))
     made = pd.DataFrame(rows)
     if len(made):
-        p = np.array(stats.holm(list(made.pop("p"))))
+        p = np.array(holm(list(made.pop("p"))))
         made["p (Holm)"] = [stats.p_text(one) for one in p]
         made.loc[p >= stats.SURE, "verdict"] = "tie"
         if not made["bits"].any():

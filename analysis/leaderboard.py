@@ -19,7 +19,7 @@ from analysis.files import given_path
 from analysis.frontier import show
 from analysis.generations import add_flag
 from analysis.load import NothingToRead, load
-from analysis.paired import Cells, Compared, gathered, near_chance, subset_means
+from analysis.paired import Cells, Compared, gathered, holm, near_chance, subset_means
 
 
 @dataclass
@@ -101,7 +101,7 @@ def _behind(shares: Sequence[np.ndarray]) -> list[bool]:
         return [False] * len(shares)
     best = shares[0]
     p = [min(1.0, 2 * (1 + int((share[1:] >= best[1:]).sum())) / len(share)) for share in shares[1:]]
-    return [False, *(corrected < stats.SURE for corrected in stats.holm(p))]
+    return [False, *(corrected < stats.SURE for corrected in holm(p))]
 
 
 def main(arguments: list[str] | None = None) -> int:

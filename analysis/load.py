@@ -8,7 +8,6 @@ file that `load` reads like a folder: records for committing, without their text
 import base64
 import contextlib
 import gzip
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -20,30 +19,11 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import form
-from analysis.generations import asked, chosen
+from analysis.generations import chosen
+from analysis.rows import SAMPLE, SHARES, cell_of, samples_of, table_of, why
 
-FORMATS = (1, 2)  # of records that can be read
 CACHE = ".analysis.parquet"
 READER = 3  # what another one has kept of a record is read again
-METRIC = {"name": "score", "unit": "points of 100", "better": "higher", "scale": 100.0, "digits": 2}
-#: columns of `Results.samples` that hold no text; the texts are read by `texts`, from byte `at` on, `size` bytes
-SAMPLE = {
-    "id": "", "key": "", "end": "", "subset": "", "category": "", "measure": "", "weight": 1.0, "chance": 0.0,
-    "control": False,
-    "score": float("nan"), "error": "", "tokens_in": 0, "tokens_out": 0, "held": float("nan"), "held_end": float("nan"),
-    "read": float("nan"), "peak": float("nan"), "bytes": float("nan"), "bytes_full": float("nan"),
-    "length": float("nan"), "depth": float("nan"), "prompt_s": float("nan"), "n_prompt": 0, "decode_s": float("nan"),
-    "steps": 0, "alone": True, "above": False, "at": 0, "size": 0,
-}  # fmt: skip
-#: parts that are the sample's own score without being the first, where its line names none, as lines did before
-NOT_FIRST = ("ROUGE-L", "flexible")
-SHARES = ("held", "held_end", "read", "peak")
-#: of a record's ledger, bytes
-LEDGER = (
-    "full_prompt", "full", "held_prompt", "held_end", "padding", "padding_end", "peak_prompt", "peak_decode",
-    "read_step", "workspace", "adapter", "host",
-)  # fmt: skip
 
 
 class NothingToRead(ValueError):
@@ -115,15 +95,15 @@ def load(results: str | Path, all_generations: bool = False) -> Results:
     for folder in found:
         name = folder.relative_to(root).as_posix()
         try:
-            cell = _cell(name, folder)
+            cell = cell_of(name, folder)
             stamp = _stamp(folder / "samples.jsonl")
             if books.get(name, {}).get("stamp") == stamp:
-                table, book = kept.get(name, _table([])), books[name]
+                table, book = kept.get(name, table_of([])), books[name]
             else:
-                table, book = _samples(name, folder / "samples.jsonl")
+                table, book = samples_of(name, folder / "samples.jsonl")
                 book["stamp"] = stamp
         except (OSError, ValueError, RecursionError) as error:  # what is nested deeply is read, and cannot be written
-            problems.append(f"{name}: left out, {_why(error)}")
+            problems.append(f"{name}: left out, {why(error)}")
             continue
         problems += book["problems"]
         if book["runs"] > 1:
@@ -173,7 +153,7 @@ def _unpack(path: Path) -> Results:
         samples = pd.read_parquet(path)
         told = json.loads(gzip.decompress(base64.b64decode(samples.attrs["told"])))
     except (OSError, ValueError, KeyError) as error:
-        raise NothingToRead(f"{path}: not a file that python -m analysis.tables wrote, {_why(error)}") from error
+        raise NothingToRead(f"{path}: not a file that python -m analysis.tables wrote, {why(error)}") from error
     samples.attrs = {}
     for name in ("key", "end"):  # a file of format 1 lacks them
         if name not in samples:
@@ -181,179 +161,6 @@ def _unpack(path: Path) -> Results:
     cells = pd.DataFrame(told["cells"]).set_index("cell", drop=False)
     lacking = {name: value for name, value in SAMPLE.items() if name not in samples}  # and what older versions lacked
     return Results(path, cells, samples.assign(**lacking), told["problems"])
-
-
-def _cell(name: str, folder: Path) -> dict[str, Any]:
-    try:
-        book = form.parse((folder / "cell.json").read_bytes())
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(
-            "its cell.json is missing or broken; the command that made the record writes it again"
-        ) from error
-    try:
-        form.check(book, form.CELL)
-        form.check(book["runs"][-1], form.RUN)
-    except ValueError as error:
-        raise ValueError(
-            f"its cell.json is broken ({error}); mend it, or delete it and the command that made the record writes it "
-            "again"
-        ) from error
-    if book["format"] not in FORMATS:
-        raise ValueError(f"format {book['format']} is none of {', '.join(map(str, FORMATS))}")
-    identity, runs = book["identity"], book["runs"]
-    method, model, task, notes = identity["method"], identity["model"], identity["task"], runs[-1]
-    latest = notes["conditions"]
-    passes = {name: value for name, value in model.items() if name not in ("name", "weights")}
-    found = {
-        "cell": name,
-        "model": model["name"],
-        "task": task["name"],
-        "method": method["name"],
-        "family": notes.get("family", "other"),
-        "simulated": bool(notes.get("simulated", False)),
-        "budget": float(identity["budget"]),
-        "protocol": identity["protocol"],
-        "seed": identity["seed"],
-        "dtype": identity["dtype"],
-        "weights": model.get("weights") or latest.get("weights", ""),
-        "files": latest.get("files", ""),
-        "code": f"{latest.get('code', '')}{latest.get('artefacts', '')}",
-        "place": notes.get("place", ""),
-        "began": notes.get("began", ""),
-        "ask": asked(identity),
-        "passes": json.dumps({**passes, **identity.get("passes", {})}, sort_keys=True),
-        "fingerprint": json.dumps(task.get("fingerprint", {}), sort_keys=True),
-        "data": task.get("data", ""),
-        "format": book["format"],
-        "config": json.dumps({k: v for k, v in method["config"].items() if k != "seed"}, sort_keys=True),
-        "metric": {**METRIC, **task.get("metric", {})},
-        "conditions": [run["conditions"] for run in runs],
-        "mean_over": notes.get("mean_over", "categories"),
-        "commit": notes.get("commit") or "",
-        "command": notes.get("command", ""),
-    }
-    return _whole(found)
-
-
-def _samples(name: str, path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The latest line of each sample of one cell, and the cell's means and problems."""
-    rows: dict[str, dict[str, Any]] = {}
-    ledgers: dict[str, dict[str, Any]] = {}
-    runs: dict[str, Any] = {}
-    again: set[str] = set()  # samples that were computed again after their data had changed
-    problems, at = [], 0
-    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
-        if line:
-            try:
-                read = form.parse(line)
-                form.check_sample(read, form.FINISHED)
-                row = _whole(_row(read)) | {"at": at, "size": len(line)}
-                if rows.get(read["id"], row)["key"] != row["key"]:
-                    again.add(read["id"])
-                rows[read["id"]] = row
-                ledgers[read["id"]] = _per_sample(read)
-                runs[read["id"]] = read.get("run", 0)
-            except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:  # tags are a task's own
-                problems.append(f"{name}: line {number} of samples.jsonl is no sample, left out ({_why(error)})")
-        at += len(line) + 1
-    if again:
-        problems.append(f"{name}: {len(again)} samples, such as {min(again)}, hold two contents; the later one counts")
-    table = _table(list(rows.values()))
-    table.insert(0, "cell", name)
-    own = [ledger for ledger in ledgers.values() if ledger]
-    layers = [ledger["layers"] for ledger in own]
-    alike = len({len(one) for one in layers}) == 1
-    return table, {
-        "problems": problems,
-        "runs": len({runs[id] for id, ledger in ledgers.items() if ledger}),
-        "ledger": {key: round(sum(one[key] for one in own) / len(own)) for key in LEDGER} if own else {},
-        "layers": [round(sum(layer) / len(layers)) for layer in zip(*layers)] if alike else [],
-    }
-
-
-def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=list(SAMPLE)).astype({k: type(v) for k, v in SAMPLE.items()})
-
-
-def _row(line: dict[str, Any]) -> dict[str, Any]:
-    tags = line.get("tags", {})
-    subset = tags.get("subset", line["id"].rpartition("/")[0])
-    row = {
-        **SAMPLE,
-        "id": line["id"],
-        "key": line.get("key", ""),
-        "end": _end(line),
-        "subset": subset,
-        "category": tags.get("category", subset),
-    }
-    row |= {name: float(tags[name]) for name in ("length", "depth") if form.is_number(tags.get(name))}
-    row["control"] = bool(tags.get("control", False))
-    row["chance"] = float(tags["chance"]) if "chance" in tags else 1 / tags["n"] if tags.get("gold", -1) >= 0 else 0.0
-    if "error" in line:
-        return {**row, "error": str(line["error"]) or "failed"}
-    ledger, times = _ledger(line), line["timings"]
-    full, full_prompt = ledger["full"] or float("nan"), ledger["full_prompt"] or float("nan")
-    return row | {
-        "score": float(line["score"]),
-        "measure": _measure(line),
-        "weight": float(line.get("weights", {}).get("", 1.0)),
-        "tokens_in": line["tokens_in"],
-        "tokens_out": line["tokens_out"],
-        "held": ledger["held_prompt"] / full_prompt,
-        "held_end": ledger["held_end"] / full,
-        "read": ledger["read_step"] / full,
-        "peak": max(ledger["peak_prompt"], ledger["peak_decode"]) / full,
-        "bytes": ledger["held_prompt"],
-        "bytes_full": ledger["full_prompt"],
-        "above": ledger["held_prompt"] > ledger.get("asked", ledger["held_prompt"]) + ledger.get("overhead", 0),
-        "prompt_s": times["prompt"],
-        "n_prompt": times["n_prompt"],
-        "decode_s": times["decode"],
-        "steps": times["steps"],
-        "alone": "group" not in line,
-    }
-
-
-def _whole(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without halves of characters, which a table cannot hold."""
-    return {
-        key: value.encode(errors="replace").decode() if isinstance(value, str) else value for key, value in row.items()
-    }
-
-
-def _end(line: dict[str, Any]) -> str:
-    """A hash of what every form of a record holds of a sample's content: the end of its prompt, and its references."""
-    if "prompt_end" not in line:
-        return ""
-    told = json.dumps([line["prompt_end"], line.get("answers")])
-    return hashlib.sha256(told.encode()).hexdigest()[:8]
-
-
-def _measure(line: dict[str, Any]) -> str:
-    """Which of several scores is the sample's own. Turns and places in a text are no measures."""
-    parts = line.get("parts") or {}
-    if "turns" in line or "curve" in line:
-        return ""
-    if "measure" in line:
-        return str(line["measure"])
-    return next((name for name in NOT_FIRST if name in parts), next(iter(parts), ""))
-
-
-def _per_sample(line: dict[str, Any]) -> dict[str, Any]:
-    """Bytes of one sample, layer by layer and in all; empty for a failed one."""
-    if "error" in line:
-        return {}
-    ledger = _ledger(line)
-    return {**{name: ledger.get(name, 0) for name in LEDGER}, "layers": ledger.get("per_layer", [])}
-
-
-def _ledger(line: dict[str, Any]) -> dict[str, Any]:
-    """The sample's own: records used to hold the whole batch's, of which each row has an equal part."""
-    book, batch = line["ledger"], line["batch"]
-    if "padding" in book:
-        return book
-    own = {name: book[name] / batch for name in (*LEDGER, "asked", "overhead") if name in book}
-    return {**own, "per_layer": [layer / batch for layer in book.get("per_layer", [])]}
 
 
 def _stamp(path: Path) -> list[int]:
@@ -386,10 +193,3 @@ def _keep(root: Path, table: pd.DataFrame, books: dict[str, dict[str, Any]]) -> 
     except OSError:  # a read-only folder is read without a cache
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return f"{error.filename} cannot be read ({error.strerror})"
-    text = str(error).splitlines()[0] if str(error) else ""
-    return f"{type(error).__name__}: {text}" if not isinstance(error, KeyError) else f"it lacks {text}"

@@ -192,14 +192,14 @@ def subset_means(
     samples: pd.DataFrame, values: np.ndarray, over: str, draw: Callable[..., np.ndarray] = stats.bootstrap,
     resamples: int = stats.RESAMPLES,
 ) -> Means:  # fmt: skip
-    """Means of values [n, k] of samples (a table with PLACE), drawn inside each subset by `draw`."""
-    weights, made = samples["weight"].to_numpy(), []
+    """Means of values [n, k] of samples (a table with PLACE, by id), drawn inside each subset by `draw`."""
+    weights, ids, made = samples["weight"].to_numpy(), samples.index.to_numpy(), []
     grouped = samples.groupby(["category", "subset"], sort=False)
     place = grouped.ngroup().to_numpy()  # [n]
     first = grouped[["control"]].first().reset_index()
     for i, (category, subset) in enumerate(zip(first["category"], first["subset"])):
         rows = place == i
-        made.append(draw(values[rows], weights[rows], f"{category}/{subset}", resamples))
+        made.append(draw(values[rows], weights[rows], ids[rows], stats.stratum(category, subset), resamples))
     return Means(
         np.stack(made, axis=1), first["subset"].to_numpy(), first["category"].to_numpy(),
         ~first["control"].to_numpy(dtype=bool), over, place, weights / np.bincount(place, weights)[place],
@@ -219,3 +219,12 @@ def near_chance(full: stats.Estimate, chance: float, metric: dict[str, Any]) -> 
     if metric["better"] != "higher" or metric["scale"] != 100:
         return False
     return bool(full.value < chance + NEAR_CHANCE or (chance > 0 and full.low <= chance))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values after Holm's correction for as many comparisons, in the given order; none at all gives none."""
+    if not len(p):
+        return []
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(one) for one in multipletests(p, method="holm")[1]]

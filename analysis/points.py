@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis import stats
 from analysis.load import Results
-from analysis.paired import KEYS, WHOLE, Cells, alike, gathered, near_chance, subset_means
+from analysis.paired import KEYS, WHOLE, Cells, alike, gathered, holm, near_chance, subset_means
 
 #: what the horizontal axis shows, as shares of the full cache's bytes: held when the prompt has ended, read by the last
 #: decode step, held at the fullest moment
@@ -37,7 +37,7 @@ def points(results: Results, x: str = "held", resamples: int = stats.RESAMPLES) 
     table = pd.DataFrame(rows)
     if len(table):
         others = table[table["method"] != "full"]
-        table["p_holm"] = others.groupby([*KEYS, "category"])["p"].transform(lambda p: stats.holm(list(p)))
+        table["p_holm"] = others.groupby([*KEYS, "category"])["p"].transform(lambda p: holm(list(p)))
         table["tie"] |= table["p_holm"] >= stats.SURE
         table = table.sort_values([*KEYS, "label", "budget", "bits"], kind="stable", ignore_index=True)
     return table

@@ -18,9 +18,10 @@ from analysis import screen, style
 from analysis.area import areas
 from analysis.files import CannotWrite, check_out, given_path, write
 from analysis.generations import add_flag
-from analysis.load import LEDGER, NothingToRead, Results, load, texts
+from analysis.load import NothingToRead, Results, load, texts
 from analysis.paired import KEYS, WHOLE
 from analysis.points import on_front, points
+from analysis.rows import LEDGER
 from analysis.stats import RIGHT
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"

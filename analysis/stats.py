@@ -1,8 +1,9 @@
-"""Paired statistics of cells against the full cache, on the same samples.
+"""The one bootstrap: paired statistics of samples, for runs and analyses alike; numpy and the standard library only.
 
-A score is a mean of subset means: over all subsets, or over the categories' means of theirs. Inside a subset samples
-count by their weight, such as a text's tokens. All intervals are percentile intervals of a bootstrap that draws samples
-inside each subset, with the same draws for every cell that has the same samples, so that differences are paired.
+A row of a table is a weighted mean of samples. All intervals are percentile intervals of a bootstrap that draws samples
+with replacement inside each stratum (a subset of a category), with the same draws for every row and every cell that has
+the same samples there, so that differences are paired. What is drawn depends on the stratum's name, on its samples' ids
+and on the seed, and not on the order in which samples come.
 """
 
 import zlib
@@ -16,6 +17,7 @@ LEVEL = 0.95
 SURE = 0.05  # p below which a difference is more than noise
 RIGHT = 0.5  # a sample's score from which on it counts as solved, for flips
 ROOM = 2**22  # numbers that are drawn at once
+EXACT = 10  # decimals of a mean that the order of its sum leaves alone
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,22 @@ def subset_weights(categories: Sequence[str], over: str = "categories") -> np.nd
     return 1 / (size[place] * len(names))
 
 
+def stratum(category: str, subset: str) -> str:
+    """The name by which samples are drawn together."""
+    return f"{category}/{subset}"
+
+
 def bootstrap(
-    values: np.ndarray, weights: np.ndarray, key: str, resamples: int = RESAMPLES, seed: int = 0
+    values: np.ndarray, weights: np.ndarray, ids: Sequence[str], key: str, resamples: int = RESAMPLES, seed: int = 0
 ) -> np.ndarray:
-    """Weighted means of one subset's samples, [1 + resamples, k]: the mean itself, then of as many drawn with
+    """Weighted means of one stratum's samples, [1 + resamples, k]: the mean itself, then of as many drawn with
     replacement.
 
-    values [n, k], weights [n]. key: the subset's name; the same name, n and seed give the same draws.
+    values [n, k], weights [n], ids [n], all different.  key: the stratum's name; the same name, n and seed give the
+    same draws of the samples in the order of their ids.
     """
+    order = _order(ids)
+    values, weights = values[order], weights[order]
     found = [(weights @ values / weights.sum())[None]]
     for counts in _counts(len(values), key, resamples, seed):  # [r, n]
         own = counts * weights
@@ -55,13 +65,48 @@ def bootstrap(
     return np.concatenate(found)
 
 
+def _order(ids: Sequence[str]) -> list[int]:
+    return sorted(range(len(ids)), key=lambda i: ids[i])
+
+
 def _counts(n: int, key: str, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
+    rng = np.random.default_rng([seed, zlib.crc32(key.encode("utf-8", "replace"))])
     step = max(1, ROOM // n)
     for at in range(0, resamples, step):
         rows = min(step, resamples - at)
         drawn = rng.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
         yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
+
+
+def row(
+    values: np.ndarray,
+    weights: np.ndarray,
+    ids: Sequence[str],
+    strata: Sequence[str],
+    parts: Sequence[str] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> np.ndarray:
+    """A row of a table, [1 + resamples, k]: the weighted mean of values [n, k], then with samples drawn anew.
+
+    weights [n]: what each sample counts in the row; 0 leaves it out, also of what is drawn.  strata [n]: what each
+    sample is drawn from.  parts [n]: which mean inside its stratum it counts in, where a sample has several scores, one
+    each; a stratum's samples are then drawn for all of its parts at once.
+    """  # fmt: skip
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i in np.flatnonzero(weights).tolist():
+        groups.setdefault((strata[i], parts[i] if parts else ""), []).append(i)
+    total = np.zeros((1 + resamples, values.shape[1]))
+    for (key, _), own in groups.items():
+        inside = weights[own]
+        total += inside.sum() * bootstrap(values[own], inside, [ids[i] for i in own], key, resamples, seed)
+    return total
+
+
+def rests_on_one(weights: np.ndarray, strata: Sequence[str]) -> bool:
+    """Whether some stratum has a single sample that counts, so that nothing is known of how its samples differ."""
+    counted = np.asarray(strata)[np.flatnonzero(weights)]
+    return len(counted) == 0 or bool((np.unique(counted, return_counts=True)[1] < 2).any())
 
 
 def seed_weights(seeds: int, key: str, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -74,14 +119,19 @@ def seed_weights(seeds: int, key: str, resamples: int = RESAMPLES, seed: int = 0
 
 
 def signed(
-    differences: np.ndarray, weights: np.ndarray, key: str, resamples: int = RESAMPLES, seed: int = 0
+    differences: np.ndarray,
+    weights: np.ndarray,
+    ids: Sequence[str],
+    key: str,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> np.ndarray:
-    """Weighted means of one subset's paired differences, [1 + resamples, k]: itself, then with random signs.
+    """Weighted means of one stratum's paired differences, [1 + resamples, k]: itself, then with random signs.
 
-    differences [n, k], weights [n]; key as in `bootstrap`.
-    """
-    parts = weights[:, None] * differences / weights.sum()
-    rng = np.random.default_rng([seed, zlib.crc32(key.encode()), 1])
+    differences [n, k]; weights, ids and key as in `bootstrap`.
+    """  # fmt: skip
+    parts = (weights[:, None] * differences / weights.sum())[_order(ids)]
+    rng = np.random.default_rng([seed, zlib.crc32(key.encode("utf-8", "replace")), 1])
     found, step = [parts.sum(axis=0)[None]], max(1, ROOM // len(parts))
     for at in range(0, resamples, step):
         signs = rng.integers(2, size=(min(step, resamples - at), len(parts)), dtype=np.int8)
@@ -89,16 +139,21 @@ def signed(
     return np.concatenate(found)
 
 
+def exact(value: np.ndarray) -> np.ndarray:
+    """Means to the last decimal that does not depend on the order in which their sums were taken."""
+    return np.round(value, EXACT) + 0.0  # no -0.0
+
+
 def interval(resampled: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper end of the middle `level` of resampled values [R, ...], each [...]."""
-    low, high = np.percentile(resampled, [50 * (1 - level), 50 * (1 + level)], axis=0)
-    return low, high
+    low, high = np.percentile(exact(resampled), [50 * (1 - level), 50 * (1 + level)], axis=0)
+    return exact(low), exact(high)
 
 
 def estimate(resampled: np.ndarray, level: float = LEVEL) -> Estimate:
     """A value with its interval, from [1 + R]: the value itself, then resampled ones."""
     low, high = interval(resampled[1:], level)
-    return Estimate(float(resampled[0]), float(low), float(high))
+    return Estimate(float(exact(resampled[0])), float(low), float(high))
 
 
 def retained(ours: np.ndarray, full: np.ndarray) -> Estimate | None:
@@ -111,10 +166,12 @@ def retained(ours: np.ndarray, full: np.ndarray) -> Estimate | None:
 
 def flips(ours: np.ndarray, full: np.ndarray) -> tuple[int, int, float]:
     """Samples lost and samples won against the full cache, and the exact two-sided McNemar p-value."""
-    from scipy.special import bdtr
-
     lost, won = int(((full >= RIGHT) & (ours < RIGHT)).sum()), int(((full < RIGHT) & (ours >= RIGHT)).sum())
-    return lost, won, min(1.0, 2 * float(bdtr(min(lost, won), lost + won, 0.5)))
+    tail = term = 1  # of the binomial coefficients up to the smaller count
+    for k in range(min(lost, won)):
+        term = term * (lost + won - k) // (k + 1)
+        tail += term
+    return lost, won, min(1.0, 2 * tail / 2 ** (lost + won))
 
 
 def p_value(signed: np.ndarray, squares: float) -> float:
@@ -128,15 +185,6 @@ def p_value(signed: np.ndarray, squares: float) -> float:
     at_least = np.abs(signed[1:]) >= abs(signed[0]) - 1e-12
     drawn = (1 + int(at_least.sum())) / len(signed)
     return float(min(1.0, drawn, 2 * np.exp(-(signed[0] ** 2) / (2 * squares))))
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """p-values after Holm's correction for as many comparisons, in the given order."""
-    order = np.argsort(p)
-    scaled = np.asarray(p, dtype=float)[order] * np.arange(len(order), 0, -1)
-    corrected = np.empty(len(order))
-    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
-    return [float(x) for x in corrected]
 
 
 def area(share: np.ndarray, score: np.ndarray, low: float, higher: bool = True) -> np.ndarray:

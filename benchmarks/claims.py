@@ -128,9 +128,10 @@ def both(a: Scores, b: Scores) -> tuple[np.ndarray, np.ndarray, int]:
     subsets = joined.groupby(["category", "subset"])
     share = stats.subset_weights([category for category, _ in subsets.groups], a.mean_over)
     total = np.zeros((1 + stats.RESAMPLES, len(columns)))
-    for weight, ((_, name), part) in zip(share, subsets, strict=True):
+    for weight, ((category, name), part) in zip(share, subsets, strict=True):
         values = part[list(range(len(columns)))].to_numpy(dtype=float)
-        total += weight * stats.bootstrap(values, np.ones(len(part)), str(name))
+        key = stats.stratum(str(category), str(name))
+        total += weight * stats.bootstrap(values, np.ones(len(part)), list(part.index), key)
     sides = np.split(total, [len(a.seeds)], axis=1)
     ours, theirs = (
         (side * stats.seed_weights(side.shape[1], own.method)).sum(axis=1) for side, own in zip(sides, (a, b))

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -130,13 +130,17 @@ def command(words: list[str]) -> Seconds:
     return Seconds(time.perf_counter() - began, worked() - before)
 
 
+def samples(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a record's samples.jsonl."""
+    sys.path.insert(0, str(ROOT))
+    from analysis.records import FINISHED, read_samples
+
+    return read_samples(path, FINISHED)
+
+
 def sample_seconds(results: str) -> float:
     """Seconds on the clock that the records give to their samples."""
-    rows = (
-        json.loads(line)
-        for path in Path(results).rglob("samples.jsonl")
-        for line in path.read_text(encoding="utf-8").splitlines()
-    )
+    rows = (row for path in Path(results).rglob("samples.jsonl") for row in samples(path))
     return sum(row["timings"][part] for row in rows for part in ("prompt", "question", "decode"))
 
 
@@ -189,10 +193,7 @@ def differences(a: Path, b: Path) -> tuple[int, int]:
         other = b / path.relative_to(a)
         if not other.exists():  # not every cell need have run by itself
             continue
-        ours, theirs = (
-            {row["id"]: row["prediction"] for row in map(json.loads, p.read_text(encoding="utf-8").splitlines())}
-            for p in (path, other)
-        )
+        ours, theirs = ({row["id"]: row["prediction"] for row in samples(p)} for p in (path, other))
         found += [ours[id] != theirs[id] for id in ours]
     return sum(found), len(found)
 

@@ -39,7 +39,7 @@ from runners.records.provenance import Code, code_of, commit
 from runners.records.record import Record, digest, generation_of
 from runners.report import run_table as show
 from runners.settings.sampling import check_sampling, sampling_of, told
-from tasks.base import Example, Task, as_parts
+from tasks.base import Example, Task, as_parts, as_whole
 from tasks.data.sources import expand
 
 if TYPE_CHECKING:
@@ -196,19 +196,21 @@ class Run:
         return {id: row for id, row in self.rows(cell).items() if "error" not in row}
 
     def scored(
-        self, ours: Mapping[str, dict[str, Any]], full: Mapping[str, dict[str, Any]]
+        self, ours: Mapping[str, dict[str, Any]], full: Mapping[str, dict[str, Any]], whole: bool = False
     ) -> list[tuple[Example, float, float]]:
         """What both have finished, for report.compare: (example, the method's score, the full cache's score).
 
-        Of a score in parts those that both have; what one alone has, since other code has scored it, is said.
+        whole: each sample once. Else once for each part of its score that both have; what one alone has, since other
+        code has scored it, is said.
         """
+        counted = as_whole if whole else as_parts
         found: list[tuple[Example, float, float]] = []
         alone: dict[str, str] = {}  # name of a part -> a sample that has it in one record
         for example in self.examples:
             if example.id not in ours or example.id not in full:
                 continue
             mine, theirs = (
-                {str(part.tags.get("subset", "")): (part, score) for part, score in as_parts(example, rows[example.id])}
+                {str(part.tags.get("subset", "")): (part, score) for part, score in counted(example, rows[example.id])}
                 for rows in (ours, full)
             )
             found += [(part, score, theirs[name][1]) for name, (part, score) in mine.items() if name in theirs]

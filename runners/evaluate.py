@@ -12,11 +12,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from analysis import screen
+from analysis.records import above
 from methods.core.errors import BudgetMiss, UserError
 from methods.core.typed import Count
 from runners.base import Runner
 from runners.cells import Run
-from runners.records.ledger import above
 from runners.records.record import check_writable
 from runners.report import remarks
 from runners.report import run_table as show

@@ -1,4 +1,4 @@
-"""What a task is: examples made of strings, a score for each answer, and the rows of the result table."""
+"""What a task is: examples made of strings, a score for each answer, and which samples each row of its table means."""
 
 import hashlib
 import json
@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, lru_cache
-from statistics import fmean
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
+from tasks.table import Mean, Metric, Row, average_rows, mean_by_category, mean_of
 from tasks.tokens import Tokens
 
 
@@ -195,54 +197,9 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-@dataclass(frozen=True)
-class Metric:
-    """What a sample's score is, and how the table shows a mean of them.
-
-    unit: of the table's numbers.  scale: the table shows so many times the score.  digits: decimal places of it.
-    """
-
-    name: str = "score"
-    unit: str = "points of 100"
-    better: Literal["higher", "lower"] = "higher"
-    scale: float = 100
-    digits: int = 2
-
-    def mean(self, scores: Iterable[float], weights: Iterable[float] | None = None) -> float | None:
-        """The mean of scores in the table's unit, not rounded; None when there are none."""
-        scores = list(scores)
-        if not scores:
-            return None
-        shares = [1.0] * len(scores) if weights is None else list(weights)
-        total = sum(score * share for score, share in zip(scores, shares, strict=True))
-        return self.scale * total / sum(shares)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the result table.
-
-    kind: "subset", "bin", "category" or "average".
-    n: samples behind the score.
-    score: in the metric's unit, not rounded, since means are taken of it; None when n is 0.
-    note: how it was averaged, where that is not obvious.
-    """
-
-    name: str
-    kind: str
-    n: int
-    score: float | None
-    note: str = ""
-
-
 def cut_at(text: str, stops: Sequence[str]) -> str:
     """The text before the first of the stops that comes in it."""
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
-
-
-def percent(scores: Iterable[float]) -> float | None:
-    """100 times the mean of scores in [0, 1]; None when there are none."""
-    return Metric().mean(scores)
 
 
 class Task(ABC):
@@ -310,31 +267,50 @@ class Task(ABC):
     def fingerprint(self) -> dict[str, Any]:
         """What a score depends on besides the prediction: hashes and versions, ready for JSON."""
 
-    def groups(self, example: Example) -> list[tuple[str, str]]:
-        """Kind and name of the result rows that this sample counts towards; a small table may leave some of them out.
+    def means(self, examples: Sequence[Example]) -> list[Mean]:
+        """The lines of the result table, each as a weight per sample: subsets, then categories, then averages.
 
-        A name alone says too little: a category is often called like one of its subsets.
+        examples: the samples that have a score, or the parts of theirs that `as_parts` makes.
         """
-        return [("subset", example.tags["subset"]), ("category", example.tags["category"]), ("average", "average")]
+        subsets = self._subsets(examples)
+        categories = mean_by_category(subsets)
+        return [mean for _, mean in subsets] + categories + self._averages(subsets)
+
+    def whole(self, examples: Sequence[Example]) -> Mean:
+        """The one line that stands for the whole task, whatever its table shows: the mean that `mean_over` names.
+
+        Controls count in it no more than in any average.
+        """
+        subsets = [(tags, mean) for tags, mean in self._subsets(examples) if not tags.get("control")]
+        if not subsets:
+            return Mean("all", "average", np.zeros(len(examples)))
+        members = mean_by_category(subsets) if self.mean_over == "categories" else [mean for _, mean in subsets]
+        return mean_of("all", "average", members, "category means" if self.mean_over == "categories" else "subsets")
 
     def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
-        """The result table of scored samples: subsets, then categories, then averages, each in order of appearance."""
-        subsets = self._subsets(rows)
-        categories = mean_by_category(subsets)
-        return [row for _, row in subsets] + categories + self._averages(subsets)
+        """The result table of scored samples."""
+        scores = np.array([score for _, score in rows], dtype=float)
+        return [
+            Row(mean.name, mean.kind, mean.n, self.metric.scale * float(mean.weights @ scores) if mean.n else None,
+                mean.note)
+            for mean in self.means([example for example, _ in rows])
+        ]  # fmt: skip
 
-    def _subsets(self, rows: Sequence[tuple[Example, float]]) -> list[tuple[dict[str, Any], Row]]:
-        """One row per subset, each with the tags of its first sample."""
-        members: dict[str, list[tuple[Example, float]]] = {}
-        for example, score in rows:
-            members.setdefault(example.tags["subset"], []).append((example, score))
+    def _subsets(
+        self, examples: Sequence[Example], among: Iterable[int] | None = None
+    ) -> list[tuple[dict[str, Any], Mean]]:
+        """One mean per subset, each with the tags of its first sample; among: places of the samples that count."""
+        members: dict[str, list[int]] = {}
+        for i in range(len(examples)) if among is None else among:
+            members.setdefault(examples[i].tags["subset"], []).append(i)
         found = []
         for name, own in members.items():
-            mean = self.metric.mean([score for _, score in own], [example.weight for example, _ in own])
-            found.append((own[0][0].tags, Row(name, "subset", len(own), mean)))
+            weights = np.zeros(len(examples))
+            weights[own] = [examples[i].weight for i in own]
+            found.append((examples[own[0]].tags, Mean(name, "subset", weights / weights.sum())))
         return found
 
-    def _averages(self, subsets: list[tuple[dict[str, Any], Row]]) -> list[Row]:
+    def _averages(self, subsets: list[tuple[dict[str, Any], Mean]]) -> list[Mean]:
         """The rows below the categories; a table of one category needs none."""
         return average_rows("average", subsets)
 
@@ -342,12 +318,9 @@ class Task(ABC):
 class Apart(Task):
     """A task whose subsets have no average: a mean of different metrics, or lengths, would mean nothing."""
 
-    def groups(self, example: Example) -> list[tuple[str, str]]:
-        return [("subset", example.tags["subset"])]
-
-    def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
-        """One row per subset, or per part of its score."""
-        return [row for _, row in self._subsets(rows)]
+    def means(self, examples: Sequence[Example]) -> list[Mean]:
+        """One line per subset, or per part of its score."""
+        return [mean for _, mean in self._subsets(examples)]
 
 
 def as_parts(example: Example, record: Mapping[str, Any]) -> list[tuple[Example, float]]:
@@ -366,21 +339,6 @@ def as_parts(example: Example, record: Mapping[str, Any]) -> list[tuple[Example,
     return found
 
 
-def mean_by_category(subsets: Iterable[tuple[dict[str, Any], Row]]) -> list[Row]:
-    """One row per category: the plain mean of its subsets' scores, whatever their sizes."""
-    members: dict[str, list[Row]] = {}
-    for tags, row in subsets:
-        members.setdefault(tags["category"], []).append(row)
-    return [mean_row(name, "category", rows, "subsets") for name, rows in members.items()]
-
-
-def average_rows(name: str, subsets: Sequence[tuple[dict[str, Any], Row]]) -> list[Row]:
-    """The mean of the category means, as one row; none for fewer than two categories."""
-    categories = mean_by_category(subsets)
-    return [mean_row(name, "average", categories, "category means")] if len(categories) > 1 else []
-
-
-def mean_row(name: str, kind: str, rows: list[Row], what: str) -> Row:
-    scores = [row.score for row in rows if row.score is not None]
-    note = f"mean of {len(scores)} {what}" if len(scores) > 1 else ""
-    return Row(name, kind, sum(row.n for row in rows), fmean(scores) if scores else None, note)
+def as_whole(example: Example, record: Mapping[str, Any]) -> list[tuple[Example, float]]:
+    """A recorded sample as the mean over the whole task counts it: once, with the sample's own score and weight."""
+    return [(replace(example, weight=record.get("weights", {}).get("", example.weight)), record["score"])]

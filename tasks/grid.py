@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Literal
 
 from methods.core.errors import UserError
 from methods.core.reading import read_bytes
-from tasks.base import Example, Row, Task, mean_by_category, mean_row
+from tasks.base import Example, Task
 from tasks.data.rows import Depth, Text, Texts, wrong
 from tasks.data.rows import Tokens as Most
 from tasks.data.sources import expand, parse_rows
 from tasks.scoring.matching import MATCHING
+from tasks.table import Mean, mean_by_category, mean_of
 from tasks.tokens import Tokens
 
 FIELDS = {"kind": str, "length": int, "context": str, "question": str, "answers": list, "metric": str,
@@ -54,36 +55,24 @@ class Grid(Task):
     def score(self, example: Example, prediction: str) -> float:
         return MATCHING[example.tags["metric"]](prediction, example.answers)
 
-    def groups(self, example: Example) -> list[tuple[str, str]]:
-        tags = example.tags
-        found = [("subset", tags["subset"])]
-        if not tags.get("control"):
-            found += [("category", name) for name in (tags["category"], *(name for name, _ in axes(tags)))]
-            found.append(("average", "average"))
-        return found
-
-    def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
+    def means(self, examples: Sequence[Example]) -> list[Mean]:
         """Subsets, categories of several, lengths, depths, the average; all but the first are means of subsets."""
-        subsets = self._subsets(rows)
-        table = [row for _, row in subsets]
-        counted = [(tags, row) for tags, row in subsets if not tags.get("control")]
+        subsets = self._subsets(examples)
+        table = [mean for _, mean in subsets]
+        counted = [(tags, mean) for tags, mean in subsets if not tags.get("control")]
         members = Counter(tags["category"] for tags, _ in counted)
-        table += mean_by_category([(tags, row) for tags, row in counted if members[tags["category"]] > 1])
-        places: dict[tuple[int, float, str], list[tuple[Example, float]]] = {}
-        for example, score in rows:
+        table += mean_by_category([(tags, mean) for tags, mean in counted if members[tags["category"]] > 1])
+        places: dict[tuple[int, float, str], list[int]] = {}
+        for i, example in enumerate(examples):
             if not example.tags.get("control"):
                 for axis, (name, value) in enumerate(axes(example.tags)):
-                    places.setdefault((axis, value, name), []).append((example, score))
+                    places.setdefault((axis, value, name), []).append(i)
         for place in sorted(places):
-            own = [row for _, row in self._subsets(places[place])]
-            table.append(self._place_row(mean_row(place[2], "category", own, "subsets")))
+            own = [mean for _, mean in self._subsets(examples, places[place])]
+            table.append(mean_of(place[2], "category", own, "subsets"))
         if len(counted) > 1:
-            table.append(mean_row("average", "average", [row for _, row in counted], "subsets"))
+            table.append(mean_of("average", "average", [mean for _, mean in counted], "subsets"))
         return table
-
-    def _place_row(self, row: Row) -> Row:
-        """The row of a length or a depth, with what is to be said about it."""
-        return row
 
 
 def axes(tags: dict[str, Any]) -> list[tuple[str, float]]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from methods.core.errors import UserError
-from tasks.base import Apart, Example, Metric, Timed
+from tasks.base import Apart, Example, Timed
 from tasks.grid import as_list
+from tasks.table import Metric
 
 VERSION = "1"  # goes into every record; raise it when a time could change
 

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.errors import UserError
-from tasks.base import Choice, Example, Row, Task, cut_at, mean_by_category
+from tasks.base import Choice, Example, Task, cut_at
 from tasks.data import pins
 from tasks.data.choice_rows import read_rows
 from tasks.data.files import ASSETS, check_limit, commit_of, hub_set
 from tasks.data.sources import cached_only, expand, hub_trouble
 from tasks.prompts import lm_eval_folder, lm_eval_version
 from tasks.scoring import remarks
+from tasks.table import Mean, mean_by_category
 
 VERSION = "1"  # goes into every record; raise it when a score could change
 SPLITS = ("train", "validation", "test")
@@ -184,14 +185,11 @@ class LmEval(Task):
                 found[f"{name}{suffix}"] = value
         return found
 
-    def groups(self, example: Example) -> list[tuple[str, str]]:
-        return [("subset", example.tags["subset"]), ("category", _mean_of(example.tags))]
-
-    def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
-        """One row per task and metric, then the mean of each metric over the tasks that have it."""
-        subsets = [({**tags, "category": _mean_of(tags)}, row) for tags, row in self._subsets(rows)]
+    def means(self, examples: Sequence[Example]) -> list[Mean]:
+        """One line per task and metric, then the mean of each metric over the tasks that have it."""
+        subsets = [({**tags, "category": _mean_of(tags)}, mean) for tags, mean in self._subsets(examples)]
         means = mean_by_category(subsets) if len(self._loaded) > 1 else []
-        return [row for _, row in subsets] + means
+        return [mean for _, mean in subsets] + means
 
     def remarks(self, rows: remarks.Rows) -> list[str]:
         """What is more sensitive than accuracy, and which tasks the full cache itself does not know."""

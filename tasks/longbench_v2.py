@@ -17,16 +17,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import yaml
 
 from methods.core.errors import UserError
 from methods.core.typed import shown
-from tasks.base import Example, Metric, Row, Task
+from tasks.base import Example, Task
 from tasks.data.files import Files, check_limit, check_stand_in, chosen, hub_rows, read_files
 from tasks.data.pins import PINNED
 from tasks.lm_eval_harness import LmEval
 from tasks.prompts import lm_eval_folder, lm_eval_version
 from tasks.scoring import remarks
+from tasks.table import Mean, Metric
 
 VERSION = "1"  # goes into every record; raise it when a score could change
 HUB = ("THUDM/LongBench-v2", None, "train")
@@ -97,21 +99,14 @@ class LongBenchV2(Task):
     def score(self, example: Example, prediction: str) -> float:
         return float(letter(prediction) == example.answers[0])
 
-    def groups(self, example: Example) -> list[tuple[str, str]]:
-        levels = [("category", example.tags[key]) for key in LEVELS]
-        return [("average", "overall"), *levels, ("subset", example.tags["domain"])]
-
-    def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
+    def means(self, examples: Sequence[Example]) -> list[Mean]:
         """Plain means over samples: all of them, by difficulty, by length, by domain."""
-        found = [self._row("overall", "average", rows)]
+        found = [_mean("overall", "average", [True] * len(examples))]
         for key, levels in LEVELS.items():
-            found += [self._row(name, "category", [one for one in rows if one[0].tags[key] == name]) for name in levels]
-        for name in dict.fromkeys(example.tags["domain"] for example, _ in rows):
-            found.append(self._row(name, "subset", [one for one in rows if one[0].tags["domain"] == name]))
-        return [row for row in found if row.n]
-
-    def _row(self, name: str, kind: str, rows: Sequence[tuple[Example, float]]) -> Row:
-        return Row(name, kind, len(rows), self.metric.mean([score for _, score in rows]))
+            found += [_mean(name, "category", [one.tags[key] == name for one in examples]) for name in levels]
+        for name in dict.fromkeys(one.tags["domain"] for one in examples):
+            found.append(_mean(name, "subset", [one.tags["domain"] == name for one in examples]))
+        return [mean for mean in found if mean.n]
 
     def remarks(self, rows: remarks.Rows) -> list[str]:
         ours, full = (sum(letter(row["prediction"]) is None for row in own) / len(own) for own in remarks.sides(rows))
@@ -192,6 +187,10 @@ def letter(prediction: str) -> str | None:
         if found := re.search(pattern, text):
             return found[1]
     return None
+
+
+def _mean(name: str, kind: str, counts: Sequence[bool]) -> Mean:
+    return Mean(name, kind, np.array(counts, dtype=float) / max(1, sum(counts)))
 
 
 def _right(row: Mapping[str, Any]) -> bool:

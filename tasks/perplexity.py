@@ -13,10 +13,11 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from methods.core.errors import UserError
-from tasks.base import Apart, Example, Forced, Metric, Row
+from tasks.base import Apart, Example, Forced
 from tasks.data.files import Files, check_limit, chosen, hub_rows, read_files
 from tasks.data.pins import PINNED
 from tasks.scoring import remarks
+from tasks.table import Mean, Metric
 from tasks.tokens import Tokens
 
 VERSION = "1"  # goes into every record; raise it when a score could change
@@ -131,14 +132,11 @@ class Perplexity(Apart):
     def score(self, example: Example, prediction: str) -> float:
         raise NotImplementedError("perplexity has no predictions: the loss of the text itself is the score")
 
-    def groups(self, example: Example) -> list[tuple[str, str]]:
-        return [(self._kind(example.tags), example.tags["subset"])]
-
-    def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
+    def means(self, examples: Sequence[Example]) -> list[Mean]:
         """The mean over the tokens of each subset, and below it by their place in the piece."""
         order = list(self._texts)
-        found = sorted(self._subsets(rows), key=lambda pair: order.index(pair[0]["file"]))
-        return [replace(row, kind=self._kind(tags)) for tags, row in found]
+        found = sorted(self._subsets(examples), key=lambda pair: order.index(pair[0]["file"]))
+        return [replace(mean, kind=self._kind(tags)) for tags, mean in found]
 
     @staticmethod
     def _kind(tags: Mapping[str, Any]) -> str:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tasks.base import Example, Row, Task, mean_by_category
+from tasks.base import Example, Task
 from tasks.data.files import Files, check_limit, chosen, read_files
 from tasks.data.rows import Tokens, wrong
 from tasks.scoring import remarks
+from tasks.table import Mean, mean_by_category
 
 VERSION = "1"  # goes into every record; raise it when a score could change
 
@@ -58,13 +59,10 @@ class Reasoning(Task):
     def measure(self, parts: Mapping[str, float]) -> str:
         return "flexible"
 
-    def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
+    def means(self, examples: Sequence[Example]) -> list[Mean]:
         """Both readings of every subset, then the mean over subsets of each."""
-        subsets = [({**tags, "category": _mean_of(tags)}, row) for tags, row in self._subsets(rows)]
-        return [row for _, row in subsets] + mean_by_category(subsets)
-
-    def groups(self, example: Example) -> list[tuple[str, str]]:
-        return [("subset", example.tags["subset"]), ("category", _mean_of(example.tags))]
+        subsets = [({**tags, "category": _mean_of(tags)}, mean) for tags, mean in self._subsets(examples)]
+        return [mean for _, mean in subsets] + mean_by_category(subsets)
 
     def remarks(self, rows: remarks.Rows) -> list[str]:
         lines = [remarks.lengths(rows), remarks.held(rows)]

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis import stats
 from methods.core.errors import UserError
 from tasks.base import Apart, Example, cut_at
 from tasks.data.files import Files, check_limit, chosen, hub_rows, read_files
@@ -33,7 +34,6 @@ from tasks.tokens import Tokens
 VERSION = "2"  # goes into every record; raise it when a score could change
 ENOUGH, ENOUGH_TOKENS = 0.99, 0.9  # of the full cache's ROUGE and of its tokens: MLPerf's rule
 RULE = {"ROUGE-1", "ROUGE-2", rouge.WHOLE}  # what has to reach it
-RESAMPLES, SEED = 2000, 12345
 SOURCES = ("article", "document", "dialogue", "report", "text")
 SUMMARIES = ("highlights", "summary", "summary_gt")
 # name: repository, configuration, split
@@ -299,17 +299,18 @@ def distinct(texts: Sequence[str]) -> float:
 def criterion(rows: remarks.Rows) -> str:
     """Whether every kind of ROUGE keeps 99 % of the full cache's, and the answers nine tenths of their tokens.
 
-    "passes" needs the lower end of the 95 % interval of every ratio; a point estimate alone says so.
+    "passes" needs the lower end of the 95 % interval of every ratio; a point estimate alone says so. rows: of one
+    subset.
     """
     ours, full = remarks.sides(rows)
     said, points, bounds = [], [], []
-    rng = np.random.default_rng(SEED)
-    drawn = rng.integers(len(ours), size=(RESAMPLES, len(ours)))
+    tags, ids = rows[0][0].tags, [example.id for example, _, _ in rows]
+    key = stats.stratum(tags["category"], tags["subset"])
     for name in ours[0]["parts"]:
         if name not in RULE:
             continue
-        a, b = (np.array([row["parts"][name] for row in own]) for own in (ours, full))
-        ratio, low, high = ratio_interval(a, b, drawn)
+        scores = np.array([[a["parts"][name], b["parts"][name]] for a, b in zip(ours, full)])
+        ratio, low, high = ratio_interval(stats.bootstrap(scores, np.ones(len(ids)), ids, key))
         points.append(ratio)
         bounds.append(low)
         said.append(f"{name} {ratio:.3f} ({low:.3f} to {high:.3f})")
@@ -322,12 +323,12 @@ def criterion(rows: remarks.Rows) -> str:
     return f"99 % of the full cache: {verdict}; ratios {', '.join(said)}, tokens {tokens:.3f}"
 
 
-def ratio_interval(ours: np.ndarray, full: np.ndarray, drawn: np.ndarray) -> tuple[float, float, float]:
-    """The ratio of two means and its 95 % interval over paired resamples drawn [resamples, n]; 1 where both are 0."""
+def ratio_interval(means: np.ndarray) -> tuple[float, float, float]:
+    """The ratio of two means and its 95 % interval, from [1 + resamples, 2]: the means themselves, then resampled.
 
-    def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return np.where(b > 0, a / np.where(b > 0, b, 1.0), np.where(a > 0, np.inf, 1.0))
-
-    drawn_ratios = ratio(ours[drawn].mean(axis=1), full[drawn].mean(axis=1))
-    low, high = np.percentile(drawn_ratios, [2.5, 97.5], method="inverted_cdf")  # between infinities there is no mean
-    return float(ratio(ours.mean(), full.mean())), float(low), float(high)
+    1 where both are 0.
+    """
+    ours, full = means.T
+    ratios = np.where(full > 0, ours / np.where(full > 0, full, 1.0), np.where(ours > 0, np.inf, 1.0))
+    low, high = np.percentile(ratios[1:], [2.5, 97.5], method="inverted_cdf")  # between infinities there is no mean
+    return float(ratios[0]), float(low), float(high)

@@ -21,6 +21,7 @@ MAY = {
         "pandas",
         "numpy",
         "scipy",
+        "statsmodels",
         "sklearn",
         "matplotlib",
         "plotly",
@@ -38,6 +39,10 @@ NEVER = {
     "methods": {"tasks", "runners", "analysis"},
     "analysis": {"torch", "methods", "runners", "tasks", "kernels"},
 }
+# what of analysis a run may import too: the bootstrap, the reader of records, tables on the screen, a method's colour
+# and whole files; they import nothing of ours but each other
+LEAVES = {"analysis.stats", "analysis.records", "analysis.screen", "analysis.style", "analysis.files"}
+LEAVES_MAY = {"numpy", "rich", "matplotlib"}
 # methods that stand for no paper: reference points
 BASELINES = {"full", "random"}
 
@@ -96,9 +101,9 @@ def broken_rules(path: Path) -> list[str]:
         # the error that a user can cause is one class everywhere; settings, rows and files are checked and read one way
         light = ("methods.core.errors", "methods.core.typed", "methods.core.reading")
         allowed |= module.rpartition(".")[0] in light and folder == "tasks"
-        # tables on the screen, a method's colour, what a record holds and whole files: of a run and of an analysis
-        both = ("analysis.screen", "analysis.style", "analysis.form", "analysis.files")
-        allowed |= (module in both or module.rpartition(".")[0] in both) and folder == "runners"
+        allowed |= leaf_of(module) in LEAVES and folder == "runners"
+        # a task's own remarks have intervals too
+        allowed |= leaf_of(module) == "analysis.stats" and folder == "tasks"
         # the library that our caches go under: binding and cache know it, a paper's file never does
         allowed |= head == "transformers" and path.is_relative_to(ROOT / "methods" / "core")
         # a paper's file sees the shared core and the kernels, never another paper
@@ -107,6 +112,43 @@ def broken_rules(path: Path) -> list[str]:
         if not allowed:
             wrong.append(f"{path.relative_to(ROOT)}:{line} imports {module}")
     return wrong
+
+
+def leaf_of(module: str) -> str:
+    """The module of analysis that an import names, itself or something in it."""
+    return ".".join(module.split(".")[:2])
+
+
+def test_what_runs_share_with_analysis_imports_nothing_of_ours_but_itself():
+    wrong = [
+        f"{leaf}:{line} imports {module}"
+        for leaf in sorted(LEAVES)
+        for module, line, _ in imports(ROOT.joinpath(*leaf.split(".")).with_suffix(".py"))
+        if module.split(".")[0] not in sys.stdlib_module_names | LEAVES_MAY and leaf_of(module) not in LEAVES
+    ]
+    assert wrong == []
+    only_numbers = {
+        module.split(".")[0]
+        for leaf in ("stats", "records")
+        for module, _, _ in imports(ROOT / "analysis" / f"{leaf}.py")
+    }
+    assert only_numbers <= sys.stdlib_module_names | {"numpy"}
+
+
+def test_there_is_one_bootstrap_one_reader_and_one_correction():
+    """Nobody else draws samples anew, parses a record's fields, or imports statsmodels."""
+    files = [path for folder in sorted(OURS) for path in sources(folder)]
+    found = {
+        word: {str(path.relative_to(ROOT)) for path in files if re.search(pattern, path.read_text(encoding="utf-8"))}
+        for word, pattern in {
+            "draws": r"rng\.integers\(\w+, size=\(|\.quantile\(torch\.tensor\(\[0\.025|np\.bincount\(drawn",
+            "correction": r"statsmodels|multipletests",
+            "fields": r"\"timings\.prompt\"",
+        }.items()
+    }
+    assert found == {
+        "draws": {"analysis/stats.py"}, "correction": {"analysis/paired.py"}, "fields": {"analysis/records.py"}
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("folder", sorted(OURS))
@@ -204,7 +246,7 @@ def test_a_folder_can_be_read_at_a_glance():
 
 
 def test_heavy_packages_are_imported_only_when_they_are_used():
-    heavy = {"datasets", "lm_eval", "wandb", "wandb_workspaces", "submitit", "optuna", "plotly"}
+    heavy = {"datasets", "lm_eval", "wandb", "wandb_workspaces", "submitit", "optuna", "plotly", "statsmodels"}
     eager = [
         f"{path.relative_to(ROOT)}:{line} imports {module}"
         for folder in sorted(OURS - {"analysis"})

@@ -22,12 +22,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from analysis import stats
 from methods import build_method, load_method
 from methods.core import artefacts
 from methods.core.contract import Method
@@ -310,12 +312,12 @@ def compare(model: PreTrainedModel, method: LoCoCo, rows: Tensor, batch: int) ->
     of a bootstrap over rows.
     """
     each = {name: losses(model, one, rows, batch).mean(1) for name, one in rivals(method).items()}  # [N]
-    draws = torch.randint(len(rows), (2000, len(rows)), generator=torch.Generator().manual_seed(0))
+    ids = [f"{i:08}" for i in range(len(rows))]
     gain: dict[str, list[float]] = {}
     for name in set(each) - {"full", "lococo"}:
-        gap = (each[name] - each["lococo"]).cpu()
-        low, high = gap[draws].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
-        gain[name] = [round(x, 5) for x in (gap.mean().item(), low, high)]
+        gap = (each[name] - each["lococo"]).double().cpu().numpy()[:, None]
+        found = stats.estimate(stats.bootstrap(gap, np.ones(len(ids)), ids, "held-out rows")[:, 0])
+        gain[name] = [round(x, 5) for x in (found.value, found.low, found.high)]
     nll = {name: round(means.mean().item(), 5) for name, means in each.items()}
     return {"rows": len(rows), "tokens": rows[:, 1:].numel(), "nll": nll, "gain": dict(sorted(gain.items()))}
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis import form
+from analysis import records
 from methods.core.errors import UserError
 from runners.records import provenance as revision
 from runners.records.record import Record, asked, differences, generation_of, plain_name
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 #: of a cell.json, what tells whether it is of the same question
 FOUND = {
-    "identity.model": form.OBJECT,
-    "identity.task.fingerprint": form.OBJECT,
-    "runs": form.RUNS,
+    "identity.model": records.OBJECT,
+    "identity.task.fingerprint": records.OBJECT,
+    "runs": records.RUNS,
 }
 SHOWN = 4  # changed modules or files that are named in a line
 

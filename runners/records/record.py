@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from analysis import form
+from analysis import records
 from methods.core.errors import UserError
 from runners.records.job_log import link_log
 from runners.records.stored import read_samples
@@ -106,8 +106,8 @@ class Record:
         None where cell.json is missing or broken: `begin` writes it again.
         """
         try:
-            book = form.parse(self.cell_path.read_bytes())
-            form.check(book, {"runs": form.RUNS})
+            book = records.parse(self.cell_path.read_bytes())
+            records.check(book, {"runs": records.RUNS})
         except (FileNotFoundError, ValueError):
             return []
         except OSError as error:
@@ -169,7 +169,7 @@ class Writer:
             return size
         tail = self.record.samples_path.read_bytes().rpartition(b"\n")[2]
         try:
-            form.parse(tail)
+            records.parse(tail)
         except ValueError:
             return size - len(tail)
         os.write(self.file, b"\n")

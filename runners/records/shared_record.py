@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from analysis.records import SHOWN, parse_sample
 from runners.records.record import Record, Writer, gone, key_of, unreadable
-from runners.records.stored import parse_sample
 
 
 class SharedRecord:
@@ -43,7 +43,7 @@ class SharedRecord:
         try:
             for line in whole.split(b"\n"):
                 if line:
-                    row = parse_sample(line)
+                    row = parse_sample(line, SHOWN)
                     self.rows[key_of(row)] = row
         except ValueError:
             self.rows = self.record.read()  # names the line

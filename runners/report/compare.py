@@ -1,12 +1,13 @@
 """A method against the full cache on the same samples: the result rows and paired bootstrap intervals."""
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tasks.base import Example, Row, Task
+from analysis import stats
+from tasks.base import Example, Task
+from tasks.table import Mean, Row
 
 
 @dataclass(frozen=True)
@@ -29,65 +30,43 @@ class Compared:
         return self.row.score - self.full.score
 
 
-def compare(
-    task: Task,
-    samples: Sequence[tuple[Example, float, float]],
-    resamples: int,
-    seed: int,
-) -> list[Compared]:
+Samples = Sequence[tuple[Example, float, float]]
+
+
+def compare(task: Task, samples: Samples, resamples: int, seed: int) -> list[Compared]:
     """The task's result rows for samples (example, the method's score, the full cache's score).
 
     Samples are drawn with replacement inside each subset, in pairs, and averaged as the task averages; the interval is
-    the plain percentile one. The same samples give the same intervals. Parts of one sample are drawn together.
+    the plain percentile one of `analysis.stats`. The same samples give the same intervals, in whatever order. Parts of
+    one sample are drawn together.
     """
     rows = task.summarize([(example, score) for example, score, _ in samples])
-    full = {_key(row): row for row in task.summarize([(example, score) for example, _, score in samples])}
-    members: dict[tuple[str, str], list[tuple[Example, float]]] = {}
-    for example, score, reference in samples:
-        for key in dict.fromkeys(task.groups(example)):
-            members.setdefault(key, []).append((example, score - reference))
+    full = task.summarize([(example, score) for example, _, score in samples])
+    means = task.means([example for example, _, _ in samples])
     return [
-        Compared(
-            row,
-            full[_key(row)],
-            _interval(task, _key(row), members.get(_key(row), []), resamples, seed),
-            task.metric.digits,
-        )
-        for row in rows
+        Compared(row, of_full, _interval(task, mean, samples, resamples, seed), task.metric.digits)
+        for row, of_full, mean in zip(rows, full, means, strict=True)
     ]
 
 
-def _key(row: Row) -> tuple[str, str]:
-    """What tells a row from all others: a category may be called like a subset."""
-    return row.kind, row.name
+def whole(task: Task, samples: Samples, resamples: int, seed: int) -> Compared:
+    """The row that stands for the whole task; samples: as in `compare`, each once, with its own score."""
+    mean = task.whole([example for example, _, _ in samples])
+    row, full = (
+        Row(mean.name, mean.kind, mean.n, task.metric.scale * float(mean.weights @ scores) if mean.n else None,
+            mean.note)
+        for scores in np.array([scores for _, *scores in samples], dtype=float).T
+    )  # fmt: skip
+    return Compared(row, full, _interval(task, mean, samples, resamples, seed), task.metric.digits)
 
 
-def _interval(
-    task: Task, key: tuple[str, str], members: Sequence[tuple[Example, float]], resamples: int, seed: int
-) -> tuple[float, float] | None:
-    subsets: dict[str, list[tuple[Example, float]]] = {}
-    for example, difference in members:
-        subsets.setdefault(example.tags["subset"], []).append((example, difference))
-    if not subsets or min(map(len, subsets.values())) < 2:
+def _interval(task: Task, mean: Mean, samples: Samples, resamples: int, seed: int) -> tuple[float, float] | None:
+    tags = [example.tags for example, _, _ in samples]
+    parts = [own["subset"] for own in tags]
+    strata = [stats.stratum(own["category"], own.get("stratum", own["subset"])) for own in tags]
+    if stats.rests_on_one(mean.weights, [f"{stratum}/{part}" for stratum, part in zip(strata, parts)]):
         return None
-    means = []
-    for subset, own in subsets.items():
-        # keyed by the subset: one that is a category by itself has one interval, whatever else is in the table
-        stratum = own[0][0].tags.get("stratum", subset)
-        rng = np.random.default_rng([seed, zlib.crc32(stratum.encode())])
-        drawn = rng.integers(len(own), size=(resamples, len(own)))
-        differences = np.array([difference for _, difference in own])
-        weights = np.array([example.weight for example, _ in own])
-        means.append((differences * weights)[drawn].sum(axis=1) / weights[drawn].sum(axis=1))  # [resamples]
-    if len(means) == 1:
-        low, high = np.percentile(task.metric.scale * means[0], [2.5, 97.5])
-        return float(low), float(high)
-    # every row is a mean of subset means, so one sample per subset that carries the drawn mean gives the row's own
-    stand_ins = [own[0][0] for own in subsets.values()]
-    values = [_score_of(key, task.summarize(list(zip(stand_ins, drawn)))) for drawn in np.stack(means, axis=1).tolist()]
-    low, high = np.percentile(values, [2.5, 97.5])
+    gains = task.metric.scale * np.array([[ours - full] for _, ours, full in samples])  # [n, 1]
+    ids = [example.id for example, _, _ in samples]
+    low, high = stats.interval(stats.row(gains, mean.weights, ids, strata, parts, resamples, seed)[1:, 0])
     return float(low), float(high)
-
-
-def _score_of(key: tuple[str, str], rows: Sequence[Row]) -> float:
-    return next(row.score or 0.0 for row in rows if _key(row) == key)

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from analysis import form
+from analysis import records
 from analysis.files import CannotWrite, given_path, picture, whole
 from methods.core.errors import UserError
 from runners.records.stored import read_cell, read_samples
@@ -162,8 +162,8 @@ def draw(folder: Path, path: Path | None = None) -> Path | None:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
     """A record's identity, and the scores of its finished samples."""
-    identity = read_cell(folder, form.IDENTITY)["identity"]
-    rows = read_samples(folder / "samples.jsonl", form.SCORED)
+    identity = read_cell(folder, records.IDENTITY)["identity"]
+    rows = read_samples(folder / "samples.jsonl", records.SCORED)
     return identity, {row["id"]: row["score"] for row in rows if "error" not in row}
 
 

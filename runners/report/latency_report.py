@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from analysis import form, screen, style
+from analysis import records, screen, style
 from analysis.files import CannotWrite, given_path, picture, whole
 from methods.core.errors import UserError
 from runners.records.stored import read_cell, read_samples
@@ -166,11 +166,11 @@ def curves(cells: Sequence[tuple[str, Rows]], batch: int) -> dict[str, list[Poin
 
 def read(folder: Path) -> tuple[str, Rows, str]:
     """A record's label, its finished samples, and its model. Raises UserError if it is none of task=latency."""
-    identity = read_cell(folder, form.IDENTITY)["identity"]
+    identity = read_cell(folder, records.IDENTITY)["identity"]
     path = folder / "samples.jsonl"
-    if not any("times" in row for row in read_samples(path, form.SAMPLE)):
+    if not any("times" in row for row in read_samples(path, records.SAMPLE)):
         raise UserError(f"{folder}: holds no times; give a record of task=latency")
-    rows = {row["id"]: row for row in read_samples(path, form.TIMED)}
+    rows = {row["id"]: row for row in read_samples(path, records.TIMED)}
     label = identity["method"]["name"]
     if label != "full":
         label = f"{label} {identity['budget']:g}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from analysis.records import above
 from runners.engine.thoughts import CLOSE
 
 
@@ -29,3 +30,9 @@ def reasoning(rows: Iterable[Mapping[str, Any]], how: str) -> list[str]:
         return [f"{line}which is scored too"]
     open_ends = sum(not thoughts.rstrip().endswith(CLOSE) for thoughts in held)
     return [f"{line}which is not scored" + (f"; in {open_ends} of them it never ends" if open_ends else "")]
+
+
+def misses(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """How many samples are above their budget, in words; None where none is."""
+    n = sum(map(above, rows))
+    return f"{n} of {len(rows)} above the budget" if n else None

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from analysis import screen
 from runners.report.compare import Compared
-from tasks.base import Metric
+from tasks.table import Metric
 
 # seconds between two lines of progress where there is no terminal to draw a bar on
 PLAIN_EVERY = 15.0

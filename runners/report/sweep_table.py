@@ -12,7 +12,6 @@ import torch
 from analysis import screen
 from methods.core.errors import BudgetMiss
 from runners.jobs import shard
-from runners.records.ledger import misses
 from runners.report import remarks
 from runners.report import run_table as show
 from runners.report.compare import Compared, compare
@@ -48,7 +47,7 @@ def report(sweep: Sweep, resamples: int) -> int:
         ours = _finished(sweep, member)
         paired = run.scored(ours, full)
         rows = compare(run.task, paired, resamples, seed=0) if paired else []
-        if line := misses(list(ours.values())):
+        if line := remarks.misses(list(ours.values())):
             missed.append(f"{_name(member)} {member.cell.method.budget:g}: {line}")
         for name, found in _lines(rows, list(ours.values()), lower):
             lines.append((name, [_name(member), f"{member.cell.method.budget:g}", *found]))
@@ -124,12 +123,12 @@ def _lines(rows: Sequence[Compared], ours: Sequence[dict[str, Any]], lower: bool
 
 
 def widest(rows: Sequence[Compared]) -> list[Compared]:
-    """The last average; without one the means over several subsets, or else every subset."""
+    """The first average of most samples; without one the means over several subsets, or else every subset."""
     averages = [one for one in rows if one.row.kind == "average"]
     subsets = [one for one in rows if one.row.kind == "subset"]
     most = max((one.row.n for one in subsets), default=0)
     means = [one for one in rows if one.row.kind == "category" and one.row.n > most]
-    return averages[-1:] or means or subsets
+    return [max(averages, key=lambda one: one.row.n)] if averages else means or subsets
 
 
 def _line(whole: Compared, rows: Sequence[Compared], ours: Sequence[dict[str, Any]], lower: bool) -> list[str]:
@@ -144,7 +143,7 @@ def _line(whole: Compared, rows: Sequence[Compared], ours: Sequence[dict[str, An
         show.points(whole.row.score, digits),
         show.signed(whole.difference, digits),
         show.interval(whole.interval, digits),
-        f"{show.share(held, of)}{'*' if misses(ours) else ''}",
+        f"{show.share(held, of)}{'*' if remarks.misses(ours) else ''}",
         f"{worst.row.name} {show.signed(worst.difference, digits)}" if gain < 0 else "-",
     ]
 

@@ -20,11 +20,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from analysis import records
 from methods.core.errors import UserError
 from runners.cells import Cell, Run, plain
 from runners.records.record import digest
 from runners.report import run_table as show
-from runners.report.compare import Compared, compare
+from runners.report.compare import Compared, compare, whole
 from runners.report.heat_map import heat_map, read_record
 
 HOME = Path(__file__).resolve().parents[2]
@@ -172,9 +173,7 @@ def _track(run: Run, cells: Sequence[Cell], resamples: int, tracker: Tracker) ->
             rows = run.rows(cell)
             if not rows:
                 continue
-            paired = run.scored({id: row for id, row in rows.items() if "error" not in row}, full)
-            scores = compare(run.task, paired, resamples, seed=0) if paired else []
-            upload = of_cell(cell, rows, scores, group)
+            upload = of_cell(cell, rows, *_compared(run, rows, full, resamples), group)
             if tracker.lacks(upload):
                 if picture := _map(cell, rows, scratch / f"{number}.png"):
                     upload.pictures["heat_map"] = picture
@@ -186,7 +185,27 @@ def _track(run: Run, cells: Sequence[Cell], resamples: int, tracker: Tracker) ->
                 tracker.send(frontier)
 
 
-def of_cell(cell: Cell, rows: dict[str, dict[str, Any]], scores: Sequence[Compared], group: str | None) -> Upload:
+def _compared(
+    run: Run, rows: dict[str, dict[str, Any]], full: dict[str, dict[str, Any]], resamples: int
+) -> tuple[list[Compared], Compared | None]:
+    """The rows of the table, and the one that stands for the whole task; none where samples have several measures."""
+    ours = {id: row for id, row in rows.items() if "error" not in row}
+    paired = run.scored(ours, full)
+    if not paired:
+        return [], None
+    scores = compare(run.task, paired, resamples, seed=0)
+    if len({records.measure(row) for row in ours.values()}) > 1:
+        return scores, None
+    return scores, whole(run.task, run.scored(ours, full, whole=True), resamples, seed=0)
+
+
+def of_cell(
+    cell: Cell,
+    rows: dict[str, dict[str, Any]],
+    scores: Sequence[Compared],
+    all_of_it: Compared | None,
+    group: str | None,
+) -> Upload:
     """A cell's run: its identity and conditions, means of its ledger, its scores, one table row per sample."""
     identity, runs = cell.record.identity, cell.record.runs()
     names = {
@@ -204,7 +223,7 @@ def of_cell(cell: Cell, rows: dict[str, dict[str, Any]], scores: Sequence[Compar
         summary={
             "n": len(finished),
             "failed": len(rows) - len(finished),
-            **_scores(scores),
+            **_scores(scores, all_of_it),
             **({"ledger": ledger(finished), "timings": speeds(finished)} if finished else {}),
         },
         series={row["id"]: _series(row) for row in finished},
@@ -262,8 +281,8 @@ def speeds(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {name: median(values) for name, values in known.items() if values}
 
 
-def _scores(scores: Sequence[Compared]) -> dict[str, Any]:
-    """The widest average, which stands last, under plain names; every row of the table under `rows`."""
+def _scores(scores: Sequence[Compared], all_of_it: Compared | None) -> dict[str, Any]:
+    """The mean over the whole task, or else the last row, under plain names; every row of the table under `rows`."""
     if not scores:
         return {}
 
@@ -274,7 +293,8 @@ def _scores(scores: Sequence[Compared]) -> dict[str, Any]:
             "difference_high": high,
         }  # fmt: skip
 
-    return {**values(scores[-1]), "rows": {one.row.name: {"n": one.row.n, **values(one)} for one in scores}}
+    every = {one.row.name: {"n": one.row.n, **values(one)} for one in scores}
+    return {**values(all_of_it or scores[-1]), "rows": every}
 
 
 def _series(row: dict[str, Any]) -> dict[str, float]:

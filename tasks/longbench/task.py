@@ -15,13 +15,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from methods.core.errors import UserError
-from tasks.base import Example, Row, Task, average_rows, mean_row, percent
+from tasks.base import Example, Task
 from tasks.data.pins import PINNED
 from tasks.data.sources import DataFile, expand, from_hub, hub_commit, locate, parse_rows
 from tasks.longbench.subsets import CODE, LONGBENCH, LONGBENCH_E, Subset, problem, read_catalog
 from tasks.prompts import Template, lm_eval_version, longbench_template
 from tasks.scoring import metrics
+from tasks.table import Mean, average_rows, mean_of
 
 BUNDLED = Path(__file__).parents[2] / "assets" / "longbench-mini"
 BINS = ("0-4k", "4-8k", "8k+")
@@ -103,58 +106,49 @@ class LongBench(Task):
             prediction = metrics.first_line(prediction)
         return metrics.best_score(tags["metric"], prediction, example.answers, tags.get("all_classes"))
 
-    def groups(self, example: Example) -> list[tuple[str, str]]:
-        tags = example.tags
-        found = [("subset", tags["subset"]), ("category", tags["category"])]
-        if "bin" in tags:
-            found += [("bin", f"{tags['subset']} {tags['bin']}"), ("average", f"average {tags['bin']}")]
-        if not tags["language"]:
-            return [*found, ("average", "average")]
-        for code, language in LANGUAGES.items():
-            if tags["language"] in (code, CODE):
-                found += [("average", f"average {language}"), ("average", f"average {language} by subset")]
-        return found
-
-    def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
+    def means(self, examples: Sequence[Example]) -> list[Mean]:
         """Subsets, their length bins in LongBench-E, categories, averages.
 
         The averages of the benchmark's tables are means of category means, code counting as English and as Chinese.
-        Papers on caches mostly take the plain mean over subsets, which is the row "by subset".
+        Papers on caches mostly take the plain mean over subsets, which is the line "by subset". Where there are both
+        languages, "average" is the mean over all categories.
         """
-        table = super().summarize(rows)
-        return self._with_bins(table, rows) if self.e else table
+        table = super().means(examples)
+        return self._with_bins(table, examples) if self.e else table
 
-    def _averages(self, subsets: list[tuple[dict[str, Any], Row]]) -> list[Row]:
+    def _averages(self, subsets: list[tuple[dict[str, Any], Mean]]) -> list[Mean]:
         if self._own_prompts:
             return super()._averages(subsets)
         found = []
-        for code, language in LANGUAGES.items():
-            if not any(tags["language"] == code for tags, _ in subsets):
-                continue
-            members = [(tags, row) for tags, row in subsets if tags["language"] in (code, CODE)]
+        present = [code for code in LANGUAGES if any(tags["language"] == code for tags, _ in subsets)]
+        for code in present:
+            language = LANGUAGES[code]
+            members = [(tags, mean) for tags, mean in subsets if tags["language"] in (code, CODE)]
             by_category = average_rows(f"average {language}", members)
             found += by_category
             if by_category and len(members) > len({tags["category"] for tags, _ in members}):
                 found.append(
-                    mean_row(f"average {language} by subset", "average", [row for _, row in members], "subsets")
+                    mean_of(f"average {language} by subset", "average", [mean for _, mean in members], "subsets")
                 )
-        return found
+        return found + (average_rows("average", subsets) if len(present) > 1 else [])
 
-    def _with_bins(self, table: list[Row], rows: Sequence[tuple[Example, float]]) -> list[Row]:
+    def _with_bins(self, table: list[Mean], examples: Sequence[Example]) -> list[Mean]:
         """The table with each subset's bins below it, and an average per bin at the end."""
         found = []
-        by_bin: dict[str, list[tuple[dict[str, Any], Row]]] = {name: [] for name in BINS}
-        for row in table:
-            found.append(row)
-            if row.kind != "subset":
+        by_bin: dict[str, list[tuple[dict[str, Any], Mean]]] = {name: [] for name in BINS}
+        for mean in table:
+            found.append(mean)
+            if mean.kind != "subset":
                 continue
-            samples = [(example, score) for example, score in rows if example.tags["subset"] == row.name]
+            tags = next(example.tags for example in examples if example.tags["subset"] == mean.name)
             for name in BINS:
-                scores = [score for example, score in samples if example.tags.get("bin") == name]
-                found.append(Row(f"{row.name} {name}", "bin", len(scores), percent(scores)))
-                by_bin[name].append((samples[0][0].tags, found[-1]))
+                inside = [
+                    example.tags["subset"] == mean.name and example.tags.get("bin") == name for example in examples
+                ]
+                found.append(Mean(f"{mean.name} {name}", "bin", np.array(inside) / max(1, sum(inside))))
+                by_bin[name].append((tags, found[-1]))
         for name, members in by_bin.items():
-            found += average_rows(f"average {name}", [(tags, row) for tags, row in members if row.n])
+            found += average_rows(f"average {name}", [(tags, mean) for tags, mean in members if mean.n])
         return found
 
     @property

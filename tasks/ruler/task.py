@@ -15,7 +15,7 @@ from typing import Any
 
 from methods.core.errors import UserError
 from tasks import grid
-from tasks.base import Example, Row
+from tasks.base import Example
 from tasks.data.haystack import Haystack, read_haystack
 from tasks.data.pins import PINNED
 from tasks.data.sources import expand
@@ -25,6 +25,7 @@ from tasks.ruler import counting, documents, niah, tracking
 from tasks.ruler.fitting import Sample, most_units, shrink
 from tasks.ruler.templates import DIGESTS, wording
 from tasks.scoring import matching
+from tasks.table import Row
 
 BUNDLED = Path(__file__).parents[2] / "assets" / "ruler-mini"
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -119,8 +120,13 @@ class Ruler(Grid):
     def examples(self) -> list[Example]:
         return self._examples
 
-    def _place_row(self, row: Row) -> Row:
-        if self._written or row.kind != "category" or row.score is None or len(self._chosen) < len(TASKS):
+    def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
+        """The result table, in which a length that all tasks have says whether it is passed."""
+        return [self._judged(row) for row in super().summarize(rows)]
+
+    def _judged(self, row: Row) -> Row:
+        is_place = row.kind == "category" and row.name.startswith(("length ", "depth "))
+        if self._written or not is_place or row.score is None or len(self._chosen) < len(TASKS):
             return row
         verdict = "passed" if row.score >= PASSED else "not passed"
         return Row(row.name, row.kind, row.n, row.score, f"{row.note}; {verdict} ({PASSED})")

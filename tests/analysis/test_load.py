@@ -44,7 +44,7 @@ def test_a_second_load_reads_only_what_changed(book, monkeypatch):
 
     read = []
     monkeypatch.setattr(
-        module, "_samples", lambda name, path, old=module._samples: read.append(name) or old(name, path)
+        module, "samples_of", lambda name, path, old=module.samples_of: read.append(name) or old(name, path)
     )
     after = load(book.root)
     assert read == [changed.relative_to(book.root).as_posix()]

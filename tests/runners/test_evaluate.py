@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from analysis.records import of_sample
 from runners.evaluate import cost_rows
-from runners.records.ledger import of_sample
 from runners.report import run_table as show
 from runners.report.compare import compare
 from tasks.base import Example, Task

@@ -1,8 +1,9 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from tasks.base import Example, Row, Task, percent
+from tasks.base import Example, Row, Task, as_parts
 
 
 class Parrot(Task):
@@ -32,11 +33,6 @@ def test_prompt_is_context_and_question_with_nothing_between():
     assert sample("a", "x").prompt == "once more"
 
 
-def test_percent_is_exact_and_knows_no_mean_of_nothing():
-    assert percent([1, 0, 0]) == 100 / 3
-    assert percent([]) is None
-
-
 def test_a_category_is_the_mean_of_its_subsets_and_not_of_its_samples():
     a, b, c = sample("a", "x"), sample("b", "x"), sample("c", "y")
     # a: 3 of 4, b: 0 of 1, c: 1 of 1; x: (75 + 0) / 2; average: (37.5 + 100) / 2
@@ -56,10 +52,31 @@ def test_one_category_has_no_average_of_averages():
     assert [row.name for row in Parrot().summarize(rows)] == ["a", "b", "x"]
 
 
-def test_every_row_counts_the_samples_whose_groups_name_it():
-    rows = [(sample("a", "x"), 1.0), (sample("b", "y"), 0.0), (sample("b", "y"), 0.0)]
-    for row in Parrot().summarize(rows):
-        assert row.n == sum((row.kind, row.name) in Parrot().groups(example) for example, _ in rows)
+def test_a_row_is_a_weight_per_sample():
+    examples = [sample("a", "x"), sample("b", "y"), replace(sample("b", "y"), weight=3), sample("c", "y")]
+    found = {(mean.kind, mean.name): mean.weights.tolist() for mean in Parrot().means(examples)}
+    assert found == {
+        ("subset", "a"): [1, 0, 0, 0],
+        ("subset", "b"): [0, 0.25, 0.75, 0],
+        ("subset", "c"): [0, 0, 0, 1],
+        ("category", "x"): [1, 0, 0, 0],
+        ("category", "y"): [0, 0.125, 0.375, 0.5],
+        ("average", "average"): [0.5, 0.0625, 0.1875, 0.25],
+    }
+
+
+def test_parts_of_a_subset_stand_for_it_together_however_many_they_are():
+    long = as_parts(sample("a", "x"), {"parts": {"turn 1": 1.0, "turn 2": 1.0, "turn 3": 1.0}})
+    short = as_parts(sample("b", "x"), {"parts": {"turn 1": 0.0, "turn 2": 0.0}})
+    rows = {row.name: row.score for row in Parrot().summarize([*long, *short])}
+    assert rows["x"] == pytest.approx(50.0)
+
+
+def test_one_row_stands_for_the_whole_task_and_controls_are_not_in_it():
+    a, b, c = sample("a", "x"), sample("b", "x"), sample("c", "y")
+    control = replace(c, tags={**c.tags, "subset": "d", "control": True})
+    assert Parrot().whole([a, b, c, control]).weights.tolist() == [0.25, 0.25, 0.5, 0]
+    assert Parrot().whole([control]).n == Parrot().whole([]).n == 0
 
 
 def test_no_samples_make_an_empty_table():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from methods.core.errors import UserError
-from tasks.base import as_parts
+from tasks.base import Example, as_parts
 from tasks.scoring import rouge
 from tasks.summarization import FRAME, SETUPS, Summarization, criterion, distinct, lead, ratio_interval
 from tasks.tokens import Tokens
@@ -121,7 +121,11 @@ def rows(ours: list[float], full: list[float], tokens: int = 10) -> Any:
         # the sum over sentences is none of the rule's three
         return {"parts": {"ROUGE-1": score, "ROUGE-L": score, "ROUGE-Lsum": 0.1 * n}, "tokens_out": n}
 
-    return [(None, row(a, tokens), row(b, 10)) for a, b in zip(ours, full)]
+    tags = {"subset": "news", "category": "news"}
+    return [
+        (Example(f"news/{i}", "", "", [], 1, tags), row(a, tokens), row(b, 10))
+        for i, (a, b) in enumerate(zip(ours, full))
+    ]
 
 
 def test_99_per_cent_is_asked_of_the_lower_end_and_of_the_length():
@@ -135,11 +139,10 @@ def test_99_per_cent_is_asked_of_the_lower_end_and_of_the_length():
 
 
 def test_a_ratio_of_means_is_not_a_mean_of_ratios():
-    drawn = np.array([[0, 0], [1, 1]])
-    ratio, low, high = ratio_interval(np.array([1.0, 0.0]), np.array([1.0, 1.0]), drawn)
+    ratio, low, high = ratio_interval(np.array([[0.5, 1.0], [1.0, 1.0], [0.0, 1.0]]))
     assert ratio == 0.5 and 0 <= low < high <= 1
-    assert ratio_interval(np.zeros(2), np.zeros(2), drawn) == (1, 1, 1)
-    assert ratio_interval(np.ones(2), np.zeros(2), drawn) == (np.inf, np.inf, np.inf)
+    assert ratio_interval(np.zeros((3, 2))) == (1, 1, 1)
+    assert ratio_interval(np.array([[1.0, 0.0]] * 3)) == (np.inf, np.inf, np.inf)
 
 
 def test_a_row_without_a_summary_is_an_error_of_that_row(tmp_path):

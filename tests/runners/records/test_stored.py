@@ -4,12 +4,12 @@ import json
 
 import pytest
 
+from analysis.records import SHOWN, parse_sample
 from methods.core.errors import UserError
 from runners.evaluate import cost_rows
 from runners.records.generations import Shelf
 from runners.records.record import Record
 from runners.records.shared_record import SharedRecord
-from runners.records.stored import parse_sample
 from runners.report import heat_map, latency_report
 from runners.report.wandb_runs import ledger, speeds
 from tasks.base import Example, as_parts
@@ -56,7 +56,7 @@ def test_a_wrong_field_of_a_sample_is_named_by_file_and_line_or_shown(record):
     refused = 0
     for field, label, wrong in every(right):
         try:
-            row = parse_sample(text(wrong).encode())
+            row = parse_sample(text(wrong).encode(), SHOWN)
         except ValueError as error:
             assert len(str(error).splitlines()) == 1 and len(str(error)) < 200, (field, label)
             refused += 1

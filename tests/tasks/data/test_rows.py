@@ -129,7 +129,6 @@ def used(make: Callable[[str], Task], folder: Path) -> list[Example]:
     for example in examples:
         assert example.id and example.id.encode()
         json.dumps(example.tags)
-        task.groups(example)
         if example.error:
             assert example.error.isprintable()
             continue

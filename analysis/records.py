@@ -1,8 +1,18 @@
-"""What a record must hold to be read: the fields of cell.json and of a sample's line, for all that read records."""
+"""The one reader of records: which fields cell.json and a sample's line hold, and both files as they are read.
+
+Standard library only, for runs and analyses alike. What cannot be read is one line that says what is wrong.
+"""
+
+from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
+
+
+class Unreadable(ValueError):
+    """A file of a record cannot be read; the message, one line, names the file and what is wrong with it."""
 
 
 class Kind(NamedTuple):
@@ -103,6 +113,125 @@ TIMED = SAMPLE | {
     **{f"ledger.{name}": AMOUNT for name in ("full_prompt", "held_prompt", "read_step", "peak_prompt", "peak_decode")},
 }  # fmt: skip
 ROUNDS = ("prompts", "steps")
+
+
+#: parts that are the sample's own score without being the first, where its line names none, as lines did before
+NOT_FIRST = ("ROUGE-L", "flexible")
+#: of a ledger, what is no number of bytes that rows share
+NOT_SHARED = ("n_layers", "share", "nominal_bits", "effective_bits")
+
+
+class Line(NamedTuple):
+    """A line of samples.jsonl. number: of the line, from 1.  at, size: its place in the file, bytes.
+
+    row: the sample; empty where `wrong` says why there is none.  torn: of a last line without an end, which a killed
+    run was writing.
+    """
+
+    number: int
+    at: int
+    size: int
+    row: dict[str, Any]
+    wrong: str = ""
+    torn: bool = False
+
+
+def read_cell(folder: Path, fields: Mapping[str, Kind]) -> dict[str, Any]:
+    """A record's cell.json with fields of this module. Raises Unreadable."""
+    path = folder / "cell.json"
+    data = _bytes(path)
+    try:
+        book = parse(data)
+        check(book, fields)
+    except ValueError as error:
+        raise Unreadable(f"{path}: not a record that can be read ({error})") from error
+    found: dict[str, Any] = book
+    return found
+
+
+def lines(path: Path, fields: Mapping[str, Kind]) -> Iterator[Line]:
+    """Every line of a samples.jsonl that is not empty; fields: as in `parse_sample`. Raises Unreadable."""
+    at = 0
+    every = _bytes(path).split(b"\n")
+    for number, line in enumerate(every, 1):
+        if line:
+            place = number, at, len(line)
+            try:
+                yield Line(*place, parse_sample(line, fields))
+            except ValueError as error:
+                yield Line(*place, {}, str(error), number == len(every) and not _is_json(line))
+        at += len(line) + 1
+
+
+def read_samples(path: Path, fields: Mapping[str, Kind]) -> Iterator[dict[str, Any]]:
+    """The samples of a samples.jsonl in order, without the half of a line that a killed run was writing.
+
+    fields: as in `parse_sample`.  Raises Unreadable that names the line.
+    """
+    for line in lines(path, fields):
+        if line.wrong and not line.torn:
+            raise Unreadable(
+                f"{path}, line {line.number}: not a sample's record ({line.wrong}); mend it or delete that line"
+            )
+        if not line.wrong:
+            yield line.row
+
+
+def parse_sample(line: str | bytes, fields: Mapping[str, Kind]) -> dict[str, Any]:
+    """A sample's line, with a ledger of its own; fields: of one that has not failed. Raises ValueError."""
+    row = parse(line)
+    check_sample(row, fields)
+    try:
+        return of_sample(row)
+    except TypeError as error:
+        raise ValueError(f"its ledger holds what is no number ({error})") from error
+
+
+def of_sample(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with a ledger of its own: records used to hold the whole batch's, of which each row has an equal part.
+
+    Only a ledger by row knows what padding held.
+    """
+    book, batch = row.get("ledger"), row.get("batch", 1)
+    if not isinstance(book, dict) or "padding" in book or batch == 1:
+        return row
+    own = {
+        name: value if name in NOT_SHARED or value is None
+        else [n / batch for n in value] if isinstance(value, list) else value / batch
+        for name, value in book.items()
+    }  # fmt: skip
+    return {**row, "ledger": own}
+
+
+def above(row: Mapping[str, Any]) -> bool:
+    """Whether a sample held more at its prompt's end than its budget and what the method documents on top."""
+    book = row["ledger"]
+    return book["held_prompt"] > book.get("asked", book["held_prompt"]) + book.get("overhead", 0)
+
+
+def measure(row: Mapping[str, Any]) -> str:
+    """Which of several scores is the sample's own. Turns and places in a text are no measures."""
+    parts = row.get("parts") or {}
+    if "turns" in row or "curve" in row:
+        return ""
+    if "measure" in row:
+        return str(row["measure"])
+    return next((name for name in NOT_FIRST if name in parts), next(iter(parts), ""))
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Unreadable(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        parse(line)
+    except ValueError:
+        return False
+    return True
 
 
 def parse(text: str | bytes) -> Any:

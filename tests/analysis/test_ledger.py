@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from analysis import load
+from analysis import rows
+from analysis.records import above, of_sample
 from runners.evaluate import cost_rows
-from runners.records.ledger import above, misses, of_sample
 from runners.records.record import Record
+from runners.report.remarks import misses
 
 BOOK = {
     "n_layers": 2, "full": 800, "full_prompt": 640, "held_prompt": 320, "held_end": 400, "peak_prompt": 640,
@@ -51,7 +52,7 @@ def test_old_records_show_what_they_showed(tmp_path):
     shown = {what: ours for what, ours, _ in cost_rows([(read, read)])}
     assert shown["KV bytes, end of prompt"] == "80 B (50.0%)"
     assert shown["KV bytes, end of generation"] == "100 B (50.0%)"
-    table, book = load._samples("x", record.samples_path)
+    table, book = rows.samples_of("x", record.samples_path)
     assert (table["bytes"][0], table["bytes_full"][0], table["held"][0], table["held_end"][0]) == (80, 160, 0.5, 0.5)
     assert table["peak"][0] == 640 / 800 and book["ledger"]["held_end"] == 100 and book["layers"] == [40, 40]
 

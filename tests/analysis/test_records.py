@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from analysis import form
+from analysis import records
 from analysis.load import load
 from analysis.points import points
 from tests.rows import done
@@ -107,8 +107,8 @@ def test_samples_that_are_a_folder_are_named_and_the_other_records_are_given(boo
 
 
 def test_the_right_row_fits_and_a_message_names_what_does_not():
-    form.check_sample(done("a"), form.SHOWN)
-    form.check_sample({"id": "a", "error": "lost"}, form.SHOWN)
+    records.check_sample(done("a"), records.SHOWN)
+    records.check_sample({"id": "a", "error": "lost"}, records.SHOWN)
     for place, wrong, said in (
         (("ledger", "full"), None, "ledger.full=null: a number, 0 or more is needed"),
         (("ledger",), [1], r"ledger=[...]: an object is needed"),
@@ -116,5 +116,5 @@ def test_the_right_row_fits_and_a_message_names_what_does_not():
         (("tokens_in",), 10**99, "tokens_in=a huge number: a whole number"),
     ):
         with pytest.raises(ValueError) as found:
-            form.check_sample(changed(done("a"), place, wrong), form.SHOWN)
+            records.check_sample(changed(done("a"), place, wrong), records.SHOWN)
         assert said in str(found.value) and len(str(found.value)) < 120

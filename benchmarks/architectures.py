@@ -70,11 +70,16 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2_vl": {"text_config": _CONV},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
+    "perception_lm": {"vision_config": {"model_type": "siglip_vision_model", "model_args": {"embed_dim": 64}}},
     "qwen4_exp": {"text_config": _INDEXED},
     "qwen4_exp_text": _INDEXED,
     "reformer": {"is_decoder": True},
     "step3p7": {"text_config": {"sliding_window": 512}},
 }
+
+
+#: entries whose class is not found by their configuration -> the type of configuration that it takes
+TAKES = {"evolla": "evolla", "musicgen": "musicgen_decoder", "musicgen_melody": "musicgen_melody_decoder"}
 
 
 @dataclass(frozen=True)
@@ -127,9 +132,11 @@ def _refused(name: str, reason: str) -> Outcome:
 
 
 def _made(name: str) -> PreTrainedModel:
-    config = AutoConfig.for_model(name, **OWN.get(name, {}))
+    config = AutoConfig.for_model(TAKES.get(name, name), **OWN.get(name, {}))
     auto = AutoModelForCausalLM if name in CAUSAL else AutoModelForImageTextToText
     with torch.device("meta"):
+        if name in TAKES:
+            return getattr(transformers, {**PICTURES, **CAUSAL}[name])._from_config(config).eval()
         return auto.from_config(config).eval()
 
 

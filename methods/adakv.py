@@ -9,7 +9,8 @@ Here:  counts are whole slots whose sum is exactly the layer's (largest remainde
        rounds every head for itself (safeguard=release) and misses the sum by up to half a slot per head. Some
        re-implementations reserve the floor first and share out the rest (safeguard=reserve). KV heads share, by votes
        that SnapKV pools and then averages over the query heads; the release averages first. Its options to scale a
-       head's scores by their concentration and to leave layers out are not here.
+       head's scores by their concentration and to leave layers out are not here. A head's slots lie in pages of 16; up
+       to 15 unused places of its last page count as held and as overhead documented on top.
 """
 
 from dataclasses import dataclass

@@ -22,8 +22,10 @@ class RaggedStore(Store):
 
     Until the first `keep` it is a plain Store. Then the kept slots lie in flat pages, [P, PAGE, D], each page belonging
     to one row and head (`page_row`, b * H + h); new tokens go to the rectangular tail that the base class holds.
-    Unused places of a head's last page have position -1 and are counted as overhead. What a decode step asks of the
-    pages' layout lies on the device, so that it waits for nothing and does the same ops whatever the numbers are.
+    Unused places of a head's last page, PAGE - 1 at most, have position -1; they are held, and documented on top of the
+    budget: what a row holds must not depend on the other rows, so that pages cannot be fitted to a batch. What a
+    decode step asks of the pages' layout lies on the device, so that it waits for nothing and does the same ops
+    whatever the numbers are.
     """
 
     def __init__(self, capacity: int | None = None):

@@ -59,6 +59,18 @@ def test_what_is_held_is_the_kept_slots_and_the_documented_overhead(side):
     assert nbytes(store.tensors()) == now * PLACE + store.overhead()
 
 
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 40])
+def test_a_heads_unused_places_are_fewer_than_a_page_and_documented_on_top(count):
+    counts = [[count, 1, 3], [16, count, count]]
+    store = filled()
+    store.keep(mask_of(counts), max(max(row) for row in counts))
+    for row, own, beside, padding in zip(counts, *vars(store.holding()).values(), strict=True):
+        unused = sum(-n % PAGE for n in row)
+        assert own - beside == sum(row) * PLACE and unused <= len(row) * (PAGE - 1)
+        pages = (sum(row) + unused) // PAGE
+        assert beside == unused * PLACE + (sum(row) + unused) * 4 + pages * 8 + LAYOUT // B and padding == 0
+
+
 def test_pages_belong_to_their_head_after_rows_change_places():
     store = ragged()
     before = store.pos

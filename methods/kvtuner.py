@@ -79,7 +79,7 @@ class KVTuner(Codec):
     """
 
     mode: str = "kivi"
-    table: Any = None
+    table: str | Mapping[Any, Any] | None = None
     prefill_attends_dequantised: bool = False
 
     def __post_init__(self) -> None:

@@ -81,6 +81,8 @@ class Evaluate(Runner):
         return code
 
     def _sweep(self, sweep: Sweep) -> int:
+        if not sweep.members:  # none could be composed, which has been said
+            return sweep.code
         if sweep.cfg.plan:
             overview.plan(sweep)
             return sweep.code
@@ -92,8 +94,7 @@ class Evaluate(Runner):
                       "the same command goes on from there")  # fmt: skip
             return 130
         code = overview.report(sweep, self.resamples)
-        if sweep.members:
-            track(sweep.run, [member.cell for member in sweep.members], self.resamples)
+        track(sweep.run, [member.cell for member in sweep.members], self.resamples)
         return code
 
     def _cells(self, run: Run) -> int:

@@ -71,6 +71,8 @@ class Sweep:
         self.cfg, self.code = cfg, 0
         self.shared = [word for word in HydraConfig.get().overrides.task if not word.startswith("cells=")]
         self.members: list[Member] = []
+        if not cfg.cells:
+            raise UserError("cells=[]: give at least one cell, such as cells=['method=nacl budget=0.5']")
         found = list(self._composed())
         if not found:
             return

@@ -328,6 +328,17 @@ def test_a_cell_that_cannot_work_is_said_and_the_others_run(command, tmp_path):
     assert [cell.rpartition("-")[0] for cell in records(tmp_path / "results")] == ["full-b1", "snapkv-b0.5"]
 
 
+@pytest.mark.parametrize("plan", ["false", "true"])
+def test_a_sweep_of_which_no_cell_can_work_says_each_in_a_line_and_ends(command, tmp_path, plan):
+    code, _, err = command("-m", "method=snapkv", "method.kernell=3", "budget=0.5,0.25", f"plan={plan}")
+    assert code == 2 and "kernell" in err and "Traceback" not in err
+    assert not (tmp_path / "results" / "reference").exists()
+    code, _, err = command("cells=[]")
+    assert code == 2 and err == "error: cells=[]: give at least one cell, such as cells=['method=nacl budget=0.5']\n"
+    code, _, err = command("cells=[1]", f"plan={plan}")
+    assert code == 2 and err.startswith("error: 1") and len(err.splitlines()) == 1
+
+
 def test_a_record_made_under_other_conditions_stops_its_cell_only(command, tmp_path):
     command(*GRID, "task.limit=1")
     (path,) = (tmp_path / "results").glob("*/*/nacl-b0.2*/cell.json")

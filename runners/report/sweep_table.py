@@ -30,8 +30,6 @@ def report(sweep: Sweep, resamples: int) -> int:
 
     Returns the exit code.
     """
-    if not sweep.members:
-        return sweep.code
     run = sweep.run
     number, shards = shard()
     if number > 1:  # the first one waits for the others' samples, and prints the table of all
@@ -173,8 +171,6 @@ def _failures(sweep: Sweep) -> int:
 
 def plan(sweep: Sweep) -> None:
     """Print cells, groups, what is on disk, and an estimate of bytes and time; loads a tokenizer, and no model."""
-    if not sweep.members:
-        return
     run = sweep.run
     for member in sweep.members:
         member.record.refresh()

@@ -352,3 +352,9 @@ def test_a_prompt_over_packed_keys_is_attention_over_what_they_stand_for(gqa):
     expected = attend(step.q, k, v, step.rules, q_pos=step.pos, k_pos=step.pos[:, None])
     logit = largest_logit(step.q, k, step.rules, step.pos, step.pos[:, None])
     near(out, expected, 2 * bound(torch.float32, 70, logit, size=v.abs().max().item(), width=8))
+
+
+@pytest.mark.parametrize("table", ["a\0", "half a pair \udcff", 3.5, ["C3.25"]])
+def test_a_table_that_is_neither_a_name_nor_a_mapping_is_refused(table):
+    with pytest.raises(UserError, match=r"^method\.table=.*: give a text or a mapping"):
+        load_method("kvtuner", table=table)

@@ -95,7 +95,7 @@ def _panel(axis: Any, group: pd.DataFrame, looks: dict[str, style.Look], log: bo
         bar.set_alpha(0.55)
         missed = line[above_budget(line)]
         if len(missed):
-            axis.plot(missed["share"], missed["score"], **style.line(looks[label], True) | {"ls": ""}, zorder=4)
+            axis.plot(missed["share"], missed["score"], **style.line(looks[label], True) | {"linestyle": ""}, zorder=4)
     if log:
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(FixedLocator([t for t in TICKS if t >= 0.7 * group["share"].min()]))

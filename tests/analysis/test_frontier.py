@@ -268,6 +268,16 @@ def test_a_picture_draws_hollow_points_on_a_logarithmic_axis_and_panels_per_cate
     assert figure.axes[0].get_xscale() == "linear"
 
 
+def test_a_point_with_many_samples_above_the_budget_is_drawn_hollow(book):
+    fill(book)
+    table = points(load(book.root))
+    above = table.assign(above=np.where(table["share"].round(3) == 0.5, table["n"], 0))
+    (axis,) = (a for a in frontier.draw(above, "held").axes if a.get_visible())
+    hollow = [line for line in axis.lines if line.get_markerfacecolor() == "white"]
+    found = {tuple(round(x, 3) for x in line.get_xdata()): line for line in hollow}
+    assert (0.5,) in found and found[(0.5,)].get_linestyle() == "None"
+
+
 def test_a_legend_of_long_names_fits_the_width_of_one_column(book):
     book.cell(scores=[1.0])
     for i in range(6):

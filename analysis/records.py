@@ -95,7 +95,7 @@ SAMPLE = {
 FAILED = SAMPLE | {"error": TEXT}
 SCORED = SAMPLE | {"score": SCORE}
 FINISHED = SCORED | {
-    "weights?": WEIGHTS, "parts?": SCORES, "measure?": TEXT, "turns?": TURNS, "curve?": CURVE,
+    "weights?": WEIGHTS, "parts?": SCORES, "measure?": TEXT, "turns?": TURNS, "repeats?": TURNS, "curve?": CURVE,
     "tokens_in": COUNT, "tokens_out": COUNT, "batch": SOME,
     **{f"ledger.{name}": AMOUNT for name in ("full", "full_prompt", "held_prompt", "held_end", "read_step",
                                              "peak_prompt", "peak_decode")},

@@ -153,7 +153,7 @@ def by_budget(overrides: Sequence[str]) -> dict[str, Any]:
 
     from methods import load_method
     from runners.cells import Run
-    from runners.engine.together import together
+    from runners.engine.generation import together
     from runners.settings.parts import task_of
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

@@ -20,7 +20,7 @@ from methods import build_method, load_method
 from methods.core import artefacts
 from methods.core.contract import Method
 from methods.core.errors import UserError
-from runners.engine import answer, latency, thoughts, together
+from runners.engine import answer, latency, thoughts
 from runners.engine.generation import Prompt, generate
 from runners.engine.loading import (
     Checkpoint,
@@ -34,6 +34,8 @@ from runners.engine.loading import (
     pick_threads,
 )
 from runners.engine.prompt import Encoder
+from runners.engine.rows import failed, row_of
+from runners.engine.setting import Setting, check
 from runners.records.generations import Found, Shelf, check_found, say_what_changed
 from runners.records.provenance import Code, code_of, commit
 from runners.records.record import Record, digest, generation_of
@@ -106,7 +108,7 @@ class Run:
         knobs: the method's configuration, resolved.  words: the overrides that name the cell, as typed.
         """
         cell = self.full if name == "full" else self._cell(name, build_method(name, knobs), knobs, words)
-        answer.check(self.examples, self.cfg.protocol, [cell.method], self.cfg.last_token)
+        check(self.examples, self.cfg.protocol, [cell.method], self.cfg.last_token)
         return cell
 
     @property
@@ -153,8 +155,8 @@ class Run:
         return self.load(self.checkpoint, self.dtype, self.device)
 
     @cached_property
-    def setting(self) -> answer.Setting:
-        return answer.Setting(
+    def setting(self) -> Setting:
+        return Setting(
             self.model,
             self.task,
             lambda: self.encoder,
@@ -188,7 +190,7 @@ class Run:
 
     def own_rows(self, rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """What rows, by their keys, have of this call's samples, by their ids."""
-        found = ((example.id, answer.row_of(rows, example)) for example in self.examples)
+        found = ((example.id, row_of(rows, example)) for example in self.examples)
         return {id: row for id, row in found if row is not None}
 
     def finished(self, cell: Cell) -> dict[str, dict[str, Any]]:
@@ -267,7 +269,7 @@ class Run:
                 for example in todo:
                     # unless the record already ends with the same failure
                     if example.error and before.get(example.id, {}).get("error") != example.error:
-                        writer.append(answer.failed(example, example.error))
+                        writer.append(failed(example, example.error))
                 if good and not self.timed:  # which warms up by itself, and needs no tokenizer
                     self._warm_up(cell.method)
                 with show.Bar(cell.name, len(good)) as bar:
@@ -362,7 +364,7 @@ class Run:
     def _code(self, method: Method, knobs: Mapping[str, Any]) -> Code:
         """What computes the cell's samples: the method and its parts, the task, and the runners that answer."""
         # a class of each module that answers stands for the whole module
-        parts = [type(method), type(self.task), answer.Setting, together.Outcome, Encoder, Checkpoint]
+        parts = [type(method), type(self.task), answer.Pass, Encoder, Checkpoint]
         return code_of([*(f"{part.__module__}.{part.__qualname__}" for part in parts), *_targets(knobs)])
 
     def _conditions(self, method: Method, knobs: Mapping[str, Any], code: str) -> dict[str, Any]:

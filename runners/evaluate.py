@@ -132,7 +132,15 @@ class Evaluate(Runner):
                 screen.draw(show.scores(compare(run.task, paired, self.resamples, seed=0), label))
             for line in [
                 *show.about(run.task.metric),
-                *run.task.remarks([(example, ours[example.id], full[example.id]) for example in both]),
+                *run.task.remarks(
+                    [
+                        (example, *answers)
+                        for example in both
+                        for answers in zip(
+                            *(remarks.each_answer(rows[example.id]) for rows in (ours, full)), strict=True
+                        )
+                    ]
+                ),
             ]:
                 show.say(line)
             pairs = [(ours[example.id], full[example.id]) for example in both]

@@ -22,12 +22,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from methods.core.errors import BudgetMiss, UserError
 from runners.cells import Cell, Run, plain
-from runners.engine.answer import failed, row_of
+from runners.engine.answer import answer_together, why_alone
 from runners.engine.choices import encode
 from runners.engine.conversation import dialogue
 from runners.engine.loading import Checkpoint, load_model
 from runners.engine.problem import problem
-from runners.engine.together import answer_together, why_alone
+from runners.engine.rows import failed, row_of
 from runners.jobs import NUMBERS, announced, numbers_apart, unpack
 from runners.memory import Size, device_bytes
 from runners.records.generations import check_found, say_what_changed
@@ -297,8 +297,9 @@ class Sweep:
         new = max(max(example.max_new_tokens, block_of(example)) for example in examples)
         chunked = self.cfg.chunk is not None
         own = self.size.member(member.cell.method, tokens, new, sum(map(rows_of, examples)), chunked)
-        # later questions and choices go on from a copy of what the earlier ones found
-        return 2 * own if any(example.kind in ("turns", "choices") for example in examples) else own
+        # later questions, choices and answers go on from a copy of what the earlier ones found
+        again = self.run.sampling.repeats > 1 or any(example.kind in ("turns", "choices") for example in examples)
+        return 2 * own if again else own
 
     @cached_property
     def _half_of_memory(self) -> int:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from methods.core.meter import Report
-from runners.engine.generation import MakesCache, Timings, start
+from runners.engine.generation import MakesCache, Reading, Timings, in_chunks, through
 from runners.engine.prompt import Encoder
-from runners.engine.session import State, now
+from runners.engine.session import Member, State
 from tasks.base import Choice, Example
 
 if TYPE_CHECKING:
@@ -96,7 +96,6 @@ class _Row:
 Likelihoods = list[list[tuple[float, bool]]]
 
 
-@torch.inference_mode()
 def compare(
     model: PreTrainedModel,
     method: MakesCache,
@@ -113,17 +112,16 @@ def compare(
     the prompt but for its last token, "agnostic" the example's context. stride: tokens of a choice fed at once.
     """
     choices = Choices(asked, samples, protocol, stride, pad_id)
-    began = now(model.device)
-    session, after = start(model, method, choices.firsts, choices.samples, chunk, pad_id)
-    prompt_done = now(model.device)
-    (found,) = choices.rate(session, after)
-    return found, choices.reports(session.cache), choices.timings(prompt_done - began, now(model.device) - prompt_done)
+    state, took = through(model, [method], choices, chunk, pad_id)
+    (member,) = state.members
+    return choices.found[member], choices.reports(member.cache), choices.timings(*took)
 
 
 class Choices:
     """The prompts of a batch, each once, and the choices behind them.
 
     firsts, samples: what is read and compressed, and whose it is; a row per prompt.
+    found: the likelihoods of each cache that neither failed nor ended.
     """
 
     def __init__(
@@ -132,14 +130,18 @@ class Choices:
         self.asked, self.stride, self.pad_id = asked, stride, pad_id
         self.rows = _rows(asked, samples, protocol)
         self.firsts, self.samples = [row.first for row in self.rows], [row.sample for row in self.rows]
+        self.found: dict[Member, Likelihoods] = {}
         self.steps = 0
         self.passes = 0  # of the choices that were fed last
 
-    def rate(self, state: State, after: Tensor) -> list[Likelihoods]:
-        """What each cache of a state behind the prompts finds.
+    def reading(self, chunk: int | None) -> Reading:
+        return in_chunks(self.firsts, chunk)
 
-        after [caches * rows, V]: logits after the prompts.
-        """
+    def go_on(self, state: State, found: Tensor) -> None:
+        """Compare them; found [caches * rows, V]: logits after the prompts."""
+        self.found = dict(zip(state.active, self._rate(state, found), strict=True))
+
+    def _rate(self, state: State, after: Tensor) -> list[Likelihoods]:
         rows = self.rows
         if any(len(row.rest) > 1 for row in rows):
             state.feed([row.rest[:-1] for row in rows])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from methods.core.contract import Method
+from methods.core.meter import Report
 from runners.engine.new_tokens import Answer, Draw, Limits, Stops
-from runners.engine.session import Session, now
+from runners.engine.session import Heard, Session, State, now
+from runners.engine.shared_prefill import Group
+from runners.engine.time_limit import TimeLimit, within
 from tasks.base import GREEDY, Sampling
 
 if TYPE_CHECKING:
@@ -40,7 +45,11 @@ class Prompt:
 
     @property
     def limits(self) -> Limits:
-        draw = Draw(self.sampling, self.sample) if self.sampling.temperature else None
+        return self.limits_of(0)
+
+    def limits_of(self, repeat: int) -> Limits:
+        """When one of its answers ends, and how that is drawn."""
+        draw = Draw(self.sampling, self.sample, repeat) if self.sampling.temperature else None
         return Limits(self.max_new_tokens, self.min_new_tokens, self.ends, self.stops, draw)
 
     def parts(self, protocol: str) -> tuple[list[int], list[int]]:
@@ -82,7 +91,137 @@ class MakesCache(Protocol):
     def after_prompt(self, model: Any, cache: Any) -> None: ...
 
 
+class Reading(NamedTuple):
+    """How the prompts of a batch are read: fed to a session, which gives a tensor of a row each.
+
+    prompt_len: as for `Method.caches`.
+    """
+
+    read: Callable[[Session], Tensor]
+    prompt_len: int | None
+
+
+def in_chunks(prompts: Sequence[Sequence[int]], chunk: int | None) -> Reading:
+    """Prompts in passes of so many tokens, None: in one; it gives the logits after them, [B, V]."""
+    n = max(map(len, prompts))
+    several = chunk is not None and chunk < n
+    return Reading(lambda session: session.feed(prompts, chunk if several else None), n if several else None)
+
+
+class Plan(Protocol):
+    """A batch of one kind of example: what of it is compressed, and what follows.
+
+    samples: numbers of its samples, a row of the prompts each.
+    """
+
+    @property
+    def samples(self) -> Sequence[int]: ...
+
+    def reading(self, chunk: int | None) -> Reading: ...
+
+    def go_on(self, state: State, found: Tensor) -> None:
+        """All that follows behind the prompts; found: what reading them gave, once for every cache."""
+        ...
+
+
+class Took(NamedTuple):
+    """Seconds until all prompts were compressed, and from then to the end."""
+
+    prompt: float
+    rest: float
+
+
 @torch.inference_mode()
+def through(
+    model: PreTrainedModel,
+    methods: Sequence[Any],
+    plan: Plan,
+    chunk: int | None = None,
+    pad_id: int = 0,
+    limit: float | None = None,
+    shared: bool = False,
+) -> tuple[State, Took]:
+    """A batch on its way through one method's cache or, `shared`, through those of all methods at once.
+
+    Shared, the prompts are read once, a method's error is kept with it, and what concerns all of them is raised, such
+    as OutOfMemoryError; methods that change the prompt cannot share it. A method alone has its errors raised.
+    methods: Methods, or alone anything that makes a cache.
+    limit: seconds until those that have not ended fail with TimeLimit, which are looked at behind the prompts.
+    """
+    assert shared or len(methods) == 1, "several methods share their prompts"
+    assert not (shared and any(method.changes_prompt for method in methods)), "what changes the prompt runs alone"
+    began = now(model.device)
+    reading = plan.reading(chunk)
+    state: State
+    if shared:
+        state, found = Group.begin(model, methods, plan.samples, reading.read, reading.prompt_len, pad_id)
+    else:
+        state, found = _alone(model, methods[0], plan.samples, reading, pad_id)
+    prompt_done = now(model.device)
+    with _limited(state, limit, prompt_done - began):
+        if state.active:
+            plan.go_on(state, found)
+    return state, Took(prompt_done - began, now(model.device) - prompt_done)
+
+
+def _alone(
+    model: PreTrainedModel, method: MakesCache, samples: Sequence[int], reading: Reading, pad_id: int
+) -> tuple[Session, Tensor]:
+    cache = method.cache_for(model, prompt_len=reading.prompt_len, samples=samples)
+    session = Session(model, cache, len(samples), pad_id)
+    found = reading.read(session)
+    method.after_prompt(model, cache)
+    return session, found
+
+
+@contextlib.contextmanager
+def _limited(state: State, seconds: float | None, spent: float) -> Iterator[None]:
+    """Inside the block all that have not ended fail with TimeLimit once the time is up. spent: seconds before."""
+    try:
+        with within(state.model, seconds, spent):
+            yield
+    except TimeLimit as error:
+        for member in state.members:
+            member.late(error)
+
+
+class Prompts:
+    """A batch of prompts with one question each.
+
+    repeats: answers per prompt, which all begin at the same compressed cache.
+    heard: per repeat what each cache answered.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], protocol: str, repeats: int = 1):
+        self.prompts, self.repeats = prompts, repeats
+        parts = [prompt.parts(protocol) for prompt in prompts]
+        self.firsts, self._rests = [first for first, _ in parts], [rest for _, rest in parts]
+        self.samples = [prompt.sample for prompt in prompts]
+        self.heard: list[list[Heard | Exception]] = []
+        self._question = 0.0
+
+    def reading(self, chunk: int | None) -> Reading:
+        return in_chunks(self.firsts, chunk)
+
+    def go_on(self, state: State, found: Tensor) -> None:
+        began = now(state.model.device)
+        if any(self._rests):
+            found = state.feed(self._rests)
+        self._question = now(state.model.device) - began
+        for repeat in range(self.repeats):
+            own = state if repeat + 1 == self.repeats else state.fork()
+            self.heard.append(own.answer(found, [prompt.limits_of(repeat) for prompt in self.prompts]))
+
+    def of(self, member: int) -> list[Heard]:
+        """What one cache has answered, per repeat."""
+        return [one for every in self.heard if isinstance(one := every[member], Heard)]
+
+    def timings(self, prompt: float, member: int) -> Timings:
+        heard = self.of(member)
+        seconds, steps = sum(one.seconds for one in heard), sum(one.steps for one in heard)
+        return Timings(prompt, self._question, seconds, sum(map(len, self.firsts)), steps)
+
+
 def generate(
     model: PreTrainedModel,
     method: MakesCache,
@@ -96,23 +235,48 @@ def generate(
     protocol: "aware" compresses context and question together; "agnostic" compresses the context and feeds the question
     as one later turn. chunk: tokens per pass over the prompt; None takes it in one.
     """
-    parts = [prompt.parts(protocol) for prompt in prompts]
-    samples = [prompt.sample for prompt in prompts]
-    began = now(model.device)
-    session, logits = start(model, method, [first for first, _ in parts], samples, chunk, pad_id)
-    prompt_done = now(model.device)
-    if any(rest for _, rest in parts):
-        logits = session.feed([rest for _, rest in parts])
-    question_done = now(model.device)
-    answers = session.decode(logits, [prompt.limits for prompt in prompts])
-    timings = Timings(
-        prompt=prompt_done - began,
-        question=question_done - prompt_done,
-        decode=now(model.device) - question_done,
-        n_prompt=sum(len(first) for first, _ in parts),
-        steps=session.steps,
-    )
-    return answers, session.cache, timings
+    asked = Prompts(prompts, protocol)
+    state, took = through(model, [method], asked, chunk, pad_id)
+    ((one,),) = asked.heard
+    assert isinstance(one, Heard) and isinstance(state, Session)
+    return one.answers, state.cache, asked.timings(took.prompt, 0)
+
+
+@dataclass
+class Outcome:
+    """What one method made of the prompts.
+
+    answers: one per prompt; none where `error` says why.  ledgers: of their rows of its own cache, as in a run alone.
+    error: what went wrong with this method alone; the others are not touched by it.
+    """
+
+    answers: list[Answer]
+    ledgers: list[Report]
+    timings: Timings
+    error: Exception | None = None
+
+
+def together(
+    model: PreTrainedModel,
+    methods: Sequence[Method],
+    prompts: Sequence[Prompt],
+    protocol: str = "aware",
+    chunk: int | None = None,
+    pad_id: int = 0,
+    limit: float | None = None,
+) -> list[Outcome]:
+    """What `generate` gives for each of the methods, from one pass over the prompts; one outcome per method.
+
+    Tokens and ledgers equal those of single runs; times are the group's. limit and what is raised: as in `through`.
+    """
+    asked = Prompts(prompts, protocol)
+    state, took = through(model, methods, asked, chunk, pad_id, limit, shared=True)
+    outcomes = []
+    for i, member in enumerate(state.members):
+        timings = asked.timings(took.prompt, i)
+        answers, ledgers = ([], []) if member.error else (asked.of(i)[0].answers, asked.of(i)[0].reports)
+        outcomes.append(Outcome(answers, ledgers, timings, member.error))
+    return outcomes
 
 
 def start(
@@ -124,10 +288,4 @@ def start(
     pad_id: int = 0,
 ) -> tuple[Session, Tensor]:
     """A session whose prompts have been read and compressed, and the logits after them, [B, V]."""
-    n = max(map(len, prompts))
-    in_chunks = chunk is not None and chunk < n
-    cache = method.cache_for(model, prompt_len=n if in_chunks else None, samples=samples)
-    session = Session(model, cache, len(prompts), pad_id)
-    logits = session.feed(prompts, chunk if in_chunks else None)
-    method.after_prompt(model, cache)
-    return session, logits
+    return _alone(model, method, samples, in_chunks(prompts, chunk), pad_id)

@@ -18,6 +18,8 @@ from runners.engine.new_tokens import Answer, Limits, NewTokens, behind
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from runners.engine.time_limit import TimeLimit
+
 # decode steps between two looks at whether all rows have ended: away from the CPU each look waits for the device
 LOOK_EVERY = {"cpu": 1, "cuda": 8}
 
@@ -26,24 +28,52 @@ LOOK_EVERY = {"cpu": 1, "cuda": 8}
 class Heard:
     """What one cache answered: one answer per row of the prompts, the passes of the decoding.
 
-    reports: the ledger of every row when it had ended.  at: on `now`'s clock, when the last one had.
+    reports: the ledger of every row when it had ended; none of a cache that keeps none.
+    seconds: until the last one had.
     """
 
     answers: list[Answer]
     reports: list[Report]
     steps: int
-    at: float
+    seconds: float
+
+
+class Member(Protocol):
+    """One cache of a state.
+
+    error: what ended it, if anything did.
+    """
+
+    cache: Any
+
+    @property
+    def error(self) -> Exception | None: ...
+
+    def late(self, error: TimeLimit) -> None:
+        """The time is up: it has failed with this error, unless it has ended before."""
+        ...
 
 
 class State(Protocol):
-    """A batch behind its prompts: one cache's, which is a Session, or that of many caches, a Group.
+    """A batch behind its prompts: that of many caches, a Group, or of one alone, which is a Session.
 
+    members: all caches.  active: those that neither failed nor ended.
     feed, run: as in Session; many caches are all fed the same, and their logits follow each other.
     """
 
+    model: PreTrainedModel
+
+    @property
+    def members(self) -> Sequence[Member]: ...
+
+    @property
+    def active(self) -> Sequence[Member]: ...
+
     def feed(self, parts: Sequence[Sequence[int]], *, ends_prompt: bool = False) -> Tensor: ...
 
-    def run(self, ids: Tensor, *, chunk: int | None = None, every: bool = False) -> Tensor: ...
+    def run(
+        self, ids: Tensor, *, chunk: int | None = None, ends_prompt: bool = False, every: bool = False
+    ) -> Tensor: ...
 
     def answer(self, logits: Tensor, limits: Sequence[Limits], *, exact: bool = False) -> list[Heard | Exception]:
         """Answers of every cache, from the logits after what was last fed."""
@@ -57,7 +87,10 @@ class Session:
 
     Rows are padded on the left in every part, so that all parts end together.
     steps: passes of all decoding so far.
+    It is a group of one: its only member is itself, and what goes wrong is raised.
     """
+
+    error: Exception | None = None
 
     def __init__(self, model: PreTrainedModel, cache: Any, rows: int, pad_id: int = 0):
         self.model, self.cache, self.pad_id = model, cache, pad_id
@@ -67,6 +100,15 @@ class Session:
         self._last_only = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         )
+
+    @property
+    def members(self) -> Sequence[Session]:
+        return [self]
+
+    active = members
+
+    def late(self, error: TimeLimit) -> None:
+        raise error
 
     def feed(
         self, parts: Sequence[Sequence[int]], chunk: int | None = None, ends_prompt: bool = False, every: bool = False
@@ -122,10 +164,12 @@ class Session:
 
     def answer(self, logits: Tensor, limits: Sequence[Limits], exact: bool = False) -> list[Heard | Exception]:
         """What `decode` gives, with the rows' ledgers."""
-        before = self.steps
+        began, before = now(self.model.device), self.steps
         answers = self.decode(logits, limits, exact)
-        steps = self.steps - before
-        return [Heard(answers, self.cache.reports(behind(answers, steps)), steps, now(self.model.device))]
+        seconds, steps = now(self.model.device) - began, self.steps - before
+        # the library's own caches keep no ledger
+        keeps = hasattr(self.cache, "reports")
+        return [Heard(answers, self.cache.reports(behind(answers, steps)) if keeps else [], steps, seconds)]
 
     def expect(self, new: int) -> None:
         """Let the cache make room for no more than so many tokens; the library's own caches do not ask."""

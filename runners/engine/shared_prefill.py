@@ -7,7 +7,6 @@ next layer begins. Then what is fed goes through one batch, each row on its own 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -77,9 +76,10 @@ class Group:
         """As Session.feed, one part per prompt for all members; [active * B, V]."""
         return self.session.feed([*parts] * len(self.active), ends_prompt=ends_prompt)
 
-    def run(self, ids: Tensor, chunk: int | None = None, every: bool = False) -> Tensor:
+    def run(self, ids: Tensor, chunk: int | None = None, ends_prompt: bool = False, every: bool = False) -> Tensor:
         """As Session.run, for ids [B, T] of all members."""
-        return self.session.run(ids.repeat(len(self.active), 1), chunk=chunk, every=every)
+        ids = ids.repeat(len(self.active), 1)
+        return self.session.run(ids, chunk=chunk, ends_prompt=ends_prompt, every=every)
 
     def fork(self) -> Group:
         """A group that goes on from here by itself; a member that fails in one of the two has failed in both."""
@@ -88,29 +88,21 @@ class Group:
             lent += [member] if member not in self.active else [member.fate, *member.cache.lent()]
         return copy.deepcopy(self, {id(one): one for one in lent})
 
-    def answer(
-        self,
-        logits: Tensor,
-        limits: Sequence[Limits],
-        exact: bool = False,
-        seconds: float | None = None,
-        spent: float = 0.0,
-    ) -> list[Heard | Exception]:
+    def answer(self, logits: Tensor, limits: Sequence[Limits], exact: bool = False) -> list[Heard | Exception]:
         """Answers of all members, in their order; the error of one that has failed.
 
         A member leaves when all its rows have ended: nothing can be fed afterwards.
 
         logits [active * B, V]: after what was last fed.  limits: one per prompt.
-        seconds: who has not ended by then fails with TimeLimit; `spent` of them are gone already.
         """
         assert not exact, "rows that end apart from each other cannot go on together"
-        self._decode(logits, limits, seconds, spent)
+        self._decode(logits, limits)
         return [found for member in self.members if (found := member.heard or member.error) is not None]
 
-    def _decode(self, logits: Tensor, limits: Sequence[Limits], seconds: float | None, spent: float) -> None:
+    def _decode(self, logits: Tensor, limits: Sequence[Limits]) -> None:
         if not self.active:
             return
-        until = None if seconds is None else time.perf_counter() + seconds - spent
+        began = now(self.model.device)
         session, device = self.session, logits.device
         rows = NewTokens([*limits] * len(self.active), device)
         n, steps = session.mask.shape[1], max(0, rows.most - 1)
@@ -121,15 +113,12 @@ class Group:
         look_every = LOOK_EVERY.get(device.type, 1)
         for done in range(steps):
             if done % look_every == 0:
-                if seconds is not None and until is not None and time.perf_counter() > until:
-                    for member in self.active:
-                        member.fail(TimeLimit(seconds))
                 ended = rows.ended()
                 over = [all(ended[row] for row in self._rows(i)) for i in range(len(self.active))]
                 stay = [i for i, member in enumerate(self.active) if not over[i] and member.error is None]
                 if len(stay) < len(self.active):
                     left = [row for i in stay for row in self._rows(i)]
-                    self._leave(rows, done, but=stay)
+                    self._leave(rows, done, began, but=stay)
                     if not self.active:
                         return
                     new = new[rows.keep(left)]
@@ -138,15 +127,15 @@ class Group:
             here = slice(done, done + 1)
             seen = mask[:, : n + done + 1].repeat(M, 1)
             new = rows.take(session._forward(new[:, None], pos[:, here].repeat(M, 1), seen, False)[:, -1])
-        self._leave(rows, steps)
+        self._leave(rows, steps, began)
 
-    def _leave(self, rows: NewTokens, steps: int, but: Sequence[int] = ()) -> None:
+    def _leave(self, rows: NewTokens, steps: int, began: float, but: Sequence[int] = ()) -> None:
         """Let all members go that are not in `but`, places among the active."""
-        at = now(self.model.device)
+        seconds = now(self.model.device) - began
         answers = rows.answers()
         for i, member in enumerate(self.active):
             if i not in but:
-                member.leave([answers[row] for row in self._rows(i)], steps, at)
+                member.leave([answers[row] for row in self._rows(i)], steps, seconds)
         self.active = [self.active[i] for i in but]
 
     def _rows(self, i: int) -> range:
@@ -210,10 +199,14 @@ class Member:
         self.guard(lambda: self.cache.go_on_from(shared))
         self.guard(lambda: self.method.after_prompt(model, self.cache))
 
-    def leave(self, answers: list[Answer], steps: int, at: float) -> None:
+    def late(self, error: TimeLimit) -> None:
+        if self.heard is None:
+            self.fail(error)
+
+    def leave(self, answers: list[Answer], steps: int, seconds: float) -> None:
         """Let the cache go with these answers: others may decode for a long time yet."""
         if self.error is None:
-            self.heard = Heard(answers, self.cache.reports(behind(answers, steps)), steps, at)
+            self.heard = Heard(answers, self.cache.reports(behind(answers, steps)), steps, seconds)
         del self.cache
         for layer in self.layers:
             layer.inner = None

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from runners.engine.generation import MakesCache, Timings
-from runners.engine.session import Session, now
+from runners.engine.generation import MakesCache, Reading, Timings, through
+from runners.engine.session import Member, Session, State
 from tasks.base import Forced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@torch.inference_mode()
 def force(
     model: PreTrainedModel, method: MakesCache, pieces: Sequence[Sequence[int]], forced: Forced, samples: Sequence[int]
 ) -> tuple[Tensor, Any, Timings]:
@@ -29,23 +28,21 @@ def force(
     Losses are negative log-likelihoods in nats, [B, L], float32; NaN where the protocol predicts nothing. The step
     that computes one sees the cache after compression, except in `one_pass` and in the first block of `chunk`.
     """
-    began = now(model.device)
-    text = Text(pieces, forced, model.device)
-    session = Session(model, method.cache_for(model, samples=samples), len(pieces))
-    losses = text.begin(session)
-    method.after_prompt(model, session.cache)
-    prompt_done = now(model.device)
-    text.go_on(session, losses)
-    return losses, session.cache, text.timings(prompt_done - began, now(model.device) - prompt_done)
+    text = Text(pieces, forced, samples, model.device)
+    state, took = through(model, [method], text)
+    (member,) = state.members
+    return text.losses[member], member.cache, text.timings(*took)
 
 
 class Text:
-    """A batch of pieces on its way through a session: `first` of their tokens as the prompt, then blocks.
+    """A batch of pieces on its way through a state: `first` of their tokens as the prompt, then blocks.
 
-    ids [B, L].
+    ids [B, L].  losses: what each cache that neither failed nor ended has found.
     """
 
-    def __init__(self, pieces: Sequence[Sequence[int]], forced: Forced, device: torch.device):
+    def __init__(self, pieces: Sequence[Sequence[int]], forced: Forced, samples: Sequence[int], device: torch.device):
+        self.samples = samples
+        self.losses: dict[Member, Tensor] = {}
         self.ids = torch.tensor([list(piece) for piece in pieces], device=device)
         self.forced, n = forced, self.ids.shape[1]
         # the last token's own prediction is nobody's loss; a block of `chunk` is still compressed with it
@@ -53,7 +50,11 @@ class Text:
         begins = forced.stride if forced.through in ("chunk", "one_pass") else forced.prompt - 1
         self.first = min(begins, self.last)
 
-    def begin(self, session: Session) -> Tensor:
+    def reading(self, chunk: int | None) -> Reading:
+        """The prompt in one pass, whatever the chunk."""
+        return Reading(self._begin, None)
+
+    def _begin(self, session: Session) -> Tensor:
         """Feed the prompt; losses [B, L], filled in as far as its own predictions count."""
         losses = torch.full(self.ids.shape, torch.nan, device=self.ids.device)
         n = self.first
@@ -63,14 +64,15 @@ class Text:
             losses[:, 1 : n + 1] = _losses(logits, self.ids[:, 1 : n + 1])
         return losses
 
-    def go_on(self, session: Session, losses: Tensor) -> None:
-        """Feed the rest, and fill in its losses [rows, L]; a session with more rows reads the batch again and again."""
-        ids = self.ids.repeat(len(losses) // len(self.ids), 1)
+    def go_on(self, state: State, found: Tensor) -> None:
+        """Feed the rest, and fill in its losses [caches * B, L]."""
+        targets = self.ids.repeat(len(found) // len(self.ids), 1)
         again = self.forced.through == "chunk"
         for a in range(self.first, self.last, self.forced.stride):
             b = min(a + self.forced.stride, self.last)
-            logits = session.run(ids[:, a:b], ends_prompt=again, every=True)
-            losses[:, a + 1 : b + 1] = _losses(logits, ids[:, a + 1 : b + 1])
+            logits = state.run(self.ids[:, a:b], ends_prompt=again, every=True)
+            found[:, a + 1 : b + 1] = _losses(logits, targets[:, a + 1 : b + 1])
+        self.losses = dict(zip(state.active, found.split(len(self.ids)), strict=True))
 
     def timings(self, prompt: float, decode: float) -> Timings:
         return Timings(prompt, 0.0, decode, n_prompt=self.first * len(self.ids), steps=self.last - self.first)

@@ -64,6 +64,7 @@ class Sampled:
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: Whole | None = None
+    repeats: Count | None = None
     seed: Whole | None = None
 
 

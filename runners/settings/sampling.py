@@ -37,6 +37,8 @@ def check_sampling(found: Sampling, examples: Sequence[Example]) -> None:
         raise UserError(f"{key}: no sample of this task has an answer that is generated; leave it out")
     if any(example.beams > 1 for example in examples):
         raise UserError(f"{key}: a beam search draws nothing; give task.beams=1, or leave it out")
+    if found.repeats > 1 and any(example.kind == "turns" for example in examples):
+        raise UserError(f"sampling.repeats={found.repeats}: several questions on one context are answered once; give 1")
 
 
 def told(sampling: Sampling) -> dict[str, Any]:

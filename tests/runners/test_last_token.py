@@ -11,9 +11,9 @@ import torch
 import run
 from methods import load_method
 from methods.core.errors import UserError
-from runners.engine.answer import Setting, answer, check
+from runners.engine.answer import answer, answer_together
 from runners.engine.prompt import Encoder
-from runners.engine.together import answer_together
+from runners.engine.setting import Setting, check
 from tasks.base import Choice, Example, Turn
 from tests.conftest import WORDS
 from tests.runners.engine.test_answer import Echo

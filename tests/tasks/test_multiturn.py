@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM
 
 from methods import load_method
 from methods.core.errors import UserError
-from runners.engine.answer import Setting, answer
+from runners.engine.answer import answer
 from runners.engine.prompt import Encoder
+from runners.engine.setting import Setting
 from tasks.base import Task, as_parts
 from tasks.multiturn import KINDS, MultiTurn, change, shares_held
 

@@ -22,8 +22,7 @@ from methods.core.errors import UserError
 from methods.core.typed import Count, Folder, Positive
 from methods.kvtuner import BITS, CARD, KVTuner, Pair, Table, nominal_bits, table_yaml
 from runners.base import Runner
-from runners.engine.answer import REASONS, check_last_token
-from runners.engine.generation import generate
+from runners.engine.generation import generate, together
 from runners.engine.loading import (
     Checkpoint,
     checkpoint_of,
@@ -36,8 +35,9 @@ from runners.engine.loading import (
     pick_threads,
 )
 from runners.engine.prompt import Encoded, Encoder
+from runners.engine.rows import REASONS
+from runners.engine.setting import check_last_token
 from runners.engine.thoughts import named
-from runners.engine.together import together
 from runners.learn.bits.bit_pairs import Group, group_layers
 from runners.learn.bits.pareto_figure import draw_front
 from runners.learn.bits.search import SAMPLERS, Trial, best_under, front, search

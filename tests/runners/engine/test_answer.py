@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 from methods import load_method
 from methods.core.contract import Method
 from methods.core.errors import UserError
-from runners.engine.answer import Setting, answer, check
+from runners.engine.answer import answer
 from runners.engine.conversation import dialogue
 from runners.engine.generation import Prompt, generate
 from runners.engine.prompt import Encoder
+from runners.engine.setting import Setting, check
 from tasks.base import Choice, Example, Forced, Task, Timed, Turn
 from tests.bounds import half_digit, near
 

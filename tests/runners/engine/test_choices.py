@@ -10,10 +10,11 @@ import torch
 from methods import load_method
 from methods.core.bind import unbound
 from methods.core.errors import UserError
-from runners.engine.answer import Setting, answer, check
+from runners.engine.answer import answer
 from runners.engine.choices import Asked, compare, encode
 from runners.engine.prompt import Encoder
 from runners.engine.session import Session
+from runners.engine.setting import Setting, check
 from tasks.base import Choice, Example
 from tasks.lm_eval_harness import LmEval
 from tests.bounds import losses_off, near

@@ -9,11 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from kernels.noise import uniform
 from methods import load_method
-from runners.engine.generation import Prompt, generate
+from runners.engine.generation import Prompt, generate, together
 from runners.engine.new_tokens import Draw, Limits, NewTokens, Stops, draw
 from runners.engine.prompt import Encoder
 from runners.engine.session import LOOK_EVERY, behind
-from runners.engine.together import together
 from tasks.base import Example, Sampling
 from tests.bounds import half_digit, near
 

@@ -7,9 +7,8 @@ import torch
 
 from methods.snapkv import SnapKV
 from methods.tova import TOVA
-from runners.engine.answer import answer
+from runners.engine.answer import answer, answer_together
 from runners.engine.problem import problem
-from runners.engine.together import answer_together
 from tests.runners.engine.test_answer import TEXT, Example, Method, model, setting  # noqa: F401
 
 HERE = Path(__file__).relative_to(Path(__file__).parents[3])

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 from tokenizers import AddedToken
 
-from runners.engine.answer import Setting, answered
 from runners.engine.new_tokens import Answer
 from runners.engine.prompt import Encoder
+from runners.engine.rows import answered
+from runners.engine.setting import Setting
 from runners.engine.thoughts import apart
 from runners.report import remarks
 from tasks.base import Example

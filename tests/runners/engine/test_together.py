@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from methods.core.contract import Stage
 from methods.core.errors import UserError
 from methods.core.eviction import Eviction, EvictionCache
 from methods.core.stores.codec import Codec
-from runners.engine.answer import Setting, answer
-from runners.engine.generation import Prompt, generate
+from runners.engine.answer import answer, answer_together
+from runners.engine.generation import Prompt, generate, through, together
 from runners.engine.new_tokens import Answer, behind
 from runners.engine.prompt import Encoder
-from runners.engine.teacher_forcing import force
+from runners.engine.setting import Setting
+from runners.engine.teacher_forcing import Text, force
 from runners.engine.time_limit import TimeLimit
-from runners.engine.together import answer_together, force_together, together
 from tasks.base import Choice, Example, Forced, Task, Turn
 from tests.bounds import LOUDEST, SHARP, losses_off, near, run_off
 from tests.methods.conftest import tiny_llama
@@ -93,6 +94,19 @@ def test_every_method_answers_in_a_group_as_it_does_alone(model, protocol, rows,
     print(f"{ties} of {len(methods) * rows} answers differ where two logits tie")
     record_property("ties", ties)
     assert ties <= len(methods) * rows // 10
+
+
+def force_together(model, methods, pieces, plan, samples, limit=None):
+    """For each method its losses, the ledgers and timings, and its error."""
+    text = Text(pieces, plan, samples, model.device)
+    state, took = through(model, methods, text, limit=limit, shared=True)
+    found = []
+    for member in state.members:
+        ledgers = None if member.error else member.cache.reports()
+        found.append(SimpleNamespace(
+            losses=text.losses.get(member), ledgers=ledgers, timings=text.timings(*took), error=member.error
+        ))  # fmt: skip
+    return found
 
 
 def fed(through: str, prompt: int, stride: int, first: int) -> Forced:

@@ -134,11 +134,11 @@ def test_every_import_of_ours_that_a_hash_follows_can_be_found():
 
 
 def test_the_code_of_a_run_is_the_shared_core_its_own_method_and_nothing_that_only_shows():
-    from runners.engine import answer, together
+    from runners.engine import answer
     from runners.engine.loading import Checkpoint
     from runners.engine.prompt import Encoder
 
-    parts = [answer.Setting, together.Outcome, Checkpoint, Encoder]
+    parts = [answer.Pass, Checkpoint, Encoder]
     found = code_of(["methods.nacl.NACL", "tasks.longbench.task", *(f"{p.__module__}.{p.__qualname__}" for p in parts)])
     wanted = {
         "methods.nacl", "methods.core.eviction", "methods.core.store", "runners.engine.generation",

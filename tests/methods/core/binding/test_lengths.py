@@ -13,8 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from methods import load_method
 from methods.core.binding.lengths import CrossesSwitch
 from methods.core.errors import UserError
-from runners.engine.generation import Prompt, generate
-from runners.engine.together import together
+from runners.engine.generation import Prompt, generate, together
 from tests.tiny import VOCAB, tiny_model
 
 SWITCH, NEW = 64, 6

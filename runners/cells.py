@@ -5,37 +5,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from methods import build_method, load_method
 from methods.core import artefacts
 from methods.core.contract import Method
 from methods.core.errors import UserError
-from runners.engine import answer, latency, thoughts
+from runners.engine import answer, latency
 from runners.engine.generation import Prompt, generate
-from runners.engine.loading import (
-    Checkpoint,
-    checkpoint_of,
-    date_of,
-    load_model,
-    load_tokenizer,
-    pick_backend,
-    pick_device,
-    pick_dtype,
-    pick_threads,
-)
+from runners.engine.loading import Checkpoint
 from runners.engine.prompt import Encoder
 from runners.engine.rows import failed, row_of
 from runners.engine.setting import Setting, check
+from runners.model_setup import Loads, ModelSetup, plain
 from runners.records.generations import Found, Shelf, check_found, say_what_changed
 from runners.records.provenance import Code, code_of, commit
 from runners.records.record import Record, digest, generation_of
@@ -43,12 +34,6 @@ from runners.report import run_table as show
 from runners.settings.sampling import check_sampling, sampling_of, told
 from tasks.base import Example, Task, as_parts, as_whole
 from tasks.data.sources import expand
-
-if TYPE_CHECKING:
-    # importing the library's models takes seconds, and what is on disk is shown without them
-    from transformers import PreTrainedModel
-
-Loads = Callable[[Checkpoint, torch.dtype, torch.device], "PreTrainedModel"]
 
 
 @dataclass
@@ -72,7 +57,7 @@ class Cell:
         return f"{self.name} at budget={self.method.budget:g}"
 
 
-class Run:
+class Run(ModelSetup):
     """Everything one call works with, each part made when it is first needed.
 
     method: the name of the method that `cfg.method` describes.  load: where the model comes from.
@@ -84,20 +69,15 @@ class Run:
         task: Task,
         results: Path,
         method: str,
-        load: Callable[..., PreTrainedModel] | None = None,
+        load: Loads | None = None,
     ):
-        self.load = load or load_model
-        self.cfg, self.task, self.results = cfg, task, results
-        self.checkpoint = checkpoint_of(cfg.model)
+        super().__init__(cfg, load)
+        self.task, self.results = task, results
         self.sampling = sampling_of(task, cfg.sampling)
         task.fit(lambda: self.encoder.tokens())
         self.examples = task.examples()
         check_sampling(self.sampling, self.examples)
         latency.check(self.examples, self.checkpoint.window)
-        self.device = pick_device(str(cfg.device))
-        self.backend = pick_backend(str(cfg.kernels.backend), self.device)
-        self.dtype = pick_dtype(str(cfg.dtype), self.checkpoint, self.device)
-        self.threads = pick_threads(cfg.threads)
         words = list((cfg.hydra if "hydra" in cfg else HydraConfig.get()).overrides.task)
         self.full = self._cell("full", load_method("full"), {}, words)
         self.cell = self.cell_of(method, plain(cfg.method), words)
@@ -122,37 +102,6 @@ class Run:
     def timed(self) -> bool:
         """Whether the task takes times and nothing else."""
         return any(example.kind == "timed" for example in self.examples)
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        tokenizer = load_tokenizer(self.checkpoint)
-        ends = self.checkpoint.ends | ({tokenizer.eos_token_id} - {None})
-        model = self.cfg.model
-        return Encoder(
-            tokenizer,
-            ends=sorted(ends),
-            max_length=self.checkpoint.max_length(model.max_length),
-            window=self.checkpoint.window,
-            chat=bool(model.chat),
-            chat_options=plain(model.chat_options),
-            date=date_of(self.checkpoint, model),
-            reasoning=self.reasoning,
-            hold_last=self.cfg.last_token == "held",
-            sampling=self.sampling,
-        )
-
-    @property
-    def reasoning(self) -> str:
-        return thoughts.named(self.cfg.model.reasoning)
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        torch.set_num_threads(self.threads)
-        return self.load(self.checkpoint, self.dtype, self.device)
 
     @cached_property
     def setting(self) -> Setting:
@@ -354,10 +303,10 @@ class Run:
         """The settings of the model that decide what its prompts look like, and what of its answers is scored."""
         model = self.cfg.model
         return {
-            "max_length": self.checkpoint.max_length(model.max_length),
+            "max_length": self.max_length,
             "chat": bool(model.chat),
             "chat_options": plain(model.chat_options),
-            **({"date": date} if (date := date_of(self.checkpoint, model)) else {}),
+            **({"date": self.date} if self.date else {}),
             **({"reasoning": self.reasoning} if self.reasoning != "strip" else {}),
         }
 
@@ -415,8 +364,3 @@ def _targets(node: Any) -> list[str]:
         return []
     own = [node["_target_"]] if "_target_" in node else []
     return own + [target for value in node.values() for target in _targets(value)]
-
-
-def plain(node: Any) -> Any:
-    """A configuration node as plain containers."""
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

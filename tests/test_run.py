@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import run
-from runners import cells, evaluate, sweep
+from runners import evaluate, model_setup, sweep
 from runners.engine import answer
 from runners.engine import loading as load
 from runners.records import provenance as revision
@@ -142,7 +142,7 @@ def test_the_full_cache_holds_everything_and_has_its_own_record(command, tmp_pat
 def test_what_is_on_disk_is_not_computed_again_and_needs_no_model(command, tmp_path, monkeypatch):
     _, first, _ = command()
     before = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.json*")}
-    monkeypatch.setattr(cells, "load_model", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(model_setup, "load_model", lambda *a: pytest.fail("the model was loaded"))
     code, second, _ = command()
     assert code == 0 and second == first
     assert {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.json*")} == before
@@ -371,7 +371,7 @@ def test_a_question_without_room_is_cut_as_the_benchmark_cuts_it_also_in_the_fir
 
 def test_a_file_in_the_way_of_the_results_is_said_before_anything_runs(command, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(cells, "load_model", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(model_setup, "load_model", lambda *a: pytest.fail("the model was loaded"))
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         code, _, err = command(results=folder)
         assert code == 2 and f"results={folder}: cannot be written" in err and len(err.splitlines()) == 1
@@ -575,7 +575,7 @@ def test_resume_old_shows_the_older_record_and_computes_nothing(command, tmp_pat
     command(*mine_in)
     (old,) = (tmp_path / "results").glob("*/*/mine-*")
     mine(MINE.replace("SIGN", "-1"))
-    monkeypatch.setattr(cells, "load_model", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(model_setup, "load_model", lambda *a: pytest.fail("the model was loaded"))
     before = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.json*")}
     code, out, err = command(*mine_in, "resume=old")
     assert code == 0 and f"record: {old}" in out, err

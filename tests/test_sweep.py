@@ -20,7 +20,7 @@ from methods.core.errors import BudgetMiss
 from methods.core.eviction import EvictionCache
 from methods.core.meter import Report
 from methods.random import Random
-from runners import cells, sweep
+from runners import model_setup, sweep
 from runners.engine.loading import load_model
 from tests.bounds import losses_off, near
 from tests.tasks.choice_items import write
@@ -129,7 +129,7 @@ def test_what_is_on_disk_is_not_run_again_and_needs_no_model(command, tmp_path, 
 
 def test_a_single_run_finds_what_the_sweep_has_made_and_shows_no_speed_of_a_group(command, monkeypatch):
     command(*GRID)
-    monkeypatch.setattr(cells, "load_model", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(model_setup, "load_model", lambda *a: pytest.fail("the model was loaded"))
     code, out, _ = command("method=nacl", "budget=0.2")
     speeds = [line.split()[-2:] for line in out.splitlines() if line.strip().startswith(("prefill,", "decode,"))]
     assert code == 0 and speeds == [["-", "-"], ["-", "-"]]
@@ -414,7 +414,7 @@ def test_another_task_is_a_group_of_its_own_and_the_model_is_loaded_once(command
 def test_a_method_that_changes_the_prompt_and_not_the_model_runs_on_the_same_one(command, monkeypatch):
     loads = []
     monkeypatch.setattr(sweep, "load_model", lambda *a: loads.append(a) or load_model(*a))
-    monkeypatch.setattr(cells, "load_model", lambda *a: pytest.fail("a second model was loaded"))
+    monkeypatch.setattr(model_setup, "load_model", lambda *a: pytest.fail("a second model was loaded"))
     code, out, err = command(
         "-m", "method=lococo,snapkv", "budget=128,256", "model.path=assets/reference", "task.limit=1"
     )

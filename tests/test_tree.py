@@ -180,7 +180,7 @@ ROOMS = {
     "engine": set(),
     "records": {"report"},
     "report": {"engine", "records", "cells", "jobs"},
-    "learn": {"settings", "engine", "records", "report", "base"},
+    "learn": {"settings", "engine", "records", "report", "base", "model_setup"},
 }
 
 

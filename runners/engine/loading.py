@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,6 @@ MARGIN = 500
 INITS = ("pretrained", "random")
 CHECKS = ("auto", "off")
 Ends = Whole | list[Whole] | None  # token ids
-DTYPES = ("float32", "float16", "bfloat16")
 RANDOM_SEED = 0
 
 
@@ -282,64 +281,6 @@ def _drawn(checkpoint: Checkpoint, dtype: "torch.dtype", device: "torch.device")
     except Exception as error:  # each configuration class checks its sizes in its own way
         raise UserError(f"model.init=random: no model of this shape can be made: {_first_line(error)}") from error
     return model.to(device).eval()
-
-
-def pick_device(device: str) -> "torch.device":
-    """`device` as typed, or CUDA if there is one. Raises UserError if it does not exist."""
-    import torch
-
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices; try device=cpu")
-    return chosen
-
-
-def pick_backend(backend: str, device: "torch.device") -> str:
-    """Choose the form of the kernels for this process and name the one that runs on the device.
-
-    Raises UserError if it cannot.
-    """
-    from kernels import backend as kernels_backend
-    from kernels import compiled
-
-    try:
-        kernels_backend.use(backend)
-        return compiled.name_on(device)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(str(error)) from error
-
-
-@cache
-def pick_threads(asked: int | None) -> int:
-    """CPU threads for torch: as asked, else OMP_NUM_THREADS, else as many as there are idle cores.
-
-    The threads of one operation wait for each other, so a single one on a busy core slows all of them down: a small
-    model on two threads was seen to take ten times as long as on one.
-    """
-    import psutil
-    import torch
-
-    if asked is not None:
-        return asked
-    most = torch.get_num_threads()
-    if "OMP_NUM_THREADS" in os.environ or most == 1:
-        return most
-    busy = sum(psutil.cpu_percent(interval=0.3, percpu=True)) / 100
-    return max(1, min(most, round((psutil.cpu_count() or 1) - busy)))
-
-
-def pick_dtype(dtype: str, checkpoint: Checkpoint, device: "torch.device") -> "torch.dtype":
-    """`dtype` as typed; for auto float32 on a CPU and the checkpoint's own elsewhere."""
-    import torch
-
-    if dtype == "auto":
-        own = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
-        dtype = "float32" if device.type == "cpu" else own
-    if dtype not in DTYPES:
-        raise UserError(f"model.path={checkpoint.path}: its dtype is {shown(dtype)}; give dtype={', '.join(DTYPES)}")
-    return getattr(torch, dtype)
 
 
 def _check(path: str, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from methods import build_method
@@ -23,15 +23,7 @@ from methods.core.errors import UserError
 from methods.core.reading import read_bytes, read_text
 from methods.core.typed import Count, Folder
 from runners.base import Runner
-from runners.engine.loading import (
-    checkpoint_of,
-    load_model,
-    load_tokenizer,
-    pick_backend,
-    pick_device,
-    pick_dtype,
-    pick_threads,
-)
+from runners.model_setup import ModelSetup, plain
 from runners.records.record import check_writable
 from runners.report import run_table as show
 from tasks.data.sources import parse_rows
@@ -68,20 +60,16 @@ class Calibrate(Runner):
     def run(self, cfg: DictConfig) -> int:
         """Makes the artefact, says how it went, returns 0. Raises UserError for what the user gave and cannot work."""
         name = HydraConfig.get().runtime.choices["method"]
-        method = build_method(name, _plain(cfg.method))
+        method = build_method(name, plain(cfg.method))
         options = self._options(method)
         at = Path(self.out).expanduser() if self.out else None
         if at:
             check_writable(at, "runner.out")
-        checkpoint = checkpoint_of(cfg.model)
-        tokenizer = load_tokenizer(checkpoint)
+        setup = ModelSetup(cfg)
+        checkpoint = setup.checkpoint
         length = min(self.tokens, checkpoint.window or self.tokens)
-        rows, source = self.rows(tokenizer, length, cfg.seed)
-        device = pick_device(str(cfg.device))
-        pick_backend(str(cfg.kernels.backend), device)
-        dtype = pick_dtype(str(cfg.dtype), checkpoint, device)
-        torch.set_num_threads(pick_threads(cfg.threads))
-        model = load_model(checkpoint, dtype, device)
+        rows, source = self.rows(setup.tokenizer, length, cfg.seed)
+        model = setup.model
         show.say(f"{name}: {len(rows)} rows of {length} tokens, {source['text']}")
         made = method.calibrate(model, rows, seed=cfg.seed, **options)
         facts = {
@@ -90,7 +78,7 @@ class Calibrate(Runner):
             "documents": len(rows),
             "tokens": length,
             "seed": cfg.seed,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": setup.dtype_name,
             "checkpoint": checkpoint.weights,
             "made_with": {package: metadata.version(package) for package in ("torch", "transformers")},
         }
@@ -130,7 +118,7 @@ class Calibrate(Runner):
     def _options(self, method: Method) -> dict[str, Any]:
         """The options, checked by name against what the method's `calibrate` takes."""
         takes = set(inspect.signature(method.calibrate).parameters) - {"model", "rows", "seed", "options"}
-        options = _plain(self.options) or {}
+        options = plain(self.options) or {}
         for key in options:
             if key not in takes:
                 names = ", ".join(sorted(takes)) or "none"
@@ -163,8 +151,3 @@ def _texts(path: Path) -> Iterator[str]:
         if text is None:
             raise UserError(f"runner.data={path}: row {number} has no {' and no '.join(TEXT_KEYS)}")
         yield text
-
-
-def _plain(node: Any) -> Any:
-    """A configuration node as plain containers."""
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

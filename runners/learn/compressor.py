@@ -38,16 +38,8 @@ from methods.core.reading import read_text
 from methods.core.typed import Count, Positive, Whole
 from methods.lococo import TRAINER, LoCoCo
 from runners.base import Runner
-from runners.engine.loading import (
-    checkpoint_of,
-    load_model,
-    load_tokenizer,
-    pick_backend,
-    pick_device,
-    pick_dtype,
-    pick_threads,
-)
 from runners.learn.calibrate import generated
+from runners.model_setup import ModelSetup
 from runners.records.record import check_writable
 from runners.report import run_table as show
 from tasks.documents import prose
@@ -125,13 +117,8 @@ class TrainCompressor(Runner):
                 "method=lococo for one number of slots, such as budget=128"
             )
         check_writable(Path(self.out), "runner.out")
-        checkpoint = checkpoint_of(cfg.model)
-        torch.set_num_threads(pick_threads(cfg.threads))
-        device = pick_device(str(cfg.device))
-        pick_backend(str(cfg.kernels.backend), device)
-        tokenizer = load_tokenizer(checkpoint)
-        model = load_model(checkpoint, pick_dtype(str(cfg.dtype), checkpoint, device), device).requires_grad_(False)
-        return self.train(model, tokenizer, method, int(cfg.seed))
+        setup = ModelSetup(cfg)
+        return self.train(setup.model.requires_grad_(False), setup.tokenizer, method, int(cfg.seed))
 
     def train(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: LoCoCo, seed: int) -> int:
         """The same for a loaded model. Raises UserError when the text is too short for one row."""

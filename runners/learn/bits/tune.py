@@ -11,9 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from methods import build_method
 from methods.core import artefacts
@@ -23,25 +22,14 @@ from methods.core.typed import Count, Folder, Positive
 from methods.kvtuner import BITS, CARD, KVTuner, Pair, Table, nominal_bits, table_yaml
 from runners.base import Runner
 from runners.engine.generation import generate, together
-from runners.engine.loading import (
-    Checkpoint,
-    checkpoint_of,
-    date_of,
-    load_model,
-    load_tokenizer,
-    pick_backend,
-    pick_device,
-    pick_dtype,
-    pick_threads,
-)
 from runners.engine.prompt import Encoded, Encoder
 from runners.engine.rows import REASONS
 from runners.engine.setting import check_last_token
-from runners.engine.thoughts import named
 from runners.learn.bits.bit_pairs import Group, group_layers
 from runners.learn.bits.pareto_figure import draw_front
 from runners.learn.bits.search import SAMPLERS, Trial, best_under, front, search
 from runners.learn.bits.sensitivity import RELATIVE, Shift, profile
+from runners.model_setup import ModelSetup, plain
 from runners.records.record import check_writable, digest
 from runners.report import run_table as show
 from runners.settings.parts import task_of
@@ -105,25 +93,21 @@ class Tune(Runner):
     def run(self, cfg: DictConfig) -> int:
         """Searches, writes tables, card and figure, returns 0. Raises UserError for what was given and cannot work."""
         name = HydraConfig.get().runtime.choices["method"]
-        method = build_method(name, _plain(cfg.method))
+        method = build_method(name, plain(cfg.method))
         if not isinstance(method, KVTuner):
             raise UserError(f"runner=tune: method={name} has no tables of bits; give method=kvtuner")
         task: Task = task_of(cfg)
         show.say(task.source())
         if self.out:
             check_writable(Path(self.out).expanduser(), "runner.out")
-        checkpoint = checkpoint_of(cfg.model)
-        encoder = _encoder(checkpoint, cfg)
+        setup = ModelSetup(cfg)
+        encoder = setup.encoder
         task.fit(encoder.tokens)
         asking = [example for example in task.examples() if not example.error and example.kind == "answer"]
         examples = asking[:: self.stride]
         if not examples:
             raise UserError(f"runner=tune: task={task.name} asks no questions that are answered; give one that does")
-        device = pick_device(str(cfg.device))
-        pick_backend(str(cfg.kernels.backend), device)
-        dtype = pick_dtype(str(cfg.dtype), checkpoint, device)
-        torch.set_num_threads(pick_threads(cfg.threads))
-        model = load_model(checkpoint, dtype, device)
+        model = setup.model
 
         prompts = [encoder(example).prompt.ids for example in examples[: self.profile_prompts]]
         shifts = profile(model, prompts, method.store, self.bits, self.relative)
@@ -149,14 +133,14 @@ class Tune(Runner):
             **({"reasoning": encoder.reasoning} if encoder.reasoning != "strip" else {}),
         }
         about = {
-            "weights": checkpoint.weights,
+            "weights": setup.checkpoint.weights,
             # what is read and what ends an answer, whatever the model's settings made of them
             "prompts": _digest_of([encoder(example) for example in asked]),
             "task": task.fingerprint,
             "samples": [example.id for example in asked],
             "method": {**replace(method, table=None, budget=1.0).config()},
             "protocol": cfg.protocol,
-            "dtype": str(dtype),
+            "dtype": str(setup.dtype),
             "chunk": cfg.chunk,
             **otherwise,
         }
@@ -191,8 +175,8 @@ class Tune(Runner):
             "store": method.config()["store"],
             "prefill_attends_dequantised": method.prefill_attends_dequantised,
             "seed": cfg.seed,
-            "dtype": str(dtype).removeprefix("torch."),
-            "weights": checkpoint.weights,
+            "dtype": setup.dtype_name,
+            "weights": setup.checkpoint.weights,
             "made_with": {package: metadata.version(package) for package in ("torch", "transformers", "optuna")},
         }
         out = Path(self.out).expanduser() if self.out else artefacts.folders("kvtuner", model)[0] / method.mode
@@ -352,21 +336,6 @@ def _command() -> str:
     return " ".join(["python run.py", *(word for word in typed if not word.startswith(elsewhere))])
 
 
-def _encoder(checkpoint: Checkpoint, cfg: DictConfig) -> Encoder:
-    tokenizer = load_tokenizer(checkpoint)
-    return Encoder(
-        tokenizer,
-        ends=sorted(checkpoint.ends | ({tokenizer.eos_token_id} - {None})),
-        max_length=checkpoint.max_length(cfg.model.max_length),
-        window=checkpoint.window,
-        chat=bool(cfg.model.chat),
-        chat_options=_plain(cfg.model.chat_options),
-        date=date_of(checkpoint, cfg.model),
-        reasoning=named(cfg.model.reasoning),
-        hold_last=cfg.last_token == "held",
-    )
-
-
 def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
     for start in range(0, len(examples), size):
         yield examples[start : start + size]
@@ -381,8 +350,3 @@ def _ranges(layers: Sequence[int]) -> str:
         else:
             runs.append([layer])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _plain(node: Any) -> Any:
-    """A configuration node as plain containers."""
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

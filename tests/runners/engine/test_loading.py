@@ -16,9 +16,6 @@ from runners.engine.loading import (
     find,
     load_model,
     load_tokenizer,
-    pick_device,
-    pick_dtype,
-    pick_threads,
 )
 from runners.engine.prompt import Encoder
 
@@ -129,38 +126,6 @@ def test_the_prompts_length_follows_the_window_where_none_is_given(copy):
         (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": window}))
         checkpoint = Checkpoint("copy", copy)
         assert checkpoint.max_length(None) == expected and checkpoint.max_length(7) == 7
-
-
-def test_auto_is_float32_on_a_cpu_and_the_checkpoints_dtype_elsewhere(copy):
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    checkpoint = find(str(copy))
-    assert pick_dtype("auto", checkpoint, torch.device("cpu")) == torch.float32
-    assert pick_dtype("auto", checkpoint, torch.device("cuda")) == torch.bfloat16
-    assert pick_dtype("float16", checkpoint, torch.device("cpu")) == torch.float16
-
-
-def test_threads_are_as_asked_else_as_the_environment_says_else_the_idle_cores(monkeypatch):
-    def threads(asked, busy: list[float]) -> int:
-        pick_threads.cache_clear()
-        monkeypatch.setattr("psutil.cpu_percent", lambda **kwargs: busy)
-        monkeypatch.setattr("psutil.cpu_count", lambda: len(busy))
-        monkeypatch.setattr("torch.get_num_threads", lambda: len(busy))
-        return pick_threads(asked)
-
-    assert threads(3, [99.0] * 4) == 3
-    assert threads(None, [99.0] * 4) == 4  # OMP_NUM_THREADS is set for tests
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert threads(None, [99.0, 100.0, 5.0, 0.0]) == 2
-    assert threads(None, [99.0] * 4) == 1
-    assert threads(None, [3.0] * 4) == 4
-    pick_threads.cache_clear()
-
-
-def test_a_device_that_is_not_there_is_refused():
-    assert pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(UserError, match="device=cuda:99: this machine has"):
-        pick_device("cuda:99")
 
 
 def test_random_weights_need_only_a_configuration_and_are_the_same_every_time(tmp_path, tiny_model_dir):

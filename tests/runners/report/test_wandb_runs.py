@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import run
-from runners import cells
+from runners import model_setup
 from runners.report.wandb_runs import COLUMNS
 from tests.test_run import samples, write_split
 
@@ -147,7 +147,7 @@ def test_a_cell_that_goes_on_goes_on_in_the_same_run(command, tmp_path, monkeypa
     assert [line["sample"] for line in first.series + second.series] == [0, 1, 2, 3, 4, 5]
     assert (first.summary["n"], second.summary["n"]) == (2, 6)
     # what was sent is not sent again, nor a part of it
-    monkeypatch.setattr(cells, "load_model", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(model_setup, "load_model", lambda *a: pytest.fail("the model was loaded"))
     before = len(runs(tmp_path / "results"))
     assert command("wandb=offline")[0] == command("wandb=offline", "task.limit=1")[0] == 0
     assert len(runs(tmp_path / "results")) == before

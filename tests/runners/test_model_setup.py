@@ -1,0 +1,66 @@
+"""Where a model runs and how it is set up, the same for every runner."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from methods.core.errors import UserError
+from runners.engine.loading import find
+from runners.model_setup import ModelSetup, pick_device, pick_dtype, pick_threads
+from tests.wrong_values import composed
+
+
+def test_auto_is_float32_on_a_cpu_and_the_checkpoints_dtype_elsewhere(tmp_path, tiny_model_dir):
+    copy = shutil.copytree(tiny_model_dir, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    checkpoint = find(str(copy))
+    assert pick_dtype("auto", checkpoint, torch.device("cpu")) == torch.float32
+    assert pick_dtype("auto", checkpoint, torch.device("cuda")) == torch.bfloat16
+    assert pick_dtype("float16", checkpoint, torch.device("cpu")) == torch.float16
+
+
+def test_threads_are_as_asked_else_as_the_environment_says_else_the_idle_cores(monkeypatch):
+    def threads(asked, busy: list[float]) -> int:
+        pick_threads.cache_clear()
+        monkeypatch.setattr("psutil.cpu_percent", lambda **kwargs: busy)
+        monkeypatch.setattr("psutil.cpu_count", lambda: len(busy))
+        monkeypatch.setattr("torch.get_num_threads", lambda: len(busy))
+        return pick_threads(asked)
+
+    assert threads(3, [99.0] * 4) == 3
+    assert threads(None, [99.0] * 4) == 4  # OMP_NUM_THREADS is set for tests
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert threads(None, [99.0, 100.0, 5.0, 0.0]) == 2
+    assert threads(None, [99.0] * 4) == 1
+    assert threads(None, [3.0] * 4) == 4
+    pick_threads.cache_clear()
+
+
+def test_a_device_that_is_not_there_is_refused():
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="device=cuda:99: this machine has"):
+        pick_device("cuda:99")
+
+
+def test_what_can_be_refused_is_refused_before_anything_is_loaded_and_the_rest_is_loaded_once(tiny_model_dir):
+    loads = []
+
+    def load(*how):
+        loads.append(how)
+        return "the model"
+
+    words = (f"model.path={tiny_model_dir}", "device=cpu", "model.reasoning=keep", "last_token=held")
+    setup = ModelSetup(composed(*words, "model.max_length=99"), load)
+    assert not loads and (setup.max_length, setup.dtype_name, setup.threads) == (99, "float32", 1)
+    assert setup.model == setup.model == "the model"
+    assert loads == [(setup.checkpoint, torch.float32, torch.device("cpu"))]
+    encoder = setup.encoder
+    assert encoder is setup.encoder and encoder.tokenizer is setup.tokenizer
+    assert (encoder.max_length, encoder.window, encoder.reasoning, encoder.hold_last) == (99, 2048, "keep", True)
+    assert list(encoder.ends) == [2] and not encoder.sampling.temperature
+    with pytest.raises(UserError, match="device=cuda:99"):
+        ModelSetup(composed(*words, "device=cuda:99"), load)
+    assert len(loads) == 1

@@ -22,6 +22,8 @@ def search(
 ) -> tuple[Answer, Any, Timings]:
     """The best of `beams` answers, the search ending once so many are finished; the cache holds a row per beam.
 
+    A stop string ends what is scored of an answer, and not the search, whose beams compete beyond it.
+
     Raises UserError for a method that runs the model again after the prompt, which `generate` does not do.
     """
     if type(method).after_prompt is not Method.after_prompt:

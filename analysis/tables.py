@@ -172,10 +172,13 @@ def methods(home: Path) -> str:
         paper = re.search(r"^Paper: +(.*?)(?=\n\S|\Z)", said, re.M | re.S)
         source = re.sub(r"\s+", " ", paper[1]).rstrip(".") if paper else ""
         does = what[2] or what[0]
-        if based := re.search(
-            r"^defaults: *\[(\S+),.*?^store: *\{_target_: *methods\.(\w+)",
-            path.read_text(encoding="utf-8"),
-            re.M | re.S,
+        # a name with a plus is a combination; else a file over another only saves words
+        if "+" in path.stem and (
+            based := re.search(
+                r"^defaults: *\[(\S+),.*?^store: *\{_target_: *methods\.(\w+)",
+                path.read_text(encoding="utf-8"),
+                re.M | re.S,
+            )
         ):
             does = f"`{based[1]}`, its slots stored as in `{based[2]}`"
         lines.append({"method": f"`{path.stem}`", "what it does": does, "paper": source})

@@ -45,7 +45,7 @@ format: setup
 	$(PY) -m ruff format .
 
 docs: setup .venv/docs-installed
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 .venv/docs-installed: pyproject.toml constraints.txt
 	$(PY) -m pip install -q -c constraints.txt -e '.[docs]'

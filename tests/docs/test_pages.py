@@ -1,5 +1,6 @@
 """README and docs/: short where they are to be short, no link that leads nowhere, buildable as a site."""
 
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tests.docs.pages import DOCS, PAGES, README, ROOT, blocks, hooks, read, wit
 
 LONGEST = 9_000  # characters of the README
 SCREEN = 80  # columns
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def headings(text: str) -> list[str]:
@@ -31,10 +33,18 @@ def anchor_of_the_site(heading: str) -> str:
     return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower())
 
 
+def prose(page: Path) -> str:
+    """A page, or what a notebook says between its cells of code."""
+    if page.suffix != ".ipynb":
+        return read(page)
+    cells = json.loads(read(page))["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
 def broken(page: Path, root: Path) -> list[str]:
     """The links of a page that lead nowhere: to no file of the checkout, or to no heading of a page."""
     found = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", hooks.CODE.sub("", read(page))):
+    for link in re.findall(r"\]\(([^)\s]+)\)", hooks.CODE.sub("", prose(page))):
         if re.match(r"[a-z]+:", link):
             continue  # an address elsewhere: tests use no network
         name, _, anchor = link.partition("#")
@@ -47,7 +57,8 @@ def broken(page: Path, root: Path) -> list[str]:
 
 
 def test_every_link_and_anchor_leads_somewhere():
-    assert [line for page in PAGES for line in broken(page, ROOT)] == []
+    assert [line for page in [*PAGES, *NOTEBOOKS] for line in broken(page, ROOT)] == []
+    assert all("](../" in prose(page) for page in NOTEBOOKS)
 
 
 def test_a_link_that_leads_nowhere_is_found(tmp_path):
@@ -60,6 +71,9 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path):
     (tmp_path.parent / "other.md").write_text("")
     lost = ["c.md", "c.png", "b.md#two", "#b", "../other.md"]
     assert [line.split(": ")[1] for line in broken(page, tmp_path)] == lost
+    book = {"cells": [{"cell_type": "markdown", "source": ["# A\n", "[b](b.md) [c](c.md)"]}]}
+    (tmp_path / "a.ipynb").write_text(json.dumps(book))
+    assert broken(tmp_path / "a.ipynb", tmp_path) == ["a.ipynb: c.md: no such file"]
 
 
 def test_a_heading_that_is_linked_to_has_the_same_anchor_on_the_site():
@@ -129,7 +143,7 @@ def test_links_of_the_checkout_become_links_of_the_site():
 @pytest.mark.skipif(find_spec("material") is None, reason="needs mkdocs-material, which make docs installs")
 def test_the_site_can_be_built_and_refuses_a_broken_link(tmp_path):
     def build(config: Path):
-        command = [sys.executable, "-m", "mkdocs", "build", "-q", "-f", str(config), "-d", str(tmp_path / "site")]
+        command = [sys.executable, "-m", "mkdocs", "build", "-f", str(config), "-d", str(tmp_path / "site")]
         return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
     done = build(ROOT / "mkdocs.yml")

@@ -22,6 +22,7 @@ from tests.kernels.formula import allowed
 
 needs_compiler = pytest.mark.skipif(compiled._compiler() is None, reason="needs a C++ compiler")
 CPU = torch.device("cpu")
+QUICK = "-std=c++17 -O0 -fPIC"  # where what is built is not run
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +122,7 @@ def test_what_the_loops_are_not_written_for_stays_in_pytorch():
 
 @needs_compiler
 def test_a_library_is_built_once_and_found_again(fresh, monkeypatch):
+    monkeypatch.setattr(compiled, "FLAGS", QUICK)
     assert compiled.library() is not None
     (built,) = fresh.iterdir()
     compiled.library.cache_clear()
@@ -138,7 +140,7 @@ def test_another_processor_gets_a_library_of_its_own(fresh, monkeypatch):
 
 @needs_compiler
 def test_two_at_once_do_not_spoil_each_other(fresh, monkeypatch):
-    monkeypatch.setattr(compiled, "FLAGS", "-std=c++17 -O0 -fPIC")
+    monkeypatch.setattr(compiled, "FLAGS", QUICK)
     fresh.mkdir()
     path, command = fresh / "kernels.so", compiled._compiler()
     both = [threading.Thread(target=compiled._build, args=(command, path)) for _ in range(2)]
@@ -172,6 +174,7 @@ def test_a_compiler_that_fails_is_told_of_once(fresh, monkeypatch):
 
 @needs_compiler
 def test_a_folder_that_cannot_be_written_does_not_matter(fresh, monkeypatch):
+    monkeypatch.setattr(compiled, "FLAGS", QUICK)
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert compiled.library() is not None
 

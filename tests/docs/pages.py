@@ -24,8 +24,8 @@ def blocks(text: str, language: str = "") -> list[str]:
     return [body for name, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if name == language]
 
 
-def without_blocks(text: str) -> str:
-    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+def without_blocks(text: str, instead: str = "") -> str:
+    return re.sub(r"^```.*?^```", instead, text, flags=re.M | re.S)
 
 
 def rows(text: str) -> list[list[str]]:

@@ -111,7 +111,7 @@ def test_a_list_stands_after_an_empty_line():
     close = [
         f"{page.name}: {line}"
         for page in PAGES
-        for above, line in re.findall(r"^([^\n]*)\n(- [^\n]*)", without_blocks(read(page)), re.M)
+        for above, line in re.findall(r"^([^\n]*)\n(- [^\n]*)", without_blocks(read(page), "```"), re.M)
         if above and not above.startswith(("- ", "  ", "#"))
     ]
     assert close == []

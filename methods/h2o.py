@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.core.capped import Capped
+from methods.core.capped import Capped, whole_slots
 from methods.core.contract import Step
 from methods.core.errors import UserError
 from methods.core.store import Store
@@ -52,5 +52,5 @@ class H2O(Capped):
         collected = store.track("mass")
         if self.normalise:
             collected = collected / (last - store.pos + 1).clamp_min(1)
-        recent = room - (room * self.heavy + 1e-6).long()  # a share is not exact in float32
+        recent = room - whole_slots(self.heavy, room)
         return collected.masked_fill(store.pos > last - recent, torch.inf)

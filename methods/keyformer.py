@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kernels import Stem, noisy_mass
-from methods.core.capped import Capped, CappedCache
+from methods.core.capped import Capped, CappedCache, whole_slots
 from methods.core.contract import LayerCache, ModelSpec, Stage, Step
 from methods.core.errors import UserError
 from methods.core.store import Store
@@ -97,8 +97,8 @@ class Keyformer(Capped):
         B, H, S = store.pos.shape
         if mass is None:
             tau = self.tau_init if t is None else self.tau(t)
-            plan = "tail" if not store.padded and store.in_order else "positions"
             at = {"q_pos": step.pos, "k_pos": store.pos}
+            plan = store.plan(step.q.shape[2])
             rows = noisy_mass(step.q, store.read()[0], step.rules, stem, **at, tau=tau, plan=plan)
         elif t is None:
             rows = mass
@@ -115,7 +115,7 @@ class Keyformer(Capped):
         last = step.pos[:, -1:, None]  # [B, 1, 1]
         if self.compat:
             room = room + 1
-        recent = (room * self.recent + 1e-6).long()  # 0.3 * 10 is 2.9999998 in float32
+        recent = whole_slots(self.recent, room)
         score = store.track("score")
         if self.compat:
             score = score.masked_fill(store.pos == last - recent + 1, torch.finfo(score.dtype).min)

@@ -165,5 +165,5 @@ class NACL(Eviction):
         q_pos = torch.where(q_pos > newest - proxies, q_pos, -1)  # a shorter row has fewer proxies
         if not self.proxy_causal:
             q_pos = torch.where(q_pos >= 0, newest, -1)
-        plain = self.proxy_causal and not store.padded
-        return mass(q, k, step.rules, q_pos=q_pos, k_pos=store.pos, plan="tail" if plain else "positions")
+        plan = store.plan(q.shape[2]) if self.proxy_causal else "positions"
+        return mass(q, k, step.rules, q_pos=q_pos, k_pos=store.pos, plan=plan)

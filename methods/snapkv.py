@@ -70,8 +70,7 @@ class SnapKV(Eviction):
         """Attention that the window's queries give every slot, [B, Hq, S]."""
         k, _ = store.read()  # [B, H, S, D]
         q, q_pos = cut.q[:, :, -self.window :], cut.q_pos[:, -self.window :]  # [B, Hq, W, D], [B, W]
-        plan = "positions" if store.padded else "tail"
-        return mass(q, k, step.rules, q_pos=q_pos, k_pos=store.pos, plan=plan)
+        return mass(q, k, step.rules, q_pos=q_pos, k_pos=store.pos, plan=store.plan(q.shape[2]))
 
     def pool(self, votes: Tensor) -> Tensor:
         """Votes [B, Hq, S] smoothed over neighbours; ends count as zero (avg) or nothing (max)."""

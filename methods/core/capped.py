@@ -182,6 +182,11 @@ class CappedCache(EvictionCache):
         store.drop(slot, over)
 
 
+def whole_slots(share: float, room: Tensor) -> Tensor:
+    """Whole slots that a share of `room` slots comes to, cut as `budget.slots` does; float32 is not exact enough."""
+    return (share * room.double() + 1e-9).long()
+
+
 def _within(n: int, window: int | None) -> int:
     """At most what the next query of a sliding layer sees."""
     return n if window is None else min(n, window - 1)

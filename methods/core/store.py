@@ -168,9 +168,12 @@ class Store:
         q, pos = step.q[:, :, -n:], step.pos[:, -n:]
         return mass(q, self.read()[0], step.rules, **self._mass_layout(step, pos))
 
+    def plan(self, T: int) -> str:
+        """What `kernels.mass` may be told of a step of T tokens: "tail" where no slot is padding and they come last."""
+        return "tail" if not self.padded and (self.in_order or T == 1) else "positions"
+
     def _mass_layout(self, step: Step, q_pos: Tensor) -> dict[str, Any]:
-        tail = not self.padded and (self.in_order or step.q.shape[2] == 1)
-        return {"q_pos": q_pos, "k_pos": self.pos, "plan": "tail" if tail else "positions"}
+        return {"q_pos": q_pos, "k_pos": self.pos, "plan": self.plan(step.q.shape[2])}
 
     def add(self, name: str, values: Tensor) -> None:
         """Add values [B, H, S] to the side array `name`, slots in the order of `read`."""

@@ -7,7 +7,9 @@ from kernels import Stem, uniform
 from methods import load_method
 from methods.core.contract import Stage
 from methods.core.errors import UserError
+from methods.core.stores.ragged import RaggedStore
 from tests.bounds import SHARP, bound, half_digit, near, run_off
+from tests.kernels.formula import NOISIEST
 from tests.methods.conftest import kept, run
 from tests.methods.dense import HeavyHitters, Recorded, check
 from tests.methods.layer import Spec, filled, scripted, settled, step_of
@@ -49,6 +51,11 @@ def test_sizes_of_the_paper():
     store.track("score")
     worth = method.worth(store, step_of(1200), torch.full((1, 1, 1), 1152), None)
     assert worth.isinf().sum() == 345  # and 807 key tokens
+
+
+def test_the_released_masks_show_one_slot_less_of_a_number_too():
+    method = load_method("keyformer", budget=30, compat="official_mask")
+    assert [method.slots(n) for n in (20, 29, 30, 60)] == [20, 29, 29, 29] and method.cap(20) == 29
 
 
 def test_the_temperature_rises_by_the_plan_and_then_stays():
@@ -166,6 +173,35 @@ def test_a_later_turn_has_a_temperature_per_token(gqa):
     hand = [HeavyHitters(noisy_rows(method, recorded, 1, 0, 40), h, 60, 18) for h in range(2)]
     follow(hand, 40, 49)
     check(cache.layers[1], "score", hand)
+
+
+@pytest.mark.parametrize("noise", ["fresh", "none"])
+def test_a_turn_scores_heads_that_hold_different_numbers_as_if_each_were_alone(noise):
+    # after a turn, four slots of the second head are no token; what they would get must go to the others
+    method = load_method("keyformer", noise=noise, new_tokens=6)
+    store, step = RaggedStore(), step_of(5, heads=4, kv_heads=2, stage=Stage.TURN, start=20)
+    first = step_of(20, kv_heads=2)
+    store.append(first.k, first.v, first.pos)
+    keep = torch.zeros(1, 2, 20, dtype=torch.bool)
+    keep[0, 0, :9], keep[0, 1, 8:13] = True, True
+    store.keep(keep, 9)
+    store.append(step.k, step.v, step.pos)
+    t = step.pos - 20 + 1
+    stem = Stem.of(0, step.samples[:, None, None], torch.zeros(1, 1, 1, dtype=torch.long), torch.arange(4)[:, None])
+    rows = method.rows(store, step, None, stem.then(step.pos[:, None]) if noise == "fresh" else None, t)
+    k, slots = store.read()[0].double(), store.pos.long()
+    off = bound(torch.float32, 14, SHARP + NOISIEST, size=10.0, width=8)
+    for h in range(2):
+        expected = torch.zeros(14, dtype=torch.float64)
+        for i in range(5):
+            seen = (slots[0, h] >= 0) & (slots[0, h] <= 20 + i)
+            x = step.q[0, 2 * h : 2 * h + 2, i].double() @ k[0, h, seen].T * step.rules.scale
+            if noise == "fresh":
+                heads = torch.arange(2 * h, 2 * h + 2)[:, None]
+                keys = [torch.tensor(0), torch.tensor(0), heads, torch.tensor(20 + i), slots[0, h, seen]]
+                x = x - (-uniform(0, *keys).double().log()).log()
+            expected[seen] += (x / method.tau(torch.tensor(i + 1.0))).softmax(-1).sum(0)
+        near(rows[0, h], expected, off)
 
 
 def test_every_query_head_gives_one_per_query(any_heads):

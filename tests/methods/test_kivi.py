@@ -366,6 +366,16 @@ def test_under_a_budget_the_best_setting_that_fits_is_taken():
     assert chosen(0.1, 32_768) == (2, 2, 128, 128)  # nothing fits: the smallest
 
 
+def test_a_halved_residual_is_still_whole_groups():
+    residuals = [keys.residual for keys, _ in KIVI(None, None, 32, 224, budget=0.3).schemes]
+    assert sorted(set(residuals)) == [32, 96, 224]
+
+
+def test_keys_and_values_of_different_widths_are_counted_at_their_own():
+    store = KIVI(None, None, 32, 128, budget=1.0)
+    assert [scheme.bits for scheme in store.choose(1000, 128, 64, 2)] == [16, 16]  # all of it fits exactly
+
+
 def test_a_number_of_slots_is_the_bytes_of_as_many_full_slots():
     store = KIVI(None, None, 32, 128, budget=8192)
     assert store.choose(32_768, 128, 128, 2) == KIVI(None, None, 32, 128, budget=0.25).choose(32_768, 128, 128, 2)

@@ -10,7 +10,7 @@ import yaml
 from kernels import quantize as q
 from methods import load_method
 from methods.core import artefacts
-from methods.core.contract import ModelSpec
+from methods.core.contract import ModelSpec, Stage
 from methods.core.errors import UserError
 from methods.kvtuner import Pair, nominal_bits, parse_table, read_table, table_yaml
 from tests.bounds import bound, half_digit, near, run_off
@@ -337,14 +337,15 @@ def test_a_prompt_may_attend_to_what_is_packed(name, gqa):
     assert (run(gqa, lossy.cache_for(gqa), ids) - full).abs().max() > run_off()
 
 
-def test_a_prompt_over_packed_keys_is_attention_over_what_they_stand_for(gqa):
+@pytest.mark.parametrize("stage", [Stage.MID_PROMPT, Stage.ENDS_PROMPT])
+def test_a_prompt_over_packed_keys_is_attention_over_what_they_stand_for(stage):
     from kernels import attend
     from tests.methods.layer import step_of
 
     method = load_method("kvtuner", table=entries((2, 4)), prefill_attends_dequantised=True)
     spec = dataclasses.replace(LLAMA_8B, n_layers=1, head_dim=8, prepared=[(Pair(2, 4),)])
     (cache,) = method.caches(spec, None)
-    step = step_of(70, heads=4, kv_heads=2)
+    step = step_of(70, heads=4, kv_heads=2, stage=stage)
     cache.take(step)
     out = cache.attend(step)
     k, v = cache.store.read()

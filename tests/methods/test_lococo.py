@@ -79,6 +79,16 @@ def test_hand_worked_compression_of_six_slots_into_four():
     assert made.pos.flatten().tolist() == [0, 3, 2, 5]
 
 
+def test_accumulated_scores_are_mixed_as_their_slots_are():
+    method = LoCoCo(budget=4, normalizer_init=0.5, accumulate_scores=True)
+    k = torch.arange(1.0, 7.0).view(1, 1, 6, 1)
+    a = torch.tensor([[[0.9, 0.1, 0.4, 0.8, 0.2, 0.3]]])
+    held = Slots(k, 10 * k, torch.arange(6, dtype=torch.int32).view(1, 1, 6), a)
+    made = compress(held, method, compressor(method, width=2, zero=True))
+    # the mean of 1, 2, 4 and 5 is 1 / 4, and so is half of every fused score
+    near(made.mass.flatten(), [0.9, 0.8, 0.325, 0.275], bound(torch.float32, 6))
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_raw_slots_are_the_originals_and_fused_ones_lie_in_the_hull_of_the_rest(eta):
     method, held = LoCoCo(budget=12), slots_of(40)
@@ -259,6 +269,19 @@ def test_rows_of_different_lengths_equal_themselves_alone(any_heads):
         near(batch[row], alone[0], run_off(alone[0]))
 
 
+def test_rows_that_come_apart_within_a_chunk_end_it_where_it_began(gqa):
+    # padding behind the shorter row comes with the second piece, 11 tokens before the third chunk ends
+    real, new = [90, 40], tokens(20, rows=2, seed=2)
+    ids, mask = tokens(rows=2), torch.tensor([[1] * 90, [1] * 40 + [0] * 50])
+    method = Untrained(budget=24, block_size=16)
+    cache = method.cache_for(gqa, prompt_len=PROMPT)
+    batch = run(gqa, cache, ids, chunks=[37, 53], mask=mask, new=new)
+    for row, n in enumerate(real):
+        alone = method.cache_for(gqa)
+        expected = run(gqa, alone, ids[row : row + 1, :n], new=new[row : row + 1])
+        near(batch[row, 1:], expected[0, 1:], run_off(expected[0]))
+
+
 def test_rows_of_one_length_equal_themselves_alone(any_heads):
     ids, new = tokens(rows=3), tokens(30, rows=3, seed=2)
     method = Untrained(budget=24, block_size=16)
@@ -377,6 +400,11 @@ def test_a_published_length_fits_into_its_slots(gqa):
     report = cache.report()
     assert report.share == 128 * (1 + 8 / 128) / 3482
     assert lengths(cache.layers[1].inner) == [131]
+
+
+def test_deeper_compressors_have_a_file_of_their_own():
+    names = [LoCoCo(budget=24, n_convlayer=depth, expand=3).artefact_name for depth in (1, 2)]
+    assert names == ["m24-c24-k21-r0.5", "m24-c24-k21-r0.5-d2x3"]
 
 
 def test_a_share_is_of_the_stated_length_and_even():

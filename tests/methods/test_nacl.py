@@ -10,6 +10,7 @@ from kernels import mass
 from methods import load_method
 from methods.core.errors import UserError
 from methods.core.eviction import Cut
+from methods.core.store import Store
 from methods.nacl import Sizes
 from tests.bounds import bound, half_digit, near
 from tests.methods.conftest import kept, run
@@ -66,6 +67,18 @@ def test_the_sample_follows_the_scores_and_their_temperature(temperature):
     assert ((counts[1:-1] / (heads * seeds) - p).abs() < 4.5 * error).all()
 
 
+def test_the_sample_follows_the_sum_of_a_groups_scores():
+    heads, seeds, n = 100, 30, 8
+    pair = torch.tensor([[0.0, 0.0, 0.4, 1.1, 0.2, 1.5, 0.9, 0.0], [0.0, 0.3, 0.1, 0.2, 1.6, 0.4, 1.3, 0.0]])
+    counts = torch.zeros(n)
+    for seed in range(seeds):
+        votes = pair.repeat(heads, 1)[None]  # two query heads of every KV head
+        counts += choose(load_method("nacl", seed=seed), Sizes(1, 1, 0, 1, 1), votes, n, heads).sum(0)
+    p = pair.double().sum(0)[1:-1].softmax(-1)
+    error = (p * (1 - p) / (heads * seeds)).sqrt()
+    assert ((counts[1:-1] / (heads * seeds) - p).abs() < 4.5 * error).all()
+
+
 def test_every_layer_and_every_sample_draws_for_itself():
     sizes, votes = Sizes(1, 1, 0, 5, 1), torch.zeros(1, 4, 16)
     draws = [
@@ -109,6 +122,18 @@ def test_sizes_of_the_release_at_128k():
 def test_sizes_of_the_paper_at_a_tenth():
     sizes = load_method("nacl", budget=0.1).sizes(4000)
     assert sizes == Sizes(sinks=20, recent=20, by_score=120, by_chance=240, proxies=800)
+
+
+def test_an_odd_protected_slot_is_a_recent_one_and_one_query_always_scores():
+    assert load_method("nacl", budget=50).sizes(200) == Sizes(sinks=2, recent=3, by_score=15, by_chance=30, proxies=40)
+    assert load_method("nacl").sizes(3).proxies == 1  # a fifth of three tokens is none
+
+
+def test_what_a_later_run_leaves_depends_on_what_is_held():
+    method = load_method("nacl", budget=0.5, min_len=60, decode_interval=4)
+    assert [method.again(50, held) for held in (50, 60, 61)] == [50, 60, 24]  # 1 + 1, 7 and 15 of 25
+    method = load_method("nacl", budget=100, decode_interval=4)
+    assert [method.again(50, held) for held in (54, 100, 101)] == [54, 100, 100]
 
 
 def test_kept_sets_have_the_exact_size_and_the_protected_ends(gqa):
@@ -189,6 +214,42 @@ def test_decode_interval_brings_the_cache_back_to_its_size(gqa):
     cache = method.cache_for(gqa)
     run(gqa, cache, ids, new=new)
     assert len(kept(cache, 1)) == size + 1
+
+
+def test_rows_of_a_padded_turn_count_their_own_tokens_until_they_are_cut_again(gqa):
+    method = load_method("nacl", budget=0.5, decode_interval=4)
+    cache, size = method.cache_for(gqa), method.sizes(60).kept
+    ids, mask = torch.arange(120).view(2, 60) % 97, torch.ones(2, 66, dtype=torch.long)
+    mask[1, 60:62] = 0  # a turn of three tokens and one of one
+    pos = (mask.cumsum(-1) - 1).clamp_min(0)
+    held = []
+    with torch.no_grad():
+        for a, b in ((0, 60), (60, 63), (63, 64), (64, 65), (65, 66)):
+            own = {"attention_mask": mask[:, :b], "position_ids": pos[:, a:b], "past_key_values": cache}
+            gqa(ids[:, :1].expand(2, b - a) if a else ids, use_cache=True, **own)
+            held.append([len(kept(cache, 1, row)) - size for row in (0, 1)])
+    assert held == [[0, 0], [3, 1], [0, 2], [1, 3], [2, 0]]
+
+
+def test_only_the_first_cut_of_a_row_has_the_draw_of_the_first(gqa):
+    method, seen = load_method("nacl", budget=0.5, decode_interval=2), []
+    score = method.score
+    method.score = lambda store, step, cut: (seen.append(cut.again), score(store, step, cut))[1]
+    run(gqa, method.cache_for(gqa), torch.arange(60)[None], new=torch.arange(4)[None])
+    assert seen == [False] * 2 + [True] * 4  # two layers
+
+
+def test_a_draw_goes_by_position_whatever_was_dropped_before():
+    sizes, votes, n = Sizes(1, 1, 0, 5, 1), torch.zeros(1, 4, 16), 16
+    drawn = []
+    for start in (0, 100):
+        method, step = load_method("nacl"), step_of(n, 4, 4, start=start)
+        store = Store()
+        store.append(step.k, step.v, step.pos)
+        method.sizes, method.votes = lambda _: sizes, lambda *args: votes
+        rank, held = torch.arange(n).expand(1, 4, -1), torch.full((1, 4, 1), n)
+        drawn.append(method.score(store, step, Cut(step.q, step.pos, rank, held, [n], [7])))
+    assert not torch.equal(*drawn)
 
 
 def test_a_budget_below_one_slot_keeps_the_newest_token():

@@ -13,7 +13,7 @@ from methods.core.bind import unbound
 from methods.core.contract import Stage
 from methods.core.errors import UserError
 from methods.core.watch import watch
-from methods.qfilters import principal, sample_queries
+from methods.qfilters import principal, sample_queries, score_keys
 from tests.bounds import bound, half_digit, near, run_off
 from tests.methods.conftest import kept, run, tiny_llama
 from tests.methods.layer import settled, step_of
@@ -84,6 +84,25 @@ def test_capped_protects_the_newest_half_unless_told_otherwise():
     keys = torch.stack((-torch.arange(12.0), torch.zeros(12)), dim=1)  # the older the better
     along = torch.tensor([[1.0, 0.0]])
     assert settled(layer_of("qfilters_capped", filters=along, budget=8), step_with(keys)) == [0, 1, 2, 3, 8, 9, 10, 11]
+
+
+def test_capped_protects_half_of_what_the_sinks_leave():
+    keys = torch.stack((-torch.arange(12.0), torch.zeros(12)), dim=1)
+    layer = layer_of("qfilters_capped", filters=torch.tensor([[1.0, 0.0]]), budget=8, sinks=2)
+    assert settled(layer, step_with(keys)) == [0, 1, 2, 3, 4, 9, 10, 11]
+
+
+def test_sinks_window_and_one_slot_more_always_fit():
+    for name in ("qfilters", "qfilters_capped"):
+        assert load_method(name, budget=0.1, sinks=2, window=3).slots(20) == 6
+    keys = torch.zeros(20, 2).index_fill(0, torch.tensor([9]), 5.0)
+    assert settled(layer_of("qfilters", budget=0.1, sinks=2, window=3), step_with(keys)) == [0, 1, 9, 17, 18, 19]
+
+
+def test_scores_of_a_half_precision_model_are_float32():
+    # 256 + 1 and 256 + 1.0078125, one number in bfloat16
+    k = torch.tensor([[256.0, 1.0], [256.0, 1.0078125]], dtype=torch.bfloat16)
+    assert score_keys(k[None, None], torch.ones(1, 2))[0, 0].tolist() == [257.0, 257.0078125]
 
 
 def test_a_filter_is_the_mean_of_the_query_heads_that_share_its_kv_head(gqa):

@@ -134,6 +134,13 @@ def test_votes_per_chance_spare_the_old():
     near(worth[1], [-3 / 4, -1 / 3, -2 / 2, -1], bound(torch.float32, 1))
 
 
+def test_no_slot_has_more_chances_than_the_history_is_long():
+    method, store = load_method("scissorhands", budget=20, history=2, recent=0, normalise=True), filled(6)
+    method._votes(store)[0, 0, :, 0] = torch.tensor([0b11, 0b01, 0b00, 0b10, 0b11, 0b10])
+    worth = method.worth(store, step_of(6), torch.full((1, 1, 1), 5), None)[0, 0]
+    assert worth.tolist() == [-1, -0.5, 0, -0.5, -1, -1]
+
+
 @pytest.mark.parametrize("normalise", [False, True])
 def test_attention_decides_between_equal_votes_only(normalise):
     # of four queries: token 0 has 3 votes of 4 chances and much attention, token 1 has 2 of 3 and next to none

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +98,7 @@ class RaggedStore(Store):
         if self.buffers["pos"].shape[1] == 1:
             self.buffers["pos"] = self.buffers["pos"].expand(-1, self.k.shape[1], -1).clone()
         self._write(slot, {"pos": torch.full_like(slot, -1)})
-        self.hole = slot
+        self.hole, self.in_order = slot, False
 
     def attend(self, step: Step) -> Tensor:
         """Output [B, Hq, T, Dv]; one token reads pages and tail where they lie, more tokens read a rectangle."""
@@ -115,9 +114,9 @@ class RaggedStore(Store):
             q_pos=step.pos,
         )
 
-    def _mass_layout(self, step: Step, q_pos: Tensor) -> dict[str, Any]:
-        layout = super()._mass_layout(step, q_pos)
-        return {**layout, "plan": "positions"} if self.counts else layout
+    def plan(self, T: int) -> str:
+        """As the base's; "positions" once there are pages, as shorter heads have padding before the newest slots."""
+        return "positions" if self.counts else super().plan(T)
 
     def tensors(self) -> Iterable[Tensor]:
         yield from super().tensors()

@@ -9,13 +9,14 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from methods import load_method, method_names
 from methods.adakv import AdaKV
-from methods.core.capped import Capped
+from methods.core.budget import slots
+from methods.core.capped import Capped, whole_slots
 from methods.core.contract import Stage
 from methods.core.errors import UserError
 from methods.core.meter import nbytes
 from tests.bounds import LOUDEST, SHARP, losses_off, near, run_off
 from tests.methods.conftest import kept, run
-from tests.methods.layer import step_of
+from tests.methods.layer import filled, step_of
 from tests.tiny import equip, feed, padded_prompt
 from tests.waiting import no_waiting
 
@@ -275,3 +276,22 @@ def test_heads_of_different_numbers_take_a_share():
     apart = replace(load_method("h2o", budget=0.3), allocator=AdaKV())
     with pytest.raises(UserError, match=r"h2o: budget=40 with method\.allocator=AdaKV.*give a share"):
         replace(apart, budget=40)
+
+
+def test_a_share_of_the_slots_is_cut_as_a_budget_is_at_every_size():
+    # 0.53 * 100 is below 53 in float32, where a millionth more changes nothing
+    room = torch.arange(1, 4001)
+    for percent in range(101):
+        exact = room * percent // 100
+        assert torch.equal(whole_slots(percent / 100, room), exact)
+        assert all(slots(percent / 100, n) == exact[n - 1] for n in (100, 340, 4000) if percent)
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "room", "newest"),
+    [("h2o", {"heavy": 0.53}, 100, 47), ("keyformer", {"recent": 0.65}, 180, 117)],
+)
+def test_the_newest_slots_are_an_exact_share_of_the_room(name, knobs, room, newest):
+    method, store = load_method(name, **knobs), filled(200)
+    worth = method.worth(store, step_of(200), torch.full((1, 1, 1), room), None)
+    assert worth.isinf().sum() == newest

@@ -99,6 +99,17 @@ def test_identical_heads_share_evenly(safeguard):
         assert counts(pick(n, scores, safeguard=safeguard)) == [n] * 4
 
 
+def test_equal_parts_of_a_slot_are_equal_whatever_binary_makes_of_them():
+    # 0.4, 1.2 and 4.4 slots: the one that is left goes to the lower head of two
+    assert AdaKV(0.2).counts(torch.tensor([[2, 2, 2]]), torch.tensor([[0, 1, 5]])).tolist() == [[1, 1, 4]]
+
+
+def test_a_head_in_which_more_stays_than_its_part_takes_nothing_from_the_others():
+    scores = torch.cat((ROWS[:, :2], torch.full((1, 2, 4), -torch.inf)), dim=-1)
+    scores[0, 0, :4] = torch.inf
+    assert counts(pick(2, scores)) == [4, 2]
+
+
 def test_at_equal_scores_the_lower_head_wins_then_the_lower_slot():
     keep = best(torch.ones(1, 2, 3), torch.tensor([4]))
     assert keep.tolist() == [[[True, True, True], [True, False, False]]]

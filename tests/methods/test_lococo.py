@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -269,17 +270,27 @@ def test_rows_of_different_lengths_equal_themselves_alone(any_heads):
         near(batch[row], alone[0], run_off(alone[0]))
 
 
-def test_rows_that_come_apart_within_a_chunk_end_it_where_it_began(gqa):
-    # padding behind the shorter row comes with the second piece, 11 tokens before the third chunk ends
-    real, new = [90, 40], tokens(20, rows=2, seed=2)
-    ids, mask = tokens(rows=2), torch.tensor([[1] * 90, [1] * 40 + [0] * 50])
-    method = Untrained(budget=24, block_size=16)
-    cache = method.cache_for(gqa, prompt_len=PROMPT)
-    batch = run(gqa, cache, ids, chunks=[37, 53], mask=mask, new=new)
-    for row, n in enumerate(real):
-        alone = method.cache_for(gqa)
-        expected = run(gqa, alone, ids[row : row + 1, :n], new=new[row : row + 1])
-        near(batch[row, 1:], expected[0, 1:], run_off(expected[0]))
+def test_rows_that_change_places_within_a_chunk_end_it_where_it_began():
+    order, outs, held = [1, 0], [], []
+    for early in (True, False):
+        layer = a_layer(LoCoCo(budget=8, block_size=8, buffer=0, eta=0.0), prompt_len=40)
+        first, second = (
+            step_of(20, rows=2, stage=s, start=at) for s, at in ((Stage.MID_PROMPT, 0), (Stage.ENDS_PROMPT, 20))
+        )
+        first.pos = torch.stack((F.pad(first.pos[0, :17], (3, 0), value=-1), first.pos[1]))  # three columns of padding
+        first.padded, second.pos = True, second.pos - torch.tensor([[0], [3]])
+        if early:
+            first = replace(first, **{name: getattr(first, name)[order] for name in ("q", "k", "v", "pos")})
+        layer.take(first)
+        layer.attend(first)
+        layer.settle(first)
+        if not early:
+            layer.reorder(torch.tensor(order))
+        layer.take(second)
+        outs.append(layer.attend(second))
+        layer.settle(second)
+        held.append(layer.pos)
+    assert torch.equal(*outs) and torch.equal(*held)
 
 
 def test_rows_of_one_length_equal_themselves_alone(any_heads):

@@ -15,6 +15,7 @@ from methods.nacl import Sizes
 from tests.bounds import bound, half_digit, near
 from tests.methods.conftest import kept, run
 from tests.methods.layer import filled, step_of
+from tests.tiny import padded_prompt
 
 #: F of tokens 2..13 of 16
 SCORES = [0.05, 0.9, 0.02, 0.4, 0.03, 0.7, 0.01, 0.2, 0.06, 0.04, 0.3, 0.02]
@@ -199,6 +200,17 @@ def test_proxies_that_see_ahead_change_the_votes(gqa):
     run(gqa, causal, ids)
     run(gqa, ahead, ids)
     assert kept(causal, 0) != kept(ahead, 0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_short_row_has_its_own_number_of_proxies(causal, gqa):
+    ids, mask = padded_prompt([60, 30])
+    knobs = {"protect": 0.0, "by_score": 1.0, "by_chance": 0.0, "proxy": 0.5, "proxy_causal": causal}
+    method = load_method("nacl", budget=0.3, **knobs)
+    batch, alone = method.cache_for(gqa), method.cache_for(gqa)
+    run(gqa, batch, ids, mask=mask)
+    run(gqa, alone, ids[1:, 30:])
+    assert [kept(batch, i, 1, i) for i in (0, 1)] == [kept(alone, i, 0, i) for i in (0, 1)]
 
 
 def test_decode_interval_brings_the_cache_back_to_its_size(gqa):

@@ -156,6 +156,17 @@ def test_of_equal_scores_the_lower_position_stays():
     assert settled(layer, step_with(keys[:1], 6, Stage.DECODE)) == [0, 1, 2, 6]
 
 
+def test_of_equal_scores_the_lower_position_stays_wherever_it_lies():
+    # 0 goes first and 5 takes its place, before 1, 2 and 3; then 4 goes, and a turn brings 6 and 7
+    layer = layer_of("qfilters_capped", budget=4, window=1)
+    keys = torch.ones(8, 2)
+    keys[0] = 0
+    settled(layer, step_with(keys[:4]))
+    assert settled(layer, step_with(keys[4:5], 4, Stage.DECODE)) == [1, 2, 3, 4]
+    assert settled(layer, step_with(keys[5:6], 5, Stage.DECODE)) == [1, 2, 3, 5]
+    assert settled(layer, step_with(keys[6:], 6, Stage.TURN)) == [1, 2, 3, 7]
+
+
 def test_only_the_sign_of_a_filters_length_matters_and_no_query_does():
     keys = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
     plain = settled(layer_of("qfilters", budget=10), step_with(keys))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels import Rules
 from methods import load_method
 from methods.core.contract import Stage
 from methods.core.errors import UserError
@@ -66,6 +67,32 @@ def test_queries_before_the_window_have_no_vote(gqa):
         cache.take(step)
         cache.settle(step)
     assert torch.equal(first.store.pos, second.store.pos)
+
+
+def test_a_sliding_layer_that_has_dropped_slots_holds_none_that_the_next_query_does_not_see():
+    layer, window = load_method("snapkv", budget=5, window=2, kernel=1).caches(_Spec, None)[0], 9
+    held, trimmed = [], 0
+    for i in range(20, 50):
+        step = step_of(20) if i == 20 else step_of(1, stage=Stage.DECODE, start=i - 1)
+        step.rules = Rules(1.0, window=window)
+        layer.take(step)
+        layer.attend(step)
+        layer.settle(step)
+        now = layer.store.pos[0, 0].tolist()
+        if i > 20 and now != [*held, i - 1]:
+            trimmed += 1
+            assert now == [p for p in [*held, i - 1] if p > i - window]
+        held = now
+    assert trimmed > 5
+
+
+@pytest.mark.parametrize(("budget", "asked"), [(0.3, 6989), (60, 60 * 256)])  # 0.3 of 23,296 is 6,988.8
+def test_a_share_of_the_bytes_is_rounded_up_to_whole_ones(budget, asked):
+    layer, step = load_method("snapkv", budget=budget).caches(_Spec, None)[0], step_of(91)
+    assert layer.asked([91 * 256]) == [91 * 256]  # before the prompt has ended
+    layer.take(step)
+    layer.settle(step)
+    assert layer.asked([91 * 256]) == [asked]
 
 
 class _Spec:

@@ -49,6 +49,18 @@ def test_dialogue_makes_room_before_the_turn_is_read(gqa):
     assert kept(cache, 1) == seen
 
 
+def test_a_long_turn_of_a_dialogue_leaves_the_sinks_and_the_newest_token(gqa):
+    cache = load_method("streaming_llm", budget=10, dialogue=True).cache_for(gqa)
+    run(gqa, cache, tokens(12))
+    layer, seen = cache.layers[1].inner, []
+    take = layer.take
+    layer.take = lambda step: (take(step), seen.extend(kept(cache, 1)))
+    with torch.no_grad():
+        gqa(tokens(30, seed=2), past_key_values=cache, use_cache=True)
+    assert seen == [0, 1, 2, 3, 11, *range(12, 42)]
+    assert kept(cache, 1) == [0, 1, 2, 3, *range(36, 42)]
+
+
 def test_a_short_prompt_grows_to_the_number_of_slots_and_no_further(gqa):
     ids, new = tokens(5), tokens(12, seed=2)
     method = load_method("streaming_llm", budget=9)

@@ -90,6 +90,15 @@ def test_an_artefact_of_another_model_says_what_differs(changes, said, tmp_path)
         load(model(**changes), path=path)
 
 
+def test_weights_a_fiftieth_apart_are_another_checkpoint(tmp_path):
+    path, other = saved(model()), model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.02)
+    with pytest.raises(UserError, match="the weights are others"):
+        load(other, path=path)
+
+
 def test_an_artefact_in_the_folder_of_another_model_is_refused_by_name(assets):
     first, second = model(), model()
     first.config.name_or_path, second.config.name_or_path = "a/first", "a/second"

@@ -4,9 +4,11 @@ import torch
 
 from methods import load_method, method_names
 from methods.core.cache import KVCache
+from methods.core.contract import Stage
 from methods.core.group import Rows, Shared
 from tests.bounds import near, run_off
 from tests.methods.conftest import kept, run
+from tests.methods.layer import Spec, settled, step_of
 
 NEW = 5
 
@@ -43,6 +45,26 @@ def test_one_prompt_pass_and_one_batch_equal_running_each_method_alone(gqa):
         assert [kept(followers[row], 1, 0, h) for h in range(2)] == [kept(alone, 1, 0, h) for h in range(2)]
         near(prompt[0, -1], expected[0, 0], run_off(expected[0, 0]))
         near(together[row], expected[0, 1:], run_off(expected[0, 1:]))
+
+
+def test_every_part_of_a_batch_is_told_how_many_tokens_come_and_keeps_no_step():
+    steps = [step_of(6), step_of(1, rows=2, stage=Stage.DECODE, start=6)]
+    parts = [load_method("full").caches(Spec, None)[0] for _ in range(2)]
+    for part in parts:
+        settled(part, steps[0])
+    rows = Rows([(0, 1, parts[0]), (1, 2, parts[1])])
+    rows.expect(4)
+    assert [part.store.to_come for part in parts] == [4, 4]
+    rows.take(steps[1])
+    rows.attend(steps[1])
+    rows.settle(steps[1])
+    assert not rows.steps  # they would hold the pass's queries until the next one
+
+
+def test_a_rows_statistics_are_its_own():
+    step = step_of(6, rows=2)
+    step.memo["mass"] = torch.zeros(2, 1, 6)
+    assert not step.rows(slice(0, 1)).memo
 
 
 def _continue_from(cache: KVCache, seen: int, rows: int) -> None:

@@ -278,6 +278,9 @@ def test_padding_between_slots_does_not_count_among_the_newest():
     # the last row's newest three: one of the later six columns, two of the earlier ten
     assert torch.equal(both.store.pos[:, 0], pos[:, 8:])
     assert both.store.pos[2, 0].tolist() == [1, 2, -1, -1, -1, -1, -1, 3]
+    assert both.store.padded
+    both.store.keep_newest(1)
+    assert both.store.pos[:, 0].tolist() == [[15], [10], [3]] and not both.store.padded
 
 
 def test_a_view_of_a_larger_tensor_is_not_held():

@@ -96,6 +96,13 @@ def test_a_second_keep_takes_from_pages_and_tail_alike_and_frees_the_rest():
     assert torch.equal(mass[store.pos >= 0], expected[store.pos >= 0])
 
 
+def test_a_side_array_that_is_forgotten_is_freed_and_starts_anew():
+    store = ragged(side=True)
+    store.forget("mass")
+    assert nbytes(store.tensors()) == nbytes(ragged().tensors())
+    assert not store.track("mass").any()
+
+
 def test_the_number_of_slots_is_that_of_the_longest_head():
     store = ragged()
     assert len(store) == 100 and store.pos.shape == (B, H, 100)

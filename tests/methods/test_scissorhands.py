@@ -38,6 +38,14 @@ def test_hand_worked_votes(knobs, expected):
     assert by_hand(**knobs) == expected
 
 
+def test_an_even_share_is_no_vote_against():
+    cache = layer(budget=20)
+    settled(cache, scripted([[{}, {0: 0.75, 1: 0.25}, {}, {}]]))
+    votes = cache.method._votes(cache.store)[0, 0, :, 0].tolist()
+    # of the first query, which sees itself alone, and the last, a quarter each, none; of a third in binary nothing is said
+    assert [vote & 0b1011 for vote in votes] == [0, 0b10, 0, 0]
+
+
 def test_at_the_prompts_end_the_last_queries_vote_each_with_its_own_share():
     # the same rows as a prompt: five slots are the full cache, so six tokens are cut to 5 - 2
     cache = layer(budget=5, recent=1, history=2, drop=2)

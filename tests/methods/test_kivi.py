@@ -20,6 +20,7 @@ from methods.kivi import KIVI
 from tests.bounds import MILD, bound, near, near_codes, run_off
 from tests.kernels.formula import formula, largest_logit
 from tests.methods.conftest import run, tiny_llama
+from tests.methods.layer import step_of
 
 B, H, HQ, D = 2, 2, 4, 16
 
@@ -346,6 +347,29 @@ def test_a_sliding_layer_lets_go_of_whole_groups_that_no_later_query_sees(monkey
     assert len(whole.layers[0].inner.store) == 39 + 150
 
 
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(16, 4), (4, 16)])
+def test_old_slots_go_although_keys_or_values_are_not_packed(key_bits, value_bits):
+    store, step = KIVI(key_bits, value_bits, 8, 8), step_of(64)
+    store.append(step.k, step.v, step.pos)
+    store.settle(step)
+    store.keep_newest(20)
+    assert store.pos[0, 0].tolist() == list(range(40, 64))  # 24, whole groups of 8
+    whole = step.k if key_bits == 16 else step.v
+    assert torch.equal(store.read()[key_bits != 16], whole[:, :, 40:])
+
+
+def test_no_place_is_made_for_more_recent_tokens_than_the_residual():
+    store, step = KIVI(2, 2, 8, 8), step_of(2000)
+    store.append(step.k, step.v, step.pos)
+    store.settle(step)
+    for i in range(40):
+        new = step_of(1, stage=Stage.DECODE, start=2000 + i)
+        store.append(new.k, new.v, new.pos)
+        store.settle(new)
+        (part,) = store.parts
+        assert all(side.recent.shape[2] <= side.end - side.start + 8 for side in (part.keys, part.values))
+
+
 def test_under_a_budget_the_best_setting_that_fits_is_taken():
     def chosen(budget: float, n: int, itemsize: int = 2) -> tuple[int, int, int, int]:
         store = KIVI(None, None, 32, 128, budget=budget)
@@ -400,7 +424,7 @@ def test_a_budget_that_nothing_fits_is_missed_and_not_hidden(gqa):
 def test_rows_choose_for_themselves(gqa):
     lengths = [90, 40]
     ids, mask = tokens(90, rows=2), torch.tensor([[1] * 90, [0] * 50 + [1] * 40])
-    method = load_method("kivi", budget=0.6, store={"group": 8, "residual": 16})
+    method = load_method("kivi", budget=0.4, store={"group": 8, "residual": 16})
     batch = method.cache_for(gqa)
     run(gqa, batch, ids, mask=mask)
     for row, n in enumerate(lengths):
@@ -409,6 +433,9 @@ def test_rows_choose_for_themselves(gqa):
         part, other = batch.layers[1].inner.store.parts[row], alone.layers[1].inner.store.parts[0]
         assert part.keys.scheme == other.keys.scheme and part.values.scheme == other.values.scheme
     batch.check_budget()
+    bits = batch.layers[1].inner.nominal_bits()
+    batch.reorder_cache(torch.tensor([1, 0]))
+    assert bits[0] != bits[1] and batch.layers[1].inner.nominal_bits() == bits[::-1]
 
 
 def test_explicit_bits_are_the_request():

@@ -39,10 +39,10 @@ def test_hand_worked_votes(knobs, expected):
 
 
 def test_an_even_share_is_no_vote_against():
-    cache = layer(budget=20)
+    cache = layer(budget=30)
     settled(cache, scripted([[{}, {0: 0.75, 1: 0.25}, {}, {}]]))
     votes = cache.method._votes(cache.store)[0, 0, :, 0].tolist()
-    # of the first query, which sees itself alone, and the last, a quarter each, none; of a third in binary nothing is said
+    # the first query sees itself alone and the last gives a quarter to each; thirds are not exact
     assert [vote & 0b1011 for vote in votes] == [0, 0b10, 0, 0]
 
 

@@ -162,6 +162,22 @@ def test_padded_rows_draw_the_noise_of_their_sample(gqa):
     check(cache.layers[1], "score", hand, row=1)
 
 
+def test_rows_that_change_places_keep_the_noise_of_their_sample(gqa):
+    ids, new, order = tokens(40, rows=2), tokens(6, seed=2, rows=2), torch.tensor([1, 0])
+    method, scores = load_method("keyformer", budget=60), []
+    for late in (True, False):
+        first = torch.arange(2) if late else order
+        cache = method.cache_for(gqa, samples=(3 + 5 * first).tolist())
+        run(gqa, cache, ids[first], new=new[first, :2])
+        if late:
+            cache.reorder_cache(order)
+        with torch.no_grad():
+            for i in range(2, 6):
+                gqa(new[:, i : i + 1], position_ids=torch.full((2, 1), 40 + i), past_key_values=cache, use_cache=True)
+        scores.append(cache.layers[1].inner.store.track("score").clone())
+    near(*scores, bound(torch.float32, 128, SHARP + NOISIEST, size=scores[0].max().item(), width=16))
+
+
 def test_a_later_turn_has_a_temperature_per_token(gqa):
     ids, turn = tokens(40), tokens(7, seed=2)
     method = load_method("keyformer", budget=60, new_tokens=6)

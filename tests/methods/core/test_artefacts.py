@@ -155,3 +155,7 @@ def test_a_record_can_tell_one_state_of_the_artefacts_from_another(tmp_path, ass
     assert artefacts.state(["other"], at) is None
     # a file that a knob names counts wherever it lies
     assert artefacts.state(["other"], at, [str(path)]) is not None
+    # and what a file is called says what it is for
+    before = artefacts.state(["filt"], at)
+    path.rename(path.with_stem("others"))
+    assert artefacts.state(["filt"], at) not in (None, before)

@@ -1,4 +1,4 @@
-"""The documents' tables: `python -m analysis.tables --pages` writes them again from benchmarks/*.json.
+"""The documents' tables: `python -m analysis.tables --pages` writes them again from benchmarks/results/*.json.
 
 `python -m analysis.tables RESULTS --name NAME --command COMMAND` makes such a file from the records below RESULTS: the
 points of all whole tasks, the commits and conditions behind them, and the command; and beside it NAME.parquet, every
@@ -152,9 +152,9 @@ def fill(text: str, folder: Path, page_folder: Path = HOME) -> str:
             return f"{head}\n{claimed(book)}\n`{book['command']}`\n\n{end}"
         said = f"`{book['command']}`, n = {_counts(book['points'])}\n"
         if match["kind"] == "figure":
-            link = Path(os.path.relpath(HOME / "benchmarks" / f"{name}.png", page_folder)).as_posix()
+            link = Path(os.path.relpath(HOME / "benchmarks" / "results" / f"{name}.png", page_folder)).as_posix()
             picture = f"![score against measured bytes]({link})"
-            said = f"{said[:-1]}; every sample behind it: `benchmarks/{name}.parquet`\n"
+            said = f"{said[:-1]}; every sample behind it: `benchmarks/results/{name}.parquet`\n"
             return f"{head}\n{picture}\n\n{said}\n{end}"
         return f"{head}\n{grid(book)}\n{said}\n{end}"
 
@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 when something to read is missing."""
     screen.any_text()
     parser = argparse.ArgumentParser(prog="python -m analysis.tables", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", type=given_path, nargs="?", help="records to make benchmarks/NAME.json from")
+    parser.add_argument("results", type=given_path, nargs="?", help="records to make benchmarks/results/NAME.json from")
     parser.add_argument("--name", help="of the file and of the table")
     parser.add_argument("--command", default="", help="what made the records, for the reader")
     parser.add_argument("--expected", type=given_path, help="YAML with what each method's paper claims")
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if (given.results is None) != (given.name is None) or not (given.results or given.pages):
         parser.error("give RESULTS with --name, or --pages, or both")
-    folder = HOME / "benchmarks"
+    folder = HOME / "benchmarks" / "results"
     try:
         if given.results:
             results = load(given.results, given.all_generations)

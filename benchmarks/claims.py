@@ -1,7 +1,7 @@
 """Which of the papers' claims hold on the reference model, in kind: `python benchmarks/claims.py`.
 
 Takes the records behind the core table (`python benchmarks/tables.py core`), runs what the claims need besides them
-(what is on disk is not run again), and writes benchmarks/claims.json and its table in docs/results.md. Every number is
+(what is on disk is not run again), and writes results/claims.json and its table in docs/results.md. Every number is
 a mean over the same samples on both sides, with the 95 % interval of a paired bootstrap; of a method that draws at
 random it is a mean over at least three seeds, and seeds are drawn again as samples are. A comparison holds where all of
 its interval lies on the claim's side of the border, does not hold where none of it does, and else cannot be told here.
@@ -318,7 +318,7 @@ def main() -> int:
         "weights": sorted({weights for of in cells for weights in of["weights"]}),
         "claims": [asdict(claim) for claim in claims],
     }
-    (HOME / "benchmarks" / "claims.json").write_text(json.dumps(book, indent=1) + "\n", encoding="utf-8")
+    (HOME / "benchmarks" / "results" / "claims.json").write_text(json.dumps(book, indent=1) + "\n", encoding="utf-8")
     code = subprocess.run([sys.executable, "-m", "analysis.tables", "--pages"], cwd=HOME, check=False).returncode
     return code or int(left_out)
 

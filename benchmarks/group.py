@@ -4,7 +4,7 @@
 
 runs 24 cells on the bundled longbench-mini as a sweep, several times, and as 24 commands between these sweeps, each
 command loading the model by itself (with --singles fewer of them, which the others are taken to be like); then the same
-four methods as sweeps of one budget each. It writes benchmarks/group-cpu.json (group-cuda.json on a GPU): seconds with
+four methods as sweeps of one budget each. It writes results/group-cpu.json (group-cuda.json on a GPU): seconds with
 everything and without start-up and model loading, their ratios, how many predictions differ, and seconds by budget.
 Goals: 1/8 with model loading, 1/5 without; no budget slower than a larger one. Next to seconds on the clock stand those
 that the processor has worked: on a CPU that others use too, only these mean anything.
@@ -109,7 +109,7 @@ def main() -> int:
         "machine": {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine(),
                     "load": round(os.getloadavg()[2], 1), "threads": os.environ.get("OMP_NUM_THREADS")},
     }  # fmt: skip
-    out = Path(args.out or ROOT / "benchmarks" / f"group-{device()}.json")
+    out = Path(args.out or ROOT / "benchmarks" / "results" / f"group-{device()}.json")
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for name, ratio in ratios.items():
         fractions = ", ".join(f"1/{1 / value:.1f} by {clock}" for clock, value in ratio.items())

@@ -1,6 +1,6 @@
 """What the ops cost on a CPU: whole decode steps and single ops, each against what it is held to, in one run.
 
-    python benchmarks/kernels.py                   # tables, and benchmarks/kernels-cpu.json
+    python benchmarks/kernels.py                   # tables, and benchmarks/results/kernels-cpu.json
     python benchmarks/kernels.py --length 2048 --threads 1 --rounds 2 --out /dev/null
 
 Decode steps are those of a random Llama of 100M parameters. The prompt is read once for all variants, then all of them
@@ -330,7 +330,7 @@ def main() -> None:
     ask.add_argument("--prompt", type=int, default=4096, help="tokens of the prompt whose column sums are taken")
     ask.add_argument("--rounds", type=int, default=5)
     ask.add_argument("--steps", type=int, default=16, help="decode steps per round")
-    ask.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "kernels-cpu.json")
+    ask.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "kernels-cpu.json")
     args = ask.parse_args()
     machine, code = hardware() | {"load_before": round(os.getloadavg()[0], 2)}, commit()
     results, ops = [], []

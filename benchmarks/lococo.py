@@ -5,7 +5,7 @@
 For every compressor in assets/lococo/reference: its held-out perplexity beside dropping at equal slots, as its card has
 it, and a prompt of 3,482 tokens, the length that the paper compresses into 128 slots: bytes held, with and without the
 weights, seconds of the prompt and of a decode step, against the full cache and against dropping (eta=0), the median of
-interleaved rounds. Writes benchmarks/lococo.json.
+interleaved rounds. Writes benchmarks/results/lococo.json.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "lococo.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "lococo.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     checkpoint = find("assets/reference")

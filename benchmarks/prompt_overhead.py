@@ -1,6 +1,6 @@
 """What scoring a prompt costs: time beside plain attention, and peak memory against length, on a CPU.
 
-    python benchmarks/prompt_overhead.py                    # a table, and benchmarks/prompt-overhead-cpu.json
+    python benchmarks/prompt_overhead.py                    # a table, and benchmarks/results/prompt-overhead-cpu.json
     python benchmarks/prompt_overhead.py --rounds 2 --out /dev/null
 
 One attention layer takes in a random prompt. `full` is plain attention; a method's overhead is the time it takes beyond
@@ -127,7 +127,7 @@ def main() -> None:
     ask.add_argument("--kv-heads", type=int, default=8)
     ask.add_argument("--dim", type=int, default=64)
     ask.add_argument("--budget", type=float, default=0.5)
-    ask.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "prompt-overhead-cpu.json")
+    ask.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "prompt-overhead-cpu.json")
     args = ask.parse_args()
     torch.set_num_threads(1)
     shape = args.heads, args.kv_heads, args.dim

@@ -1,6 +1,6 @@
 """Time of the cache itself: full, snapkv and nacl against plain transformers, in one run, on a CPU.
 
-    python benchmarks/speed.py                       # a table, and benchmarks/speed-cpu.json
+    python benchmarks/speed.py                       # a table, and benchmarks/results/speed-cpu.json
     python benchmarks/speed.py --models reference --threads 1 --rounds 2 --out /dev/null
 
 Every round runs all variants one after the other, in an order that changes from round to round, and a ratio is
@@ -244,7 +244,7 @@ def main() -> None:
     ask.add_argument(
         "--harness", default=str(ROOT / "assets" / "reference"), help="model folder of the harness's share"
     )
-    ask.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "speed-cpu.json")
+    ask.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "speed-cpu.json")
     args = ask.parse_args()
     results = []
     machine = hardware() | {"load_before": round(os.getloadavg()[0], 2)}

@@ -1,7 +1,7 @@
 """Make a committed table from scratch: `python benchmarks/tables.py separation|core|frontier-mini`.
 
-Runs the sweeps that belong to the table (what is on disk is not run again), writes benchmarks/NAME.json, its picture
-benchmarks/NAME.png, and its table in the documents. `--only WORD` runs those sweeps only that have the word, such as
+Runs the sweeps that belong to the table (what is on disk is not run again), writes results/NAME.json, its picture
+results/NAME.png, and its table in the documents. `--only WORD` runs those sweeps only that have the word, such as
 `--only perplexity`, and makes nothing of them.
 """
 
@@ -84,7 +84,7 @@ def main() -> int:
         code = subprocess.run([sys.executable, "-m", *module], cwd=HOME, check=False).returncode
         if code:
             return code
-    (HOME / "benchmarks" / f"{given.name}.png").write_bytes((results / "frontier.png").read_bytes())
+    (HOME / "benchmarks" / "results" / f"{given.name}.png").write_bytes((results / "frontier.png").read_bytes())
     return refused
 
 

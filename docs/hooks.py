@@ -1,6 +1,6 @@
 """Hooks of mkdocs: pages and pictures that lie beside docs/ are part of the site.
 
-Links are written as they lead in the checkout: README.md names docs/speed.md, which names ../benchmarks/latency.png. On
+Links are written as they lead in the checkout: README.md names docs/speed.md, and that ../benchmarks/NAME.png. On
 the site the pages of docs/ lie at the root, so that both lose the first part of such a link.
 """
 

@@ -59,7 +59,7 @@ def main(words: Sequence[str]) -> int:
     rows = []
     for title, calls in _settings(asked, dtype, device):
         rows += _time(console, title, calls, ceilings, device, asked.seconds)
-    out = Path(asked.out or ROOT / "benchmarks" / f"{machine_slug(device)}.json")
+    out = Path(asked.out or ROOT / "benchmarks" / "results" / f"{machine_slug(device)}.json")
     record = {
         "machine": _machine(device),
         "form": form,
@@ -86,7 +86,7 @@ def _asked(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--seconds", type=float, default=0.3, help="of calls per median")
     parser.add_argument("--brief", action="store_true", help="tiny sizes")
-    parser.add_argument("--out", help="default: benchmarks/<machine>.json")
+    parser.add_argument("--out", help="default: benchmarks/results/<machine>.json")
     asked = parser.parse_args(words)
     large = asked.device.startswith("cuda")
     asked.dtype = asked.dtype or ("bfloat16" if large else "float32")

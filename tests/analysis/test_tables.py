@@ -97,9 +97,11 @@ def test_a_figure_is_shown_with_its_command_once_it_is_there(book, tmp_path):
     fill(book)
     (tmp_path / "quiz.json").write_text(json.dumps(tables.snapshot(load(book.root), "python run.py")))
     made = tables.fill(text, tmp_path)
-    assert "(benchmarks/quiz.png)" in made and "`python run.py`, n = 8 (other-mini), 8 (quiz-mini); every" in made
-    assert "benchmarks/quiz.parquet" in made and tables.fill(made, tmp_path) == made
-    assert "(../benchmarks/quiz.png)" in tables.fill(text, tmp_path, ROOT / "docs")
+    assert (
+        "(benchmarks/results/quiz.png)" in made and "`python run.py`, n = 8 (other-mini), 8 (quiz-mini); every" in made
+    )
+    assert "benchmarks/results/quiz.parquet" in made and tables.fill(made, tmp_path) == made
+    assert "(../benchmarks/results/quiz.png)" in tables.fill(text, tmp_path, ROOT / "docs")
 
 
 def test_the_pages_hold_what_the_committed_files_say():
@@ -107,11 +109,11 @@ def test_the_pages_hold_what_the_committed_files_say():
     books = {"methods"}
     for page in tables.pages():
         text = page.read_text()
-        made = tables.fill(text, ROOT / "benchmarks", page.parent)
+        made = tables.fill(text, ROOT / "benchmarks" / "results", page.parent)
         blocks = {block["name"]: block.group() for block in tables.BLOCK.finditer(text)}
         assert [name for name, block in blocks.items() if block not in made and name != "methods"] == []
         books |= set(blocks)
-    assert books == {"methods", *(path.stem for path in ROOT.glob("benchmarks/*.json") if is_table(path))}
+    assert books == {"methods", *(path.stem for path in ROOT.glob("benchmarks/results/*.json") if is_table(path))}
 
 
 def is_table(path: Path) -> bool:
@@ -122,7 +124,7 @@ def is_table(path: Path) -> bool:
 @pytest.mark.parametrize("flag", ["--pages", "--readme"])
 def test_every_page_with_marks_is_written_again_and_the_others_are_left_alone(book, tmp_path, monkeypatch, flag):
     fill(book)
-    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "docs").mkdir()
     marks = "<!-- table: quiz -->\n<!-- end -->\n<!-- figure: quiz -->\n<!-- end -->\n"
     (tmp_path / "README.md").write_text(f"# Short\n{marks}")
@@ -131,7 +133,10 @@ def test_every_page_with_marks_is_written_again_and_the_others_are_left_alone(bo
     before = (tmp_path / "docs" / "other.md").stat().st_mtime_ns
     monkeypatch.setattr(tables, "HOME", tmp_path)
     assert tables.main([str(book.root), "--name", "quiz", flag]) == 0
-    for page, link in (("README.md", "benchmarks/quiz.png"), ("docs/results.md", "../benchmarks/quiz.png")):
+    for page, link in (
+        ("README.md", "benchmarks/results/quiz.png"),
+        ("docs/results.md", "../benchmarks/results/quiz.png"),
+    ):
         text = (tmp_path / page).read_text()
         assert "| nacl | 0.5 |" in text and f"({link})" in text
     assert (tmp_path / "docs" / "other.md").stat().st_mtime_ns == before
@@ -141,8 +146,8 @@ def test_no_page_is_touched_when_a_table_of_one_is_not_there(tmp_path, monkeypat
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("<!-- table: quiz -->\n<!-- end -->\n")
     (tmp_path / "docs" / "a.md").write_text("<!-- table: none -->\n<!-- end -->\n")
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "quiz.json").write_text(json.dumps({"command": "x", "claims": []}))
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "results" / "quiz.json").write_text(json.dumps({"command": "x", "claims": []}))
     monkeypatch.setattr(tables, "HOME", tmp_path)
     assert tables.main(["--pages"]) == 2
     assert "none.json: no such file" in capsys.readouterr().err
@@ -151,11 +156,11 @@ def test_no_page_is_touched_when_a_table_of_one_is_not_there(tmp_path, monkeypat
 
 def test_the_command_writes_the_points_and_the_samples_behind_them(book, tmp_path, monkeypatch, capsys):
     fill(book)
-    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     monkeypatch.setattr(tables, "HOME", tmp_path)
     assert tables.main([str(book.root), "--name", "quiz", "--command", "python run.py"]) == 0
-    made = json.loads((tmp_path / "benchmarks" / "quiz.json").read_text())
-    again = tables.snapshot(load(tmp_path / "benchmarks" / "quiz.parquet"), "python run.py")
+    made = json.loads((tmp_path / "benchmarks" / "results" / "quiz.json").read_text())
+    again = tables.snapshot(load(tmp_path / "benchmarks" / "results" / "quiz.parquet"), "python run.py")
     assert made == again and made["points"] and "quiz.parquet" in capsys.readouterr().out
 
 
@@ -164,8 +169,8 @@ def test_earlier_points_stay_whole_on_a_full_disk(book, tmp_path, monkeypatch, c
         raise OSError(28, "No space left on device")
 
     fill(book)
-    (tmp_path / "benchmarks").mkdir()
-    (earlier := tmp_path / "benchmarks" / "quiz.json").write_text("earlier")
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (earlier := tmp_path / "benchmarks" / "results" / "quiz.json").write_text("earlier")
     monkeypatch.setattr(tables, "HOME", tmp_path)
     monkeypatch.setattr(Path, "write_text", full)
     assert tables.main([str(book.root), "--name", "quiz"]) == 2

@@ -130,14 +130,19 @@ def test_every_page_is_in_the_sites_contents_once():
 
 def test_links_of_the_checkout_become_links_of_the_site():
     text = (
-        "[a](docs/speed.md) ![b](../benchmarks/latency.png) [c](../CONTRIBUTING.md#x) [d](sweeps.md) [e](#f) "
+        "[a](docs/speed.md) ![b](../benchmarks/results/latency.png) [c](../CONTRIBUTING.md#x) [d](sweeps.md) [e](#f) "
         "[g](https://h.i)"
     )
     made = hooks.on_page_markdown(text, None, None, None)
     assert made == (
-        "[a](speed.md) ![b](benchmarks/latency.png) [c](CONTRIBUTING.md#x) [d](sweeps.md) [e](#f) [g](https://h.i)"
+        "[a](speed.md) ![b](benchmarks/results/latency.png) [c](CONTRIBUTING.md#x) [d](sweeps.md) [e](#f) [g](https://h.i)"
     )
-    assert hooks.links(text) == ["docs/speed.md", "../benchmarks/latency.png", "../CONTRIBUTING.md", "sweeps.md"]
+    assert hooks.links(text) == [
+        "docs/speed.md",
+        "../benchmarks/results/latency.png",
+        "../CONTRIBUTING.md",
+        "sweeps.md",
+    ]
 
 
 @pytest.mark.skipif(find_spec("material") is None, reason="needs mkdocs-material, which make docs installs")
@@ -148,7 +153,7 @@ def test_the_site_can_be_built_and_refuses_a_broken_link(tmp_path):
 
     done = build(ROOT / "mkdocs.yml")
     assert done.returncode == 0, done.stderr[-2000:]
-    for name in ("index.html", "results.html", "benchmarks/core.png"):
+    for name in ("index.html", "results.html", "benchmarks/results/core.png"):
         assert (tmp_path / "site" / name).is_file()
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text("# A\n[b](#c)\n")

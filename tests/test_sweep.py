@@ -197,8 +197,15 @@ def items_of(folder: Path) -> tuple[str, ...]:
     return "task=lm_eval", f"task.data={write(folder / 'items')}", "task.tasks=[piqa,copa]"
 
 
-@pytest.mark.parametrize("task", [talk_of, items_of])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("task", "batch"),
+    [
+        (talk_of, 2),
+        (items_of, 1),
+        pytest.param(talk_of, 1, marks=pytest.mark.slow),
+        pytest.param(items_of, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_questions_and_choices_share_their_prompts_too(command, tmp_path, task, batch):
     words = (*task(tmp_path), f"batch_size={batch}")
     assert command(*GRID, *words)[0] == 0

@@ -25,7 +25,7 @@ from methods.core.typed import shown
 from tasks.base import Example, Task
 from tasks.data.files import Files, check_limit, check_stand_in, chosen, hub_rows, read_files
 from tasks.data.pins import PINNED
-from tasks.lm_eval_harness import LmEval
+from tasks.lm_eval.task import LmEval
 from tasks.prompts import lm_eval_folder, lm_eval_version
 from tasks.scoring import remarks
 from tasks.table import Mean, Metric

@@ -14,7 +14,7 @@ from tasks.base import Task
 from tasks.data import pins
 from tasks.data.files import hub_rows
 from tasks.gsm8k import GSM8K
-from tasks.lm_eval_harness import LmEval
+from tasks.lm_eval.task import LmEval
 from tasks.longbench.task import LongBench
 from tasks.longbench_v2 import LongBenchV2
 from tasks.multiturn import MultiTurn

@@ -8,7 +8,7 @@ import pytest
 
 from methods.core.errors import UserError
 from tasks import longbench_v2
-from tasks.lm_eval_harness import LmEval
+from tasks.lm_eval.task import LmEval
 from tasks.longbench_v2 import LongBenchV2, letter
 
 

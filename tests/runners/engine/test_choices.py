@@ -16,7 +16,7 @@ from runners.engine.prompt import Encoder
 from runners.engine.session import Session
 from runners.engine.setting import Setting, check
 from tasks.base import Choice, Example
-from tasks.lm_eval_harness import LmEval
+from tasks.lm_eval.task import LmEval
 from tests.bounds import losses_off, near
 from tests.tasks.choice_items import ROWS, write
 

@@ -8,7 +8,7 @@ import pytest
 from methods import load_method
 from methods.core.bind import unbound
 from runners.engine.harness_model import cached_lm
-from tasks.lm_eval_harness import LmEval
+from tasks.lm_eval.task import LmEval
 from tests.bounds import losses_off, near
 from tests.tasks.choice_items import put, write
 

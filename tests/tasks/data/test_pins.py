@@ -15,7 +15,7 @@ from methods.core.errors import UserError
 from tasks.data import pins
 from tasks.data.files import hub_rows
 from tasks.gsm8k import GSM8K
-from tasks.lm_eval_harness import LmEval
+from tasks.lm_eval.task import LmEval
 from tasks.longbench.task import LongBench
 
 OLD, NEW = "0123456789abcdef0123456789abcdef01234567", "f" * 40
@@ -109,7 +109,7 @@ def test_who_is_second_reads_what_the_first_has_pinned(hub, monkeypatch):
 
 
 def test_pins_of_processes_that_write_at_once_all_survive(file):
-    code = "import sys; from tasks import pins\nfor i in range(25): pins.add(f'{sys.argv[1]}/{i}', sys.argv[2])"
+    code = "import sys; from tasks.data import pins\nfor i in range(25): pins.add(f'{sys.argv[1]}/{i}', sys.argv[2])"
     running = [subprocess.Popen([sys.executable, "-c", code, name, OLD], cwd=ROOT) for name in ("one", "two", "three")]
     assert [process.wait(timeout=60) for process in running] == [0, 0, 0]
     assert set(pins.read()) == {f"{name}/{i}" for name in ("one", "two", "three") for i in range(25)}

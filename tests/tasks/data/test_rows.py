@@ -11,7 +11,7 @@ import pytest
 from methods.core.errors import UserError
 from tasks.base import Example, Task
 from tasks.gsm8k import GSM8K
-from tasks.lm_eval_harness import LmEval
+from tasks.lm_eval.task import LmEval
 from tasks.longbench.task import LongBench
 from tasks.longbench_v2 import LongBenchV2
 from tasks.multiturn import MultiTurn

@@ -9,7 +9,8 @@ import pytest
 from methods.core.errors import UserError
 from tasks.base import as_parts
 from tasks.data.choice_rows import read_rows
-from tasks.lm_eval_harness import LmEval, _guessed, _moved, margin
+from tasks.lm_eval import likelihoods
+from tasks.lm_eval.task import LmEval
 from tests.tasks.choice_items import PIQA, put, write
 
 COPA_XML = """<?xml version="1.0" encoding="UTF-8"?>
@@ -77,7 +78,7 @@ def test_rows_of_a_table_are_metrics_and_their_means_over_tasks(folder):
 
 
 def test_the_margin_is_the_right_choice_less_the_best_other():
-    assert margin([-4.0, -6.0, -5.0], 0) == 1 and margin([-4.0, -6.0, -5.0], 1) == -2
+    assert likelihoods.margin([-4.0, -6.0, -5.0], 0) == 1 and likelihoods.margin([-4.0, -6.0, -5.0], 1) == -2
 
 
 def row(likelihoods: list[float], score: float) -> dict[str, Any]:
@@ -87,11 +88,11 @@ def row(likelihoods: list[float], score: float) -> dict[str, Any]:
 def test_remarks_tell_moves_margins_and_guesses(folder):
     example, *_ = LmEval("piqa", folder).examples()  # the second choice is right
     rows = [(example, row([-4.0, -6.0], 0.0), row([-7.0, -5.0], 1.0))]
-    said = _moved(rows)
+    said = likelihoods.moved(rows)
     assert said is not None and "moved by 1.000 nats" in said and "-2.000, full +2.000" in said
     known = [(example, row([0.0, 0.0], 0), row([0.0, 0.0], 1.0))] * 40
     guessed = [(example, row([0.0, 0.0], 0), row([0.0, 0.0], i % 2)) for i in range(40)]
-    assert _guessed(known) is None and "piqa 50.0 (chance 50.0)" in str(_guessed(guessed))
+    assert likelihoods.guessed(known) is None and "piqa 50.0 (chance 50.0)" in str(likelihoods.guessed(guessed))
 
 
 def test_the_authors_files_are_read(tmp_path):
@@ -115,7 +116,7 @@ def test_the_source_says_which_split_and_that_it_is_not_the_published_one(folder
 def test_the_seven_tasks_of_the_preset_are_known():
     import yaml
 
-    preset = yaml.safe_load((Path(__file__).parents[2] / "conf/task/lm_eval_nacl.yaml").read_text())
+    preset = yaml.safe_load((Path(__file__).parents[3] / "conf/task/lm_eval_nacl.yaml").read_text())
     wanted = ["piqa", "copa", "openbookqa", "winogrande", "sciq", "arc_easy", "arc_challenge"]
     assert preset["tasks"] == wanted and preset["shots"] == 5
     assert LmEval(wanted, "hub", shots=5)._names == wanted
@@ -212,3 +213,9 @@ def test_the_published_items_are_read(shared_data):
     gold = (shared_data / "multiple-choice" / "copa" / "results-gold.test").read_text().split("\n")
     first = [int(line.split()[2]) for line in gold if line]
     assert [example.tags["gold"] for example in task.examples() if example.tags["subset"] == "copa"] == first
+
+
+def test_a_yaml_of_ones_own_may_name_the_module_by_its_first_name():
+    from tasks import lm_eval_harness
+
+    assert lm_eval_harness.LmEval is LmEval

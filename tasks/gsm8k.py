@@ -15,15 +15,15 @@ from typing import Any
 
 from methods.core.errors import UserError
 from tasks.base import Apart, Example, Task, cut_at
-from tasks.data.files import Files, check_limit, check_stand_in, hub_rows, read_files
+from tasks.data.files import check_stand_in
 from tasks.data.pins import PINNED
 from tasks.data.rows import wrong
 from tasks.prompts import lm_eval_task, lm_eval_version
 from tasks.reasoning import Reasoning
+from tasks.rows import FilesTask, Hub, failed
 from tasks.scoring import remarks
 
-VERSION = "1"  # goes into every record; raise it when a score could change
-HUB = ("openai/gsm8k", "main")
+HUB = {split: Hub("openai/gsm8k", "main", split) for split in ("test", "train")}
 INVALID = "[invalid]"
 SOLVED = {"question": str, "answer": str}
 SAMPLER_SEED = 1234  # of lm_eval's own runs
@@ -58,7 +58,7 @@ class Reading:
 
 
 @dataclass
-class GSM8K(Apart):
+class GSM8K(FilesTask, Apart):
     """Solve word problems after some solved ones.
 
     data: "hub", or a path: test.jsonl, or a folder with it and, for the examples of `gsm8k`, train.jsonl.
@@ -70,6 +70,8 @@ class GSM8K(Apart):
     flexible: score the flexible reading, as KVTuner does; False: the strict one. Both have their rows.
     limit: problems; None takes all.
     """
+
+    title = "gsm8k"
 
     data: str = "hub"
     variant: str = "gsm8k"
@@ -90,8 +92,7 @@ class GSM8K(Apart):
         return Reasoning(limit=limit)
 
     def __post_init__(self) -> None:
-        check_limit("gsm8k", self.limit)
-        self.data = str(self.data)
+        super().__post_init__()
         if self.variant not in VARIANTS:
             raise UserError(f"gsm8k: task.variant={self.variant}; give one of {', '.join(VARIANTS)}")
         for key, least in (("shots", 0), ("max_new_tokens", 1)):
@@ -109,23 +110,14 @@ class GSM8K(Apart):
     def name(self) -> str:
         return f"{self.variant}-{self._shots}shot{'-turns' if self.multiturn else ''}"
 
-    def source(self) -> str:
-        return f"{self.name} ({self._files.where}), {len(self._examples)} problems, sha256 {self._files.digest[:12]}"
+    @property
+    def contents(self) -> str:
+        return f"{len(self._examples)} problems"
 
     @property
-    def fingerprint(self) -> dict[str, Any]:
-        return {
-            "task": self.name,
-            "data_sha256": self._files.digest,
-            "lm_eval": lm_eval_version(),
-            "max_new_tokens": self._most_new,
-            **({"stop": list(self.stop)} if self.stop is not None else {}),
-            "scores": VERSION,
-            "main": self._main,
-        }
-
-    def examples(self) -> list[Example]:
-        return self._examples
+    def settings(self) -> dict[str, Any]:
+        found = {"lm_eval": lm_eval_version(), "max_new_tokens": self._most_new, "main": self._main}
+        return found | ({"stop": list(self.stop)} if self.stop is not None else {})
 
     def score(self, example: Example, prediction: str) -> float:
         return self.parts(example, prediction)[self._main]
@@ -186,17 +178,10 @@ class GSM8K(Apart):
             found.append(Reading(name, regex["regex_pattern"], int(regex.get("group_select", 0))))
         return found
 
-    @cached_property
-    def _files(self) -> Files:
-        if self.data != "hub":
-            return read_files("gsm8k", self.data)
-        test, where = hub_rows("gsm8k", *HUB, "test", self.revision)
-        train, _ = hub_rows("gsm8k", *HUB, "train", self.revision)
-        found = Files.of_rows(where, "test", test).found | Files.of_rows(where, "train", train).found
-        return Files(where, found)
+    def sets(self) -> Mapping[str, Hub]:
+        return HUB
 
-    @cached_property
-    def _examples(self) -> list[Example]:
+    def make(self) -> list[Example]:
         names = list(self._files.found)
         test = "test" if "test" in names else names[0]
         rows, drawn = self._files.rows(test)[: self.limit], self._drawn(names)
@@ -228,7 +213,7 @@ class GSM8K(Apart):
         shots = drawn()  # also for a row that cannot be run: later prompts depend on it
         tags = {"subset": self.variant, "category": self.variant}
         if not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
-            return Example(f"{self.variant}/{i}", "", "", [], 1, tags, error="`question` or `answer` is missing")
+            return failed(f"{self.variant}/{i}", tags, "`question` or `answer` is missing")
         delimiter = self._task.get("target_delimiter", " ")
         solved = [(self._fill("doc_to_text", shot), self._fill("doc_to_target", shot)) for shot in shots]
         context = "" if self.multiturn else "".join(f"{asked}{delimiter}{target}\n\n" for asked, target in solved)

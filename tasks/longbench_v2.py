@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import yaml
@@ -23,15 +23,15 @@ import yaml
 from methods.core.errors import UserError
 from methods.core.typed import shown
 from tasks.base import Example, Task
-from tasks.data.files import Files, check_limit, check_stand_in, chosen, hub_rows, read_files
+from tasks.data.files import check_stand_in, chosen
 from tasks.data.pins import PINNED
 from tasks.lm_eval.task import LmEval
 from tasks.prompts import lm_eval_folder, lm_eval_version
+from tasks.rows import Hub, Rows, RowsTask
 from tasks.scoring import remarks
 from tasks.table import Mean, Metric
 
-VERSION = "1"  # goes into every record; raise it when a score could change
-HUB = ("THUDM/LongBench-v2", None, "train")
+HUB = Hub("THUDM/LongBench-v2", None, "train")
 ITEMS = 503
 LETTERS = "ABCD"
 FIELDS = ("domain", "sub_domain", "difficulty", "length", "question", *(f"choice_{x}" for x in LETTERS), "context")
@@ -44,7 +44,7 @@ DIGEST = "fb68fca4"  # of lm_eval's template, whose wording was compared with th
 
 
 @dataclass
-class LongBenchV2(Task):
+class LongBenchV2(RowsTask):
     """Choose one of four answers to a question on a long text.
 
     data: "hub", or a path: data.json as the benchmark offers it, or .jsonl rows.
@@ -52,7 +52,9 @@ class LongBenchV2(Task):
     limit: samples in all; None takes all.
     """
 
-    metric: ClassVar[Metric] = Metric("accuracy", digits=1)
+    title = "longbench_v2"
+    wrong_row = "failed"
+    metric = Metric("accuracy", digits=1)
 
     data: str = "hub"
     subset: Sequence[str] | str | None = None
@@ -67,34 +69,18 @@ class LongBenchV2(Task):
         check_stand_in("longbench_v2", cls, knobs, "lm_eval-mini")
         return LmEval(limit=limit)
 
-    def __post_init__(self) -> None:
-        check_limit("longbench_v2", self.limit)
-        self.data = str(self.data)
-
     @property
     def name(self) -> str:
         return "longbench-v2"
 
-    def source(self) -> str:
-        n = len(self._rows)
-        odd = "" if n == ITEMS else f", not the published {ITEMS}"
-        return (
-            f"{self.name} ({self._files.where}), {n} items{odd}; {len(self._examples)} samples, "
-            f"sha256 {self._files.digest[:12]}"
-        )
+    @property
+    def contents(self) -> str:
+        odd = "" if len(self._all) == ITEMS else f", not the published {ITEMS}"
+        return f"{len(self._all)} items{odd}; {len(self._examples)} samples"
 
     @property
-    def fingerprint(self) -> dict[str, Any]:
-        return {
-            "task": self.name,
-            "data_sha256": self._files.digest,
-            "lm_eval": lm_eval_version(),
-            "template": DIGEST,
-            "scores": VERSION,
-        }
-
-    def examples(self) -> list[Example]:
-        return self._examples
+    def settings(self) -> dict[str, Any]:
+        return {"lm_eval": lm_eval_version(), "template": DIGEST}
 
     def score(self, example: Example, prediction: str) -> float:
         return float(letter(prediction) == example.answers[0])
@@ -115,33 +101,32 @@ class LongBenchV2(Task):
             lines.append(remarks.flips(rows, _right, "samples"))
         return [line for line in lines if line]
 
-    @cached_property
-    def _files(self) -> Files:
-        if self.data != "hub":
-            return read_files("longbench_v2", self.data)
-        rows, where = hub_rows("longbench_v2", *HUB, self.revision)
-        return Files.of_rows(where, "data", rows)
+    def sets(self) -> Mapping[str, Hub]:
+        return {"data": HUB}
 
     @cached_property
-    def _rows(self) -> list[dict[str, Any]]:
+    def _all(self) -> list[dict[str, Any]]:
         return [row for name in self._files.found for row in self._files.rows(name)]
 
     @cached_property
-    def _examples(self) -> list[Example]:
-        domains = list(dict.fromkeys(str(row.get("domain")) for row in self._rows))
-        wanted = chosen("longbench_v2", "subset", self.subset, domains)
-        named = [shown(row.get("_id")) for row in self._rows]
+    def _rows(self) -> dict[str, Rows]:
+        """The rows of the chosen domains, with their own ids; a number, where it is not the only one of its name."""
+        domains = list(dict.fromkeys(str(row.get("domain")) for row in self._all))
+        wanted = chosen(self.title, "subset", self.subset, domains)
+        named = [shown(row.get("_id")) for row in self._all]
         seen = Counter(named)
         ids = [name if seen[name] == 1 else str(i) for i, name in enumerate(named)]
-        rows = [(id, row) for id, row in zip(ids, self._rows) if str(row.get("domain")) in wanted]
-        return [self._example(f"v2/{id}", row) for id, row in rows[: self.limit]]
+        return {"v2": [(id, row) for id, row in zip(ids, self._all) if str(row.get("domain")) in wanted][: self.limit]}
 
-    def _example(self, id: str, row: Mapping[str, Any]) -> Example:
+    def tags(self, name: str, row: Mapping[str, Any]) -> dict[str, Any]:
         # one subset: every row of the table is a plain mean over samples, and is drawn as one
         tags = {"subset": self.name, "category": self.name, "chance": 1 / len(LETTERS)}
-        tags |= {key: str(row.get(key)) for key in ("domain", *LEVELS)}
-        if error := problem(row):
-            return Example(id, "", "", [], 1, tags, error=error)
+        return tags | {key: str(row.get(key)) for key in ("domain", *LEVELS)}
+
+    def problem(self, name: str, row: Mapping[str, Any]) -> str | None:
+        return problem(row)
+
+    def example(self, id: str, tags: dict[str, Any], row: dict[str, Any]) -> Example:
         return Example(id, *prompt(row), [row["answer"]], MOST_NEW, tags, whole_question=False)
 
 

@@ -14,17 +14,15 @@ Here:  two modes, as there: turns in one conversation, and requests that do not 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from methods.core.errors import UserError
-from tasks.base import Example, Task, Turn
-from tasks.data.files import Files, check_limit, chosen, hub_rows, read_files
+from tasks.base import Example, Turn
 from tasks.data.pins import PINNED
 from tasks.data.rows import Text, Texts, Tokens, wrong
+from tasks.rows import Hub, RowsTask
 from tasks.scoring import matching, metrics, numerals, rouge
 
-VERSION = "2"  # goes into every record; raise it when a score could change
 MODES, HISTORIES, COMPRESS = ("turns", "requests"), ("golden", "own"), ("first_prompt_only", "every_prompt")
 HUB = "microsoft/SCBench"
 
@@ -103,7 +101,7 @@ NO_REPOQA = f"RepoQA's similarity of functions is in no installed package; there
 
 
 @dataclass
-class MultiTurn(Task):
+class MultiTurn(RowsTask):
     """Ask several questions about every context.
 
     data: "bundled", "hub" (SCBench), or a path: .jsonl rows with `context` and `multi_turns`, a list of `input` and
@@ -118,6 +116,11 @@ class MultiTurn(Task):
     limit: contexts per subset; None takes all.
     """
 
+    title = "multiturn"
+    version = "2"
+    wrong_row = "failed"
+    of_samples = frozenset({"data_sha256", "rouge"})
+
     data: str = "bundled"
     subset: Sequence[str] | str | None = None
     mode: str = "turns"
@@ -128,44 +131,36 @@ class MultiTurn(Task):
     limit: int | None = None
     revision: str = PINNED
 
-    of_samples = frozenset({"data_sha256", "rouge"})
-
     def __post_init__(self) -> None:
-        check_limit("multiturn", self.limit)
+        super().__post_init__()
         for key, allowed in (("mode", MODES), ("history", HISTORIES), ("compress", COMPRESS)):
             if getattr(self, key) not in allowed:
                 raise UserError(f"multiturn: task.{key}={getattr(self, key)}; give one of {', '.join(allowed)}")
         if type(self.turns) is not int or self.turns < 1:
             raise UserError(f"multiturn: task.turns={self.turns}; give a whole number of questions, 1 or more")
-        self.data = str(self.data)
         asked = [self.subset] if isinstance(self.subset, str) else self.subset or []
         if self.data == "hub" and (missing := [name for name in asked if name in WITH_REPOQA]):
             raise UserError(f"multiturn: task.subset={missing[0]} cannot be scored: {NO_REPOQA}")
 
     @property
     def name(self) -> str:
-        base = "multiturn-mini" if self.data == "bundled" else "scbench" if self.data == "hub" else "multiturn"
+        base = "scbench" if self.data == "hub" else super().name
         return base if self.mode == "turns" else f"{base}-requests"
 
-    def source(self) -> str:
+    @property
+    def contents(self) -> str:
         questions = sum(1 + len(example.turns) for example in self._examples)
         how = f"history={self.history}, compress={self.compress}" if self.mode == "turns" else "apart from each other"
-        return (
-            f"{self.name} ({self._files.where}), {len(self._examples)} contexts, {questions} questions, {how}, "
-            f"sha256 {self._files.digest[:12]}"
-        )
+        return f"{len(self._examples)} contexts, {questions} questions, {how}"
 
     @property
-    def fingerprint(self) -> dict[str, Any]:
-        settings = {"task": self.name, "data_sha256": self._files.digest, "scores": VERSION, "turns": self.turns}
+    def settings(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"turns": self.turns, "shuffle": self.shuffle}
         if self.mode == "turns":
-            settings |= {"history": self.history, "compress": self.compress}
+            found |= {"history": self.history, "compress": self.compress}
         if "scbench_summary" in rules(self._examples):
-            settings["rouge"] = rouge.described("rouge-score", stemmed=False)
-        return settings | {"shuffle": self.shuffle}
-
-    def examples(self) -> list[Example]:
-        return self._examples
+            found["rouge"] = rouge.described("rouge-score", stemmed=False)
+        return found
 
     def score(self, example: Example, prediction: str) -> float:
         return KINDS[example.tags["score"]].score(prediction, example.answers)
@@ -186,32 +181,19 @@ class MultiTurn(Task):
         lines.append("KV bytes after every question, of a full cache's: " + ", ".join(f"{s:.1%}" for s in shares))
         return lines
 
-    @cached_property
-    def _files(self) -> Files:
-        if self.data != "hub":
-            return read_files("multiturn", self.data)
-        names = chosen("multiturn", "subset", self.subset, SETS)
-        found, where = {}, ""
-        for name in names:
-            rows, where = hub_rows("multiturn", HUB, name, "test", self.revision)
-            found |= Files.of_rows(where, name, rows).found
-        return Files(where, found)
+    def sets(self) -> Mapping[str, Hub]:
+        return {name: Hub(HUB, name, "test") for name in SETS}
 
-    @cached_property
-    def _examples(self) -> list[Example]:
-        found = []
-        for name in chosen("multiturn", "subset", self.subset, list(self._files.found)):
-            rows = self._files.rows(name)[: self.limit]
-            found += [self._example(f"{name}/{i}", name, row) for i, row in enumerate(rows)]
-        return found
-
-    def _example(self, id: str, name: str, row: dict[str, Any]) -> Example:
-        kind = str(row.get("kind") or (name if name in (*KINDS, *MIXED, *WITH_REPOQA) else "substring"))
+    def tags(self, name: str, row: Mapping[str, Any]) -> dict[str, Any]:
         category = "requests" if self.mode == "requests" else f"{name}, mean over turns"
-        tags = {"subset": name, "category": category, "score": kind}
-        error = problem(row, kind)
-        if error:
-            return Example(id, "", "", [], 1, tags, error=error)
+        kind = row.get("kind") or (name if name in (*KINDS, *MIXED, *WITH_REPOQA) else "substring")
+        return {"subset": name, "category": category, "score": str(kind)}
+
+    def problem(self, name: str, row: Mapping[str, Any]) -> str | None:
+        return problem(row, self.tags(name, row)["score"])
+
+    def example(self, id: str, tags: dict[str, Any], row: dict[str, Any]) -> Example:
+        kind = tags["score"]
         turns = []
         for turn in row["multi_turns"]:
             rule, limit = rule_of(turn, kind)

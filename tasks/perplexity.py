@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from methods.core.errors import UserError
 from tasks.base import Apart, Example, Forced
-from tasks.data.files import Files, check_limit, chosen, hub_rows, read_files
+from tasks.data.files import Files, chosen, hub_rows
 from tasks.data.pins import PINNED
+from tasks.rows import FilesTask
 from tasks.scoring import remarks
 from tasks.table import Mean, Metric
 from tasks.tokens import Tokens
@@ -42,7 +43,7 @@ class Piece:
 
 
 @dataclass
-class Perplexity(Apart):
+class Perplexity(FilesTask, Apart):
     """Predict texts token by token.
 
     data: "bundled", "hub" (WikiText-2), or a path: a text file, a .jsonl file with a `text` per line, or a folder.
@@ -60,6 +61,10 @@ class Perplexity(Apart):
     limit: pieces per subset; None takes all.
     """
 
+    title = "perplexity"
+    suffixes = (".jsonl", ".txt", ".md")
+    metric = Metric("mean negative log-likelihood", "nats per token", "lower", scale=1, digits=4)
+
     data: str = "bundled"
     subset: Sequence[str] | str | None = None
     through: Through = "prefix"
@@ -72,10 +77,8 @@ class Perplexity(Apart):
     limit: int | None = None
     revision: str = PINNED
 
-    metric: ClassVar[Metric] = Metric("mean negative log-likelihood", "nats per token", "lower", scale=1, digits=4)
-
     def __post_init__(self) -> None:
-        check_limit("perplexity", self.limit)
+        super().__post_init__()
         if self.through not in CACHED + ONE_PASS:
             raise UserError(f"perplexity: task.through={self.through}; give one of {', '.join(CACHED + ONE_PASS)}")
         if self.count not in COUNTS:
@@ -89,23 +92,16 @@ class Perplexity(Apart):
                 f"perplexity: budget={self.cap} with task.through={self.through}; a cap is a number of slots, such as "
                 "budget=256"
             )
-        self.data = str(self.data)
         self._tokens: Callable[[], Tokens] | None = None
-
-    @property
-    def name(self) -> str:
-        return "perplexity-mini" if self.data == "bundled" else "perplexity"
 
     def fit(self, tokens: Callable[[], Tokens]) -> None:
         self._tokens = tokens
 
-    def source(self) -> str:
+    @property
+    def contents(self) -> str:
         texts = sum(map(len, self._texts.values()))
         characters = sum(len(text) for own in self._texts.values() for text in own)
-        return (
-            f"{self.name} ({self._files.where}), {texts} text{'s'[: texts > 1]}, {characters:,} characters, "
-            f"through={self.through}, sha256 {self._files.digest[:12]}"
-        )
+        return f"{texts} text{'s'[: texts > 1]}, {characters:,} characters, through={self.through}"
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -125,9 +121,6 @@ class Perplexity(Apart):
         if self.through == "strided":
             settings["hf_compat"] = self.hf_compat
         return settings
-
-    def examples(self) -> list[Example]:
-        return self._examples
 
     def score(self, example: Example, prediction: str) -> float:
         raise NotImplementedError("perplexity has no predictions: the loss of the text itself is the score")
@@ -189,14 +182,13 @@ class Perplexity(Apart):
             "fed; methods that compress the prompt need task.through=prefix, those that keep a cap task.through=stream"
         )
 
-    @cached_property
-    def _files(self) -> Files:
+    def read(self) -> Files:
         if self.data == "hub":
             rows, where = hub_rows("perplexity", *HUB, self.revision)
             # as the set is scored: rows keep their own line ends and are joined by two more
             text = "\n\n".join(row["text"] for row in rows)
             return Files.of_text(where, HUB[1], text)
-        return read_files("perplexity", self.data, (".jsonl", ".txt", ".md"))
+        return super().read()
 
     @cached_property
     def _texts(self) -> dict[str, list[str]]:
@@ -238,8 +230,7 @@ class Perplexity(Apart):
             return self.stride
         return {"chunk": max(2, self._length // CHUNKS), "strided": max(1, self._length // 2)}.get(self.through, 1)
 
-    @cached_property
-    def _examples(self) -> list[Example]:
+    def make(self) -> list[Example]:
         if self.through == "prefix" and self._prompt >= self._length:
             raise UserError(
                 f"perplexity: task.prompt={self._prompt} leaves nothing to predict of task.length={self._length}"

@@ -6,20 +6,17 @@ Here: documents of our own. `chains` follow links from name to name until a valu
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
-from tasks.base import Example, Task
-from tasks.data.files import Files, check_limit, chosen, read_files
-from tasks.data.rows import Tokens, wrong
+from tasks.base import Example
+from tasks.data.rows import Tokens
+from tasks.rows import RowsTask
 from tasks.scoring import remarks
 from tasks.table import Mean, mean_by_category
 
-VERSION = "1"  # goes into every record; raise it when a score could change
-
 
 @dataclass
-class Reasoning(Task):
+class Reasoning(RowsTask):
     """Follow links through a document and write them down.
 
     data: "bundled", or a path: .jsonl rows with `context`, `question` and `steps`, the whole answer.
@@ -27,27 +24,20 @@ class Reasoning(Task):
     limit: samples per subset; None takes all.
     """
 
+    title = "reasoning"
+    fields: ClassVar = {"max_new_tokens": Tokens | None}
+    wrong_row = "failed"
+
     data: str = "bundled"
     subset: Sequence[str] | str | None = None
     limit: int | None = None
 
-    def __post_init__(self) -> None:
-        check_limit("reasoning", self.limit)
-        self.data = str(self.data)
+    def problem(self, name: str, row: Mapping[str, Any]) -> str | None:
+        missing = [key for key in ("context", "question", "steps") if not isinstance(row.get(key), str)]
+        return f"`{missing[0]}` is missing; it is a string" if missing else super().problem(name, row)
 
-    @property
-    def name(self) -> str:
-        return "reasoning-mini" if self.data == "bundled" else "reasoning"
-
-    def source(self) -> str:
-        return f"{self.name} ({self._files.where}), {len(self._examples)} samples, sha256 {self._files.digest[:12]}"
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        return {"task": self.name, "data_sha256": self._files.digest, "scores": VERSION}
-
-    def examples(self) -> list[Example]:
-        return self._examples
+    def example(self, id: str, tags: dict[str, Any], row: dict[str, Any]) -> Example:
+        return Example(id, row["context"], row["question"], [row["steps"]], row.get("max_new_tokens") or 64, tags)
 
     def score(self, example: Example, prediction: str) -> float:
         return float(end_of(prediction) == end_of(example.answers[0]))
@@ -69,28 +59,6 @@ class Reasoning(Task):
         if remarks.compared(rows):
             lines.append(remarks.flips(rows, _right, "flexible"))
         return [line for line in lines if line]
-
-    @cached_property
-    def _files(self) -> Files:
-        return read_files("reasoning", self.data)
-
-    @cached_property
-    def _examples(self) -> list[Example]:
-        found = []
-        for name in chosen("reasoning", "subset", self.subset, list(self._files.found)):
-            for i, row in enumerate(self._files.rows(name)[: self.limit]):
-                found.append(self._example(f"{name}/{i}", name, row))
-        return found
-
-    def _example(self, id: str, name: str, row: Mapping[str, Any]) -> Example:
-        tags = {"subset": name, "category": "mean"}
-        missing = [key for key in ("context", "question", "steps") if not isinstance(row.get(key), str)]
-        if missing:
-            return Example(id, "", "", [], 1, tags, error=f"`{missing[0]}` is missing; it is a string")
-        if error := wrong(row, {"max_new_tokens": Tokens | None}):
-            return Example(id, "", "", [], 1, tags, error=error)
-        limit = row.get("max_new_tokens") or 64
-        return Example(id, row["context"], row["question"], [row["steps"]], limit, tags)
 
 
 def end_of(text: str) -> str:

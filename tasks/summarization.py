@@ -12,37 +12,34 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from analysis import stats
 from methods.core.errors import UserError
 from tasks.base import Apart, Example, cut_at
-from tasks.data.files import Files, check_limit, chosen, hub_rows, read_files
 from tasks.data.pins import PINNED
-from tasks.data.rows import Text, wrong
+from tasks.data.rows import Text
 from tasks.data.rows import Tokens as Most
 from tasks.prompts import lm_eval_task
+from tasks.rows import Hub, Rows, RowsTask
 from tasks.scoring import remarks, rouge
 from tasks.tokens import Tokens
 
-VERSION = "2"  # goes into every record; raise it when a score could change
 ENOUGH, ENOUGH_TOKENS = 0.99, 0.9  # of the full cache's ROUGE and of its tokens: MLPerf's rule
 RULE = {"ROUGE-1", "ROUGE-2", rouge.WHOLE}  # what has to reach it
 SOURCES = ("article", "document", "dialogue", "report", "text")
 SUMMARIES = ("highlights", "summary", "summary_gt")
-# name: repository, configuration, split
-HUB: dict[str, tuple[str, str | None, str]] = {
-    "cnn_dailymail": ("abisee/cnn_dailymail", "3.0.0", "validation"),
-    "xsum": ("EdinburghNLP/xsum", None, "validation"),
-    "samsum": ("knkarthick/samsum", None, "test"),
-    "govreport": ("ccdv/govreport-summarization", None, "test"),
-    "soda": ("allenai/soda", None, "test"),
+HUB = {
+    "cnn_dailymail": Hub("abisee/cnn_dailymail", "3.0.0", "validation"),
+    "xsum": Hub("EdinburghNLP/xsum", None, "validation"),
+    "samsum": Hub("knkarthick/samsum", None, "test"),
+    "govreport": Hub("ccdv/govreport-summarization", None, "test"),
+    "soda": Hub("allenai/soda", None, "test"),
 }
 INSTRUCTION = "Summarize the following news article:"
 ONE_SENTENCE = "Provide a one-sentence summary of the following news article:"
@@ -78,7 +75,7 @@ SETUPS = {
 
 
 @dataclass
-class Summarization(Apart):
+class Summarization(RowsTask, Apart):
     """Sum up articles, reports and dialogues.
 
     setup: "plain", "keyformer", "h2o" or "lm_eval".
@@ -90,6 +87,12 @@ class Summarization(Apart):
     limit: samples per subset; None takes all.
     """
 
+    title = "summarization"
+    version = "2"
+    fields: ClassVar = {"max_new_tokens": Most | None, "head": Text | None}
+    wrong_row = "failed"
+    of_samples = frozenset({"data_sha256", "shuffle"})
+
     setup: str = "plain"
     data: str = "bundled"
     subset: Sequence[str] | str | None = None
@@ -99,10 +102,8 @@ class Summarization(Apart):
     limit: int | None = None
     revision: str = PINNED
 
-    of_samples = frozenset({"data_sha256", "shuffle"})
-
     def __post_init__(self) -> None:
-        check_limit("summarization", self.limit)
+        super().__post_init__()
         if self.setup not in SETUPS:
             raise UserError(f"summarization: task.setup={self.setup}; give one of {', '.join(SETUPS)}")
         if type(self.beams) is not int or self.beams < 1:
@@ -112,33 +113,24 @@ class Summarization(Apart):
         most = self.max_new_tokens
         if most is not None and (type(most) is not int or most < 1):
             raise UserError(f"summarization: task.max_new_tokens={most}; give a whole number of tokens, 1 or more")
-        self.data = str(self.data)
         self._tokens: Callable[[], Tokens] | None = None
 
     @property
     def name(self) -> str:
-        base = "summarization-mini" if self.data == "bundled" else "summarization"
-        return base if self.setup == "plain" else f"{base}-{self.setup}"
+        return super().name if self.setup == "plain" else f"{super().name}-{self.setup}"
 
     def fit(self, tokens: Callable[[], Tokens]) -> None:
         self._tokens = tokens
 
-    def source(self) -> str:
-        names = list(self._rows)
+    @property
+    def contents(self) -> str:
         n = sum(len(rows) for rows in self._rows.values())
         beams = f"beam {self.beams}, " if self.beams > 1 else ""
-        return (
-            f"{self.name} ({self._files.where}), {', '.join(names)}, {n} samples, {beams}"
-            f"{rouge.described(self._setup.rouge)}, sha256 {self._files.digest[:12]}"
-        )
+        return f"{', '.join(self._rows)}, {n} samples, {beams}{rouge.described(self._setup.rouge)}"
 
     @property
-    def fingerprint(self) -> dict[str, Any]:
-        frame = hashlib.sha256(repr((FRAME, INSTRUCTION, ONE_SENTENCE)).encode()).hexdigest()[:8]
+    def settings(self) -> dict[str, Any]:
         found: dict[str, Any] = {
-            "task": self.name,
-            "data_sha256": self._files.digest,
-            "scores": VERSION,
             "rouge": rouge.described(self._setup.rouge),
             "beams": self.beams,
             "max_new_tokens": self._most_new,
@@ -147,13 +139,10 @@ class Summarization(Apart):
         if self._setup.rouge == "rouge-score":
             found["sentences"] = rouge.splitter()[0]
         if self.setup == "keyformer":
-            found["frame"] = frame
+            found["frame"] = hashlib.sha256(repr((FRAME, INSTRUCTION, ONE_SENTENCE)).encode()).hexdigest()[:8]
         if self.setup == "lm_eval":
             found["lm_eval"] = metadata.version("lm_eval")
         return found
-
-    def examples(self) -> list[Example]:
-        return self._examples
 
     def score(self, example: Example, prediction: str) -> float:
         return self.parts(example, prediction)[rouge.WHOLE]
@@ -193,53 +182,34 @@ class Summarization(Apart):
     def _most_new(self) -> int:
         return self.max_new_tokens or self._setup.max_new_tokens
 
-    @cached_property
-    def _files(self) -> Files:
-        if self.data != "hub":
-            return read_files("summarization", self.data)
-        found, where = {}, ""
-        for name in chosen("summarization", "subset", self.subset or "cnn_dailymail", list(HUB)):
-            repo, configuration, split = HUB[name]
-            rows, where = hub_rows(
-                "summarization", repo, configuration, "test" if self.setup == "lm_eval" else split, self.revision
-            )
-            found |= Files.of_rows(where, name, rows).found
-        return Files(where, found)
+    def sets(self) -> Mapping[str, Hub]:
+        found = HUB if self.subset else {"cnn_dailymail": HUB["cnn_dailymail"]}
+        return {name: replace(one, split="test") if self.setup == "lm_eval" else one for name, one in found.items()}
 
-    @cached_property
-    def _rows(self) -> dict[str, list[tuple[int, dict[str, Any]]]]:
-        """The chosen rows of every set, each with its place there, which no selection changes."""
-        found = {}
-        for name in chosen("summarization", "subset", self.subset, list(self._files.found)):
-            rows = list(enumerate(self._files.rows(name)))
-            if self.shuffle is not None:
-                rows = random.Random(self.shuffle).sample(rows, len(rows))
-            found[name] = rows[: self.limit]
-        return found
+    def arranged(self, rows: Rows) -> Rows:
+        rows = [(i, conversation(row) if isinstance(row.get("dialogue"), list) else row) for i, row in rows]
+        return rows if self.shuffle is None else random.Random(self.shuffle).sample(rows, len(rows))
 
-    @cached_property
-    def _examples(self) -> list[Example]:
-        return [self._example(f"{name}/{i}", name, row) for name, rows in self._rows.items() for i, row in rows]
+    def tags(self, name: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {"subset": name, "category": name, "lead": lead(texts(row)[0] or "")}
 
-    def _example(self, id: str, name: str, row: Mapping[str, Any]) -> Example:
-        if isinstance(row.get("dialogue"), list):
-            row = conversation(row)
-        source = next((row[key] for key in SOURCES if isinstance(row.get(key), str) and row[key].strip()), None)
-        summary = next((row[key] for key in SUMMARIES if isinstance(row.get(key), str) and row[key].strip()), None)
-        tags: dict[str, Any] = {"subset": name, "category": name, "lead": lead(source or "")}
-        if source is None or summary is None:
-            missing = f"no source ({', '.join(SOURCES)})" if source is None else f"no summary ({', '.join(SUMMARIES)})"
-            return Example(id, "", "", [], 1, tags, error=missing)
-        if error := wrong(row, {"max_new_tokens": Most | None, "head": Text | None}):
-            return Example(id, "", "", [], 1, tags, error=error)
-        most = row.get("max_new_tokens")
-        before, source, after = self._frame(name, row, source)
+    def problem(self, name: str, row: Mapping[str, Any]) -> str | None:
+        source, summary = texts(row)
+        if source is None:
+            return f"no source ({', '.join(SOURCES)})"
+        return f"no summary ({', '.join(SUMMARIES)})" if summary is None else super().problem(name, row)
+
+    def example(self, id: str, tags: dict[str, Any], row: dict[str, Any]) -> Example:
+        source, summary = texts(row)
+        assert source is not None and summary is not None, "there is no problem"
+        most = row.get("max_new_tokens") if self.setup == "plain" else None
+        before, source, after = self._frame(tags["subset"], row, source)
         return Example(
             id,
             context=before + self._cut(source, before + after),
             question=after,
             answers=[summary],
-            max_new_tokens=self.max_new_tokens or (most if self.setup == "plain" else None) or self._most_new,
+            max_new_tokens=self.max_new_tokens or most or self._most_new,
             min_new_tokens=self._setup.min_new_tokens,
             tags=tags,
             chat=self._setup.chat,
@@ -279,6 +249,15 @@ def conversation(row: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(speakers, list) and len(speakers) == len(said):
         turns = [f"{who}: {one}" for who, one in zip(speakers, said)]
     return {"dialogue": "\n".join(turns), "summary": row.get("narrative") or row.get("summary")}
+
+
+def texts(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """A row's source and its summary; None for one that is blank or missing."""
+
+    def first(keys: Sequence[str]) -> str | None:
+        return next((row[key] for key in keys if isinstance(row.get(key), str) and row[key].strip()), None)
+
+    return first(SOURCES), first(SUMMARIES)
 
 
 def lead(source: str) -> str:

@@ -58,6 +58,14 @@ class Files:
             raise UserError(f"{path}: holds no rows; a JSON object per line is needed")
         return rows
 
+    def place(self, name: str, i: int) -> str:
+        """Where row i of a file is, as an error says it: by its line in JSONL, where some are blank, else counted."""
+        path, raw = self.found[name]
+        if path.suffix != ".jsonl" or not path.is_file():
+            return f"{path if path.is_file() else f'{self.where}, {name}'}, row {i + 1}"
+        lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        return f"{path}, line {[number for number, line in enumerate(lines, 1) if line.strip()][i]}"
+
 
 def read_files(task: str, data: str, suffixes: Sequence[str] = (".jsonl", ".json")) -> Files:
     """The files of `data`: "bundled", or a path to a file or to a folder of them.

@@ -23,3 +23,15 @@ def wrong(row: Mapping[str, Any], fields: Mapping[str, Any]) -> str | None:
             given = f"is {shown(row[name])}" if name in row else "is missing"
             return f"`{name}` {given}; it is {described(kind).removesuffix(' or null')}"
     return None
+
+
+def empty(row: Mapping[str, Any], fields: Mapping[str, Any]) -> str | None:
+    """Why a row cannot be used, naming its field: one that may not be null is blank, or a list that is empty or holds a
+    blank; None if there is no such field. fields: types by name."""
+    for name, kind in fields.items():
+        value = row.get(name)
+        parts = value if isinstance(value, list) else [value]
+        blank = not parts or any(isinstance(one, str) and not one.strip() for one in parts)
+        if blank and not fits(None, kind):
+            return f"`{name}` is empty; it is {described(kind)}"
+    return None

@@ -32,7 +32,7 @@ CLASSES = {
     "Allocator": allocate.Allocator,
 }
 #: where a command's own words go: it cannot be given as it stands, or not in this checkout
-PLACES = ("NAME", "...", "keepnorm")
+PLACES = ("NAME", "...", "keepnorm", "task=facts")
 
 
 def section(text: str, heading: str) -> str:

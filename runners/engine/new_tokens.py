@@ -106,17 +106,17 @@ class NewTokens:
         best, token = logits.max(dim=-1)
         if self.dice is not None:
             token = self.dice.choose(logits, token, taken)
-        self.broken = torch.where(best.isnan() & ~self.done & (self.broken < 0), taken, self.broken)
+        broken = best.isnan() & ~self.done
+        self.broken.masked_fill_(broken, taken)
         self.tokens.append(token)
-        self.done |= (token[:, None] == self.ends).any(dim=-1) | (taken + 1 >= self.limit)
+        self.done |= broken | (token[:, None] == self.ends).any(dim=-1) | (taken + 1 >= self.limit)
         return token
 
     def ended(self) -> list[bool]:
         """For each row whether its answer has ended; waits for the device, once."""
-        over = self.done | (self.broken >= 0)
         if not any(self.readers):
-            return over.tolist()
-        *new, ended = torch.stack([*self.tokens[self.read :], over.long()]).tolist()
+            return self.done.tolist()
+        *new, ended = torch.stack([*self.tokens[self.read :], self.done.long()]).tolist()
         self.read = len(self.tokens)
         for row, reader in enumerate(self.readers):
             # also where the device has seen an end: a stop may have come before it

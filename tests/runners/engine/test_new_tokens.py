@@ -101,6 +101,19 @@ def test_a_stop_inside_a_think_block_ends_nothing(encoder):
     assert kept.said(example(stop=("Q:",)), read(kept, tokens, stop=("Q:",)).ids)[0] == "<think>is it "
 
 
+def test_a_nan_counts_before_a_stop_string_and_not_behind_it_however_late_that_is_noticed(encoder):
+    stops, nan = encoder.stops_of(example(stop=(" sat",))), torch.full((1, 400), torch.nan)
+    tokens = encoder.plain("the cat sat")
+    for at, error in ((1, "the logits hold a NaN"), (len(tokens), None)):
+        rows = NewTokens([Limits(20, 0, (), stops)], torch.device("cpu"))
+        steps = [torch.nn.functional.one_hot(torch.tensor([token]), 400).float() for token in tokens]
+        for logits in [*steps[:at], nan, *steps[at:]]:
+            rows.take(logits)
+        (answer,) = rows.answers()
+        assert answer.error == error
+    assert (answer.stop, answer.ids) == ("string", tokens)
+
+
 def stopped(encoder: Encoder, model, rows: list[Prompt]) -> tuple[list[Prompt], int]:
     """The prompts with a stop string that the first one's answer holds and no other's, and after how many tokens."""
     free = [generate(model, load_method("full"), [row])[0][0].ids for row in rows]

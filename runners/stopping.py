@@ -45,7 +45,12 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 @cache
 def end_with(parent: int) -> None:
-    """Let this process, a worker, end as soon as the one that started it is gone: nobody else would end it then."""
+    """Let this process, a worker, end as soon as the one that started it is gone: nobody else would end it then.
+
+    parent: that one, or this process itself where a single worker is none of its own; nothing is to be done then.
+    """
+    if parent == os.getpid():
+        return
 
     def watch() -> None:
         while os.getppid() == parent:

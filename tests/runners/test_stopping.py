@@ -96,3 +96,10 @@ def alive(pid: int) -> bool:
         return False
     # one that nobody has asked for its exit code is still listed
     return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:1]
+
+
+def test_a_sweep_whose_only_worker_is_the_process_itself_goes_on():
+    # one GPU or n_jobs=1: joblib starts no other process
+    code = "import os, time; from runners.stopping import end_with; end_with(os.getpid()); time.sleep(1.2); print('on')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "on\n")

@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline
 PYTEST := $(ONE_THREAD) $(PY) -m pytest -n 2 --timeout 300
-CODE = $(wildcard run.py methods tasks runners kernels analysis benchmarks hydra_plugins)
+CODE = $(wildcard run.py kvfrontier methods tasks runners kernels analysis benchmarks hydra_plugins package)
 
 .PHONY: help setup run test test-slurm test-numeric test-all lint format docs peers
 help:

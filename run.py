@@ -26,13 +26,15 @@ from omegaconf import DictConfig
 
 from analysis.screen import any_text
 from methods.core.errors import UserError
+from methods.core.home import users
 from runners.jobs import Failed, spread
 from runners.records.provenance import commit
 from runners.settings import guard
 from runners.settings.check import check
 from runners.settings.explain import EXPECTED, report
+from runners.settings.plugins import register
 from runners.settings.trainers import for_trainer
-from runners.settings.words import check_words
+from runners.settings.words import check_words, folders_of
 
 CONF = Path(__file__).resolve().parent / "conf"
 INTERRUPTED = 130
@@ -63,7 +65,8 @@ def execute(cfg: DictConfig) -> int:
     """Run what a configuration that was checked describes; the exit code. Raises UserError for what cannot work."""
     from runners.settings.parts import runner_of  # imports torch
 
-    return runner_of(cfg).run(cfg)
+    with users.files_read():  # those that a method imports while it runs
+        return runner_of(cfg).run(cfg)
 
 
 def main() -> int:
@@ -81,8 +84,10 @@ def main() -> int:
     # Hydra's parser wants its flags before the overrides; this is the one that people type anywhere
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     guard.install()
+    register()
     try:
         check_words(sys.argv[1:])
+        users.announce(folders_of(sys.argv[1:]))
         sys.argv[1:] = spread(for_trainer(sys.argv[1:]))
         job()
     except Failed as failed:

@@ -23,6 +23,7 @@ from analysis.generations import chosen
 from analysis.rows import SAMPLE, SHARES, cell_of, samples_of, table_of, why
 
 CACHE = ".analysis.parquet"
+RUN = "python run.py" if __package__ == "analysis" else "kvfrontier run"  # where it is installed
 READER = 3  # what another one has kept of a record is read again
 
 
@@ -89,7 +90,7 @@ def load(results: str | Path, all_generations: bool = False) -> Results:
         raise NothingToRead(f"{root}: no such folder; give the folder that results=... named (default: results)")
     found = sorted({path.parent for name in ("cell.json", "samples.jsonl") for path in root.rglob(name)})
     if not found:
-        raise NothingToRead(f"{root}: holds no cell.json; run python run.py results={root} first")
+        raise NothingToRead(f"{root}: holds no cell.json; run {RUN} results={root} first")
     kept, books = _cache(root)
     cells, tables, problems, new_books = [], [], [], {}
     for folder in found:

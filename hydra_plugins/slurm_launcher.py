@@ -11,7 +11,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +20,13 @@ from hydra_plugins.hydra_submitit_launcher import submitit_launcher
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
 from methods.core.errors import UserError
+from methods.core.home import PREFIX, ROOT
 from runners.jobs import Failed
 from runners.records.job_log import LOG
 
 if TYPE_CHECKING:
     from submitit import Job
 
-ROOT = Path(__file__).resolve().parent.parent
 # settings that submitit knows for every kind of cluster; it wants the others to begin with `slurm_`
 COMMON = {field.name for field in dataclasses.fields(BaseQueueConf)}
 
@@ -90,9 +89,9 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
                 "hydra/launcher=slurm: this machine has no sbatch and srun; start the sweep where jobs are submitted, "
                 "or take hydra/launcher=local"
             )
-        # a job may start elsewhere than in the checkout
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        if not PREFIX:  # a job may start elsewhere than in the checkout
+            paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            os.environ["PYTHONPATH"] = os.pathsep.join(paths)
         settings = {**self.params, "teardown": AFTER, "setup": [*BEFORE, *(self.params["setup"] or [])]}
         executor = AutoExecutor(
             settings.pop("submitit_folder"), cluster="slurm", slurm_max_num_timeout=settings.pop("max_num_timeout")

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from kernels.backend import interpreted
@@ -28,13 +29,17 @@ def ops() -> list[str]:
     """The ops with a Triton form that is started by itself."""
     here = Path(__file__).parent
     found = sorted(path.parent.name for path in here.glob("*/triton.py"))
-    return [op for op in found if hasattr(importlib.import_module(f"kernels.{op}.triton"), "rehearse")]
+    return [op for op in found if hasattr(_form(op), "rehearse")]
+
+
+def _form(op: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{op}.triton")
 
 
 def variants(op: str, brief: bool = False) -> list[Variant]:
     """What the calls that the op rehearses would start, each once."""
     with noting() as found:
-        importlib.import_module(f"kernels.{op}.triton").rehearse(brief)
+        _form(op).rehearse(brief)
     return list(dict.fromkeys(found))
 
 
@@ -60,7 +65,7 @@ def compiled(variant: Variant, capability: int) -> Any:
 
 def main(words: Sequence[str]) -> int:
     """Compile, a line per kernel and what is wrong with it if anything; returns 1 if anything is."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.ahead", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.ahead", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(ops())}; none: all")
     parser.add_argument("--brief", action="store_true", help="a few variants of each kernel instead of all")
     given = parser.parse_args(words)

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from methods import build_method, load_method
-from methods.core import artefacts
+from methods.core import artefacts, home
 from methods.core.contract import Method
 from methods.core.errors import UserError
 from runners.engine import answer, latency
@@ -318,7 +318,7 @@ class Run(ModelSetup):
 
     def _conditions(self, method: Method, knobs: Mapping[str, Any], code: str) -> dict[str, Any]:
         """What may change a number without being part of what was asked."""
-        modules = [type(method).__module__, *_targets(knobs)]
+        modules = map(home.plain, [type(method).__module__, *_targets(knobs)])
         papers = [name.split(".")[1] for name in modules if name.startswith("methods.")]
         learned = artefacts.state(papers, str(self.checkpoint.folder), knobs.values())
         return {
@@ -350,7 +350,7 @@ def _command(name: str, words: Sequence[str]) -> str:
     kept = [word for word in words if word.lstrip("+~").split("=")[0].split(".")[0].split("/")[0] not in left_out]
     knobs = [word for word in words if name != "full" and word.lstrip("+").startswith("method.")]
     # in one order, however they were given
-    return " ".join(["python run.py", f"method={name}", *sorted(knobs), *sorted(kept)])
+    return " ".join([home.COMMAND, f"method={name}", *sorted(knobs), *sorted(kept)])
 
 
 def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:

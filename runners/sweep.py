@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from methods.core.errors import BudgetMiss, UserError
+from methods.core.home import COMMAND
 from runners.cells import Cell, Run, plain
 from runners.engine.answer import answer_together, why_alone
 from runners.engine.choices import encode
@@ -390,7 +391,7 @@ class Sweep:
 
     def command(self, member: Member) -> str:
         """The command that runs only what this cell lacks."""
-        return f"python run.py {shlex.join([*self.shared, *member.words])}"
+        return f"{COMMAND} {shlex.join([*self.shared, *member.words])}"
 
     def failures(self, member: Member) -> dict[str, str]:
         """Samples that failed, with their errors."""

@@ -40,7 +40,9 @@ class Grid(Task):
         for key in counts:
             check_count(who, key, getattr(self, key))
         if self.data == "bundled" and not bundled.is_dir():
-            raise UserError(f"{who}: the bundled split is missing at {bundled}; run python -m tasks.bundle {who}")
+            raise UserError(
+                f"{who}: the bundled split is missing at {bundled}; in a checkout, run python -m tasks.bundle {who}"
+            )
         self._tokens: Tokens | None = None
 
     @property

@@ -32,7 +32,8 @@ from kernels import backend, compiled
 from kernels.bench import agreement, cases
 from kernels.bench.timing import Ceilings, captured_seconds, measure_ceilings, seconds
 
-ROOT = Path(__file__).resolve().parents[2]
+#: the checkout; None in an installed package, in which nothing is written and whose commit is not known here
+CHECKOUT = Path(__file__).resolve().parents[2] if __package__ == "kernels.bench" else None
 
 
 def main(words: Sequence[str]) -> int:
@@ -59,7 +60,7 @@ def main(words: Sequence[str]) -> int:
     rows = []
     for title, calls in _settings(asked, dtype, device):
         rows += _time(console, title, calls, ceilings, device, asked.seconds)
-    out = Path(asked.out or ROOT / "benchmarks" / "results" / f"{machine_slug(device)}.json")
+    out = Path(asked.out or (CHECKOUT or Path()) / "benchmarks" / "results" / f"{machine_slug(device)}.json")
     record = {
         "machine": _machine(device),
         "form": form,
@@ -75,7 +76,7 @@ def main(words: Sequence[str]) -> int:
 
 def _asked(words: Sequence[str]) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: bfloat16 on a GPU")
     parser.add_argument("--backend", choices=backend.BACKENDS, default="auto")
@@ -205,10 +206,12 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     """The checkout's commit, with a plus sign if files differ from it; None outside a git checkout."""
+    if CHECKOUT is None:
+        return None
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-            cwd=ROOT, capture_output=True, text=True, timeout=10,
+            cwd=CHECKOUT, capture_output=True, text=True, timeout=10,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None

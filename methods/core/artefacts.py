@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from methods.core.errors import UserError
+from methods.core.home import COMMAND, MADE, ROOT
 from methods.core.reading import read_bytes, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 #: where artefacts are looked for, and made in the first of them
-PLACES = [ROOT / "assets"]
+PLACES = list(dict.fromkeys([MADE / "assets", ROOT / "assets"]))
 
 #: configuration keys that fix the shapes a method meets, and those that fix the rotation of its keys
 _SHAPE = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "vocab_size")
@@ -176,18 +176,18 @@ def state(methods: Iterable[str], model_path: str, given: Iterable[object] = ())
 
 
 def find(path: str | Path) -> Path | None:
-    """The file of this name, looked for here, then beside run.py."""
-    return next((file for file in (Path(path).expanduser(), ROOT / path) if file.is_file()), None)
+    """The file of this name, looked for here, then where artefacts are made, then beside run.py."""
+    return next((file for file in (Path(path).expanduser(), MADE / path, ROOT / path) if file.is_file()), None)
 
 
 def command_for(method: str, model: PreTrainedModel, make: str) -> str:
     """What a user types to make the method's artefacts for this model."""
-    return f"python run.py {make} method={method} {_model_argument(model)}"
+    return f"{COMMAND} {make} method={method} {_model_argument(model)}"
 
 
 def shown(path: Path) -> Path:
-    """The path as a user of this checkout would type it."""
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    """The path as a user of this checkout, or of what is installed, would type it."""
+    return next((path.relative_to(place) for place in (MADE, ROOT) if path.is_relative_to(place)), path)
 
 
 def _read(file: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import functools
-import importlib
 import inspect
 import sys
 import traceback
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from methods.core.errors import UserError
+from methods.core.home.users import load
 from methods.core.typed import TARGET, conform, described, hints_of, known, no_target, shown
 
 PARTIAL, CONVERT = "_partial_", "_convert_"
@@ -89,7 +89,7 @@ def resolve(target: Any, base: type, key: str) -> type:
     if module.partition(".")[0] in sys.stdlib_module_names:
         raise UserError(f"{typed}: is no {base.__name__}; {key} takes a subclass of {_full(base)}")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = getattr(load(module), name)
     except Exception as error:  # whatever the module does while it is imported
         raise UserError(f"{typed}: cannot be imported ({_told(error)})") from error
     if not isinstance(found, type) or not issubclass(found, base):

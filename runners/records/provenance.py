@@ -10,14 +10,18 @@ import hashlib
 import importlib.util
 import re
 import subprocess
-import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import cast
 
-ROOT = Path(__file__).resolve().parents[2]
-OURS = ("runners", "methods", "tasks", "kernels")
+from methods.core import home
+from methods.core.home import ROOT
+from methods.core.home.imports import bound_in
+
+#: packages that count wherever they are installed
+OURS = (*home.FOLDERS, "kvfrontier")
 # nothing that a definition computes: documentation, and what only a type checker or a person at a terminal meets
 _NOT_RUN = {"TYPE_CHECKING", "__name__"}
 # where a file lies, and which of its names are public
@@ -63,7 +67,13 @@ def changed(old: dict[str, str], new: dict[str, str]) -> list[str]:
 
 @cache
 def commit() -> str | None:
-    """The checkout's commit, with a plus sign if files differ from it; None outside a git checkout."""
+    """The checkout's commit, with a plus sign if files differ from it; None outside a git checkout.
+
+    Of an installed package the one that it was built from.
+    """
+    if home.PREFIX:
+        built = ROOT / "commit.txt"
+        return built.read_text(encoding="utf-8").strip() if built.is_file() else None
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=10)
         changes = subprocess.run(
@@ -148,36 +158,25 @@ def _imported(body: Iterable[ast.AST], package: str) -> Iterator[str]:
 
 
 def _chain(name: str) -> list[str]:
-    """The modules that importing a dotted name reads: the packages around it, and itself where it is one."""
-    parts = name.split(".")
+    """The modules that importing a dotted name reads: the packages around it, and itself where it is one.
+
+    Named as a checkout names them: an installed package's code is the same.
+    """
+    parts = home.plain(name).split(".")
     whole = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return [module for module in whole if _source(module) is not None]
 
 
 def _holding(name: str) -> list[str]:
     """The modules that are read for a dotted name. Raises ModuleNotFoundError where none of them holds it."""
+    name = home.plain(name)
     modules = _chain(name)
     if not modules and _lies(name.partition(".")[0]) is None:
         raise ModuleNotFoundError(f"{name}: no module of that name can be found", name=name)
     left = name.removeprefix(modules[-1]).strip(".").partition(".")[0] if modules else ""
-    if left and left not in _bound(modules[-1]):
+    if left and left not in bound_in(cast("Path", _source(modules[-1]))):
         raise ModuleNotFoundError(f"{name}: {modules[-1]} holds no {left}", name=name)
     return modules
-
-
-def _bound(name: str) -> set[str]:
-    """The names that a module defines or imports."""
-    path = _source(name)
-    assert path is not None
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            found |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
-    return found
 
 
 @cache
@@ -185,7 +184,7 @@ def _source(name: str) -> Path | None:
     """The file of a module; None where it is none, or an installed package's, or not written in Python."""
     found = _lies(name)
     path = found[0] if found else None
-    return path if path and (name.partition(".")[0] in OURS or not _installed(path)) else None
+    return path if path and (name.partition(".")[0] in OURS or not home.installed(path)) else None
 
 
 @cache
@@ -194,7 +193,7 @@ def _lies(name: str) -> tuple[Path | None, tuple[str, ...]] | None:
     above, _, last = name.rpartition(".")
     if not above:
         try:
-            spec = importlib.util.find_spec(name)
+            spec = importlib.util.find_spec(home.here(name))
         except (ImportError, ValueError):
             return None
         if spec is None:
@@ -211,14 +210,6 @@ def _lies(name: str) -> tuple[Path | None, tuple[str, ...]] | None:
         if inside.is_dir():
             return None, (str(inside),)
     return None
-
-
-def _installed(path: Path) -> bool:
-    """Whether a file belongs to Python or to a package that was installed."""
-    if {"site-packages", "dist-packages"} & set(path.parts):
-        return True
-    library = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")}
-    return any(path.resolve().is_relative_to(one) for one in library)
 
 
 def _digest(parts: Iterable[str], length: int) -> str:

@@ -144,7 +144,7 @@ def draw_all(examples: Iterable[Example], folders: Iterable[Path]) -> None:
                     draw(folder)
         except (CannotWrite, OSError) as error:  # the table is worth more
             why = getattr(error, "strerror", None) or error
-            show.note(f"no heat maps: {why}; python -m runners.report.heat_map RECORD draws them later")
+            show.note(f"no heat maps: {why}; python -m {__name__} RECORD draws them later")
 
 
 def draw(folder: Path, path: Path | None = None) -> Path | None:

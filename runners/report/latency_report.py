@@ -70,7 +70,7 @@ def show_times(cells: Sequence[tuple[str, Rows, Path]], title: str) -> None:
             try:
                 draw([(label, rows)], folder / "latency.png", f"{title}, {label}")
             except CannotWrite as error:  # the table is worth more
-                show.note(f"no pictures: {error}; python -m runners.report.latency_report RECORD draws them later")
+                show.note(f"no pictures: {error}; python -m {__name__} RECORD draws them later")
                 return
 
 

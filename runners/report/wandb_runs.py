@@ -21,6 +21,7 @@ from statistics import fmean, median
 from typing import Any
 
 from analysis import records
+from methods.core import home
 from methods.core.errors import UserError
 from runners.cells import Cell, Run, plain
 from runners.records.record import digest
@@ -28,7 +29,6 @@ from runners.report import run_table as show
 from runners.report.compare import Compared, compare, whole
 from runners.report.heat_map import heat_map, read_record
 
-HOME = Path(__file__).resolve().parents[2]
 STATE = ".wandb.json"  # beside a record: what was sent where
 COLUMNS = [
     "id", "subset", "category", "score", "prediction", "answers", "prompt_end", "tokens_in", "tokens_out", "cut",
@@ -239,10 +239,10 @@ def of_frontier(run: Run, group: str | None, scratch: Path) -> Upload | None:
     # as a command: what analyses records is not part of what makes them
     identity = run.full.record.identity
     names = {key: identity[key]["name"] for key in ("model", "task")}
-    command = [sys.executable, "-m", "analysis.frontier", str(run.results.resolve()), "--out", str(scratch)]
+    command = [sys.executable, "-m", home.here("analysis.frontier"), str(run.results.resolve()), "--out", str(scratch)]
     command += [word for key, name in names.items() for word in (f"--{key}", name)]
     no_screen = {**os.environ, "MPLBACKEND": "Agg"}
-    done = subprocess.run(command, cwd=HOME, env=no_screen, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=home.ABOVE, env=no_screen, capture_output=True, text=True)
     if done.returncode:
         show.note(f"wandb={run.cfg.wandb.mode}: no frontier figure; {(done.stderr.strip().splitlines() or [''])[-1]}")
         return None

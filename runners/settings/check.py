@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from importlib import metadata
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -12,6 +13,7 @@ from methods.core.budget import check_budget
 from methods.core.errors import UserError
 from methods.core.typed import no_target, settings
 from runners.settings.config import Config, Group, Kernels, Model, Sampled, Tracking
+from runners.settings.explain import pip_install
 
 PARTS = ("method", "task", "runner")
 SEVERAL = (Model, Tracking, Kernels, Group, Sampled)  # settings of settings
@@ -43,11 +45,21 @@ def settle(cfg: DictConfig) -> None:
             no_target(value, key)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", found["device"]):
         raise UserError(f"device={found['device']}: give auto, cpu, cuda, or one of several such as cuda:1")
+    if found["wandb"].mode != "disabled" and not _has("wandb"):
+        raise UserError(f"wandb={found['wandb'].mode}: needs the package wandb; {pip_install('wandb')}")
     with open_dict(cfg):
         for key, value in found.items():
             settled = dataclasses.asdict(value) if isinstance(value, SEVERAL) else value
             if key not in PARTS and settled != given.get(key):
                 cfg[key] = settled
+
+
+def _has(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

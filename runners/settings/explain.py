@@ -39,6 +39,8 @@ def explain(error: Exception) -> str:
         return unread(cause.override)
     if found := UNKNOWN_CHOICE.search(text):
         group, name, options = found[1], found[2], found[3].split()
+        if (group, name) == ("hydra/launcher", "submitit_slurm"):
+            return f"hydra/launcher=slurm: needs hydra-submitit-launcher; {pip_install('slurm')}"
         close = difflib.get_close_matches(name, options, 1)
         hint = f"did you mean {close[0]}? " if close else ""
         return f"{group}={name}: unknown; {hint}{group} is one of {', '.join(options)}"
@@ -47,6 +49,11 @@ def explain(error: Exception) -> str:
     if found := re.search(r"Ambiguous value for argument '([^']*)'", text):
         return f"{found[1]}: several values need -m in front of them, and a list is written [a,b]"
     return one_line(text)
+
+
+def pip_install(extra: str) -> str:
+    """What a user types for packages that are not always needed."""
+    return f"pip install 'kvfrontier[{extra}]' brings it"
 
 
 def one_line(text: str) -> str:

@@ -30,6 +30,16 @@ def check_words(words: Sequence[str]) -> None:
         behind = word
 
 
+def folders_of(words: Sequence[str]) -> list[str]:
+    """The folders that --config-dir names."""
+    found = []
+    for word, behind in zip(words, [*words[1:], ""]):
+        flag, _, value = word.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            found.append(value or behind)
+    return [folder for folder in found if folder]
+
+
 def read(word: str) -> Override:
     """A setting as Hydra reads it. Raises UserError that says how to quote it."""
     if "=" in word and not KEY.fullmatch(word.partition("=")[0]):

@@ -1,8 +1,9 @@
 """Which commit of a hub's dataset `task.revision=pinned` reads: the one that a file names, else the newest at hand.
 
-The file is `hub-pins.yaml` beside run.py, or what the environment variable KVFRONTIER_PINS names: a line
-`owner/name: commit` per dataset, added when the dataset is first read. Committed with the work, it lets every machine
-and every day read the same; a repository has one history, so that all its configurations and splits share the line.
+The file is `hub-pins.yaml` beside run.py, where the package is installed in the user's data folder; or what the
+environment variable KVFRONTIER_PINS names. It has a line `owner/name: commit` per dataset, added when the dataset is
+first read. Committed with the work, it lets every machine and every day read the same; a repository has one history, so
+that all its configurations and splits share the line.
 """
 
 import functools
@@ -16,6 +17,7 @@ from typing import TypeVar
 import yaml
 
 from methods.core.errors import UserError
+from methods.core.home import MADE
 
 PINNED = "pinned"
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -27,7 +29,7 @@ def place() -> Path:
     """The file; it need not be there."""
     typed = os.environ.get("KVFRONTIER_PINS")
     # a link stays one
-    return (Path(typed).expanduser() if typed else Path(__file__).parents[2] / "hub-pins.yaml").resolve()
+    return (Path(typed).expanduser() if typed else MADE / "hub-pins.yaml").resolve()
 
 
 def read() -> dict[str, str]:

@@ -18,6 +18,7 @@ from methods import build_method
 from methods.core import artefacts
 from methods.core.bind import bind
 from methods.core.errors import UserError
+from methods.core.home import COMMAND
 from methods.core.typed import Count, Folder, Positive
 from methods.kvtuner import BITS, CARD, KVTuner, Pair, Table, nominal_bits, table_yaml
 from runners.base import Runner
@@ -333,7 +334,7 @@ def _command() -> str:
     """What was typed, without what only says where and how fast."""
     typed = HydraConfig.get().overrides.task
     elsewhere = ("results=", "threads=", "device=", "runner.out=", "model.path=")
-    return " ".join(["python run.py", *(word for word in typed if not word.startswith(elsewhere))])
+    return " ".join([COMMAND, *(word for word in typed if not word.startswith(elsewhere))])
 
 
 def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:

@@ -102,19 +102,24 @@ def feed(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor, pieces
 SIZES: dict[str, dict[str, Any]] = {"lococo": {"length": 90, "block_size": 32}}
 
 
+def calibrated(model: PreTrainedModel, name: str, at: Path) -> PreTrainedModel:
+    """The model, once this method has learned about it from random tokens; at: as of `equip`."""
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1, VOCAB, (1, 64), generator=g) for _ in range(2)]
+    made = load_method(name).calibrate(model, rows, seed=0)
+    folder = at / made.method / artefacts.model_id(model)
+    artefacts.save(made.method, made.name, model, made.tensors, made.facts, at=folder)
+    return model
+
+
 def equip(model: PreTrainedModel, at: Path) -> PreTrainedModel:
     """The model, once every method that needs to learn something about it has done so from random tokens.
 
     at: a folder for artefacts; the caller lets `methods.core.artefacts.PLACES` hold it.
     """
-    g = torch.Generator().manual_seed(0)
-    rows = [torch.randint(1, VOCAB, (1, 64), generator=g) for _ in range(2)]
     for name in method_names():
-        method = load_method(name)
-        if type(method).calibrate is not Method.calibrate:
-            made = method.calibrate(model, rows, seed=0)
-            folder = at / made.method / artefacts.model_id(model)
-            artefacts.save(made.method, made.name, model, made.tensors, made.facts, at=folder)
+        if type(load_method(name)).calibrate is not Method.calibrate:
+            calibrated(model, name, at)
     some_tables(model, at)
     torch.manual_seed(0)
     # what is trained and not calibrated: as training begins with it

@@ -17,7 +17,7 @@ from methods.qfilters import principal, sample_queries, score_keys
 from tests.bounds import bound, half_digit, near, run_off
 from tests.methods.conftest import kept, run, tiny_llama
 from tests.methods.layer import settled, step_of
-from tests.tiny import ARCHITECTURES, VOCAB
+from tests.tiny import ARCHITECTURES, VOCAB, calibrated, tiny_model
 
 X1 = [[2, 1], [3, 1], [2.5, 0.5], [-0.5, 0.2]]
 X2 = [[1, 2], [0.5, 2.5], [1.5, 2], [0.2, 1]]
@@ -325,8 +325,8 @@ def test_filters_are_counted_once_as_the_methods_own(gqa):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_architecture_can_be_calibrated_and_compressed(arch, equipped):
-    model = equipped(arch)
+def test_every_architecture_can_be_calibrated_and_compressed(arch, artefact_folder):
+    model = calibrated(tiny_model(arch), "qfilters", artefact_folder)
     cache = load_method("qfilters", budget=8).cache_for(model)
     with torch.no_grad():
         model(tokens(30), past_key_values=cache, use_cache=True)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import screen, stats
+from analysis import stats
+from analysis.command import RESULTS, Command
 from analysis.files import given_path
 from analysis.frontier import show
-from analysis.generations import add_flag
 from analysis.load import NothingToRead, Results, load
 from analysis.names import at, bits, labels
 from analysis.paired import CONTENT, PLACE, beside, by_sample, holm, subset_means
@@ -119,40 +119,37 @@ def _row(pair: Pair, both: pd.DataFrame, measure: str) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, or 2 when there is nothing to compare."""
-    screen.any_text()
-    parser = argparse.ArgumentParser(prog="python -m analysis.compare", description=(__doc__ or "").split("\n")[0])
+def options(parser: argparse.ArgumentParser) -> None:
+    """What only this command takes."""
     parser.add_argument("a", metavar="A", help="a method's name, or a folder of results")
     parser.add_argument("b", metavar="B", help="another one")
-    parser.add_argument("--results", type=given_path, default=Path("results"), help="where two methods are looked for")
-    parser.add_argument("--markdown", action="store_true", help="a table to paste, whatever the screen's width")
-    add_flag(parser)
-    given = parser.parse_args(arguments)
-    try:
-        folders = [Path(x) for x in (given.a, given.b)]
-        if all(f.exists() for f in folders):
-            sides, names = [load(f, given.all_generations) for f in folders], None
-        else:
-            one = load(given.results, given.all_generations)
-            sides, names = [one, one], (given.a, given.b)
-            known = sorted(set(labels(one.cells)))
-            for name in names:
-                if name not in known:
-                    raise NothingToRead(f"{name}: neither a folder nor a method in {given.results}; {', '.join(known)}")
-        found, problems = pairs(sides[0], sides[1], names)
-        for problem in dict.fromkeys([p for side in sides for p in side.problems] + problems):
-            print(problem, file=sys.stderr)
-        made = table(found)
-        if made.empty:
-            raise NothingToRead("no cell at the same model, task, protocol and budget has samples on both sides")
-    except NothingToRead as error:
-        print(f"compare: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--results", type=given_path, default=RESULTS, help="where two methods are looked for")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Compare and print. Raises NothingToRead."""
+    folders = [Path(x) for x in (given.a, given.b)]
+    if all(f.exists() for f in folders):
+        sides, names = [load(f, given.all_generations) for f in folders], None
+    else:
+        one = load(given.results, given.all_generations)
+        sides, names = [one, one], (given.a, given.b)
+        known = sorted(set(labels(one.cells)))
+        for name in names:
+            if name not in known:
+                raise NothingToRead(f"{name}: neither a folder nor a method in {given.results}; {', '.join(known)}")
+    found, problems = pairs(sides[0], sides[1], names)
+    for problem in dict.fromkeys([p for side in sides for p in side.problems] + problems):
+        print(problem, file=sys.stderr)
+    made = table(found)
+    if made.empty:
+        raise NothingToRead("no cell at the same model, task, protocol and budget has samples on both sides")
     print(f"A = {given.a}, B = {given.b}\n")
     show(made, given.markdown)
     return 0
 
+
+main = Command("compare", __doc__ or "", run, options, markdown=True).main
 
 if __name__ == "__main__":
     sys.exit(main())

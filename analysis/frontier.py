@@ -14,11 +14,12 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import latex, screen, stats, style
+from analysis import screen, stats, style
 from analysis.area import areas
-from analysis.files import CannotWrite, check_out, given_path, one_line, write, write_csv
-from analysis.generations import add_flag
+from analysis.command import Command
+from analysis.files import check_out, one_line, write, write_csv
 from analysis.load import NothingToRead, load
+from analysis.pages import latex
 from analysis.paired import WHOLE
 from analysis.points import AXES, curves, on_front, points
 
@@ -194,40 +195,30 @@ def page(table: pd.DataFrame, under: pd.DataFrame) -> str:
     return "\n".join(parts)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, or 2 when there is nothing to draw."""
-    screen.any_text()
-    parser = argparse.ArgumentParser(prog="python -m analysis.frontier", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", type=given_path, help="a folder of records, or a file of them from benchmarks/")
+def options(parser: argparse.ArgumentParser) -> None:
+    """What only this command takes."""
     parser.add_argument("--task", action="append", help="only this task; may be repeated")
     parser.add_argument("--model", action="append", help="only this model; may be repeated")
     parser.add_argument("--x", choices=AXES, default="held", help="what the horizontal axis shows")
     parser.add_argument("--linear", action="store_true", help="a linear horizontal axis instead of a logarithmic one")
     parser.add_argument("--by", choices=("task", "category"), default="task", help="what has a panel of its own")
     parser.add_argument("--columns", type=int, default=2, help="panels side by side, each as wide as a paper's column")
-    parser.add_argument("--out", type=given_path, help="folder for the files (default: RESULTS)")
-    add_flag(parser)
-    given = parser.parse_args(arguments)
-    try:
-        check_out(given.out, is_file=False)
-        results = load(given.results, given.all_generations)
-        table = chosen(points(results, given.x), given.task, given.model)
-        for problem in results.problems:
-            print(problem, file=sys.stderr)
-        figure = draw(table, given.x, not given.linear, max(1, given.columns), given.by == "category")
-    except (NothingToRead, CannotWrite) as error:
-        print(f"frontier: {error}", file=sys.stderr)
-        return 2
+
+
+def run(given: argparse.Namespace) -> int:
+    """Draw and write. Raises NothingToRead and CannotWrite."""
+    check_out(given.out, is_file=False)
+    results = load(given.results, given.all_generations)
+    table = chosen(points(results, given.x), given.task, given.model)
+    for problem in results.problems:
+        print(problem, file=sys.stderr)
+    figure = draw(table, given.x, not given.linear, max(1, given.columns), given.by == "category")
     out = given.out or (given.results if given.results.is_dir() else given.results.parent)
     fronts = table.assign(front=on_front(table), family_front=on_front(table, "family"))
-    try:
-        style.save(figure, out / "frontier")
-        write_csv(out / "frontier.csv", fronts.drop(columns=["cells", "full_cells"]))
-        write(out / "frontier.md", page(table, areas(results, table, given.x)))
-        write(out / "frontier.tex", latex.tables(table))
-    except CannotWrite as error:
-        print(f"frontier: {error}", file=sys.stderr)
-        return 2
+    style.save(figure, out / "frontier")
+    write_csv(out / "frontier.csv", fronts.drop(columns=["cells", "full_cells"]))
+    write(out / "frontier.md", page(table, areas(results, table, given.x)))
+    write(out / "frontier.tex", latex.tables(table))
     print(f"{len(table[table['category'] == WHOLE])} points of {table['task'].nunique()} tasks in {out}/frontier.*")
     return 0
 
@@ -246,6 +237,11 @@ def chosen(table: pd.DataFrame, tasks: list[str] | None, models: list[str] | Non
         raise NothingToRead("no finished cell with a full cache beside it")
     return table
 
+
+main = Command(
+    "frontier", __doc__ or "", run, options, results="a folder of records, or a file of them from benchmarks/",
+    needed=True, out="folder for the files (default: RESULTS)",
+).main  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,7 +3,6 @@
 docs/records.md says what a generation is.
 """
 
-import argparse
 import json
 from typing import Any
 
@@ -45,11 +44,6 @@ def chosen(cells: pd.DataFrame, every: bool) -> tuple[pd.DataFrame, str]:
     by_code = cells["cell"] != alike.reindex(cells.index)
     names = cells["method"].where(~by_code, cells["method"] + "@" + cells["code"].str[:6])
     return _finished(cells.assign(method=names)), ""
-
-
-def add_flag(parser: argparse.ArgumentParser) -> None:
-    """`--all-generations`, for a command that loads records."""
-    parser.add_argument("--all-generations", action="store_true", help="also what older code and files have recorded")
 
 
 def _finished(cells: pd.DataFrame) -> pd.DataFrame:

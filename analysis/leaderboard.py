@@ -9,16 +9,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from analysis import screen, stats
-from analysis.files import given_path
+from analysis import stats
+from analysis.command import RESULTS, Command
 from analysis.frontier import show
-from analysis.generations import add_flag
-from analysis.load import NothingToRead, load
+from analysis.load import load
 from analysis.paired import Cells, Compared, gathered, holm, near_chance, subset_means
 
 
@@ -104,19 +102,9 @@ def _behind(shares: Sequence[np.ndarray]) -> list[bool]:
     return [False, *(corrected < stats.SURE for corrected in holm(p))]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, or 2 when there is nothing to rank."""
-    screen.any_text()
-    parser = argparse.ArgumentParser(prog="python -m analysis.leaderboard", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", type=given_path, nargs="?", default=Path("results"))
-    parser.add_argument("--markdown", action="store_true", help="tables to paste, whatever the screen's width")
-    add_flag(parser)
-    given = parser.parse_args(arguments)
-    try:
-        results = load(given.results, given.all_generations)
-    except NothingToRead as error:
-        print(f"leaderboard: {error}", file=sys.stderr)
-        return 2
+def run(given: argparse.Namespace) -> int:
+    """Rank and print; the exit code: 2 when there is nothing to rank. Raises NothingToRead."""
+    results = load(given.results, given.all_generations)
     tasks = list(gathered(results))
     for problem in results.problems:
         print(problem, file=sys.stderr)
@@ -137,6 +125,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("leaderboard: no method has finished samples in common with the full cache", file=sys.stderr)
     return 0 if shown else 2
 
+
+main = Command(
+    "leaderboard", __doc__ or "", run, lambda parser: None, default=RESULTS, markdown=True,
+    results="a folder of records, or a file of them (default: results)",
+).main  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -139,10 +139,11 @@ class Line(NamedTuple):
 def read_cell(folder: Path, fields: Mapping[str, Kind]) -> dict[str, Any]:
     """A record's cell.json with fields of this module. Raises Unreadable."""
     path = folder / "cell.json"
-    data = _bytes(path)
     try:
-        book = parse(data)
+        book = parse(path.read_bytes())
         check(book, fields)
+    except OSError as error:
+        raise Unreadable(f"{path}: not a record that can be read ({error.strerror})") from error
     except ValueError as error:
         raise Unreadable(f"{path}: not a record that can be read ({error})") from error
     found: dict[str, Any] = book

@@ -14,17 +14,17 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import screen, style
+from analysis import style
 from analysis.area import areas
-from analysis.files import CannotWrite, check_out, given_path, write
-from analysis.generations import add_flag
+from analysis.command import RESULTS, Command
+from analysis.files import check_out, write
 from analysis.load import NothingToRead, Results, load, texts
 from analysis.paired import KEYS, WHOLE
 from analysis.points import on_front, points
 from analysis.rows import LEDGER
 from analysis.stats import RIGHT
 
-TEMPLATE = Path(__file__).parent / "report.html.j2"
+TEMPLATE = Path(__file__).parent / "pages" / "report.html.j2"
 TEXT_BYTES = 4_000_000  # of all flipped samples together, before they are compressed
 TEXT_CHARACTERS = 400  # of one text
 FLIPS = 20  # samples per cell and category, at most
@@ -193,39 +193,34 @@ def _plotly(look: style.Look) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, or 2 when there is nothing to report."""
-    screen.any_text()
-    parser = argparse.ArgumentParser(prog="python -m analysis.report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", type=given_path, nargs="?", default=Path("results"))
-    parser.add_argument("--out", type=given_path, help="the file (default: RESULTS/report.html)")
+def options(parser: argparse.ArgumentParser) -> None:
+    """What only this command takes."""
     parser.add_argument("--wandb", action="store_true", help="a W&B Report as well: its JSON, sent if it can be")
     parser.add_argument("--project", default="kvfrontier", help="of the W&B Report")
     parser.add_argument("--entity", default="", help="of the W&B Report (default: the account's own)")
-    add_flag(parser)
-    given = parser.parse_args(arguments)
-    try:
-        check_out(given.out, is_file=True)
-        results = load(given.results, given.all_generations)
-        html = page(results)
-    except (NothingToRead, CannotWrite) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
+
+
+def run(given: argparse.Namespace) -> int:
+    """Make the page and write it. Raises NothingToRead and CannotWrite."""
+    check_out(given.out, is_file=True)
+    results = load(given.results, given.all_generations)
+    html = page(results)
     for problem in results.problems:
         print(problem, file=sys.stderr)
     out = given.out or (given.results if given.results.is_dir() else given.results.parent) / "report.html"
-    try:
-        write(out, html)
-    except CannotWrite as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
+    write(out, html)
     print(f"{len(results.cells)} cells, {out.stat().st_size / 2**20:.1f} MiB: {out}")
     if given.wandb:
-        from analysis import wandb_report
+        from analysis.pages import wandb_report
 
         print(wandb_report.make(results, out.with_suffix(".wandb.json"), given.project, given.entity))
     return 0
 
+
+main = Command(
+    "report", __doc__ or "", run, options, results="a folder of records, or a file of them (default: results)",
+    default=RESULTS, out="the file (default: RESULTS/report.html)",
+).main  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

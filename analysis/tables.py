@@ -21,10 +21,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from analysis import screen
-from analysis.files import CannotWrite, given_path, whole, write
+from analysis.command import Command
+from analysis.files import given_path, whole, write
 from analysis.frontier import markdown
-from analysis.generations import add_flag
 from analysis.load import NothingToRead, Results, load
 from analysis.points import WHOLE, points
 
@@ -205,45 +204,44 @@ def _counts(rows: list[dict[str, Any]]) -> str:
     return ", ".join(f"{n} ({task})" for task, n in counts.items())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, or 2 when something to read is missing."""
-    screen.any_text()
-    parser = argparse.ArgumentParser(prog="python -m analysis.tables", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", type=given_path, nargs="?", help="records to make benchmarks/results/NAME.json from")
+def options(parser: argparse.ArgumentParser) -> None:
+    """What only this command takes."""
     parser.add_argument("--name", help="of the file and of the table")
     parser.add_argument("--command", default="", help="what made the records, for the reader")
     parser.add_argument("--expected", type=given_path, help="YAML with what each method's paper claims")
     parser.add_argument(
         "--pages", "--readme", action="store_true", help="write the tables of README.md and docs/ again"
     )
-    add_flag(parser)
-    given = parser.parse_args(arguments)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Make what was asked for. Raises NothingToRead and CannotWrite."""
     if (given.results is None) != (given.name is None) or not (given.results or given.pages):
-        parser.error("give RESULTS with --name, or --pages, or both")
+        given.refuse("give RESULTS with --name, or --pages, or both")
     folder = HOME / "benchmarks" / "results"
-    try:
-        if given.results:
-            results = load(given.results, given.all_generations)
-            expected = yaml.safe_load(given.expected.read_text(encoding="utf-8")) if given.expected else None
-            book = snapshot(results, given.command, expected)
-            for problem in results.problems:
-                print(problem, file=sys.stderr)
-            path = folder / f"{given.name}.json"
-            with whole(path.with_suffix(".parquet"), ADVICE) as draft:
-                results.pack(draft)
-            write(path, json.dumps(book, indent=1) + "\n", advice=ADVICE)
-            print(f"{len(book['points'])} points in {path}, and the samples behind them in {path.stem}.parquet")
-        if given.pages:
-            texts = {page: page.read_text(encoding="utf-8") for page in pages()}
-            made = {page: fill(text, folder, page.parent) for page, text in texts.items()}  # all, or none is touched
-            for page in pages():
-                if made[page] != texts[page]:
-                    write(page, made[page], advice=ADVICE)
-    except (NothingToRead, CannotWrite) as error:
-        print(f"tables: {error}", file=sys.stderr)
-        return 2
+    if given.results:
+        results = load(given.results, given.all_generations)
+        expected = yaml.safe_load(given.expected.read_text(encoding="utf-8")) if given.expected else None
+        book = snapshot(results, given.command, expected)
+        for problem in results.problems:
+            print(problem, file=sys.stderr)
+        path = folder / f"{given.name}.json"
+        with whole(path.with_suffix(".parquet"), ADVICE) as draft:
+            results.pack(draft)
+        write(path, json.dumps(book, indent=1) + "\n", advice=ADVICE)
+        print(f"{len(book['points'])} points in {path}, and the samples behind them in {path.stem}.parquet")
+    if given.pages:
+        texts = {page: page.read_text(encoding="utf-8") for page in pages()}
+        made = {page: fill(text, folder, page.parent) for page, text in texts.items()}  # all, or none is touched
+        for page in pages():
+            if made[page] != texts[page]:
+                write(page, made[page], advice=ADVICE)
     return 0
 
+
+main = Command(
+    "tables", __doc__ or "", run, options, results="records to make benchmarks/results/NAME.json from"
+).main  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

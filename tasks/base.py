@@ -292,11 +292,7 @@ class Task(ABC):
     def summarize(self, rows: Sequence[tuple[Example, float]]) -> list[Row]:
         """The result table of scored samples."""
         scores = np.array([score for _, score in rows], dtype=float)
-        return [
-            Row(mean.name, mean.kind, mean.n, self.metric.scale * float(mean.weights @ scores) if mean.n else None,
-                mean.note)
-            for mean in self.means([example for example, _ in rows])
-        ]  # fmt: skip
+        return [mean.row(scores, self.metric.scale) for mean in self.means([example for example, _ in rows])]
 
     def _subsets(
         self, examples: Sequence[Example], among: Iterable[int] | None = None

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+EXACT = 10  # decimals of a mean that the order of its sum leaves alone
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -27,7 +29,7 @@ class Row:
 
     kind: "subset", "bin", "category" or "average".
     n: samples behind the score.
-    score: in the metric's unit, not rounded, since means are taken of it; None when n is 0.
+    score: in the metric's unit, a mean of exact scores; None when n is 0.
     note: how it was averaged, where that is not obvious.
     """
 
@@ -55,6 +57,11 @@ class Mean:
     def n(self) -> int:
         """Samples that count."""
         return int(np.count_nonzero(self.weights))
+
+    def row(self, scores: np.ndarray, scale: float) -> Row:
+        """The line of scores [n], in the unit that is `scale` times theirs."""
+        mean = round(scale * float(self.weights @ scores), EXACT) if self.n else None
+        return Row(self.name, self.kind, self.n, mean, self.note)
 
 
 def mean_by_category(subsets: Iterable[tuple[dict[str, Any], Mean]]) -> list[Mean]:

@@ -52,12 +52,9 @@ def compare(task: Task, samples: Samples, resamples: int, seed: int) -> list[Com
 def whole(task: Task, samples: Samples, resamples: int, seed: int) -> Compared:
     """The row that stands for the whole task; samples: as in `compare`, each once, with its own score."""
     mean = task.whole([example for example, _, _ in samples])
-    row, full = (
-        Row(mean.name, mean.kind, mean.n, task.metric.scale * float(mean.weights @ scores) if mean.n else None,
-            mean.note)
-        for scores in np.array([scores for _, *scores in samples], dtype=float).T
-    )  # fmt: skip
-    return Compared(row, full, _interval(task, mean, samples, resamples, seed), task.metric.digits)
+    ours, full = (np.array(scores, dtype=float) for scores in zip(*((a, b) for _, a, b in samples)))
+    row, of_full = (mean.row(scores, task.metric.scale) for scores in (ours, full))
+    return Compared(row, of_full, _interval(task, mean, samples, resamples, seed), task.metric.digits)
 
 
 def _interval(task: Task, mean: Mean, samples: Samples, resamples: int, seed: int) -> tuple[float, float] | None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import compare, frontier, latex, leaderboard, report, tables
+from analysis import compare, frontier, leaderboard, report, tables
 from analysis.files import CannotWrite, picture, write, write_csv
+from analysis.pages import latex
 from runners.report import heat_map, latency_report
 
 

@@ -207,7 +207,9 @@ def test_the_area_has_the_interval_of_its_bootstrap(book):
     assert nacl["from"] == 0.25 and nacl["area"] == pytest.approx((37.5 + 75.0) / 2)
     assert nacl["area_low"] < nacl["area"] < nacl["area_high"] and "fake" not in made.index
     scores = {"QA/qa": [(1, 0), (1, 0), (0, 0), (0, 0)], "summaries/sum": [(1, 0), (1, 1), (1, 1), (1, 1)]}
-    qa, summaries = (stats.bootstrap(np.array(own, dtype=float), np.ones(4), key)[1:] for key, own in scores.items())
+    qa, summaries = (
+        stats.bootstrap(np.array(own, dtype=float), np.ones(4), list("abcd"), key)[1:] for key, own in scores.items()
+    )
     at_half, at_quarter = (50 * (qa[:, i] + summaries[:, i]) for i in (0, 1))
     expected = np.percentile((np.maximum(at_half, at_quarter) + at_quarter) / 2, [2.5, 97.5])
     assert (nacl["area_low"], nacl["area_high"]) == pytest.approx(tuple(expected))

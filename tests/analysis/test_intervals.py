@@ -15,7 +15,7 @@ from analysis.files import write_csv
 from analysis.load import load
 from analysis.points import points
 from runners.cells import Run
-from runners.engine.answer import about
+from runners.engine.rows import about
 from runners.report import run_table, sweep_table, wandb_runs
 from runners.report.compare import compare
 from tasks.base import Example, Task

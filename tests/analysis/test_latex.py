@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-from analysis import latex
 from analysis.load import load
+from analysis.pages import latex
 from analysis.points import points
 
 LOSS = {"name": "perplexity", "unit": "per token", "better": "lower", "scale": 1, "digits": 3}

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from analysis import report, wandb_report
+from analysis import report
 from analysis.load import load
+from analysis.pages import wandb_report
 from analysis.report import main
 
 

@@ -34,7 +34,7 @@ from runners.settings.check import check
 from runners.settings.explain import EXPECTED, report
 from runners.settings.plugins import register
 from runners.settings.trainers import for_trainer
-from runners.settings.words import check_words, folders_of
+from runners.settings.words import check_words, current, folders_of
 
 CONF = Path(__file__).resolve().parent / "conf"
 INTERRUPTED = 130
@@ -88,7 +88,7 @@ def main() -> int:
     try:
         check_words(sys.argv[1:])
         users.announce(folders_of(sys.argv[1:]))
-        sys.argv[1:] = spread(for_trainer(sys.argv[1:]))
+        sys.argv[1:] = spread(for_trainer(current(sys.argv[1:])))
         job()
     except Failed as failed:
         return failed.code

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+#: protocols as records have them, and the words for them on screen
+PROTOCOLS = {"aware": "query_aware", "agnostic": "query_agnostic"}
+
 
 class Unreadable(ValueError):
     """A file of a record cannot be read; the message, one line, names the file and what is wrong with it."""

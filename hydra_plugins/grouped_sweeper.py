@@ -86,7 +86,7 @@ class GroupedSweeper(BasicSweeper):
         cells = [point for cell in cells for point in self._points(tidy(cell))]
         first = self._compose(cells[0])
         jobs = group(cells, self._capped) if first.hydra.runtime.choices.get("runner") in RUNNERS else cells
-        shards = 1 if first.plan else self.shards  # what is only said is said once
+        shards = 1 if first.dry_run else self.shards  # what is only said is said once
         jobs = [job for job in jobs for _ in range(shards if job_cells(job) else 1)]
         announce(len(jobs))
         n = max_batch_size or len(jobs)

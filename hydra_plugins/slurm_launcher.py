@@ -49,7 +49,7 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Submit, wait for all jobs, say which did not end well. Raises UserError if SLURM takes none."""
-        if all("plan=true" in map(str.lower, overrides) for overrides in job_overrides):
+        if all("dry_run=true" in map(str.lower, overrides) for overrides in job_overrides):
             return self._here(job_overrides, initial_job_idx)
         jobs = self._submit(job_overrides, initial_job_idx)
         array = jobs[0].job_id.partition("_")[0]

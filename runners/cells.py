@@ -16,6 +16,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from analysis.records import PROTOCOLS
 from methods import build_method, load_method
 from methods.core import artefacts, home
 from methods.core.contract import Method
@@ -120,7 +121,7 @@ class Run(ModelSetup):
         """What the numbers depend on besides method and budget; samples may differ in their number of threads."""
         threads = sorted({row["threads"] for pair in pairs for row in pair})
         settings = {
-            "protocol": self.cfg.protocol,
+            "protocol": PROTOCOLS[self.cfg.protocol],
             "dtype": self.dtype_name,
             "device": self.device.type,
             "threads": " and ".join(map(str, threads)),
@@ -345,7 +346,7 @@ def own_data(task: Task) -> str:
 
 def _command(name: str, words: Sequence[str]) -> str:
     """What computes the samples of one cell again, whether it was asked for alone, in a sweep, or as a reference."""
-    left_out = ["method", "results", "resume", "hydra", "plan", "experiment", "cells", "wandb"]
+    left_out = ["method", "results", "resume", "hydra", "plan", "dry_run", "experiment", "cells", "wandb"]
     left_out += ["budget"] * (name == "full")
     kept = [word for word in words if word.lstrip("+~").split("=")[0].split(".")[0].split("/")[0] not in left_out]
     knobs = [word for word in words if name != "full" and word.lstrip("+").startswith("method.")]

@@ -64,7 +64,7 @@ class Evaluate(Runner):
         task: Task = task_of(cfg)
         show.say(task.source())
         run = Run(cfg, task, results, HydraConfig.get().runtime.choices["method"])
-        if cfg.plan:
+        if cfg.dry_run:
             return self._sweep(Sweep.of(run))
         if trouble and not run.is_finished:
             raise trouble
@@ -83,8 +83,8 @@ class Evaluate(Runner):
     def _sweep(self, sweep: Sweep) -> int:
         if not sweep.members:  # none could be composed, which has been said
             return sweep.code
-        if sweep.cfg.plan:
-            overview.plan(sweep)
+        if sweep.cfg.dry_run:
+            overview.dry_run(sweep)
             return sweep.code
         try:
             sweep.work()

@@ -41,7 +41,7 @@ def test_a_grid_is_made_for_the_models_tokenizer_and_nothing_is_cut(command, tmp
     kinds = "task.kinds=[single,multi_query,passkey]"
     code, out, err = command(
         "task=needle", "method=snapkv", "budget=0.25", kinds, "task.lengths=[0.75]", "task.depths=[0,100]",
-        f"protocol={protocol}",
+        f"protocol=query_{protocol}",
     )  # fmt: skip
     assert code == 0, err
     first = out.splitlines()[0]

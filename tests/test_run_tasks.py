@@ -219,4 +219,4 @@ def test_times_of_a_shape_need_no_download(command, tmp_path):
     assert code == 0 and "snapkv 0.25" in out, err
     assert list((tmp_path / "results").glob("Llama-3.1-8B-Instruct-random-*/latency/snapkv-b*"))
     code, _, err = command("task=latency", "task.lengths=[32]", "protocol=agnostic")
-    assert code == 2 and "give protocol=aware" in err
+    assert code == 2 and "give protocol=query_aware" in err

@@ -101,7 +101,7 @@ def test_a_sweep_ends_with_one_line_per_cell(command, tmp_path):
         (m, b, "6") for m, b in [("full", "1"), *[(m, b) for m in ("nacl", "snapkv") for b in ("0.5", "0.2")]]
     ]
     assert f"records: {tmp_path / 'results'}" in out
-    assert "protocol=aware, dtype=float32, device=cpu" in out and "0 of 6 samples cut in the middle" in out
+    assert "protocol=query_aware, dtype=float32, device=cpu" in out and "0 of 6 samples cut in the middle" in out
 
 
 def test_a_table_of_a_sweep_is_whole_at_80_columns(command, monkeypatch):
@@ -445,6 +445,16 @@ def test_a_method_that_edits_the_model_has_one_of_its_own(command, monkeypatch):
     monkeypatch.setattr(Random, "edits_model", False)
     code, out, err = command("-m", "method=random", "budget=0.4", "task.limit=1")
     assert code == 2 and "its prepare changed the model" in out + err
+
+
+def test_old_words_of_the_command_line_mean_what_they_meant(command, tmp_path):
+    code, out, _ = command("method=nacl", "protocol=agnostic", "plan=true", "task.limit=1")
+    assert code == 0 and "read once" in out and not (tmp_path / "results").exists()
+    for word in ("agnostic", "query_agnostic"):
+        code, out, _ = command("method=nacl", f"protocol={word}", "task.limit=1")
+        assert code == 0 and "protocol=query_agnostic, dtype" in out
+    cells = [json.loads(path.read_text()) for path in (tmp_path / "results").glob("*/*/*/cell.json")]
+    assert len(cells) == 2 and {cell["identity"]["protocol"] for cell in cells} == {"agnostic"}
 
 
 def test_the_plan_counts_the_bits_of_codes(command):

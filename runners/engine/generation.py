@@ -27,10 +27,10 @@ class Prompt:
     """One row of a batch.
 
     ids: token ids of context and question, tokenized as one string.
-    n_context: tokens of the context; under `protocol=agnostic` only these are compressed.
+    n_context: tokens of the context; under `protocol=query_agnostic` only these are compressed.
     ends, stops: token ids and strings that end the generation, after `min_new_tokens`.
     sample: a number that identifies the sample; a method's randomness and that of the answer are keyed by it.
-    held: under `protocol=aware` the last token is fed after compression, as before choices (runners/engine/choices.py).
+    held: under `protocol=query_aware` the last token is fed after compression, as before choices (choices.py).
     """
 
     ids: Sequence[int]

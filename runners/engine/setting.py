@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from analysis.records import PROTOCOLS
 from methods.core.contract import Method
 from methods.core.errors import UserError
 from runners.engine.prompt import Encoder
@@ -44,20 +45,21 @@ class Setting:
 def check(examples: Sequence[Example], protocol: str, methods: Sequence[Method], last_token: str | None = None) -> None:
     """Raises UserError if a score would not say what it seems to: before anything is run."""
     check_last_token(examples, protocol, last_token)
+    query = PROTOCOLS[protocol]
     if protocol == "aware" and any(example.history == "none" for example in examples):
         raise UserError(
-            f"protocol={protocol}: questions that are asked apart share a context that was compressed before any of "
-            "them was known; give protocol=agnostic"
+            f"protocol={query}: questions that are asked apart share a context that was compressed before any of "
+            "them was known; give protocol=query_agnostic"
         )
     if protocol != "aware" and any(example.beams > 1 for example in examples):
-        raise UserError(f"protocol={protocol}: a beam search reads its whole prompt at once; give protocol=aware")
+        raise UserError(f"protocol={query}: a beam search reads its whole prompt at once; give protocol=query_aware")
     if protocol != "aware" and any(example.choices and not example.context.strip() for example in examples):
         raise UserError(
-            f"protocol={protocol}: a prompt without solved examples or a document holds nothing but the item itself, "
-            "and nothing can be compressed before it is seen; give protocol=aware, or task.shots"
+            f"protocol={query}: a prompt without solved examples or a document holds nothing but the item itself, "
+            "and nothing can be compressed before it is seen; give protocol=query_aware, or task.shots"
         )
     if protocol != "aware" and any(example.timed for example in examples):
-        raise UserError(f"protocol={protocol}: random tokens hold no question; give protocol=aware")
+        raise UserError(f"protocol={query}: random tokens hold no question; give protocol=query_aware")
     one_pass = any(example.forced and example.forced.through == "one_pass" for example in examples)
     for method in methods:
         if one_pass and method.name != "full":
@@ -70,10 +72,11 @@ def check(examples: Sequence[Example], protocol: str, methods: Sequence[Method],
 
 def check_last_token(examples: Sequence[Example], protocol: str, last_token: str | None) -> None:
     """Raises UserError if a prompt's last token cannot be held back, or would be anyway."""
+    query = PROTOCOLS[protocol]
     if last_token and protocol != "aware":
         raise UserError(
-            f"last_token={last_token}: with protocol={protocol} the question is fed after compression anyway; leave it "
-            "out, or give protocol=aware"
+            f"last_token={last_token}: with protocol={query} the question is fed after compression anyway; leave it "
+            "out, or give protocol=query_aware"
         )
     if last_token and any(example.beams > 1 for example in examples):
         raise UserError(f"last_token={last_token}: a beam search reads its whole prompt at once; give task.beams=1")

@@ -129,9 +129,8 @@ def read_record(folder: Path) -> tuple[list[Sample], str]:
             rows.append(Sample(kind, int(length), float(depth), score, full.get(id)))
         except ValueError as error:
             raise UserError(f"{folder}: sample {id} is no cell of a grid; give a record of task=needle") from error
-    title = (
-        f"{identity['model']['name']}, {identity['method']['name']} at {identity['budget']:g}, {identity['protocol']}"
-    )
+    asked = records.PROTOCOLS[identity["protocol"]]
+    title = f"{identity['model']['name']}, {identity['method']['name']} at {identity['budget']:g}, {asked}"
     return rows, title
 
 

@@ -169,7 +169,7 @@ def _failures(sweep: Sweep) -> int:
     return code
 
 
-def plan(sweep: Sweep) -> None:
+def dry_run(sweep: Sweep) -> None:
     """Print cells, groups, what is on disk, and an estimate of bytes and time; loads a tokenizer, and no model."""
     run = sweep.run
     for member in sweep.members:

@@ -40,6 +40,7 @@ def settle(cfg: DictConfig) -> None:
     if "budget" in given:
         check_budget(given["budget"])
     found = settings(given, Config, "")
+    found["protocol"] = found["protocol"].removeprefix("query_")  # as records have it
     for key, value in given.items():
         if key not in PARTS:
             no_target(value, key)

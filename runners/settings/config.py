@@ -79,7 +79,7 @@ class Config:
     wandb: Tracking
     budget: Any  # checked by methods.core.budget
     budget_miss: Literal["keep", "fail"]
-    protocol: Literal["aware", "agnostic"]
+    protocol: Annotated[Literal["query_aware", "query_agnostic", "aware", "agnostic"], "query_aware or query_agnostic"]
     dtype: Literal["auto", "float32", "float16", "bfloat16"]
     device: str
     kernels: Kernels
@@ -89,7 +89,7 @@ class Config:
     seed: Whole
     results: Folder
     resume: Literal["auto", "old", "force"]
-    plan: bool
+    dry_run: bool
     time_limit: Seconds | None
     cells: list[str] | None
     group: Group

@@ -21,6 +21,16 @@ WITH_VALUE = (
 )  # fmt: skip
 
 
+#: settings by the names that they had before
+RENAMED = {"plan": "dry_run"}
+
+
+def current(words: Sequence[str]) -> list[str]:
+    """The words with today's names of settings."""
+    pairs = [(word, *word.partition("=")) for word in words]
+    return [f"{RENAMED[key]}={value}" if equals and key in RENAMED else word for word, key, equals, value in pairs]
+
+
 def check_words(words: Sequence[str]) -> None:
     """Raises UserError for the first word that is neither a flag nor a setting that can be read."""
     behind = ""

@@ -4,7 +4,7 @@ Here:  prompts, solved examples, metrics and filters are lm_eval's own objects, 
        requests that they make. Its own model reads a request in one pass, in which no compression can be felt; here
        the prompt is compressed before the first token of a choice is predicted; with the full cache that is the same.
        A prompt is cut after its solved examples, or after the document in an item's field `context`: that is what
-       protocol=agnostic compresses.
+       protocol=query_agnostic compresses.
 """
 
 import copy

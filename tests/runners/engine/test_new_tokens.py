@@ -12,6 +12,7 @@ from methods import load_method
 from runners.engine.generation import Prompt, generate, together
 from runners.engine.new_tokens import Draw, Limits, NewTokens, Stops, draw
 from runners.engine.prompt import Encoder
+from runners.engine.rows import row_of
 from runners.engine.session import LOOK_EVERY, behind
 from tasks.base import Example, Sampling
 from tests.bounds import half_digit, near
@@ -243,3 +244,12 @@ def test_two_words_of_a_float16_vocabulary_are_drawn_by_float32_numbers():
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert int(draw(logits.to(dtype), *knobs, torch.tensor([edge - 1e-4]))) == 0
         assert int(draw(logits.to(dtype), *knobs, torch.tensor([edge + 1e-4]))) == 1
+
+
+def test_a_sample_is_found_under_the_key_that_it_had_before_strings_ended_answers():
+    asked = example(stop=("Q:",))
+    before = {"key": example().key, "id": asked.id}
+    assert asked.key != before["key"]
+    assert row_of({before["key"]: before}, asked) is before
+    assert row_of({before["key"]: before, asked.key: {"key": asked.key}}, asked) == {"key": asked.key}
+    assert row_of({asked.key: {}}, example()) is None

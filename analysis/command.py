@@ -45,7 +45,8 @@ class Command:
     def main(self, arguments: list[str] | None = None) -> int:
         """Parse and run; the exit code: 2, with one line, where there is nothing to read or no place to write."""
         screen.any_text()
-        parser = argparse.ArgumentParser(prog=f"python -m analysis.{self.name}", description=self.about.split("\n")[0])
+        first_line = self.about.split("\n")[0]
+        parser = argparse.ArgumentParser(prog=f"python -m {__package__}.{self.name}", description=first_line)
         if self.results:
             nargs = None if self.needed else "?"
             parser.add_argument("results", type=given_path, nargs=nargs, default=self.default, help=self.results)
@@ -69,12 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
     """`python -m analysis COMMAND ...`: run a command; the exit code is its own."""
     own = sys.argv[1:] if arguments is None else arguments
     if own and own[0] in NAMES:
-        code: int = importlib.import_module(f"analysis.{own[0]}").main(own[1:])
+        code: int = importlib.import_module(f".{own[0]}", __package__).main(own[1:])
         return code
     if own and own[0] in ("-h", "--help"):
-        print("usage: python -m analysis COMMAND ...\n")
+        print(f"usage: python -m {__package__} COMMAND ...\n")
         for name in NAMES:
-            about = importlib.import_module(f"analysis.{name}").__doc__ or ""
+            about = importlib.import_module(f".{name}", __package__).__doc__ or ""
             print(f"  {name:12} {about.partition(chr(10))[0]}")
         print("\nCOMMAND --help says what each takes")
         return 0

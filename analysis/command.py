@@ -16,7 +16,9 @@ from analysis import screen
 from analysis.files import CannotWrite, given_path
 from analysis.load import NothingToRead
 
-NAMES = ("frontier", "report", "compare", "leaderboard", "tables")
+_ALL = ("frontier", "report", "compare", "leaderboard", "tables")
+#: those that are here: what writes the repository's own pages is part of no wheel
+NAMES = tuple(name for name in _ALL if Path(__file__).with_name(f"{name}.py").is_file())
 RESULTS = Path("results")
 
 

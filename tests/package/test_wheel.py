@@ -221,7 +221,7 @@ def test_what_reading_records_needs_is_part_of_what_a_run_needs():
     assert asked < set(project["dependencies"])
     named = {re.split(r"[^\w.-]", line)[0].replace("-", "_") for line in asked}
     named |= {"sklearn", "yaml", "markupsafe"}  # scikit-learn, pyyaml, of jinja2
-    taken = {module.partition(".")[0] for path in (ROOT / "analysis").glob("*.py") for module, _, _ in imports(path)}
+    taken = {module.partition(".")[0] for path in (ROOT / "analysis").rglob("*.py") for module, _, _ in imports(path)}
     assert taken - sys.stdlib_module_names - named == {"analysis", "wandb", "wandb_workspaces"}
 
 

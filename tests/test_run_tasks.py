@@ -109,7 +109,7 @@ def test_turns_and_requests_have_their_tables(command, tmp_path):
     (row,) = recorded(tmp_path, "snapkv")
     assert len(row["turns"]) == 2 and row["turns"][0]["held"] < row["turns"][1]["held"]
     code, _, err = command("task=multiturn", data, "task.mode=requests", *SNAPKV)
-    assert code == 2 and "protocol=agnostic" in err
+    assert code == 2 and "protocol=query_agnostic" in err
     code, out, _ = command("task=multiturn", data, "task.mode=requests", "protocol=agnostic", *SNAPKV)
     assert code == 0 and "kept turn 1" not in out
 

@@ -101,7 +101,7 @@ def test_members_of_a_group_find_what_they_find_alone(settings, kind):
 def test_what_cannot_hold_its_last_token_says_so():
     check(asked(), "aware", [], "held")
     for batch, protocol, why in (
-        (asked(), "agnostic", "last_token=held: with protocol=agnostic"),
+        (asked(), "agnostic", "last_token=held: with protocol=query_agnostic"),
         (asked(beams=2), "aware", "task.beams=1"),
         (asked(choices=(Choice("", "a"),)), "aware", "no sample of this task has an answer that is generated"),
     ):

@@ -215,6 +215,6 @@ def test_one_pass_is_for_the_full_cache_and_says_why():
 
 
 def test_requests_need_the_agnostic_protocol():
-    with pytest.raises(UserError, match="protocol=agnostic"):
+    with pytest.raises(UserError, match="give protocol=query_agnostic"):
         check([talk(history="none")], "aware", [])
     check([talk(history="none")], "agnostic", [])

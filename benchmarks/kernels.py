@@ -127,7 +127,7 @@ def prompted(plain: Any, length: int, clock: Callable[[], float]) -> dict[str, S
     for layer in lead.layers:
         layer.inner = layer.inner.leader
     for cache in followers:
-        cache.go_on_from(lead)
+        cache.resume_from(lead)
 
     dense = [tuple(x.clone() for x in layer.inner.store.read()) for layer in lead.layers]
     running = {name: Sequence(ours, cache, clock) for name, cache in caches.items()}
@@ -221,11 +221,11 @@ def codes(length: int, rounds: int, threads: int) -> dict[str, Any]:
     q, k, v = _random(length)
     at: dict[str, Any] = {"q_pos": torch.tensor([[length]]), "k_pos": torch.arange(length).view(1, 1, -1)}
     rules, none = Rules(64**-0.5), k[:, :, :0]
-    ways: dict[str, Callable[[], Any]] = {"full precision": partial(attend, q, k, v, rules, **at, plan="all")}
+    ways: dict[str, Callable[[], Any]] = {"full precision": partial(attend, q, k, v, rules, **at, layout="all")}
     for bits in (8, 4, 3, 2):
         for name, dim in ((f"{bits} bits", 2), (f"{bits} bits, keys per token", 3)):
             keys, values = quantize(k, bits, 32, dim), quantize(v, bits, 32, 3)
-            run = partial(attend_quantized, q, (keys, none), (values, none), rules, **at, plan="all")
+            run = partial(attend_quantized, q, (keys, none), (values, none), rules, **at, layout="all")
             ways[name], ways[f"{name}, in PyTorch"] = run, partial(plain_form, run)
             if dim == 2:
                 ways[f"{name}, unpacked first"] = partial(_unpacked_first, q, keys, values, rules, at)
@@ -234,7 +234,7 @@ def codes(length: int, rounds: int, threads: int) -> dict[str, Any]:
 
 
 def _unpacked_first(q: Tensor, keys: Any, values: Any, rules: Rules, at: dict[str, Any]) -> Tensor:
-    return attend(q, dequantize(keys), dequantize(values), rules, **at, plan="all")
+    return attend(q, dequantize(keys), dequantize(values), rules, **at, layout="all")
 
 
 @torch.inference_mode()
@@ -253,7 +253,7 @@ def ragged(length: int, rounds: int, threads: int) -> dict[str, Any]:
     run = partial(attend_pages, q, (*stored, pos, owner), tail, rules, **at)
     rectangle = k[:, :, :n].contiguous(), v[:, :, :n].contiguous()
     ways = {
-        "rectangle": partial(attend, q, *rectangle, rules, **at, k_pos=torch.arange(n).view(1, 1, -1), plan="all"),
+        "rectangle": partial(attend, q, *rectangle, rules, **at, k_pos=torch.arange(n).view(1, 1, -1), layout="all"),
         "pages": run,
         "pages, in PyTorch": partial(plain_form, run),
     }
@@ -272,8 +272,8 @@ def prompt(length: int, rounds: int, threads: int) -> dict[str, Any]:
     for heads, kv_heads in ((12, 4), (8, 8)):
         q, k, v = (torch.randn(1, h, length, 64, generator=g) for h in (heads, kv_heads, kv_heads))
         ways = {
-            "SDPA": partial(attend, q, k, v, Rules(0.125), **at, plan="causal"),
-            "mass": partial(mass, q, k, Rules(0.125), **at, plan="tail"),
+            "SDPA": partial(attend, q, k, v, Rules(0.125), **at, layout="causal"),
+            "mass": partial(mass, q, k, Rules(0.125), **at, layout="tail"),
         }
         seconds = in_turns(ways, rounds, 1, threads)
         name = f"mass of all {length} queries, {heads} heads on {kv_heads}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from methods.core.contract import Step
 from methods.core.errors import UserError
-from methods.core.eviction import Cut, Eviction
+from methods.core.eviction import Eviction, EvictionContext
 from methods.core.store import Store
 
 
@@ -28,6 +28,6 @@ class Full(Eviction):
     def family(self) -> str:
         return "baseline"
 
-    def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """Never called: at budget 1 nothing has to go."""
         raise AssertionError("the full cache dropped a slot")

@@ -98,8 +98,8 @@ class Keyformer(Capped):
         if mass is None:
             tau = self.tau_init if t is None else self.tau(t)
             at = {"q_pos": step.pos, "k_pos": store.pos}
-            plan = store.plan(step.q.shape[2])
-            rows = noisy_mass(step.q, store.read()[0], step.rules, stem, **at, tau=tau, plan=plan)
+            layout = store.layout(step.q.shape[2])
+            rows = noisy_mass(step.q, store.read()[0], step.rules, stem, **at, tau=tau, layout=layout)
         elif t is None:
             rows = mass
         else:

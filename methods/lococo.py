@@ -322,7 +322,7 @@ class Memory:
         n = n if self.method.accumulate_scores else self.last
         k, v = self.store.read()
         out, each = attend_with_mass(
-            piece.q, k, v, piece.rules, n, q_pos=piece.pos, k_pos=self.store.pos, plan="tail"
+            piece.q, k, v, piece.rules, n, q_pos=piece.pos, k_pos=self.store.pos, layout="tail"
         )  # each [B, Hq, S]
         received = self.store.track("mass")
         if self.fresh and not self.method.accumulate_scores:

@@ -24,7 +24,7 @@ from kernels import gumbel, mass, top
 from methods.core.budget import slots
 from methods.core.contract import Stage, Step
 from methods.core.errors import UserError
-from methods.core.eviction import Cut, Eviction
+from methods.core.eviction import Eviction, EvictionContext
 from methods.core.store import Store
 
 #: shares of the budget (protected, by score, by chance) and of the prompt (proxy queries): from the paper's Table 4
@@ -133,7 +133,7 @@ class NACL(Eviction):
         proxies = self.sizes(n).proxies
         return proxies if self.proxy_causal and proxies <= step.q.shape[2] else 0
 
-    def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """[B, H, S]: +inf for what is kept, -inf for the rest; the choice is NACL's own."""
         k, _ = store.read()  # [B, H, S, D]
         B, H, S, _ = k.shape
@@ -143,8 +143,8 @@ class NACL(Eviction):
         )  # each [B, 1, 1]
         votes = self.votes(store, step, cut, proxies[:, 0]).view(B, H, -1, S).sum(dim=2)  # [B, H, S]
 
-        protected = (cut.rank >= 0) & ((cut.rank < sinks) | (cut.rank >= cut.n - recent))
-        others = (cut.rank >= 0) & ~protected
+        protected = (cut.age_rank >= 0) & ((cut.age_rank < sinks) | (cut.age_rank >= cut.n - recent))
+        others = (cut.age_rank >= 0) & ~protected
         best = top(votes.masked_fill(~others, -torch.inf), by_score[..., 0])
         heads = torch.arange(H, device=k.device)[None, :, None]
         layer = torch.full_like(heads, step.layer)
@@ -154,7 +154,7 @@ class NACL(Eviction):
         drawn = top((votes / self.temperature + noise).masked_fill(~others | best, -torch.inf), by_chance[..., 0])
         return torch.where(protected | best | drawn, torch.inf, -torch.inf)
 
-    def votes(self, store: Store, step: Step, cut: Cut, proxies: Tensor) -> Tensor:
+    def votes(self, store: Store, step: Step, cut: EvictionContext, proxies: Tensor) -> Tensor:
         """Attention that the last `proxies` [B, 1] queries of each row give every slot, [B, Hq, S]."""
         if cut.mass is not None:
             return cut.mass
@@ -165,5 +165,5 @@ class NACL(Eviction):
         q_pos = torch.where(q_pos > newest - proxies, q_pos, -1)  # a shorter row has fewer proxies
         if not self.proxy_causal:
             q_pos = torch.where(q_pos >= 0, newest, -1)
-        plan = store.plan(q.shape[2]) if self.proxy_causal else "positions"
-        return mass(q, k, step.rules, q_pos=q_pos, k_pos=store.pos, plan=plan)
+        layout = store.layout(q.shape[2]) if self.proxy_causal else "positions"
+        return mass(q, k, step.rules, q_pos=q_pos, k_pos=store.pos, layout=layout)

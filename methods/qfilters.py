@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from methods.core import artefacts
-from methods.core.artefacts import Made
+from methods.core.artefacts import Calibration
 from methods.core.capped import Capped, CappedCache
+from methods.core.capture import capture_steps
 from methods.core.contract import LayerCache, ModelSpec, Step
 from methods.core.errors import UserError
-from methods.core.eviction import Cut, Eviction, EvictionCache
+from methods.core.eviction import Eviction, EvictionCache, EvictionContext
 from methods.core.store import Store
-from methods.core.watch import watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +86,7 @@ class Filtered(Eviction):
 
     def calibrate(  # type: ignore[override]
         self, model: PreTrainedModel, rows: Sequence[Tensor], seed: int, n_rows: int = ROWS, route: str = "eigen"
-    ) -> Made:
+    ) -> Calibration:
         """The model's filters, from `n_rows` of the queries that it attends with while it reads the rows of tokens.
 
         route: "eigen" of the queries' second moments, or "svd" of the queries themselves; the same vectors.
@@ -100,7 +100,7 @@ class Filtered(Eviction):
                 "raise runner.documents, runner.tokens or runner.options.n_rows"
             )
         heads = [principal(x, route) for x in queries]  # one per layer
-        n_kv_heads = watch(model, rows[0][:, :1])[0].k.shape[1]
+        n_kv_heads = capture_steps(model, rows[0][:, :1])[0].k.shape[1]
         filters = torch.stack([one.direction.unflatten(0, (n_kv_heads, -1)).mean(1) for one in heads])  # [L, H, D]
         positive = torch.stack([one.positive for one in heads])  # [L, Hq]
         facts = {
@@ -110,7 +110,7 @@ class Filtered(Eviction):
             "positive_share": [[round(share, 4) for share in layer] for layer in positive.tolist()],
             "mean_projection": [[round(x, 3) for x in one.projection.tolist()] for one in heads],
         }
-        return Made("qfilters", "filters", {"filters": filters}, facts, report(positive))
+        return Calibration("qfilters", "filters", {"filters": filters}, facts, report(positive))
 
     def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
         filters = spec.prepared
@@ -145,7 +145,7 @@ class QFilters(Filtered):
     def layer(self, prompt_len: int | None, filters: Tensor) -> LayerCache:
         return OneShotCache(self, prompt_len, filters)
 
-    def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """Products of keys and filter, [B, H, S]."""
         return self.protected(store, step, self.window or 0)
 
@@ -242,7 +242,7 @@ def sample_queries(model: PreTrainedModel, rows: Sequence[Tensor], n: int, seed:
     taken: list[list[Tensor]] = []
     start = 0
     for row in rows:
-        steps = watch(model, row)
+        steps = capture_steps(model, row)
         if not drawn:
             drawn = [torch.randperm(total, generator=generator)[:n].sort().values for _ in steps]
             taken = [[] for _ in steps]

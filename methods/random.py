@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels import uniform
 from methods.core.contract import Step
-from methods.core.eviction import Cut, Eviction
+from methods.core.eviction import Eviction, EvictionContext
 from methods.core.store import Store
 
 
@@ -28,7 +28,7 @@ class Random(Eviction):
     def slots(self, n: int) -> int:
         return max(1, super().slots(n))
 
-    def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """Uniform numbers, [B, H, S]."""
         heads = torch.arange(store.pos.shape[1], device=store.pos.device)
         layer = torch.full_like(heads[:1], step.layer)

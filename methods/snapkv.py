@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels import mass
 from methods.core.contract import Step
 from methods.core.errors import UserError
-from methods.core.eviction import Cut, Eviction
+from methods.core.eviction import Eviction, EvictionContext
 from methods.core.store import Store
 
 
@@ -55,22 +55,22 @@ class SnapKV(Eviction):
     def slots(self, n: int) -> int:
         return max(super().slots(n), self.window + 1)
 
-    def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """Pooled votes per slot, [B, H, S]; the window's own slots are +inf."""
         votes = self.votes(store, step, cut)  # [B, Hq, S]
         B, H, S = store.pos.shape
-        in_window = cut.rank >= cut.n - self.window  # [B, H, S]
-        outside = (in_window | (cut.rank < 0)).repeat_interleave(votes.shape[1] // H, dim=1)  # [B, Hq, S]
+        in_window = cut.age_rank >= cut.n - self.window  # [B, H, S]
+        outside = (in_window | (cut.age_rank < 0)).repeat_interleave(votes.shape[1] // H, dim=1)  # [B, Hq, S]
         # neither the window's own votes nor padding may leak into the slots beside them through the pooling
         votes = self.pool(votes.masked_fill(outside, 0.0 if self.pooling == "avg" else -torch.inf))
         votes = votes.view(B, H, -1, S).mean(dim=2)  # [B, H, S]
         return votes.masked_fill(in_window, torch.inf)
 
-    def votes(self, store: Store, step: Step, cut: Cut) -> Tensor:
+    def votes(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """Attention that the window's queries give every slot, [B, Hq, S]."""
         k, _ = store.read()  # [B, H, S, D]
         q, q_pos = cut.q[:, :, -self.window :], cut.q_pos[:, -self.window :]  # [B, Hq, W, D], [B, W]
-        return mass(q, k, step.rules, q_pos=q_pos, k_pos=store.pos, plan=store.plan(q.shape[2]))
+        return mass(q, k, step.rules, q_pos=q_pos, k_pos=store.pos, layout=store.layout(q.shape[2]))
 
     def pool(self, votes: Tensor) -> Tensor:
         """Votes [B, Hq, S] smoothed over neighbours; ends count as zero (avg) or nothing (max)."""

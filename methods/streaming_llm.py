@@ -25,7 +25,7 @@ from kernels import attend
 from kernels.attend.reference import logits
 from methods.core.contract import Holding, LayerCache, ModelSpec, Stage, Step
 from methods.core.errors import UserError
-from methods.core.eviction import Cut, Eviction, EvictionCache, real_tokens, taken
+from methods.core.eviction import Eviction, EvictionCache, EvictionContext, real_tokens, taken
 from methods.core.store import Store
 
 BLOCK = 256  # queries per block of a streaming prompt
@@ -83,7 +83,7 @@ class StreamingLLM(Eviction):
             return sys.maxsize
         return self.slots(n) if self.budget < 1 else int(self.budget)
 
-    def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """The newest first, [B, H, S]; sinks are +inf."""
         return store.pos.float().masked_fill(store.pos < self.sinks, torch.inf)
 

@@ -46,7 +46,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 @dataclass
-class Member:
+class SweepCell:
     """A cell of a sweep on its way.
 
     words: its own overrides, as typed.  stopped: why it takes no further samples.
@@ -71,7 +71,7 @@ class Sweep:
     def __init__(self, cfg: DictConfig, results: Path):
         self.cfg, self.code = cfg, 0
         self.shared = [word for word in HydraConfig.get().overrides.task if not word.startswith("cells=")]
-        self.members: list[Member] = []
+        self.members: list[SweepCell] = []
         if not cfg.cells:
             raise UserError("cells=[]: give at least one cell, such as cells=['method=nacl budget=0.5']")
         found = list(self._composed())
@@ -88,7 +88,7 @@ class Sweep:
         sweep = cls.__new__(cls)
         sweep.cfg, sweep.code, sweep.shared = run.cfg, 0, list(HydraConfig.get().overrides.task)
         sweep._begin(run)
-        sweep.members = [Member(cell, [], sweep._record(cell)) for cell in run.cells]
+        sweep.members = [SweepCell(cell, [], sweep._record(cell)) for cell in run.cells]
         return sweep
 
     def _begin(self, run: Run) -> None:
@@ -129,9 +129,9 @@ class Sweep:
         show.note(f"error: {' '.join(words)}: {'; '.join(lines)}")
         self.code = 2
 
-    def _members(self, found: Sequence[tuple[list[str], str, dict[str, Any], DictConfig]]) -> list[Member]:
+    def _members(self, found: Sequence[tuple[list[str], str, dict[str, Any], DictConfig]]) -> list[SweepCell]:
         """One member per record, the full cache first: the others are compared with it."""
-        full = Member(self.run.full, ["method=full"], self._record(self.run.full))
+        full = SweepCell(self.run.full, ["method=full"], self._record(self.run.full))
         members = {full.cell.record.folder: full}
         for words, name, knobs, _ in found:
             try:
@@ -139,22 +139,22 @@ class Sweep:
             except (UserError, HydraException, OmegaConfBaseException) as error:
                 self._refuse(words, error)
                 continue
-            members.setdefault(cell.record.folder, Member(cell, words, self._record(cell)))
+            members.setdefault(cell.record.folder, SweepCell(cell, words, self._record(cell)))
         return list(members.values())
 
     def _record(self, cell: Cell) -> SharedRecord:
         return SharedRecord(cell.record, cell.conditions, cell.notes, force=self.cfg.resume == "force")
 
     @property
-    def sharing(self) -> list[Member]:
+    def sharing(self) -> list[SweepCell]:
         """Members that go through the prompt together."""
         return [member for member in self.members if self.why_alone(member) is None]
 
     @property
-    def alone(self) -> list[Member]:
+    def alone(self) -> list[SweepCell]:
         return [member for member in self.members if self.why_alone(member) is not None]
 
-    def why_alone(self, member: Member) -> str | None:
+    def why_alone(self, member: SweepCell) -> str | None:
         """Why a member cannot share its prompts with others; None if it can."""
         if self._examples_alone is not None:
             return self._examples_alone
@@ -198,7 +198,7 @@ class Sweep:
             with self._stops(member):
                 member.record.refresh()
 
-    def _own_run(self, member: Member) -> Run:
+    def _own_run(self, member: SweepCell) -> Run:
         """The run of a member that runs alone; with a model of its own if the method edits it."""
         if not member.cell.method.edits_model:
             return self.run
@@ -209,7 +209,7 @@ class Sweep:
         return own
 
     @contextlib.contextmanager
-    def _stops(self, member: Member) -> Iterator[None]:
+    def _stops(self, member: SweepCell) -> Iterator[None]:
         """What ends one member and none of the others."""
         try:
             yield
@@ -224,7 +224,7 @@ class Sweep:
                 member.record.refresh()
         return not any(self.lacking(member, self.run.examples) for member in self.members)
 
-    def lacking(self, member: Member, examples: Sequence[Example]) -> list[Example]:
+    def lacking(self, member: SweepCell, examples: Sequence[Example]) -> list[Example]:
         if member.stopped is not None or self.run.only_shows:
             return []
         found = ((example, row_of(member.record.rows, example)) for example in examples)
@@ -260,7 +260,7 @@ class Sweep:
 
     def _batch(self, batch: Sequence[Example]) -> None:
         """One batch for all members that lack any of it."""
-        groups: dict[tuple[str, ...], tuple[list[Example], list[Member]]] = {}
+        groups: dict[tuple[str, ...], tuple[list[Example], list[SweepCell]]] = {}
         for member in self.sharing:
             with self._stops(member):
                 member.record.refresh()
@@ -275,11 +275,11 @@ class Sweep:
             for part in self.split(members, examples):
                 self._together(part, examples)
 
-    def split(self, members: Sequence[Member], examples: Sequence[Example]) -> Iterator[list[Member]]:
+    def split(self, members: Sequence[SweepCell], examples: Sequence[Example]) -> Iterator[list[SweepCell]]:
         """The members in groups that memory has room for."""
         bound = self.cfg.group.max_bytes or self._half_of_memory
         tokens = max(self.tokens(example) for example in examples)
-        part: list[Member] = []
+        part: list[SweepCell] = []
         rows = sum(map(rows_of, examples))
         held = self.size.prompt(tokens, rows)
         logits = self.size.logits(max(map(block_of, examples)), rows)
@@ -292,7 +292,7 @@ class Sweep:
             held += own
         yield part
 
-    def member_bytes(self, member: Member, examples: Sequence[Example]) -> int:
+    def member_bytes(self, member: SweepCell, examples: Sequence[Example]) -> int:
         """What a member's cache takes for a batch, by its budget."""
         tokens = max(self.tokens(example) for example in examples)
         new = max(max(example.max_new_tokens, block_of(example)) for example in examples)
@@ -327,7 +327,7 @@ class Sweep:
             return len(talk.first.prompt.ids) + sum(len(question.golden) for question in talk.later)
         return len(self.run.encoder(example).prompt.ids)
 
-    def _together(self, members: list[Member], examples: Sequence[Example]) -> None:
+    def _together(self, members: list[SweepCell], examples: Sequence[Example]) -> None:
         """Run a group; a member that fails is tried once more alone, a group that is too large in two halves."""
         if len(members) > self.most:
             return self._halves(members, examples)
@@ -361,12 +361,12 @@ class Sweep:
             else:
                 self._add(member, rows)
 
-    def _halves(self, members: list[Member], examples: Sequence[Example]) -> None:
+    def _halves(self, members: list[SweepCell], examples: Sequence[Example]) -> None:
         half = (len(members) + 1) // 2
         for part in (members[:half], members[half:]):
             self._together(part, examples)
 
-    def _alone(self, member: Member, examples: Sequence[Example]) -> None:
+    def _alone(self, member: SweepCell, examples: Sequence[Example]) -> None:
         """Once more each sample by itself; what fails again is recorded as failed."""
         for example in examples:
             with self._stops(member):
@@ -381,7 +381,7 @@ class Sweep:
                     raise rows
                 self._add(member, [failed(example, problem(rows))] if isinstance(rows, Exception) else rows)
 
-    def _add(self, member: Member, rows: Sequence[dict[str, Any]]) -> None:
+    def _add(self, member: SweepCell, rows: Sequence[dict[str, Any]]) -> None:
         def say_waiting() -> None:
             show.note(f"{member.label}: another process writes {member.cell.record.folder}; waiting for it")
 
@@ -389,11 +389,11 @@ class Sweep:
         with self._stops(member):
             member.record.add(rows, say_waiting)
 
-    def command(self, member: Member) -> str:
+    def command(self, member: SweepCell) -> str:
         """The command that runs only what this cell lacks."""
         return f"{COMMAND} {shlex.join([*self.shared, *member.words])}"
 
-    def failures(self, member: Member) -> dict[str, str]:
+    def failures(self, member: SweepCell) -> dict[str, str]:
         """Samples that failed, with their errors."""
         rows = self.run.own_rows(member.record.rows)
         return {id: row["error"] for id, row in rows.items() if "error" in row}

@@ -9,34 +9,34 @@ from torch import Tensor
 from kernels.attend import compiled, reference
 from kernels.attend.lse import log_sum_exp
 from kernels.attend.reference import visible
-from kernels.attend.rules import Plan, Rules
+from kernels.attend.rules import Layout, Rules
 from kernels.backend import on_triton
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, plan: Plan = "positions"
+    q: Tensor, k: Tensor, v: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, layout: Layout = "positions"
 ) -> Tensor:
     """Attention output [B, Hq, T, Dv] in q's dtype; rows that see no slot give 0."""
     if on_triton(q, k, v):
         from kernels.attend import triton
 
-        return triton.attend(q, k, v, rules, q_pos, k_pos, plan)[0]
-    if plan == "all" and rules.plain:
+        return triton.attend(q, k, v, rules, q_pos, k_pos, layout)[0]
+    if layout == "all" and rules.plain:
         return reference.attend_all(q, k, v, rules)
-    if plan == "causal" and rules.plain:
+    if layout == "causal" and rules.plain:
         return reference.attend_causal(q, k, v, rules)
     return reference.attend_positions(q, k, v, rules, q_pos, k_pos)
 
 
 def attend_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, plan: Plan = "positions"
+    q: Tensor, k: Tensor, v: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, layout: Layout = "positions"
 ) -> tuple[Tensor, Tensor]:
     """What `attend` gives, and each row's log-sum-exp of its logits, [B, Hq, T], float32; -inf where it sees none."""
     if on_triton(q, k, v):
         from kernels.attend import triton
 
-        return triton.attend(q, k, v, rules, q_pos, k_pos, plan, lse=True)
-    out = attend(q, k, v, rules, q_pos=q_pos, k_pos=k_pos, plan=plan)
+        return triton.attend(q, k, v, rules, q_pos, k_pos, layout, lse=True)
+    out = attend(q, k, v, rules, q_pos=q_pos, k_pos=k_pos, layout=layout)
     return out, log_sum_exp(q, k, rules, q_pos, k_pos)
 
 
@@ -62,4 +62,4 @@ def attend_pages(
     return reference.attend_pages(q, stored, tail, rules, q_pos)
 
 
-__all__ = ["Plan", "Rules", "attend", "attend_pages", "attend_with_lse", "visible"]
+__all__ = ["Layout", "Rules", "attend", "attend_pages", "attend_with_lse", "visible"]

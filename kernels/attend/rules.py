@@ -7,7 +7,7 @@ from torch import Tensor
 
 #: what the caller knows about visibility: `all` slots are seen by every query; `causal` means q and k are the same
 #: unpadded tokens; `positions` compares q_pos with k_pos and is always right.
-Plan = Literal["all", "causal", "positions"]
+Layout = Literal["all", "causal", "positions"]
 
 
 @dataclass(frozen=True)

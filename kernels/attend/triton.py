@@ -203,7 +203,7 @@ def attend(
     rules: Rules,
     q_pos: Tensor,
     k_pos: Tensor,
-    plan: str,
+    layout: str,
     *,
     lse: bool = False,
     start: Tensor | None = None,
@@ -213,7 +213,7 @@ def attend(
 ) -> tuple[Any, Any]:
     """Output [B, Hq, T, Dv], None without v, and the log-sum-exp of the logits [B, Hq, T], float32, if lse is set.
 
-    plan: as in `kernels.attend`; "tail": the queries are the newest slots, in order.  start: of the logits' noise
+    layout: as in `kernels.attend`; "tail": the queries are the newest slots, in order.  start: of the logits' noise
     (`start_of`), which wants plan "positions".  tau: the logits' divisor, [B or 1, T or 1], float32.
     logits: [B, Hq, T, S], float32, takes them where they are seen.
     splits: parts of the slots that run side by side; None: as the device asks for.
@@ -221,7 +221,7 @@ def attend(
     q, k, v = packed_rows(q), packed_rows(k), None if v is None else packed_rows(v)
     (B, Hq, T, D), (H, S) = q.shape, k.shape[1:3]
     G, DV = Hq // H, D if v is None else v.shape[-1]
-    positions, causal = plan == "positions" or (plan == "all" and rules.slopes is not None), plan != "all"
+    positions, causal = layout == "positions" or (layout == "all" and rules.slopes is not None), layout != "all"
     window = rules.window if causal else None
     tile = tiles(T * G, D, DV, q.dtype)
     row_tiles = triton.cdiv(T * G, tile["BLOCK_M"])
@@ -287,7 +287,7 @@ def attend_pages(
     return out
 
 
-def rehearse(brief: bool = False) -> None:
+def compile_cases(brief: bool = False) -> None:
     """Call what is here for types, widths, group sizes, layouts and rules; brief: for one of each."""
     kinds = [(torch.bfloat16, 128, 4)]
     if not brief:
@@ -307,7 +307,7 @@ def rehearse(brief: bool = False) -> None:
     attend(q[:, :, :1], k, k, Rules(1.0), at[0][:, :1], at[1], "all", lse=True)
     if not brief:
         for rules in (Rules(1.0), Rules(1.0, softcap=1.0), Rules(1.0, window=9), every):
-            for plan in ("all", "causal", "positions"):
-                attend(q, k, k, rules, *at, plan, lse=True)
-                attend(q[:, :, :1], k, k, rules, at[0][:, :1], at[1], plan, splits=2)
+            for layout in ("all", "causal", "positions"):
+                attend(q, k, k, rules, *at, layout, lse=True)
+                attend(q[:, :, :1], k, k, rules, at[0][:, :1], at[1], layout, splits=2)
             attend_pages(q[:, :, :1], pages, (k, k, pos[:, None]), rules, pos[:, :1], splits=2)

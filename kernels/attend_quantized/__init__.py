@@ -7,7 +7,7 @@ grouped along tokens or channels, values along channels. Positions as in `attend
 
 from torch import Tensor
 
-from kernels.attend.rules import Plan, Rules
+from kernels.attend.rules import Layout, Rules
 from kernels.attend_quantized import compiled, reference
 from kernels.backend import on_triton
 from kernels.quantize import Packed
@@ -21,16 +21,16 @@ def attend_quantized(
     *,
     q_pos: Tensor,
     k_pos: Tensor,
-    plan: Plan = "positions",
+    layout: Layout = "positions",
 ) -> Tensor:
-    """Attention output [B, Hq, T, Dv] in q's dtype; rows that see no slot give 0. plan: "all" or "positions"."""
+    """Attention output [B, Hq, T, Dv] in q's dtype; rows that see no slot give 0. layout: "all" or "positions"."""
     if on_triton(q, keys[1], values[1]):
         from kernels.attend_quantized import triton
 
         if triton.works_on(keys, values):
-            return triton.attend_quantized(q, keys, values, rules, q_pos, k_pos, plan)
+            return triton.attend_quantized(q, keys, values, rules, q_pos, k_pos, layout)
     form = compiled.products() if compiled.serves(q, keys, values) else None
-    return reference.attend_quantized(q, keys, values, rules, q_pos, k_pos, plan, form)
+    return reference.attend_quantized(q, keys, values, rules, q_pos, k_pos, layout, form)
 
 
 __all__ = ["attend_quantized"]

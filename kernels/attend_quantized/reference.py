@@ -16,7 +16,7 @@ from kernels.attend.reference import BLOCK_ELEMENTS, visible
 from kernels.quantize import Packed, codes_per_pack, planes
 
 if TYPE_CHECKING:
-    from kernels.attend.rules import Plan, Rules
+    from kernels.attend.rules import Layout, Rules
 
 # elements of one block of codes; a plane of them as float32 takes 4 MiB or less (of 2**17 to 2**21, 2**20 was fastest)
 UNPACKED = 1 << 20
@@ -40,7 +40,7 @@ def attend_quantized(
     rules: Rules,
     q_pos: Tensor,
     k_pos: Tensor,
-    plan: Plan,
+    layout: Layout,
     products: Products | None = None,
 ) -> Tensor:
     """Blocks of queries, so that a long turn needs no [T, S] matrix. products: another form of those with codes."""
@@ -50,8 +50,8 @@ def attend_quantized(
     out = q.new_empty(B, Hq, T, values[1].shape[-1])
     for i in range(0, T, rows):
         part = q[:, :, i : i + rows]
-        p = logits(part, keys, rules, q_pos[:, i : i + rows], k_pos, plan, products).softmax(-1)  # [B, H, G * t, S]
-        if plan != "all":
+        p = logits(part, keys, rules, q_pos[:, i : i + rows], k_pos, layout, products).softmax(-1)  # [B, H, G * t, S]
+        if layout != "all":
             p = p.nan_to_num(0.0)  # a query that sees nothing
         out[:, :, i : i + rows] = mix(p, values, products).view(*part.shape[:-1], -1)
     return out
@@ -63,7 +63,7 @@ def logits(
     rules: Rules,
     q_pos: Tensor,
     k_pos: Tensor,
-    plan: Plan,
+    layout: Layout,
     products: Products,
 ) -> Tensor:
     """Scores before the softmax, [B, H, G * T, S], float32; unseen slots are -inf."""
@@ -82,7 +82,7 @@ def logits(
     if rules.slopes is not None:
         distance = q_pos[:, None, None, :, None] - k_pos[:, :, None, None, :]  # [B, H or 1, 1, T, S]
         x = x - rules.slopes.view(1, H, -1, 1, 1) * distance
-    if plan != "all":
+    if layout != "all":
         x = x.masked_fill(~visible(q_pos, k_pos, rules.window)[:, :, None], -torch.inf)
     return x.view(B, H, -1, S)
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attend.rules import Plan, Rules
+from kernels.attend.rules import Layout, Rules
 from kernels.attend.splits import merged, pick_splits
 from kernels.attend.tiles import finish, last_contiguous, packed_rows, scores, strides
 from kernels.backend import DTYPES, interpreted
@@ -268,11 +268,11 @@ def attend_quantized(
     rules: Rules,
     q_pos: Tensor,
     k_pos: Tensor,
-    plan: Plan,
+    layout: Layout,
     splits: int | None = None,
 ) -> Tensor:
     """What `kernels.attend_quantized` gives. splits: parts of the slots side by side; None: as the device asks for."""
-    positions = plan != "all" or rules.slopes is not None
+    positions = layout != "all" or rules.slopes is not None
     q, k, v, k_pos = packed_rows(q), packed_rows(keys[1]), packed_rows(values[1]), last_contiguous(k_pos)
     (B, Hq, T, D), (_, H, _, DV), S = q.shape, v.shape, k_pos.shape[-1]
     G = Hq // H
@@ -346,7 +346,7 @@ def _tile(rows: int, keys: Packed | None, values: Packed | None, D: int, DV: int
     return {"BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": wide, "BLOCK_DV": wide_v, "num_warps": warps, "STAGES": 3}
 
 
-def rehearse(brief: bool = False) -> None:
+def compile_cases(brief: bool = False) -> None:
     """Call what is here for types, widths, group sizes and code widths; brief: for one of each."""
     kinds = [(torch.bfloat16, 128, 4, 4, 2, 32)]
     if not brief:
@@ -356,12 +356,12 @@ def rehearse(brief: bool = False) -> None:
     for dtype, D, G, bits, dim, group in kinds:
         q, k = torch.zeros(1, G, 40, D, dtype=dtype), torch.zeros(1, 1, 300, D, dtype=dtype)
         pos = torch.empty(1, 300, dtype=torch.int32)
-        at = {"q_pos": pos[:, :1], "k_pos": pos[:, None], "plan": "all"}
+        at = {"q_pos": pos[:, :1], "k_pos": pos[:, None], "layout": "all"}
         keys, values = (quantize(k[:, :, :256], bits, group, x, "float") for x in (dim, 3))
         rules = Rules(1.0)
         attend_quantized(q[:, :, :1], (keys, k[:, :, 256:]), (values, k[:, :, 256:]), rules, **at, splits=2)
     if not brief:
         every = Rules(1.0, softcap=1.0, window=9, slopes=torch.empty(G))
-        at = {"q_pos": pos[:, :40], "k_pos": pos[:, None], "plan": "positions"}
+        at = {"q_pos": pos[:, :40], "k_pos": pos[:, None], "layout": "positions"}
         for x, y in (((keys, k[:, :, 256:]), (None, k)), ((None, k), (values, k[:, :, 256:]))):
             attend_quantized(q, x, y, every, **at)

@@ -110,17 +110,17 @@ def results(
     under = {"q_pos": q_pos, "k_pos": holes}
     yield "attend, every rule", attend(q, k, v, every, **under), probabilities(q, k, every, **under) @ values, off(v)
     last = {"q_pos": q_pos[:, -1:], "k_pos": k_pos}
-    yield "attend, one token", attend(q[:, :, -1:], k, v, plain, **last, plan="all"), p[:, :, -1:] @ values, off(v)
+    yield "attend, one token", attend(q[:, :, -1:], k, v, plain, **last, layout="all"), p[:, :, -1:] @ values, off(v)
 
     sums = p.sum(2)
-    yield "mass", mass(q, k, plain, **at, plan="tail"), sums, off(sums)
+    yield "mass", mass(q, k, plain, **at, layout="tail"), sums, off(sums)
     sums = probabilities(q, k, every, **under).sum(2)
     yield "mass, every rule", mass(q, k, every, **under), sums, off(sums)
     weights = torch.rand(B, T, generator=g).to(device)
     sums = (p.square() * weights.double()[:, None, :, None]).sum(2)
     out = weighted_mass(q, k, plain, **at, weights=weights, squared=True)
     yield "weighted_mass, squares", out, sums, 2 * off(sums)  # a square is off by twice as much
-    out, mass_out = attend_with_mass(q, k, v, plain, 3, **at, plan="tail")
+    out, mass_out = attend_with_mass(q, k, v, plain, 3, **at, layout="tail")
     sums = p[:, :, -3:].sum(2)
     yield "attend_with_mass, output", out, p @ values, off(v)
     yield "attend_with_mass, sums", mass_out, sums, off(sums)

@@ -73,7 +73,7 @@ def decoding(shape: Shape, batch: int, S: int, dtype: torch.dtype, device: torch
         return F.scaled_dot_product_attention(q, k, v, scale=rules.scale, enable_gqa=True)
 
     both = k.nbytes + v.nbytes
-    yield Case(plain, lambda: attend(q, k, v, rules, **at, plan="all"), both + ends, work, decodes=True)
+    yield Case(plain, lambda: attend(q, k, v, rules, **at, layout="all"), both + ends, work, decodes=True)
     yield Case("SDPA of PyTorch", sdpa, both + ends, work, plain, decodes=True)
     holes = one.k_pos.expand(batch, H, S).contiguous()
     holes[:, :, ::5] = -1
@@ -82,7 +82,7 @@ def decoding(shape: Shape, batch: int, S: int, dtype: torch.dtype, device: torch
     yield Case("attend, a fifth padding", lambda: attend(q, k, v, rules, **padded), moved, work, plain, decodes=True)
     yield Case(
         "attend_with_mass",
-        lambda: attend_with_mass(q, k, v, rules, 1, **at, plan="tail"),
+        lambda: attend_with_mass(q, k, v, rules, 1, **at, layout="tail"),
         both + ends + 4 * batch * shape.n_heads * S,
         work,
         plain,
@@ -96,7 +96,7 @@ def decoding(shape: Shape, batch: int, S: int, dtype: torch.dtype, device: torch
         moved = sum(x.nbytes for x in (*keys[0].tensors(), *values[0].tensors(), keys[1], values[1])) + ends
         yield Case(
             f"attend_quantized, {bits} bits",
-            partial(attend_quantized, q, keys, values, rules, **at, plan="all"),
+            partial(attend_quantized, q, keys, values, rules, **at, layout="all"),
             moved,
             work,
             plain,
@@ -127,7 +127,7 @@ def _a_quarter(one: Layer, shape: Shape, batch: int, S: int) -> Iterator[Case]:
     work, ends = 4.0 * q.numel() * n, 2 * q.nbytes
     even = "attend to a quarter"
     moved = k.nbytes + v.nbytes + ends
-    yield Case(even, lambda: attend(q, k, v, rules, **at, plan="all"), moved, work, "attend", decodes=True)
+    yield Case(even, lambda: attend(q, k, v, rules, **at, layout="all"), moved, work, "attend", decodes=True)
     share = torch.linspace(0.1, 1.9, B * H, device=device) if B * H > 1 else torch.ones(1, device=device)
     mask = torch.arange(S, device=device) < (share * n)[:, None]  # [B * H, S]
     slots, page_row, counts = pages(mask, PAGE)
@@ -163,25 +163,25 @@ def reading(shape: Shape, batch: int, T: int, dtype: torch.dtype, device: torch.
 
     return [
         Case(plain, sdpa, moved, 2 * half),
-        Case("attend", lambda: attend(q, k, v, rules, **at, plan="causal"), moved, 2 * half, plain),
-        Case("mass of all queries", lambda: mass(q, k, rules, **at, plan="tail"), moved / 2 + sums, 2 * half, plain),
+        Case("attend", lambda: attend(q, k, v, rules, **at, layout="causal"), moved, 2 * half, plain),
+        Case("mass of all queries", lambda: mass(q, k, rules, **at, layout="tail"), moved / 2 + sums, 2 * half, plain),
         Case(
             "attend_with_mass of all queries",
-            lambda: attend_with_mass(q, k, v, rules, T, **at, plan="tail"),
+            lambda: attend_with_mass(q, k, v, rules, T, **at, layout="tail"),
             moved + sums,
             3 * half,
             plain,
         ),
         Case(
             "mass of the last 32 queries",
-            lambda: mass(q[:, :, -32:], k, rules, **window, plan="tail"),
+            lambda: mass(q[:, :, -32:], k, rules, **window, layout="tail"),
             k.nbytes + sums,
             4.0 * q[:, :, -32:].numel() * T,
             plain,
         ),
         Case(
             "noisy_mass of all queries",
-            lambda: noisy_mass(q, k, rules, stem, **at, plan="tail"),
+            lambda: noisy_mass(q, k, rules, stem, **at, layout="tail"),
             moved / 2 + sums,
             2 * half,
             plain,

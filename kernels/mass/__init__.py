@@ -1,7 +1,7 @@
 """Attention probabilities and their column sums, without an [n, n] matrix.
 
 q [B, Hq, T, D], k [B, H, S, D], v [B, H, S, Dv]; positions as in `attend`: q_pos [B, T], k_pos [B, H or 1, S], int, -1
-for padding. A query that sees nothing gives nothing. plan="tail": no slot is padding and the queries are the newest
+for padding. A query that sees nothing gives nothing. layout="tail": no slot is padding and the queries are the newest
 slots in order; "positions" is always right. Sums over the last w queries are those of q[:, :, -w:], q_pos[:, -w:].
 """
 
@@ -15,13 +15,13 @@ from kernels.mass.weighted import ema_weights
 from kernels.noise import Stem
 
 
-def mass(q: Tensor, k: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, plan: str = "positions") -> Tensor:
+def mass(q: Tensor, k: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, layout: str = "positions") -> Tensor:
     """Attention that each slot receives from the queries, summed over them: [B, Hq, S], float32."""
     if on_triton(q.detach(), k.detach()):
         from kernels.mass import triton
 
-        return triton.mass(q, k, rules, q_pos, k_pos, plan)
-    return reference.mass(q, k, rules, q_pos=q_pos, k_pos=k_pos, plan=plan)
+        return triton.mass(q, k, rules, q_pos, k_pos, layout)
+    return reference.mass(q, k, rules, q_pos=q_pos, k_pos=k_pos, layout=layout)
 
 
 def weighted_mass(
@@ -33,7 +33,7 @@ def weighted_mass(
     k_pos: Tensor,
     weights: Tensor | None = None,
     squared: bool = False,
-    plan: str = "positions",
+    layout: str = "positions",
 ) -> Tensor:
     """Sums of weight times attention, or times its square, over the queries: [B, Hq, S], float32.
 
@@ -42,7 +42,7 @@ def weighted_mass(
     if on_triton(q.detach(), k.detach()):
         from kernels.mass import triton
 
-        return triton.mass(q, k, rules, q_pos, k_pos, plan, weights=weights, squared=squared)
+        return triton.mass(q, k, rules, q_pos, k_pos, layout, weights=weights, squared=squared)
     return weighted.weighted_mass(q, k, rules, q_pos, k_pos, weights, squared)
 
 
@@ -55,7 +55,7 @@ def noisy_mass(
     q_pos: Tensor,
     k_pos: Tensor,
     tau: float | Tensor = 1.0,
-    plan: str = "positions",
+    layout: str = "positions",
 ) -> Tensor:
     """Rows softmax((logits + Gumbel noise) / tau) summed over the queries: [B, Hq, S], float32.
 
@@ -65,21 +65,21 @@ def noisy_mass(
     if on_triton(q.detach(), k.detach()):
         from kernels.mass import triton
 
-        return triton.mass(q, k, rules, q_pos, k_pos, plan, stem=stem, tau=tau)
-    return noisy.noisy_mass(q, k, rules, stem, q_pos, k_pos, tau, plan)
+        return triton.mass(q, k, rules, q_pos, k_pos, layout, stem=stem, tau=tau)
+    return noisy.noisy_mass(q, k, rules, stem, q_pos, k_pos, tau, layout)
 
 
 def attend_with_mass(
-    q: Tensor, k: Tensor, v: Tensor, rules: Rules, n: int, *, q_pos: Tensor, k_pos: Tensor, plan: str = "positions"
+    q: Tensor, k: Tensor, v: Tensor, rules: Rules, n: int, *, q_pos: Tensor, k_pos: Tensor, layout: str = "positions"
 ) -> tuple[Tensor, Tensor]:
     """What `attend` gives, and `mass` of the newest n of the queries, computed together."""
     if on_triton(q, k, v):
         from kernels.mass import triton
 
-        return triton.attend_with_mass(q, k, v, rules, n, q_pos, k_pos, plan)
-    if compiled.serves(q, k, v, rules, n, plan):
+        return triton.attend_with_mass(q, k, v, rules, n, q_pos, k_pos, layout)
+    if compiled.serves(q, k, v, rules, n, layout):
         return compiled.attend_with_mass(q, k, v, rules)
-    return reference.attend_with_mass(q, k, v, rules, n, q_pos=q_pos, k_pos=k_pos, plan=plan)
+    return reference.attend_with_mass(q, k, v, rules, n, q_pos=q_pos, k_pos=k_pos, layout=layout)
 
 
 __all__ = ["attend_with_mass", "attention_probs", "ema_weights", "mass", "noisy_mass", "weighted_mass"]

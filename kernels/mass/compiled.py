@@ -27,11 +27,11 @@ class _Rectangle(ctypes.Structure):
     ]  # fmt: skip
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor, rules: Rules, n: int, plan: str) -> bool:
+def serves(q: Tensor, k: Tensor, v: Tensor, rules: Rules, n: int, layout: str) -> bool:
     """Whether the loops take this step: one token that sees all slots, and whose own mass is asked for."""
     return (
         q.shape[2] == n == 1
-        and plan == "tail"
+        and layout == "tail"
         and rules.plain
         and rules.window is None
         and all(x.dtype == torch.float32 for x in (q, k, v))

@@ -12,7 +12,14 @@ BLOCK_ELEMENTS, LEAST_ROWS = 1 << 21, 8
 
 
 def noisy_mass(
-    q: Tensor, k: Tensor, rules: Rules, stem: Stem | None, q_pos: Tensor, k_pos: Tensor, tau: float | Tensor, plan: str
+    q: Tensor,
+    k: Tensor,
+    rules: Rules,
+    stem: Stem | None,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    tau: float | Tensor,
+    layout: str,
 ) -> Tensor:
     """What `kernels.mass.noisy_mass` gives.
 
@@ -24,7 +31,7 @@ def noisy_mass(
     B, Hq, T, D = q.shape
     H, S = k.shape[1], k.shape[2]
     G = Hq // H
-    tail = plan == "tail" and rules.plain and rules.window is None
+    tail = layout == "tail" and rules.plain and rules.window is None
     rows = min(T, max(LEAST_ROWS, BLOCK_ELEMENTS // max(1, B * Hq * S)))
     sums = torch.zeros(B * Hq, 1, S, device=q.device)
     work = [torch.empty(B * Hq * rows * S, dtype=torch.int32, device=q.device) for _ in range(2 if stem else 0)]

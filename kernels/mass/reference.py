@@ -17,14 +17,14 @@ def attention_probs(q: Tensor, k: Tensor, rules: Rules, *, q_pos: Tensor, k_pos:
     return p.nan_to_num(0.0)
 
 
-def mass(q: Tensor, k: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, plan: str = "positions") -> Tensor:
+def mass(q: Tensor, k: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, layout: str = "positions") -> Tensor:
     """Attention that each slot receives from the queries, summed over them: [B, Hq, S], float32.
 
     q [B, Hq, T, D], k [B, H, S, D], q_pos [B, T], k_pos [B, H or 1, S]. A query with position -1 gives nothing.
-    plan="tail": no slot is padding and the queries are the newest slots in order, so only the corner needs a mask.
+    layout="tail": no slot is padding and the queries are the newest slots in order, so only the corner needs a mask.
     """
     q, k = q.detach(), k.detach()
-    if plan == "tail" and rules.plain and rules.window is None:
+    if layout == "tail" and rules.plain and rules.window is None:
         return _tail(q, k, None, rules.scale)[0]
     B, Hq, T, _ = q.shape
     H, S = k.shape[1], k.shape[2]
@@ -37,22 +37,22 @@ def mass(q: Tensor, k: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, pl
 
 
 def attend_with_mass(
-    q: Tensor, k: Tensor, v: Tensor, rules: Rules, n: int, *, q_pos: Tensor, k_pos: Tensor, plan: str = "positions"
+    q: Tensor, k: Tensor, v: Tensor, rules: Rules, n: int, *, q_pos: Tensor, k_pos: Tensor, layout: str = "positions"
 ) -> tuple[Tensor, Tensor]:
-    """What `attend` gives, and `mass` of the newest n of the queries, computed together where plan="tail" allows it."""
+    """What `attend` gives, and `mass` of the newest n of the queries, together where layout="tail" allows it."""
     T, S = q.shape[2], k.shape[2]
     at, rest = {"q_pos": q_pos[:, T - n :], "k_pos": k_pos}, T - n
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if plan != "tail" or not rules.plain or rules.window is not None or training:
+    if layout != "tail" or not rules.plain or rules.window is not None or training:
         out = attend(q, k, v, rules, q_pos=q_pos, k_pos=k_pos)
-        return out, mass(q[:, :, rest:], k, rules, **at, plan=plan)
+        return out, mass(q[:, :, rest:], k, rules, **at, layout=layout)
     if rest == 0:
         sums, out = _tail(q, k, v, rules.scale)
         return out, sums
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     q_old, k_old, v_old = q[:, :, :rest], k[:, :, : S - n], v[:, :, : S - n]
     old = {"q_pos": q_pos[:, :rest], "k_pos": k_pos[..., : S - n]}
-    out[:, :, :rest] = attend(q_old, k_old, v_old, rules, **old, plan="causal" if T == S else "positions")
+    out[:, :, :rest] = attend(q_old, k_old, v_old, rules, **old, layout="causal" if T == S else "positions")
     sums, out[:, :, rest:] = _tail(q[:, :, rest:], k, v, rules.scale)
     return out, sums
 

@@ -137,7 +137,7 @@ def mass(
     rules: Rules,
     q_pos: Tensor,
     k_pos: Tensor,
-    plan: str,
+    layout: str,
     *,
     stem: Stem | None = None,
     tau: float | Tensor = 1.0,
@@ -152,11 +152,11 @@ def mass(
     q, k, k_pos = packed_rows(q.detach()), packed_rows(k.detach()), last_contiguous(k_pos)
     (B, Hq, T, D), (H, S) = q.shape, k.shape[1:3]
     if not rules.plain or rules.window is not None or stem is not None:
-        plan = "positions"
+        layout = "positions"
     taus = tau.float() if isinstance(tau, Tensor) else None if tau == 1 else torch.full((1, 1), tau, device=q.device)
     start = None if stem is None else start_of(stem, B, Hq)
     if lse is None:
-        lse = attend(q, k, None, rules, q_pos, k_pos, plan, lse=True, start=start, tau=taus)[1]
+        lse = attend(q, k, None, rules, q_pos, k_pos, layout, lse=True, start=start, tau=taus)[1]
     out = q.new_empty(B, Hq, S, dtype=torch.float32)
     tile = tiles(T, D, D, q.dtype)
     del tile["BLOCK_DV"]
@@ -166,33 +166,33 @@ def mass(
         *q.stride()[:3], *k.stride()[:3], *strides(q_pos, 2), *strides(k_pos, 2), *strides(start, 3), *strides(taus, 2),
         *strides(weights, 2), *strides(lse, 3),
         Hq, T, S, S - T, rules.scale, rules.softcap or 1.0, rules.window or 0,
-        G=Hq // H, D=D, POSITIONS=plan == "positions", CAP=rules.softcap is not None,
+        G=Hq // H, D=D, POSITIONS=layout == "positions", CAP=rules.softcap is not None,
         WINDOW=rules.window is not None, SQUARED=squared, UPCAST=upcast(q), **tile,
     )  # fmt: skip
     return out
 
 
 def attend_with_mass(
-    q: Tensor, k: Tensor, v: Tensor, rules: Rules, n: int, q_pos: Tensor, k_pos: Tensor, plan: str
+    q: Tensor, k: Tensor, v: Tensor, rules: Rules, n: int, q_pos: Tensor, k_pos: Tensor, layout: str
 ) -> tuple[Tensor, Tensor]:
     """What `kernels.attend_with_mass` gives: the output's log-sum-exp serves the column sums."""
     B, Hq, T, _ = q.shape
     S = k.shape[2]
-    if plan == "tail" and (not rules.plain or rules.window is not None):
-        plan = "positions"
+    if layout == "tail" and (not rules.plain or rules.window is not None):
+        layout = "positions"
     if T == 1:  # decoding: the logits are small beside the keys, which are read once
         logits = torch.full((B, Hq, 1, S), -torch.inf, device=q.device) if n else None
-        out, lse = attend(q, k, v, rules, q_pos, k_pos, plan, lse=True, logits=logits)
+        out, lse = attend(q, k, v, rules, q_pos, k_pos, layout, lse=True, logits=logits)
         if logits is None:
             return out, q.new_zeros(B, Hq, S, dtype=torch.float32)
         # a row that sees nothing has no finite logit either
         return out, logits.sub_(lse[..., None].clamp_min(torch.finfo(torch.float32).min)).exp_()[:, :, 0]
-    out, lse = attend(q, k, v, rules, q_pos, k_pos, plan, lse=True)
+    out, lse = attend(q, k, v, rules, q_pos, k_pos, layout, lse=True)
     rest = T - n
-    return out, mass(q[:, :, rest:], k, rules, q_pos[:, rest:], k_pos, plan, lse=lse[:, :, rest:])
+    return out, mass(q[:, :, rest:], k, rules, q_pos[:, rest:], k_pos, layout, lse=lse[:, :, rest:])
 
 
-def rehearse(brief: bool = False) -> None:
+def compile_cases(brief: bool = False) -> None:
     """Call what is here for types, widths, layouts and rules; brief: for one of each."""
     kinds = [(torch.bfloat16, 128)]
     if not brief:

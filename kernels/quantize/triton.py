@@ -176,7 +176,7 @@ def _shape(bits: int, group: int, dim: int, D: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def rehearse(brief: bool = False) -> None:
+def compile_cases(brief: bool = False) -> None:
     """Call what is here for types, code widths and directions; brief: for one of each."""
     for bits in (4,) if brief else BITS:
         for dim in (2, 3):

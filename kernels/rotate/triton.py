@@ -58,7 +58,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return out
 
 
-def rehearse(brief: bool = False) -> None:
+def compile_cases(brief: bool = False) -> None:
     """Call what is here for types, widths and pairings; brief: for one."""
     for dtype in (torch.bfloat16,) if brief else DTYPES:
         for D, R in ((128, 128),) if brief else ((128, 128), (80, 32), (256, 256)):

@@ -50,7 +50,7 @@ class Artefact:
 
 
 @dataclass(frozen=True)
-class Made:
+class Calibration:
     """What a calibration gives: an artefact that is yet to be saved, and lines that tell a user how it went.
 
     method, name, tensors, facts: as `save` takes them.

@@ -93,7 +93,7 @@ class KVLayer(CacheLayerMixin):
     def attend(self, handle: Handle, q: Tensor, mask: Tensor | None, rules: Rules) -> Tensor:
         """Output [B, Hq, T, Dv] of the step: take in, attend, settle, and let the meter look."""
         cache = self.cache
-        here = cache.standing(self, q, mask)
+        here = cache.pass_state(self, q, mask)
         step = Step(
             layer=self.index, n_layers=len(cache.layers), stage=here.stage, q=q, k=handle.k, v=handle.v, pos=here.pos,
             seen=here.seen, padded=here.padded, samples=cache.samples, rules=rules, rope=cache.spec.ropes[self.index],
@@ -111,7 +111,7 @@ class KVLayer(CacheLayerMixin):
 
 
 @dataclass
-class Standing:
+class PassState:
     """Where one forward pass stands, the same for all its layers."""
 
     total: int  # columns seen, this pass included
@@ -146,7 +146,7 @@ class KVCache(Bound):
         self.method, self.prompt_len = method, prompt_len
         self.reach: Reach | None = None  # where frequencies follow the length
         self._samples = samples
-        self._here: Standing | None = None
+        self._here: PassState | None = None
         self._counts: Tensor | None = None  # [B], tokens per row so far
         self._pieces: tuple[bool, int] = False, 0  # of the prompt: was one longer than a token, single ones since then
         self._again = False
@@ -165,13 +165,13 @@ class KVCache(Bound):
             self._samples = torch.tensor(numbers, device=device)
         return self._samples
 
-    def standing(self, layer: KVLayer, q: Tensor, mask: Tensor | None) -> Standing:
+    def pass_state(self, layer: KVLayer, q: Tensor, mask: Tensor | None) -> PassState:
         """The pass that `layer` is in; worked out by the first layer that meets it."""
         if self._here is None or layer.seen > self._here.total:
-            self._here = self._stand(layer.seen, q, mask)
+            self._here = self._pass_state(layer.seen, q, mask)
         return self._here
 
-    def _stand(self, total: int, q: Tensor, mask: Tensor | None) -> Standing:
+    def _pass_state(self, total: int, q: Tensor, mask: Tensor | None) -> PassState:
         B, _, T, _ = q.shape
         before = total - T
         if self.prompt_len is None:
@@ -204,7 +204,7 @@ class KVCache(Bound):
             self._refuse_gaps(real, order, seen)
         if order is not None:
             pos = pos.gather(1, order)
-        return Standing(total, stage, pos, seen, real is not None, order)
+        return PassState(total, stage, pos, seen, real is not None, order)
 
     def _refuse_gaps(self, real: Tensor | None, order: Tensor | None, seen: Tensor) -> None:
         """Raises UserError where a prompt in pieces has padding behind tokens: what decides may lie a piece back."""
@@ -230,7 +230,7 @@ class KVCache(Bound):
         if passes is None or passes.outermost is None:
             raise UserError(other_model(self))
 
-    def go_on_from(self, other: KVCache, rows: Tensor | None = None) -> None:
+    def resume_from(self, other: KVCache, rows: Tensor | None = None) -> None:
         """Stand where `other` stands, which saw the same tokens; what the layers hold is the caller's business.
 
         rows [B], long: which row of `other` each row goes on from; None: the same.
@@ -273,13 +273,13 @@ class KVCache(Bound):
 
     def fork(self) -> KVCache:
         """A copy that goes on by itself; what belongs to the method or the model is shared, not copied."""
-        return copy.deepcopy(self, {id(one): one for one in self.lent()})
+        return copy.deepcopy(self, {id(one): one for one in self.shared_objects()})
 
-    def lent(self) -> list[Any]:
+    def shared_objects(self) -> list[Any]:
         """What is the method's or the model's, and not this sequence's."""
         adapters = (tensor for layer in self.layers for tensor in layer.inner.adapters())
-        lent = (self.method, self.spec, self.turnings, self.spec.__dict__.get("prepared"), *adapters)
-        return [one for one in lent if one is not None]
+        shared_objects = (self.method, self.spec, self.turnings, self.spec.__dict__.get("prepared"), *adapters)
+        return [one for one in shared_objects if one is not None]
 
     def expect(self, new: int) -> None:
         """So many tokens will be decoded from here: no room is made for more. Without it room grows by an eighth.

@@ -11,7 +11,7 @@ from torch import Tensor
 from methods.core.allocate import Uniform
 from methods.core.contract import LayerCache, ModelSpec, Stage, Step
 from methods.core.errors import UserError
-from methods.core.eviction import Cut, Eviction, EvictionCache, check_scores, on_device, taken
+from methods.core.eviction import Eviction, EvictionCache, EvictionContext, check_scores, on_device, taken
 from methods.core.store import Store
 
 EVICT = ("prompt_end", "per_chunk")
@@ -67,7 +67,7 @@ class Capped(Eviction):
         """
         raise NotImplementedError
 
-    def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         room = on_device(cut.limit, store.pos.device)[:, None, None]
         return self.rank(store, step, room, cut.mass)
 

@@ -24,7 +24,7 @@ from methods.core.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from methods.core.artefacts import Made
+    from methods.core.artefacts import Calibration
     from methods.core.cache import KVCache
 
 
@@ -268,7 +268,7 @@ class Method:
         A method that edits weights here says so with `edits_model`; one that does not and edits them is refused.
         """
 
-    def calibrate(self, model: PreTrainedModel, rows: Sequence[Tensor], seed: int, **options: Any) -> Made:
+    def calibrate(self, model: PreTrainedModel, rows: Sequence[Tensor], seed: int, **options: Any) -> Calibration:
         """What `runner=calibrate` saves for `prepare` to load, from rows of token ids [1, T] run through the model.
 
         options: the method's own, `runner.options` on the command line.  Raises UserError if it needs none.

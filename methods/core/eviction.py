@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -18,12 +19,12 @@ from methods.core.store import Store, spare, taken
 
 
 @dataclass
-class Cut:
+class EvictionContext:
     """A decision to drop slots, as `score` sees it.
 
     q [B, Hq, T, D], q_pos [B, T]: the newest queries, as many as `Eviction.tail` asked for where there are so many;
     position -1 is padding.
-    rank [B, H, S]: how many older slots the head holds, -1 for padding.  n [B, H, 1]: slots that it holds.
+    age_rank [B, H, S]: how many older slots the head holds, -1 for padding.  n [B, H, 1]: slots that it holds.
     prompt: tokens of each row's prompt in this layer (in a sliding layer those inside its window).
     limit: slots that may stay per head, for each row.
     mass [B, Hq, S]: what `Eviction.voters` asked for in the step that decides; None if it asked for nothing.
@@ -32,12 +33,26 @@ class Cut:
 
     q: Tensor
     q_pos: Tensor
-    rank: Tensor
+    age_rank: Tensor
     n: Tensor
     prompt: list[int]
     limit: list[int]
     mass: Tensor | None = None
     again: bool = False
+
+    @property
+    def rank(self) -> Tensor:
+        """What `age_rank` was called."""
+        return self.age_rank
+
+
+def __getattr__(name: str) -> Any:
+    """EvictionContext by the name that it had, for methods of others."""
+    if name != "Cut":
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    said = "methods.core.eviction.Cut is EvictionContext now, and its `rank` is `age_rank`; the old names will go"
+    warnings.warn(said, FutureWarning, stacklevel=2)
+    return EvictionContext
 
 
 @dataclass
@@ -101,7 +116,7 @@ class Eviction(Method):
         """Slots that a head keeps when it drops again; n: tokens of the prompt, held: slots that it holds."""
         return self.slots(n)
 
-    def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """Scores [B, H, S], float32: the highest are kept, +inf always, -inf never.
 
         Neither padding nor rows that fit (`cut.limit` is what they hold) need be looked at.
@@ -264,7 +279,9 @@ class EvictionCache(LayerCache):
             return
         rank = torch.where(real, real.cumsum(-1) - 1, -1)
         q, q_pos = _join(self.queries or [(step.q, step.pos)])
-        scores = method.score(store, step, Cut(q, q_pos, rank, n, self.prompt, limits, self.mass, self.again))
+        scores = method.score(
+            store, step, EvictionContext(q, q_pos, rank, n, self.prompt, limits, self.mass, self.again)
+        )
         fits = [limit == m for limit, m in zip(limits, held, strict=True)]
         if any(fits):  # that another row must drop is no reason for this one to
             scores = scores.masked_fill(on_device(fits, n.device)[:, None, None], torch.inf)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import Plan, attend, attend_with_mass, mass
+from kernels import Layout, attend, attend_with_mass, mass
 from kernels.select import compact
 from methods.core.contract import Holding, Step
 
@@ -152,12 +152,12 @@ class Store:
         """Output [B, Hq, T, Dv] of the step's queries; the step's own tokens are already stored."""
         T = step.q.shape[2]
         if self.padded or (step.rules.window is not None and T == 1):
-            plan: Plan = "positions"
+            layout: Layout = "positions"
         elif T == 1:
-            plan = "all"
+            layout = "all"
         else:
-            plan = "causal" if self.n == T else "positions"
-        return attend(step.q, *self.read(), step.rules, q_pos=step.pos, k_pos=self.pos, plan=plan)
+            layout = "causal" if self.n == T else "positions"
+        return attend(step.q, *self.read(), step.rules, q_pos=step.pos, k_pos=self.pos, layout=layout)
 
     def attend_with_mass(self, step: Step, n: int) -> tuple[Tensor, Tensor]:
         """What `attend` gives, and what `mass` gives, computed together."""
@@ -168,12 +168,12 @@ class Store:
         q, pos = step.q[:, :, -n:], step.pos[:, -n:]
         return mass(q, self.read()[0], step.rules, **self._mass_layout(step, pos))
 
-    def plan(self, T: int) -> str:
+    def layout(self, T: int) -> str:
         """What `kernels.mass` may be told of a step of T tokens: "tail" where no slot is padding and they come last."""
         return "tail" if not self.padded and (self.in_order or T == 1) else "positions"
 
     def _mass_layout(self, step: Step, q_pos: Tensor) -> dict[str, Any]:
-        return {"q_pos": q_pos, "k_pos": self.pos, "plan": self.plan(step.q.shape[2])}
+        return {"q_pos": q_pos, "k_pos": self.pos, "layout": self.layout(step.q.shape[2])}
 
     def add(self, name: str, values: Tensor) -> None:
         """Add values [B, H, S] to the side array `name`, slots in the order of `read`."""

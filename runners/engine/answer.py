@@ -16,13 +16,13 @@ from methods.core.meter import Report
 from runners.engine import rows
 from runners.engine.beam_search import search
 from runners.engine.choices import Choices, encode
-from runners.engine.conversation import Talk, dialogue
+from runners.engine.conversation import Conversation, dialogue
 from runners.engine.generation import Plan, Prompts, Timings, Took, through
 from runners.engine.latency import measure
 from runners.engine.problem import problem
 from runners.engine.prompt import number_of
 from runners.engine.rows import failed
-from runners.engine.session import Heard, Member
+from runners.engine.session import Generation, Member
 from runners.engine.setting import Setting
 from runners.engine.teacher_forcing import Text
 from runners.engine.time_limit import within
@@ -192,11 +192,11 @@ def _talks(go: Pass, batch: Sequence[Example]) -> list[Found]:
     setting = go.setting
     talks = [dialogue(setting.encoder, example) for example in batch]
     end = setting.encoder.tokenizer.eos_token_id
-    talk = Talk(talks, batch[0].history, batch[0].recompress, setting.protocol, end, setting.model.device)
+    talk = Conversation(talks, batch[0].history, batch[0].recompress, setting.protocol, end, setting.model.device)
     members, took = go.through(talk)
 
     def made(i: int, _: Member) -> list[dict[str, Any]]:
-        heard = [one for question in talk.heard if isinstance(one := question[i], Heard)]
+        heard = [one for question in talk.heard if isinstance(one := question[i], Generation)]
         costs = go.spent(i, heard[-1].reports, talk.timings(took.prompt))
         return [rows.talked(setting, *one, row, heard) for row, one in enumerate(zip(batch, talks, costs, strict=True))]
 

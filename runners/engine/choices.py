@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EncodedChoice:
     """One choice as token ids.
 
     prompt: what stands before it.  n_context: how many of these end inside the example's context.
@@ -43,7 +43,7 @@ class Asked:
         return self.prompt[:at], self.prompt[at:]
 
 
-def encode(encoder: Encoder, example: Example, choice: Choice) -> Asked:
+def encode(encoder: Encoder, example: Example, choice: Choice) -> EncodedChoice:
     """Token ids as lm_eval makes them: prompt and text are encoded together, and the text's begin where those of the
     prompt alone end. A prompt that is too long loses its start. Raises ValueError if the text has no room, or no token.
     """
@@ -71,7 +71,7 @@ def encode(encoder: Encoder, example: Example, choice: Choice) -> Asked:
     return fit(ids, n_context, own, limit)
 
 
-def fit(prompt: Sequence[int], n_context: int, text: Sequence[int], limit: int | None) -> Asked:
+def fit(prompt: Sequence[int], n_context: int, text: Sequence[int], limit: int | None) -> EncodedChoice:
     """A choice whose prompt has lost as much of its start as it takes to feed at most `limit` tokens.
 
     Raises ValueError if the choice alone has no room.
@@ -79,7 +79,7 @@ def fit(prompt: Sequence[int], n_context: int, text: Sequence[int], limit: int |
     lost = 0 if limit is None else max(0, len(prompt) + len(text) - limit - 1)  # the last token is not fed
     if lost >= len(prompt):
         raise ValueError(f"a choice takes {len(text)} tokens; prompt and choice together have room for {limit}")
-    return Asked(tuple(prompt[lost:]), max(0, n_context - lost), tuple(text), lost > 0)
+    return EncodedChoice(tuple(prompt[lost:]), max(0, n_context - lost), tuple(text), lost > 0)
 
 
 @dataclass
@@ -99,7 +99,7 @@ Likelihoods = list[list[tuple[float, bool]]]
 def compare(
     model: PreTrainedModel,
     method: MakesCache,
-    asked: Sequence[Sequence[Asked]],
+    asked: Sequence[Sequence[EncodedChoice]],
     samples: Sequence[int],
     protocol: str = "aware",
     chunk: int | None = None,
@@ -125,7 +125,12 @@ class Choices:
     """
 
     def __init__(
-        self, asked: Sequence[Sequence[Asked]], samples: Sequence[int], protocol: str, stride: int | None, pad_id: int
+        self,
+        asked: Sequence[Sequence[EncodedChoice]],
+        samples: Sequence[int],
+        protocol: str,
+        stride: int | None,
+        pad_id: int,
     ):
         self.asked, self.stride, self.pad_id = asked, stride, pad_id
         self.rows = _rows(asked, samples, protocol)
@@ -188,7 +193,7 @@ class Choices:
         return Timings(prompt, 0.0, choices, n_prompt=sum(map(len, self.firsts)), steps=self.steps)
 
 
-def _rows(asked: Sequence[Sequence[Asked]], samples: Sequence[int], protocol: str) -> list[_Row]:
+def _rows(asked: Sequence[Sequence[EncodedChoice]], samples: Sequence[int], protocol: str) -> list[_Row]:
     """One row for every prompt that is different inside its example."""
     found: dict[tuple[int, tuple[int, ...]], _Row] = {}
     for i, choices in enumerate(asked):

@@ -13,7 +13,7 @@ from torch import Tensor
 from runners.engine.generation import Reading, Timings, in_chunks
 from runners.engine.new_tokens import Answer, Limits
 from runners.engine.prompt import Encoded, Encoder
-from runners.engine.session import Heard, State, now
+from runners.engine.session import Generation, State, now
 from tasks.base import Example, Turn
 
 Found = TypeVar("Found")
@@ -34,7 +34,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Dialogue:
+class EncodedConversation:
     """first: the prompt up to the first question; without a history up to the end of the context.
 
     later: the questions that follow; without a history all of them.
@@ -44,7 +44,7 @@ class Dialogue:
     later: list[Question]
 
 
-def dialogue(encoder: Encoder, example: Example) -> Dialogue:
+def dialogue(encoder: Encoder, example: Example) -> EncodedConversation:
     """The example's questions, its context cut so that all of them and their answers fit into the window.
 
     Raises ValueError if they leave no room for context, or the chat template does not let turns be added.
@@ -58,10 +58,10 @@ def dialogue(encoder: Encoder, example: Example) -> Dialogue:
     ]
     new = sum(turn.max_new_tokens for turn in turns) + sum(len(question.golden) for question in later)
     context, cut = encoder.fit(example, new)
-    return Dialogue(replace(encoder(replace(example, context=context)), cut=cut), later)
+    return EncodedConversation(replace(encoder(replace(example, context=context)), cut=cut), later)
 
 
-def _apart(encoder: Encoder, example: Example, turns: Sequence[Turn]) -> Dialogue:
+def _apart(encoder: Encoder, example: Example, turns: Sequence[Turn]) -> EncodedConversation:
     longest = max(turns, key=lambda turn: len(encoder.plain(turn.question)) + turn.max_new_tokens)
     context, cut = encoder.fit(replace(example, question=longest.question), longest.max_new_tokens)
     wrap, shared = encoder.chats(example), context
@@ -74,7 +74,7 @@ def _apart(encoder: Encoder, example: Example, turns: Sequence[Turn]) -> Dialogu
         limits = encoder.limits(example, turn.max_new_tokens, example.min_new_tokens, i)
         later.append(Question(ids, ids, limits))
     ids = encoder.plain(shared) if wrap else [*encoder.opening, *encoder.plain(shared)]
-    return Dialogue(encoder.encoded(example, ids, len(ids), cut), later)
+    return EncodedConversation(encoder.encoded(example, ids, len(ids), cut), later)
 
 
 def _continued(encoder: Encoder, example: Example, before: Turn, turn: Turn) -> tuple[list[int], list[int]]:
@@ -91,7 +91,7 @@ def _continued(encoder: Encoder, example: Example, before: Turn, turn: Turn) -> 
     return encoder.plain(answered), encoder.plain(answered.removeprefix(reference.strip()))
 
 
-class Talk:
+class Conversation:
     """The questions of a batch.
 
     history, recompress: of its examples; see tasks/base.py.  ends: the token of an answer that does not end with one.
@@ -101,7 +101,7 @@ class Talk:
 
     def __init__(
         self,
-        talks: Sequence[Dialogue],
+        talks: Sequence[EncodedConversation],
         history: str,
         recompress: bool,
         protocol: str,
@@ -113,7 +113,7 @@ class Talk:
         parts = [(list(prompt.ids), []) if history == "none" else prompt.parts(protocol) for prompt in prompts]
         self.firsts, self._rests = [first for first, _ in parts], [rest for _, rest in parts]
         self.samples = [prompt.sample for prompt in prompts]
-        self.heard: list[list[Heard | Exception]] = []
+        self.heard: list[list[Generation | Exception]] = []
         self._seconds = {"question": 0.0, "decode": 0.0}
 
     def reading(self, chunk: int | None) -> Reading:
@@ -138,14 +138,14 @@ class Talk:
         self._answer(state, logits, limits)
 
     def timings(self, prompt: float) -> Timings:
-        steps = sum(max((one.steps for one in heard if isinstance(one, Heard)), default=0) for heard in self.heard)
+        steps = sum(max((one.steps for one in heard if isinstance(one, Generation)), default=0) for heard in self.heard)
         return Timings(prompt=prompt, n_prompt=sum(map(len, self.firsts)), steps=steps, **self._seconds)
 
     def _parts(self, asked: Sequence[Question]) -> list[list[int]]:
         if self.history == "golden":
             return [one.golden for one in asked]
         (heard,) = self.heard[-1]
-        assert isinstance(heard, Heard)
+        assert isinstance(heard, Generation)
         return [self._since(answer, one.own) for answer, one in zip(heard.answers, asked, strict=True)]
 
     def _since(self, answer: Answer, question: list[int]) -> list[int]:

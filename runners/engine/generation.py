@@ -13,7 +13,7 @@ from torch import Tensor
 from methods.core.contract import Method
 from methods.core.meter import Report
 from runners.engine.new_tokens import Answer, Draw, Limits, Stops
-from runners.engine.session import Heard, Session, State, now
+from runners.engine.session import Generation, Session, State, now
 from runners.engine.shared_prefill import Group
 from runners.engine.time_limit import TimeLimit, within
 from tasks.base import GREEDY, Sampling
@@ -197,7 +197,7 @@ class Prompts:
         parts = [prompt.parts(protocol) for prompt in prompts]
         self.firsts, self._rests = [first for first, _ in parts], [rest for _, rest in parts]
         self.samples = [prompt.sample for prompt in prompts]
-        self.heard: list[list[Heard | Exception]] = []
+        self.heard: list[list[Generation | Exception]] = []
         self._question = 0.0
 
     def reading(self, chunk: int | None) -> Reading:
@@ -212,9 +212,9 @@ class Prompts:
             own = state if repeat + 1 == self.repeats else state.fork()
             self.heard.append(own.answer(found, [prompt.limits_of(repeat) for prompt in self.prompts]))
 
-    def of(self, member: int) -> list[Heard]:
+    def of(self, member: int) -> list[Generation]:
         """What one cache has answered, per repeat."""
-        return [one for every in self.heard if isinstance(one := every[member], Heard)]
+        return [one for every in self.heard if isinstance(one := every[member], Generation)]
 
     def timings(self, prompt: float, member: int) -> Timings:
         heard = self.of(member)
@@ -238,7 +238,7 @@ def generate(
     asked = Prompts(prompts, protocol)
     state, took = through(model, [method], asked, chunk, pad_id)
     ((one,),) = asked.heard
-    assert isinstance(one, Heard) and isinstance(state, Session)
+    assert isinstance(one, Generation) and isinstance(state, Session)
     return one.answers, state.cache, asked.timings(took.prompt, 0)
 
 

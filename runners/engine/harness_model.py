@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from methods.core.contract import Method
-from runners.engine.choices import Asked, compare, fit
+from runners.engine.choices import EncodedChoice, compare, fit
 
 
 def cached_lm(method: Method, *args: Any, stride: int | None = None, **kwargs: Any) -> Any:
@@ -29,7 +29,7 @@ def cached_lm(method: Method, *args: Any, stride: int | None = None, **kwargs: A
             self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
         ) -> list[tuple[float, bool]]:
             """Requests of equal prompts share one compressed cache."""
-            groups: dict[tuple[int, ...], list[tuple[int, Asked]]] = {}
+            groups: dict[tuple[int, ...], list[tuple[int, EncodedChoice]]] = {}
             for i, (_, prompt, text) in enumerate(requests):
                 asked = fit(prompt, len(prompt), text, self.max_length)
                 groups.setdefault(asked.prompt, []).append((i, asked))

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from methods.core.meter import Report
-from runners.engine.choices import Asked
-from runners.engine.conversation import Dialogue
+from runners.engine.choices import EncodedChoice
+from runners.engine.conversation import EncodedConversation
 from runners.engine.latency import Times
 from runners.engine.new_tokens import Answer
 from runners.engine.problem import Problem
 from runners.engine.prompt import Encoded
-from runners.engine.session import Heard
+from runners.engine.session import Generation
 from runners.engine.setting import Setting
 from tasks.base import Example, Turn, cut_at
 
@@ -149,7 +149,12 @@ def _first_alone(setting: Setting, example: Example, one: Answer, prediction: st
 
 
 def talked(
-    setting: Setting, example: Example, said: Dialogue, costs: dict[str, Any], i: int, heard: Sequence[Heard]
+    setting: Setting,
+    example: Example,
+    said: EncodedConversation,
+    costs: dict[str, Any],
+    i: int,
+    heard: Sequence[Generation],
 ) -> dict[str, Any]:
     """The row of example i of its batch; heard: what one cache has answered, per question."""
     first, answers = said.first, [question.answers[i] for question in heard]
@@ -241,7 +246,7 @@ def predicted(
 def compared(
     setting: Setting,
     example: Example,
-    asked: Sequence[Asked],
+    asked: Sequence[EncodedChoice],
     found: Sequence[tuple[float, bool]],
     costs: dict[str, Any],
 ) -> dict[str, Any]:

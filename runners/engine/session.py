@@ -25,7 +25,7 @@ LOOK_EVERY = {"cpu": 1, "cuda": 8}
 
 
 @dataclass(frozen=True)
-class Heard:
+class Generation:
     """What one cache answered: one answer per row of the prompts, the passes of the decoding.
 
     reports: the ledger of every row when it had ended; none of a cache that keeps none.
@@ -75,7 +75,7 @@ class State(Protocol):
         self, ids: Tensor, *, chunk: int | None = None, ends_prompt: bool = False, every: bool = False
     ) -> Tensor: ...
 
-    def answer(self, logits: Tensor, limits: Sequence[Limits], *, exact: bool = False) -> list[Heard | Exception]:
+    def answer(self, logits: Tensor, limits: Sequence[Limits], *, exact: bool = False) -> list[Generation | Exception]:
         """Answers of every cache, from the logits after what was last fed."""
         ...
 
@@ -162,14 +162,14 @@ class Session:
         self.steps += done
         return rows.answers()
 
-    def answer(self, logits: Tensor, limits: Sequence[Limits], exact: bool = False) -> list[Heard | Exception]:
+    def answer(self, logits: Tensor, limits: Sequence[Limits], exact: bool = False) -> list[Generation | Exception]:
         """What `decode` gives, with the rows' ledgers."""
         began, before = now(self.model.device), self.steps
         answers = self.decode(logits, limits, exact)
         seconds, steps = now(self.model.device) - began, self.steps - before
         # the library's own caches keep no ledger
         keeps = hasattr(self.cache, "reports")
-        return [Heard(answers, self.cache.reports(behind(answers, steps)) if keeps else [], steps, seconds)]
+        return [Generation(answers, self.cache.reports(behind(answers, steps)) if keeps else [], steps, seconds)]
 
     def expect(self, new: int) -> None:
         """Let the cache make room for no more than so many tokens; the library's own caches do not ask."""

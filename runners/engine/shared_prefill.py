@@ -22,7 +22,7 @@ from methods.core.group import Rows, Shared
 from methods.core.meter import Meter
 from runners.engine.new_tokens import Answer, Limits, NewTokens, behind
 from runners.engine.problem import problem
-from runners.engine.session import LOOK_EVERY, Heard, Session, now
+from runners.engine.session import LOOK_EVERY, Generation, Session, now
 from runners.engine.time_limit import TimeLimit
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Group:
     """
 
     def __init__(
-        self, model: PreTrainedModel, members: Sequence[Member], session: _RowsSession, shared: KVCache, B: int
+        self, model: PreTrainedModel, members: Sequence[PrefillMember], session: _RowsSession, shared: KVCache, B: int
     ):
         self.model, self.members, self.session, self.B = model, members, session, B
         self.active = [member for member in members if member.error is None]
@@ -58,7 +58,7 @@ class Group:
         read: feeds the prompts, one row per sample, and gives a tensor of these rows.
         prompt_len: as for `Method.caches`.
         """
-        members = [Member(model, method, prompt_len, samples) for method in methods]
+        members = [PrefillMember(model, method, prompt_len, samples) for method in methods]
         lead = load_method("full").caches(bind(model), prompt_len)
         shared = _empty(model, members, prompt_len, samples)
         for i, layer in enumerate(shared.layers):
@@ -67,7 +67,7 @@ class Group:
         session = Session(model, shared, len(samples), pad_id)
         found = read(session)
         for member in members:
-            member.go_on_from(shared, model)
+            member.resume_from(shared, model)
         active = sum(member.error is None for member in members)
         group = cls(model, members, _RowsSession(session, active), shared, len(samples))
         return group, found.repeat(active, *[1] * (found.dim() - 1))
@@ -83,12 +83,12 @@ class Group:
 
     def fork(self) -> Group:
         """A group that goes on from here by itself; a member that fails in one of the two has failed in both."""
-        lent = [self.model, *self.session.cache.lent()]
+        shared_objects = [self.model, *self.session.cache.shared_objects()]
         for member in self.members:
-            lent += [member] if member not in self.active else [member.fate, *member.cache.lent()]
-        return copy.deepcopy(self, {id(one): one for one in lent})
+            shared_objects += [member] if member not in self.active else [member.fate, *member.cache.shared_objects()]
+        return copy.deepcopy(self, {id(one): one for one in shared_objects})
 
-    def answer(self, logits: Tensor, limits: Sequence[Limits], exact: bool = False) -> list[Heard | Exception]:
+    def answer(self, logits: Tensor, limits: Sequence[Limits], exact: bool = False) -> list[Generation | Exception]:
         """Answers of all members, in their order; the error of one that has failed.
 
         A member leaves when all its rows have ended: nothing can be fed afterwards.
@@ -151,11 +151,11 @@ class Group:
             parts = [(row * self.B, (row + 1) * self.B, member.layers[i]) for row, member in enumerate(self.active)]
             layer.inner = Rows(parts)
         rows = torch.arange(self.B, device=self.model.device).repeat(len(self.active))
-        batch.go_on_from(before, rows=rows)
+        batch.resume_from(before, rows=rows)
         self.session.cache = batch
 
 
-class Member:
+class PrefillMember:
     """One method of a group: its cache, and what became of it.
 
     heard: its answers, once it has left.  fate: what ended it, if anything did; shared with its forks.
@@ -163,7 +163,7 @@ class Member:
 
     def __init__(self, model: PreTrainedModel, method: Method, prompt_len: int | None, samples: Sequence[int]):
         self.method = method
-        self.heard: Heard | None = None
+        self.heard: Generation | None = None
         self.fate: list[Exception] = []
         self.layers: list[_Watched] = []
 
@@ -194,9 +194,9 @@ class Member:
         for layer in self.layers:
             layer.inner = None
 
-    def go_on_from(self, shared: KVCache, model: PreTrainedModel) -> None:
+    def resume_from(self, shared: KVCache, model: PreTrainedModel) -> None:
         """After the shared prompt: stand there with a cache of its own."""
-        self.guard(lambda: self.cache.go_on_from(shared))
+        self.guard(lambda: self.cache.resume_from(shared))
         self.guard(lambda: self.method.after_prompt(model, self.cache))
 
     def late(self, error: TimeLimit) -> None:
@@ -206,7 +206,7 @@ class Member:
     def leave(self, answers: list[Answer], steps: int, seconds: float) -> None:
         """Let the cache go with these answers: others may decode for a long time yet."""
         if self.error is None:
-            self.heard = Heard(answers, self.cache.reports(behind(answers, steps)), steps, seconds)
+            self.heard = Generation(answers, self.cache.reports(behind(answers, steps)), steps, seconds)
         del self.cache
         for layer in self.layers:
             layer.inner = None
@@ -215,7 +215,7 @@ class Member:
 class _Watched(LayerCache):
     """A member's layer, with its own meter; its errors end the member and nobody else."""
 
-    def __init__(self, member: Member, inner: LayerCache):
+    def __init__(self, member: PrefillMember, inner: LayerCache):
         self.member, self.meter = member, member.cache.meter
         self.inner: LayerCache | None = inner
 
@@ -278,7 +278,7 @@ class _Joint(Method):
         return [LayerCache() for _ in range(spec.n_layers)]
 
 
-def _empty(model: PreTrainedModel, members: Sequence[Member], prompt_len: int | None, samples: Any) -> KVCache:
+def _empty(model: PreTrainedModel, members: Sequence[PrefillMember], prompt_len: int | None, samples: Any) -> KVCache:
     asks = frozenset().union(*(member.method.needs for member in members))
     batch = KVCache(model, _Joint(asks=asks), prompt_len, samples)
     batch.meter = _Unwatched([])

@@ -279,7 +279,7 @@ class TrainCompressor(Runner):
                  f"{artefacts.shown(path)}")  # fmt: skip
 
 
-def rivals(method: LoCoCo) -> dict[str, Method]:
+def baselines(method: LoCoCo) -> dict[str, Method]:
     """What a trained compressor is compared with at equal slots, and the full cache.
 
     eta=0 drops what the last chunk attends to least; where the newest slots are kept on top, it does so without and,
@@ -298,7 +298,7 @@ def compare(model: PreTrainedModel, method: LoCoCo, rows: Tensor, batch: int) ->
     gain: a rival's loss less the method's on the same rows, above 0 where the method is better, with the 95 % interval
     of a bootstrap over rows.
     """
-    each = {name: losses(model, one, rows, batch).mean(1) for name, one in rivals(method).items()}  # [N]
+    each = {name: losses(model, one, rows, batch).mean(1) for name, one in baselines(method).items()}  # [N]
     ids = [f"{i:08}" for i in range(len(rows))]
     gain: dict[str, list[float]] = {}
     for name in set(each) - {"full", "lococo"}:

@@ -19,7 +19,7 @@ from runners.report.heat_map import draw_all
 from runners.report.latency_report import show_times
 
 if TYPE_CHECKING:
-    from runners.sweep import Member, Sweep
+    from runners.sweep import Sweep, SweepCell
 
 # cells with failures whose command is printed
 SHOWN_COMMANDS = 5
@@ -101,14 +101,14 @@ def _report_times(sweep: Sweep) -> None:
     show.say(f"records: {sweep.run.full.record.folder.parent}")
 
 
-def _name(member: Member) -> str:
+def _name(member: SweepCell) -> str:
     """The method and the knobs that were typed."""
     knobs = [word.partition("method.")[2] for word in member.words if word.lstrip("+").startswith("method.")]
     seed = [word for word in member.words if word.startswith("seed=")]
     return " ".join([member.cell.name, *knobs, *seed])
 
 
-def _finished(sweep: Sweep, member: Member) -> dict[str, dict[str, Any]]:
+def _finished(sweep: Sweep, member: SweepCell) -> dict[str, dict[str, Any]]:
     rows = sweep.run.own_rows(member.record.rows)
     return {id: row for id, row in rows.items() if "error" not in row}
 

@@ -25,7 +25,7 @@ FINDINGS = 3
 TAIL = 40  # tokens of head and question, about
 PROSE, LIST = 4.65, 1.7  # characters per token of the reference tokenizer, about
 
-Made = tuple[Document, str, list[str]]  # head and turns; the text; what an answer has to hold
+Calibration = tuple[Document, str, list[str]]  # head and turns; the text; what an answer has to hold
 
 
 def codes(pool: Pool, n: int) -> Document:
@@ -43,7 +43,7 @@ def sentences(document: Document) -> list[str]:
     return [turn.question.rpartition("Answer: ")[2] + turn.answer for turn in document.turns]
 
 
-def single(pool: Pool, tokens: int, depth: float) -> Made:
+def single(pool: Pool, tokens: int, depth: float) -> Calibration:
     document = codes(pool, 1)
     return (
         document,
@@ -52,7 +52,7 @@ def single(pool: Pool, tokens: int, depth: float) -> Made:
     )
 
 
-def multi_key(pool: Pool, tokens: int, depth: float) -> Made:
+def multi_key(pool: Pool, tokens: int, depth: float) -> Calibration:
     document = codes(pool, OTHERS + 1)
     lines = sentences(document)
     depths = [depth, *((i + 0.5) / OTHERS for i in range(OTHERS))]
@@ -60,19 +60,19 @@ def multi_key(pool: Pool, tokens: int, depth: float) -> Made:
     return document, text, [document.turns[0].value]
 
 
-def multi_value(pool: Pool, tokens: int, depth: float) -> Made:
+def multi_value(pool: Pool, tokens: int, depth: float) -> Calibration:
     document = KINDS["findings"](pool, 0, points=FINDINGS)
     lines = [f"{part.strip()}." for part in document.turns[0].value.split(".") if part.strip()]
     text = place(filler_of(pool, int(PROSE * tokens) - sum(map(len, lines))), lines, spread(depth, FINDINGS))
     return document, text, lines
 
 
-def passkey(pool: Pool, tokens: int, depth: float) -> Made:
+def passkey(pool: Pool, tokens: int, depth: float) -> Calibration:
     document = codes(pool, 1)
     return document, place(noise_of(pool, int(PROSE * tokens)), sentences(document), [depth]), [document.turns[0].value]
 
 
-def kv(pool: Pool, tokens: int, depth: float) -> Made:
+def kv(pool: Pool, tokens: int, depth: float) -> Calibration:
     document = KINDS["table"](pool, int(LIST * tokens), 10_000)
     lines = document.context.split("\n")
     key = lines[round(depth * (len(lines) - 1))].partition(":")[0].removeprefix("- ")
@@ -81,7 +81,7 @@ def kv(pool: Pool, tokens: int, depth: float) -> Made:
     return chosen, document.context, [asked.value]
 
 
-KINDS_OF_NEEDLES: dict[str, tuple[Callable[[Pool, int, float], Made], str, int]] = {
+KINDS_OF_NEEDLES: dict[str, tuple[Callable[[Pool, int, float], Calibration], str, int]] = {
     "single": (single, "all", 16),
     "multi_key": (multi_key, "all", 16),
     "multi_value": (multi_value, "all", 72),

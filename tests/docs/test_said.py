@@ -27,7 +27,7 @@ CLASSES = {
     "Step": contract.Step,
     "Store": store.Store,
     "Eviction": eviction.Eviction,
-    "What a score sees": eviction.Cut,
+    "What a score sees": eviction.EvictionContext,
     "Eviction that goes on while decoding": capped.Capped,
     "Allocator": allocate.Allocator,
 }

@@ -45,7 +45,7 @@ def is_formula(out: Tensor, q: Tensor, k: Tensor, v: Tensor, rules: Rules, q_pos
 def test_the_causal_plan_is_the_formula(T, heads, rules):
     q, k, v = random(SHAPES[heads], T, T)
     pos = torch.arange(T).expand(2, T)
-    out = attend(q, k, v, rules_of(rules), q_pos=pos, k_pos=pos[:, None], plan="causal")
+    out = attend(q, k, v, rules_of(rules), q_pos=pos, k_pos=pos[:, None], layout="causal")
     is_formula(out, q, k, v, rules_of(rules), pos, pos[:, None])
 
 
@@ -55,7 +55,7 @@ def test_the_causal_plan_is_the_formula(T, heads, rules):
 def test_a_decoded_token_over_all_slots_is_the_formula(S, heads, rules):
     q, k, v = random(SHAPES[heads], 1, S)
     k_pos, q_pos = torch.arange(S).expand(2, 1, S), torch.full((2, 1), S - 1)
-    out = attend(q, k, v, rules_of(rules), q_pos=q_pos, k_pos=k_pos, plan="all")
+    out = attend(q, k, v, rules_of(rules), q_pos=q_pos, k_pos=k_pos, layout="all")
     is_formula(out, q, k, v, rules_of(rules), q_pos, k_pos)
 
 
@@ -69,7 +69,7 @@ def test_positions_with_padding_and_a_set_per_head_are_the_formula(T, S, heads, 
     k_pos[torch.rand(k_pos.shape, generator=g) < 0.2] = -1
     q_pos = torch.randint(S, 3 * S, (2, T), generator=g)
     q_pos[1, 0] = -1
-    out = attend(q, k, v, rules_of(rules), q_pos=q_pos, k_pos=k_pos, plan="positions")
+    out = attend(q, k, v, rules_of(rules), q_pos=q_pos, k_pos=k_pos, layout="positions")
     is_formula(out, q, k, v, rules_of(rules), q_pos, k_pos)
     assert (out[1, :, 0] == 0).all()
 
@@ -102,8 +102,8 @@ def test_equal_keys_give_the_mean_of_the_values():
     q, _, v = random((4, 2), 1, 1000)
     k = torch.ones(2, 2, 1000, D)
     pos = torch.arange(1000).expand(2, 1, 1000)
-    for plan in ("all", "positions"):
-        out = attend(q, k, v, Rules(1.0), q_pos=torch.full((2, 1), 999), k_pos=pos, plan=plan)
+    for layout in ("all", "positions"):
+        out = attend(q, k, v, Rules(1.0), q_pos=torch.full((2, 1), 999), k_pos=pos, layout=layout)
         mean = v.double().mean(2, keepdim=True).repeat_interleave(2, 1)
         near(out, mean, allowed(q, k, Rules(1.0), torch.full((2, 1), 999), pos, v))
 

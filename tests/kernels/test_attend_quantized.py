@@ -48,9 +48,9 @@ class Case:
         self.k_pos = torch.arange(S).expand(B, 1, -1)
         self.q_pos = torch.arange(S - T, S).expand(B, -1)
 
-    def run(self, rules: Rules, plan: str = "positions") -> Tensor:
+    def run(self, rules: Rules, layout: str = "positions") -> Tensor:
         at = {"q_pos": self.q_pos, "k_pos": self.k_pos}
-        return attend_quantized(self.q, self.keys, self.values, rules, plan=plan, **at)
+        return attend_quantized(self.q, self.keys, self.values, rules, layout=layout, **at)
 
     def is_formula(self, out: Tensor, rules: Rules) -> None:
         k, v = whole(self.keys), whole(self.values)
@@ -86,8 +86,8 @@ def test_codes_and_recent_slots_are_one_softmax(T, key_dim, heads, rules):
 @pytest.mark.parametrize("n", [(16, 0, 17), (0, 1, 17), (64, 64, 64), (992, 872, 1000)])
 def test_any_width_and_any_place_where_the_codes_end(n, bits, key_dim):
     case = Case(n=n, bits=bits, key_dim=key_dim)
-    for plan in ("all", "positions"):
-        case.is_formula(case.run(rules_of("plain"), plan), rules_of("plain"))
+    for layout in ("all", "positions"):
+        case.is_formula(case.run(rules_of("plain"), layout), rules_of("plain"))
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -145,7 +145,7 @@ def test_by_hand():
     assert packed.scale.flatten().tolist() == [2.0, 2.0] and len(packed) == 4
     out = attend_quantized(
         q, (packed, keys[:, :, 4:]), (None, values), Rules(1.0), q_pos=torch.tensor([[3]]),
-        k_pos=torch.arange(4).view(1, 1, 4), plan="all",
+        k_pos=torch.arange(4).view(1, 1, 4), layout="all",
     )  # fmt: skip
     weights = torch.tensor([0.0, 3.0, 2.0, 3.0]).softmax(-1)
     near(out, 8 * float(weights[0] + weights[2]), bound(torch.float32, 4, 3.0, size=8.0))

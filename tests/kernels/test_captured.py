@@ -44,12 +44,12 @@ class Step:
     def calls(self):
         """Name and outputs of every op of a decode step."""
         q, k, v, rules, at = self.q, self.k, self.v, self.rules, self.at
-        yield "attend, all", lambda: attend(q, k, v, rules, **at, plan="all")
+        yield "attend, all", lambda: attend(q, k, v, rules, **at, layout="all")
         yield "attend, positions", lambda: attend(q, k, v, rules, **at)
         yield "attend_pages", lambda: attend_pages(q, self.stored, self.tail, rules, q_pos=at["q_pos"])
         yield "attend_quantized", lambda: attend_quantized(q, self.keys, self.values, rules, **at)
-        yield "attend_with_mass", lambda: attend_with_mass(q, k, v, rules, 1, **at, plan="tail")
-        yield "mass", lambda: mass(q, k, rules, **at, plan="tail")
+        yield "attend_with_mass", lambda: attend_with_mass(q, k, v, rules, 1, **at, layout="tail")
+        yield "mass", lambda: mass(q, k, rules, **at, layout="tail")
 
 
 @pytest.mark.parametrize("rules", RULES)

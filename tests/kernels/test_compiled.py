@@ -276,9 +276,9 @@ def test_one_token_gives_its_output_and_its_attention(S, H, G, D, Dv, threads, m
     q[0, 0, 0] = k[0, 0, S // 2] * 50  # one logit takes all
     rules, at = Rules(D**-0.5), {"q_pos": torch.full((2, 1), S), "k_pos": torch.arange(S).expand(2, 1, -1)}
     assert mass_compiled.serves(q, k, v, rules, 1, "tail")
-    out, mass = attend_with_mass(q, k, v, rules, 1, **at, plan="tail")
+    out, mass = attend_with_mass(q, k, v, rules, 1, **at, layout="tail")
     backend.use("reference")
-    expected, its_mass = attend_with_mass(q, k, v, rules, 1, **at, plan="tail")
+    expected, its_mass = attend_with_mass(q, k, v, rules, 1, **at, layout="tail")
     near(out, expected, 2 * allowed(q, k, rules, **at, size=v))
     near(mass, its_mass, 2 * allowed(q, k, rules, **at))
     near(mass.sum(-1), 1.0, allowed(q, k, rules, **at))

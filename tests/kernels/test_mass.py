@@ -35,8 +35,8 @@ def test_mass_is_the_column_sum_of_the_softmax_under_both_plans(T, S, heads, rul
     rule = Rules(D**-0.5, **RULES[rules])
     q_pos, k_pos = torch.arange(S - T, S).expand(2, -1), torch.arange(S).expand(2, 1, -1)
     expected = dense(q, k, rule, q_pos, k_pos).sum(2)
-    for plan in ("positions", "tail"):
-        out = mass(q, k, rule, q_pos=q_pos, k_pos=k_pos, plan=plan)
+    for layout in ("positions", "tail"):
+        out = mass(q, k, rule, q_pos=q_pos, k_pos=k_pos, layout=layout)
         assert out.dtype == torch.float32
         near(out, expected, allowed(q, k, rule, q_pos, k_pos, expected))
         near(out.sum(-1), float(T), allowed(q, k, rule, q_pos, k_pos, float(T)))  # every query gives one in all
@@ -51,8 +51,8 @@ def test_output_and_mass_together_are_those_of_each_alone(n, T, S, heads, rules)
     rule = Rules(D**-0.5, **RULES[rules])
     at = {"q_pos": torch.arange(S - T, S).expand(2, -1), "k_pos": torch.arange(S).expand(2, 1, -1)}
     probs = dense(q, k, rule, **at)  # [B, Hq, T, S]
-    for plan in ("positions", "tail"):
-        out, sums = attend_with_mass(q, k, v, rule, n, **at, plan=plan)
+    for layout in ("positions", "tail"):
+        out, sums = attend_with_mass(q, k, v, rule, n, **at, layout=layout)
         off = allowed(q, k, rule, **at, size=v)
         near(out, probs @ v.double().repeat_interleave(4 // HEADS[heads], dim=1), off)
         near(out, attend(q, k, v, rule, **at), 2 * off)
@@ -89,23 +89,23 @@ def test_probabilities_of_the_group_are_in_the_order_of_query_heads():
     near(p.flatten(1, 2), expected, allowed(q, k, Rules(0.3), q_pos, k_pos))
 
 
-@pytest.mark.parametrize("plan", ["positions", "tail"])
+@pytest.mark.parametrize("layout", ["positions", "tail"])
 @pytest.mark.parametrize("rows", [1, 7, 50])
-def test_splitting_into_blocks_changes_nothing(rows, plan, monkeypatch):
+def test_splitting_into_blocks_changes_nothing(rows, layout, monkeypatch):
     q, k = random(2, 50, 90)
     at = {"q_pos": torch.arange(40, 90).expand(2, -1), "k_pos": torch.arange(90).expand(2, 1, -1)}
     monkeypatch.setattr(reference, "_block_rows", lambda _: 1000)
-    whole = mass(q, k, Rules(0.3), **at, plan=plan)
+    whole = mass(q, k, Rules(0.3), **at, layout=layout)
     monkeypatch.setattr(reference, "_block_rows", lambda _: rows)
-    near(mass(q, k, Rules(0.3), **at, plan=plan), whole, 2 * allowed(q, k, Rules(0.3), **at, size=whole))
+    near(mass(q, k, Rules(0.3), **at, layout=layout), whole, 2 * allowed(q, k, Rules(0.3), **at, size=whole))
 
 
 def test_one_huge_logit_takes_all_the_mass():
     q, k = random(2, 8, 40)
     q, k[:, :, 11] = q.abs(), 1e4
     at = {"q_pos": torch.arange(32, 40).expand(2, -1), "k_pos": torch.arange(40).expand(2, 1, -1)}
-    for plan in ("positions", "tail"):
-        out = mass(q, k, Rules(1.0), **at, plan=plan)
+    for layout in ("positions", "tail"):
+        out = mass(q, k, Rules(1.0), **at, layout=layout)
         off = allowed(q, k, Rules(1.0), **at, size=8.0)  # of logits this large no digit is behind the point
         near(out[:, :, 11], 8.0, off)
         near(out.sum(-1), 8.0, off)

@@ -41,8 +41,8 @@ def test_noisy_mass_is_the_column_sum_of_the_noisy_softmax(T, S, heads, rules):
         for fresh, noise in ((True, stem(q, q_pos)), (False, stem(q, None)), (True, None)):
             expected = dense_noisy(q, k, rule, q_pos, k_pos, dense_tau, fresh, noise is not None).sum(2)
             off = allowed(q, k, rule, q_pos, k_pos, noisy=noise is not None)
-            for plan in ("positions", "tail"):
-                out = noisy_mass(q, k, rule, noise, q_pos=q_pos, k_pos=k_pos, tau=tau, plan=plan)
+            for layout in ("positions", "tail"):
+                out = noisy_mass(q, k, rule, noise, q_pos=q_pos, k_pos=k_pos, tau=tau, layout=layout)
                 near(out, expected, off * expected.max().item())
                 near(out.sum(-1), float(T), off * T)
 
@@ -68,14 +68,14 @@ def test_noise_reaches_no_padding_and_each_head_its_own_slots():
     near(out[1].sum(-1), 13.0, off)
 
 
-@pytest.mark.parametrize("plan", ["positions", "tail"])
-def test_blocks_and_chunks_of_queries_draw_the_same_noise(plan, monkeypatch):
+@pytest.mark.parametrize("layout", ["positions", "tail"])
+def test_blocks_and_chunks_of_queries_draw_the_same_noise(layout, monkeypatch):
     q, k = random(2, 50, 90)
     q_pos, k_pos = torch.arange(40, 90).expand(2, -1), torch.arange(90).expand(2, 1, -1)
-    whole = noisy_mass(q, k, Rules(0.3), stem(q, q_pos), q_pos=q_pos, k_pos=k_pos, plan=plan)
+    whole = noisy_mass(q, k, Rules(0.3), stem(q, q_pos), q_pos=q_pos, k_pos=k_pos, layout=layout)
     off = 2 * allowed(q, k, Rules(0.3), q_pos, k_pos, whole, noisy=True)
     monkeypatch.setattr(noisy, "BLOCK_ELEMENTS", 1)
-    blocks = noisy_mass(q, k, Rules(0.3), stem(q, q_pos), q_pos=q_pos, k_pos=k_pos, plan=plan)
+    blocks = noisy_mass(q, k, Rules(0.3), stem(q, q_pos), q_pos=q_pos, k_pos=k_pos, layout=layout)
     near(blocks, whole, off)
     chunks = torch.zeros_like(whole)
     for a, b in ((0, 1), (1, 33), (33, 50)):
@@ -87,7 +87,7 @@ def test_blocks_and_chunks_of_queries_draw_the_same_noise(plan, monkeypatch):
             stem(q, part),
             q_pos=part,
             k_pos=k_pos[..., : 40 + b],
-            plan=plan,
+            layout=layout,
         )
     near(chunks, whole, off)
 

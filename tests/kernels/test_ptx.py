@@ -19,9 +19,9 @@ OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton.py")
 
 
 def ahead(*words: str) -> subprocess.CompletedProcess:
-    """`python -m kernels.ahead`, for machines without a GPU."""
+    """`python -m kernels.aot`, for machines without a GPU."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.ahead", *words]
+    command = [sys.executable, "-m", "kernels.aot", *words]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 

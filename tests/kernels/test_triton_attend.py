@@ -27,15 +27,15 @@ __all__ = ["generator", "poison"]
 class Case(Inputs):
     window = 5
 
-    def check(self, device, rules="plain", plan="positions", splits=None):
+    def check(self, device, rules="plain", layout="positions", splits=None):
         q, k, v, q_pos, k_pos = moved(device, self.q, self.k, self.v, self.q_pos, self.k_pos)
         with using("triton"):
             if splits is None:
-                out = attend(q, k, v, self.rules(rules, device), q_pos=q_pos, k_pos=k_pos, plan=plan)
+                out = attend(q, k, v, self.rules(rules, device), q_pos=q_pos, k_pos=k_pos, layout=layout)
             else:
                 from kernels.attend import triton
 
-                out = triton.attend(q, k, v, self.rules(rules, device), q_pos, k_pos, plan, splits=splits)[0]
+                out = triton.attend(q, k, v, self.rules(rules, device), q_pos, k_pos, layout, splits=splits)[0]
         assert out.dtype == self.q.dtype
         expected = formula(self.q, self.k, self.v, self.rules(rules), self.q_pos, self.k_pos)
         near(out, expected, self.allowed(rules))
@@ -60,8 +60,8 @@ def test_a_turn_of_any_width_type_and_group_is_the_formula(D, dtype, device, gen
 @pytest.mark.parametrize("S", [1, 63, 1000])
 def test_a_decoded_token_is_the_formula_however_the_slots_are_split(S, G, dtype, device, generator):
     case = Case(generator, (G, 1), S=S, D=64, dtype=DTYPES[dtype])
-    for plan, splits in (("all", 3), ("positions", 1)):
-        case.check(device, plan=plan, splits=splits)
+    for layout, splits in (("all", 3), ("positions", 1)):
+        case.check(device, layout=layout, splits=splits)
 
 
 @on_each_device
@@ -107,11 +107,11 @@ def test_rows_that_see_nothing_give_zero_and_spoil_no_other(rules, splits, devic
 
 @on_each_device
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("plan", ["all", "positions"])
-def test_one_huge_logit_takes_all_and_nothing_overflows(plan, dtype, device, generator):
+@pytest.mark.parametrize("layout", ["all", "positions"])
+def test_one_huge_logit_takes_all_and_nothing_overflows(layout, dtype, device, generator):
     case = Case(generator, S=150, dtype=DTYPES[dtype])
     case.q, case.k[:, :, 60] = case.q.abs() + 0.1, 1e4
-    out = case.check(device, plan=plan, splits=2)
+    out = case.check(device, layout=layout, splits=2)
     assert torch.equal(out.cpu(), case.v[:, :, 60:61].repeat_interleave(2, 1))  # the others' weights are 0
 
 
@@ -119,7 +119,7 @@ def test_one_huge_logit_takes_all_and_nothing_overflows(plan, dtype, device, gen
 def test_equal_keys_give_the_mean_of_the_values(device, generator):
     case = Case(generator, S=300)
     case.k = torch.ones_like(case.k)
-    out = case.check(device, plan="all", splits=2)
+    out = case.check(device, layout="all", splits=2)
     near(out, case.v.double().mean(2, keepdim=True).repeat_interleave(2, 1), case.allowed())
 
 
@@ -132,7 +132,7 @@ def test_tensors_that_are_views_of_larger_ones_are_read_where_they_lie(device, g
     case.q = case.q.transpose(1, 2).contiguous().transpose(1, 2)
     case.k_pos = torch.cat((case.k_pos, case.k_pos), -1)[..., :63].expand(2, 2, -1)
     case.check(device)
-    case.check(device, plan="positions", splits=2)
+    case.check(device, layout="positions", splits=2)
 
 
 @on_each_device

@@ -49,18 +49,18 @@ class Case(Inputs):
         self.k = (quantize(k[:, :, :keys], bits, group if dim == 2 else along, dim) if keys else None, k[:, :, keys:])
         self.v = (quantize(v[:, :, :values], bits, along, 3) if values else None, v[:, :, values:])
 
-    def run(self, device: str, rules: str = "plain", plan: str = "positions", splits: int | None = None) -> Tensor:
+    def run(self, device: str, rules: str = "plain", layout: str = "positions", splits: int | None = None) -> Tensor:
         q, q_pos, k_pos = moved(device, self.q, self.q_pos, self.k_pos)
         args = q, there(device, self.k), there(device, self.v), self.rules(rules, device)
         with using("triton"):
             if splits is None:
-                return attend_quantized(*args, q_pos=q_pos, k_pos=k_pos, plan=plan)
+                return attend_quantized(*args, q_pos=q_pos, k_pos=k_pos, layout=layout)
             from kernels.attend_quantized import triton
 
-            return triton.attend_quantized(*args, q_pos, k_pos, plan, splits=splits)
+            return triton.attend_quantized(*args, q_pos, k_pos, layout, splits=splits)
 
-    def check(self, device: str, rules: str = "plain", plan: str = "positions", splits: int | None = None) -> None:
-        out = self.run(device, rules, plan, splits)
+    def check(self, device: str, rules: str = "plain", layout: str = "positions", splits: int | None = None) -> None:
+        out = self.run(device, rules, layout, splits)
         assert out.dtype == self.q.dtype
         k, v = whole(self.k), whole(self.v)
         expected = formula(self.q, k, v, self.rules(rules), self.q_pos, self.k_pos)
@@ -91,7 +91,7 @@ def whole(pair: tuple[Packed | None, Tensor]) -> Tensor:
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_any_code_width_and_direction(bits, dim, device, generator):
     case = Case(generator, bits=bits, dim=dim)
-    case.check(device, plan="all")
+    case.check(device, layout="all")
     case.check(device, splits=2)
 
 
@@ -100,14 +100,14 @@ def test_any_code_width_and_direction(bits, dim, device, generator):
 @pytest.mark.parametrize("D", [32, 64, 80, 128, 256])
 def test_any_width_of_heads_type_and_size_of_a_group_of_heads(D, dtype, device, generator):
     for G, dim in ((1, 2), (4, 3), (8, 2)):
-        Case(generator, (G, 1), D=D, dim=dim, dtype=DTYPES[dtype]).check(device, plan="all")
+        Case(generator, (G, 1), D=D, dim=dim, dtype=DTYPES[dtype]).check(device, layout="all")
 
 
 @on_each_device
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_long_cache_in_parts(dtype, device, generator):
     case = Case(generator, (4, 1), n=1000, keys=960, values=872, D=64, group=32, dtype=DTYPES[dtype])
-    case.check(device, plan="all", splits=3)
+    case.check(device, layout="all", splits=3)
 
 
 @on_each_device
@@ -215,12 +215,12 @@ def test_bits_become_numbers(bits, dtype, device):
 @pytest.mark.cuda
 def test_a_step_can_be_captured_and_replayed(generator):
     case = Case(generator, (4, 2), n=1000, keys=960, values=872, D=64, dtype=torch.bfloat16)
-    expected = case.run("cuda", plan="all", splits=3)
+    expected = case.run("cuda", layout="all", splits=3)
     q, q_pos, k_pos = moved("cuda", case.q, case.q_pos, case.k_pos)
     keys, values, rules = there("cuda", case.k), there("cuda", case.v), case.rules("plain")
     graph = torch.cuda.CUDAGraph()
     with using("triton"), torch.cuda.graph(graph):
-        out = attend_quantized(q, keys, values, rules, q_pos=q_pos, k_pos=k_pos, plan="all")
+        out = attend_quantized(q, keys, values, rules, q_pos=q_pos, k_pos=k_pos, layout="all")
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)

@@ -52,8 +52,8 @@ class Case(Inputs):
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 63), (63, 63), (40, 70)])  # 30 older ones: tiles end at 32
 def test_mass_is_the_reference_s_under_both_plans(T, S, heads, rules, device, generator):
     case = Case(generator, heads, T, S)
-    for plan in ("positions", "tail"):
-        out = case.check(mass, device, rules, plan=plan)
+    for layout in ("positions", "tail"):
+        out = case.check(mass, device, rules, layout=layout)
         near(out.sum(-1), float(T), case.allowed(rules, float(T)))  # every query gives one in all
 
 
@@ -63,7 +63,7 @@ def test_mass_is_the_reference_s_under_both_plans(T, S, heads, rules, device, ge
 def test_mass_of_any_width_and_type_is_the_dense_sum(D, dtype, device, generator):
     for G in (1, 8):
         case = Case(generator, (G, 1), T=7, S=40, D=D, dtype=DTYPES[dtype])
-        out = case.check(mass, device, plan="tail")
+        out = case.check(mass, device, layout="tail")
         expected = dense(case.q.float(), case.k.float(), case.rules("plain"), case.q_pos, case.k_pos).sum(2)
         near(out, expected, case.allowed(size=expected))
 
@@ -71,7 +71,7 @@ def test_mass_of_any_width_and_type_is_the_dense_sum(D, dtype, device, generator
 @on_each_device
 def test_a_thousand_slots_get_what_they_are_due(device, generator):
     case = Case(generator, (2, 1), T=63, S=1000, D=64, dtype=torch.float16)
-    case.check(mass, device, plan="tail")
+    case.check(mass, device, layout="tail")
 
 
 @on_each_device
@@ -103,8 +103,8 @@ def test_a_query_that_sees_nothing_gives_nothing(device, generator):
 def test_one_huge_logit_takes_all_the_mass_and_equal_ones_share_it(device, generator):
     case = Case(generator, T=8, S=63)
     case.q, case.k[:, :, 11] = case.q.abs() + 0.1, 1e4
-    for plan in ("positions", "tail"):
-        out = case.check(mass, device, plan=plan)
+    for layout in ("positions", "tail"):
+        out = case.check(mass, device, layout=layout)
         near(out[:, :, 11], 8.0, case.allowed(size=8.0))
     case.check(noisy_mass, device, stem=case.stem())
     case = Case(generator, T=1, S=63)
@@ -118,7 +118,7 @@ def test_weighted_and_squared_sums_are_the_reference_s(squared, device, generato
     case = Case(generator, (2, 1), T=20, S=63, B=2)
     for weights in (None, torch.rand(2, 20, generator=generator), ema_weights(20, 0.9)):
         case.check(weighted_mass, device, weights=weights, squared=squared)
-    case.check(weighted_mass, device, weights=weights, squared=squared, plan="tail")
+    case.check(weighted_mass, device, weights=weights, squared=squared, layout="tail")
 
 
 def test_the_reference_s_weighted_and_squared_sums_are_the_dense_ones(generator):
@@ -164,7 +164,7 @@ def test_noisy_mass_is_the_reference_s(T, S, rules, device, generator):
     for stem, tau in ((case.stem(), 1.0), (case.stem(), per_query), (case.stem(fresh=False), 1.7), (None, per_query)):
         out = case.check(noisy_mass, device, rules, stem=stem, tau=tau)
         near(out.sum(-1), float(T), case.allowed(rules, float(T), noisy=True))
-    case.check(noisy_mass, device, rules, stem=case.stem(), tau=per_query, plan="tail")
+    case.check(noisy_mass, device, rules, stem=case.stem(), tau=per_query, layout="tail")
 
 
 @on_each_device
@@ -175,9 +175,9 @@ def test_output_and_mass_together_are_those_of_each_alone(n, T, S, rules, device
     q, k, v, q_pos, k_pos = moved(device, case.q, case.k, case.v, case.q_pos, case.k_pos)
     p = dense(case.q, case.k, case.rules(rules), case.q_pos, case.k_pos)
     expected = formula(case.q, case.k, case.v, case.rules(rules), case.q_pos, case.k_pos)
-    for plan in ("positions", "tail"):
+    for layout in ("positions", "tail"):
         with using("triton"):
-            out, sums = attend_with_mass(q, k, v, case.rules(rules, device), n, q_pos=q_pos, k_pos=k_pos, plan=plan)
+            out, sums = attend_with_mass(q, k, v, case.rules(rules, device), n, q_pos=q_pos, k_pos=k_pos, layout=layout)
         near(out, expected, case.allowed(rules, case.v))
         sums_expected = p[:, :, T - n :].sum(2)
         near(sums, sums_expected, case.allowed(rules, sums_expected))

@@ -9,7 +9,7 @@ import torch
 from kernels import mass
 from methods import load_method
 from methods.core.errors import UserError
-from methods.core.eviction import Cut
+from methods.core.eviction import EvictionContext
 from methods.core.store import Store
 from methods.nacl import Sizes
 from tests.bounds import bound, half_digit, near
@@ -27,7 +27,10 @@ def choose(method, sizes: Sizes, votes: torch.Tensor, n: int = 16, heads: int = 
     method.sizes = lambda _: sizes
     method.votes = lambda *args: votes
     rank = torch.arange(n).expand(1, heads, -1)
-    return method.score(store, step, Cut(step.q, step.pos, rank, torch.tensor([[[n]]]), [n], [sizes.kept]))[0] > 0
+    return (
+        method.score(store, step, EvictionContext(step.q, step.pos, rank, torch.tensor([[[n]]]), [n], [sizes.kept]))[0]
+        > 0
+    )
 
 
 def test_hand_worked_choice(monkeypatch):
@@ -97,7 +100,8 @@ def test_a_later_draw_is_another_one():
     method.sizes, method.votes = lambda _: sizes, lambda *args: votes
     rank, held = torch.arange(n).expand(1, 4, -1), torch.full((1, 4, 1), n)
     first, later = (
-        method.score(store, step, Cut(step.q, step.pos, rank, held, [n], [7], again=again)) for again in (False, True)
+        method.score(store, step, EvictionContext(step.q, step.pos, rank, held, [n], [7], again=again))
+        for again in (False, True)
     )
     assert not torch.equal(first, later) and first.eq(torch.inf).sum() == later.eq(torch.inf).sum() == 28
 
@@ -260,7 +264,7 @@ def test_a_draw_goes_by_position_whatever_was_dropped_before():
         store.append(step.k, step.v, step.pos)
         method.sizes, method.votes = lambda _: sizes, lambda *args: votes
         rank, held = torch.arange(n).expand(1, 4, -1), torch.full((1, 4, 1), n)
-        drawn.append(method.score(store, step, Cut(step.q, step.pos, rank, held, [n], [7])))
+        drawn.append(method.score(store, step, EvictionContext(step.q, step.pos, rank, held, [n], [7])))
     assert not torch.equal(*drawn)
 
 

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 from methods import load_method
 from methods.core import artefacts
 from methods.core.bind import unbound
+from methods.core.capture import capture_steps
 from methods.core.contract import Stage
 from methods.core.errors import UserError
-from methods.core.watch import watch
 from methods.qfilters import principal, sample_queries, score_keys
 from tests.bounds import bound, half_digit, near, run_off
 from tests.methods.conftest import kept, run, tiny_llama
@@ -185,7 +185,7 @@ def test_capped_holds_the_best_of_all_tokens_that_ever_left_the_window(any_heads
     filters = cache.spec.prepared
     run(any_heads, cache, ids, new=new)
     # the first layer's keys depend on their own tokens only, so they are those of the whole text
-    k = watch(any_heads, torch.cat((ids, new), dim=1))[0].k[0]  # [H, 65, D]
+    k = capture_steps(any_heads, torch.cat((ids, new), dim=1))[0].k[0]  # [H, 65, D]
     for head in range(k.shape[0]):
         older = (k[head, :59] @ filters[0, head]).topk(14).indices.tolist()
         assert kept(cache, 0, 0, head) == sorted(older + list(range(59, 65)))
@@ -196,7 +196,7 @@ def test_one_shot_equals_a_sort_of_the_prompts_products_for_every_head(any_heads
     for budget in (0.5, 0.25, 0.125):
         cache = load_method("qfilters", budget=budget).cache_for(any_heads)
         run(any_heads, cache, ids)
-        steps = watch(any_heads, ids)  # one_shot decides when the prompt has attended in full
+        steps = capture_steps(any_heads, ids)  # one_shot decides when the prompt has attended in full
         for layer, step in enumerate(steps):
             products = torch.einsum("hnd,hd->hn", step.k[0], cache.spec.prepared[layer])
             for head, row in enumerate(products):

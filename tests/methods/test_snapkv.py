@@ -7,7 +7,7 @@ from kernels import Rules
 from methods import load_method
 from methods.core.contract import Stage
 from methods.core.errors import UserError
-from methods.core.eviction import Cut
+from methods.core.eviction import EvictionContext
 from tests.bounds import bound, half_digit, near, run_off
 from tests.methods.conftest import kept, run
 from tests.methods.layer import filled, step_of
@@ -19,7 +19,7 @@ def keep(votes: list[float], limit: int, **knobs) -> list[int]:
     mass = torch.tensor(votes + [9.0, 9.0])[None, None]  # the window's own columns must not count
     store, step = filled(10), step_of(10)
     method.votes = lambda *args: mass
-    cut = Cut(step.q, step.pos, torch.arange(10).expand(1, 1, -1), torch.tensor([[[10]]]), [10], [limit])
+    cut = EvictionContext(step.q, step.pos, torch.arange(10).expand(1, 1, -1), torch.tensor([[[10]]]), [10], [limit])
     scores = method.score(store, step, cut)
     mask = method.allocator.pick(scores, torch.tensor([limit]))
     return mask[0, 0].nonzero().flatten().tolist()
@@ -103,7 +103,7 @@ def test_heads_of_a_group_vote_together_pool_first_then_mean():
     method = load_method("snapkv", budget=4, window=2, kernel=3)
     store, step = filled(6), step_of(6, heads=2)
     method.votes = lambda *args: torch.tensor([[[0.0, 1.0, 0, 0, 0, 0], [0, 0, 0, 1.0, 0, 0]]])
-    cut = Cut(step.q, step.pos, torch.arange(6).expand(1, 1, -1), torch.tensor([[[6]]]), [6], [4])
+    cut = EvictionContext(step.q, step.pos, torch.arange(6).expand(1, 1, -1), torch.tensor([[[6]]]), [6], [4])
     # pooled rows are (1, 1, 1, 0) and (0, 0, 1, 1): the mean puts slot 2, which no head voted for, first
     assert method.score(store, step, cut)[0, 0, :4].tolist() == [0.5, 0.5, 1.0, 0.5]
 
@@ -123,7 +123,7 @@ def test_settings_that_cannot_work_are_named(knobs):
 def test_a_window_of_all_queries_scores_by_column_sums():
     method, step = load_method("snapkv", budget=20, window=19, kernel=1), step_of(20)
     store = filled(20)
-    cut = Cut(step.q, step.pos, torch.arange(20).expand(1, 1, -1), torch.tensor([[[20]]]), [20], [20])
+    cut = EvictionContext(step.q, step.pos, torch.arange(20).expand(1, 1, -1), torch.tensor([[[20]]]), [20], [20])
     x = step.q[0, 0] @ step.k[0, 0].T * step.rules.scale
     p = x.masked_fill(torch.ones(20, 20, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
     columns = p[1:].sum(0)

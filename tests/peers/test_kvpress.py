@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from methods import load_method
 from methods.core.contract import Method, Step
-from methods.core.eviction import Cut, Eviction
+from methods.core.eviction import Eviction, EvictionContext
 from methods.core.store import Store
 from tests.bounds import near, run_off
 from tests.methods.conftest import kept, run
@@ -37,7 +37,7 @@ WINDOW = 8
 class KeyNorm(Eviction):
     """Keeps the shortest keys: no more than the shared loop and a score."""
 
-    def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         return -store.read()[0].norm(dim=-1)
 
 

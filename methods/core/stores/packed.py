@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from kernels import Plan, attend
+from kernels import Layout, attend
 from kernels.attend_quantized import attend_quantized
 from kernels.quantize import Packed, dequantize, quantize
 from methods.core.contract import Step
@@ -16,7 +16,7 @@ from methods.core.store import spare
 from methods.core.stores.scheme import Scheme
 
 
-class Growing:
+class GrowableBuffer:
     """A tensor that grows along dimension 2, with free places behind what is in use."""
 
     def __init__(self, x: Tensor):
@@ -54,11 +54,11 @@ class Growing:
         """Free the first places."""
         self.buffer, self.n = self.buffer[:, :, places : self.n].clone(), self.n - places
 
-    def take(self, rows: Tensor) -> Growing:
-        return Growing(self.used.index_select(0, rows))
+    def take(self, rows: Tensor) -> GrowableBuffer:
+        return GrowableBuffer(self.used.index_select(0, rows))
 
 
-class Side:
+class PackedTensor:
     """Keys, or values, of rows that hold the same number of slots: packed ones first, then recent ones as they came."""
 
     def __init__(self, recent: Tensor, scheme: Scheme):
@@ -67,7 +67,7 @@ class Side:
         self.recent = recent  # places; in use are start … end - 1
         self.start, self.end = 0, recent.shape[2]
         self.place = recent.element_size() * math.prod(recent.shape[:2] + recent.shape[3:])  # bytes
-        self.arrays: tuple[Growing, ...] = ()  # codes, scale, offset, once something is packed
+        self.arrays: tuple[GrowableBuffer, ...] = ()  # codes, scale, offset, once something is packed
 
     @property
     def packed(self) -> Packed | None:
@@ -106,7 +106,7 @@ class Side:
         scheme = self.scheme
         new = quantize(self.newest[:, :, :n], scheme.bits, scheme.width(self.recent.shape[-1]), scheme.dim, scheme.zero)
         if not self.arrays:
-            self.arrays = tuple(Growing(x) for x in new.tensors())
+            self.arrays = tuple(GrowableBuffer(x) for x in new.tensors())
             self.recent = self.recent[:, :, self.start + n : self.end].clone()
             self.start, self.end = 0, self.recent.shape[2]
             return
@@ -136,8 +136,8 @@ class Side:
         for array, x in zip(self.arrays, packed.narrow(0, n).tensors()):
             array.drop(x.shape[2])
 
-    def take(self, rows: Tensor) -> Side:
-        side = Side(self.newest.index_select(0, rows), self.scheme)
+    def take(self, rows: Tensor) -> PackedTensor:
+        side = PackedTensor(self.newest.index_select(0, rows), self.scheme)
         side.arrays = tuple(x.take(rows) for x in self.arrays)
         return side
 
@@ -172,10 +172,10 @@ class Side:
         self.start, self.end = 0, n
 
 
-class Part:
+class RowGroup:
     """Rows of the batch that hold the same number of slots, none of them padding."""
 
-    def __init__(self, keys: Side, values: Side, pos: Growing):
+    def __init__(self, keys: PackedTensor, values: PackedTensor, pos: GrowableBuffer):
         """pos [B, H or 1, n]: positions of the slots."""
         self.keys, self.values, self.pos = keys, values, pos
 
@@ -203,8 +203,8 @@ class Part:
 
     def attend(self, step: Step) -> Tensor:
         keys, values = self.keys, self.values
-        plan: Plan = "all" if step.q.shape[2] == 1 and step.rules.window is None else "positions"
-        at = {"q_pos": step.pos, "k_pos": self.pos.used, "plan": plan}
+        layout: Layout = "all" if step.q.shape[2] == 1 and step.rules.window is None else "positions"
+        at = {"q_pos": step.pos, "k_pos": self.pos.used, "layout": layout}
         if keys.packed is None and values.packed is None:
             return attend(step.q, keys.newest, values.newest, step.rules, **at)
         return attend_quantized(step.q, (keys.packed, keys.newest), (values.packed, values.newest), step.rules, **at)
@@ -227,6 +227,6 @@ class Part:
         sides, heads = (self.keys, self.values), self.rows * self.keys.recent.shape[1]
         return heads * sum(x.scheme.nbytes(self.pos.n, x.recent.shape[-1], x.recent.element_size()) for x in sides)
 
-    def take(self, rows: Tensor) -> Part:
+    def take(self, rows: Tensor) -> RowGroup:
         """These rows, in memory of their own."""
-        return Part(self.keys.take(rows), self.values.take(rows), self.pos.take(rows))
+        return RowGroup(self.keys.take(rows), self.values.take(rows), self.pos.take(rows))

@@ -11,7 +11,7 @@ from kernels.select import compact
 from methods.core.budget import share
 from methods.core.contract import Holding, Step
 from methods.core.store import Store
-from methods.core.stores.packed import Growing, Part, Side
+from methods.core.stores.packed import GrowableBuffer, PackedTensor, RowGroup
 from methods.core.stores.scheme import Scheme
 
 
@@ -31,7 +31,7 @@ class QuantizedStore(Store):
         super().__init__(capacity)
         self.schemes, self.budget = schemes, budget
         self.layers: Sequence[Sequence[tuple[Scheme, Scheme]]] = [schemes]  # whose bytes the budget is for
-        self.parts: list[Part] = []
+        self.parts: list[RowGroup] = []
         self.counts: list[int] | None = None  # slots of every row while nothing is packed; None: to be counted
         self.chosen: list[tuple[Scheme, Scheme]] = []  # for every row, once the prompt is whole
 
@@ -200,8 +200,10 @@ class QuantizedStore(Store):
             n = self.counts[rows.start]
             arrays = _real(k[rows], v[rows], pos[rows], n)
             # a side that packs takes what it leaves over into memory of its own
-            keys, values = (Side(x if s.due(n) else x.clone(), s) for x, s in zip(arrays, self.chosen[rows.start]))
-            self.parts.append(Part(keys, values, Growing(arrays[2].clone())))
+            keys, values = (
+                PackedTensor(x if s.due(n) else x.clone(), s) for x, s in zip(arrays, self.chosen[rows.start])
+            )
+            self.parts.append(RowGroup(keys, values, GrowableBuffer(arrays[2].clone())))
         self.buffers, self.fills, self.n, self.padded, self.real = {}, {}, 0, False, None
 
     def _count(self, pos: Tensor) -> list[int]:

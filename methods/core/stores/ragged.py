@@ -114,9 +114,9 @@ class RaggedStore(Store):
             q_pos=step.pos,
         )
 
-    def plan(self, T: int) -> str:
+    def layout(self, T: int) -> str:
         """As the base's; "positions" once there are pages, as shorter heads have padding before the newest slots."""
-        return "positions" if self.counts else super().plan(T)
+        return "positions" if self.counts else super().layout(T)
 
     def tensors(self) -> Iterable[Tensor]:
         yield from super().tensors()

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from kernels import attention_probs, visible
+from methods.core.capture import capture_steps
 from methods.core.contract import Step
 from methods.core.store import Store
-from methods.core.watch import watch
 from methods.kvtuner import Pair
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def profile(
     """
     found: dict[int, list[Tensor]] = {}  # per layer, one [pairs, 4] per prompt
     for ids in prompts:
-        for layer, step in enumerate(watch(model, torch.tensor([list(ids)]))):
+        for layer, step in enumerate(capture_steps(model, torch.tensor([list(ids)]))):
             found.setdefault(layer, []).append(shifts(step, packs, bits, relative))
     pairs = [Pair(key, value) for key, value in product(bits, bits)]
     means = [torch.stack(found[layer]).mean(0).tolist() for layer in sorted(found)]

@@ -18,7 +18,7 @@ SHORTEST = 64  # tokens; a smaller rest of a row is filled with prose
 
 
 @dataclass(frozen=True)
-class Diet:
+class DataMix:
     """What rows are made of.
 
     mixture: share of each kind of document.  context: least and greatest share of a document before its questions.
@@ -47,9 +47,9 @@ class Packer:
         self._prose, self._sentences = prose("train"), sentences("train")
         self._chars = {kind: self._chars_per_token(kind) for kind in KINDS}
 
-    def row(self, step: int, row: int, length: int, diet: Diet | None = None) -> Row:
+    def row(self, step: int, row: int, length: int, diet: DataMix | None = None) -> Row:
         """One document of nearly the whole length, or several shorter ones; `length` tokens exactly."""
-        diet = diet or Diet()
+        diet = diet or DataMix()
         kinds, edges = list(diet.mixture), np.cumsum(list(diet.mixture.values()))
         rng = np.random.default_rng([self.seed, step, row])
         whole = rng.random() < 0.6
@@ -71,7 +71,7 @@ class Packer:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def _document_tokens(
-        self, rng: np.random.Generator, kind: str, room: int, diet: Diet
+        self, rng: np.random.Generator, kind: str, room: int, diet: DataMix
     ) -> tuple[list[int], list[float]]:
         least, most = diet.context
         for attempt in range(4):

@@ -26,7 +26,7 @@ from methods.core.typed import Count, Positive, Whole
 from runners.base import Runner
 from runners.learn.reference import blockwise
 from runners.learn.reference.induction import write_circuit
-from runners.learn.reference.packing import Diet, Packer, pick_length
+from runners.learn.reference.packing import DataMix, Packer, pick_length
 from runners.learn.reference.recall import recall
 from runners.learn.reference.vocabulary import train_tokenizer
 from runners.records.record import check_writable
@@ -41,7 +41,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 class Stage:
     """Lengths of rows, one drawn per step, until `until` tokens were seen; `batch` tokens make one step.
 
-    diet: arguments of `runners.learn.reference.packing.Diet` that differ from its defaults.
+    diet: arguments of `runners.learn.reference.packing.DataMix` that differ from its defaults.
     """
 
     until: Count
@@ -185,7 +185,7 @@ class Train(Runner):
         step, tokens = state["step"], state["tokens"]
         stage = self.stage_at(tokens)
         length = pick_length(np.random.default_rng([self.seed, step]), stage.lengths)
-        diet = Diet(**stage.diet)
+        diet = DataMix(**stage.diet)
         rows = [packer.row(step, r, length, diet) for r in range(stage.batch // length)]
         ids = torch.from_numpy(np.stack([r.ids for r in rows])).to(self.device)  # [B, L]
         weights = torch.from_numpy(np.stack([r.weights for r in rows])).to(self.device)  # [B, L]

@@ -16,7 +16,7 @@ from methods import load_method
 from methods.core.bind import bind, unbound
 from methods.core.contract import LayerCache, ModelSpec, Step
 from methods.core.errors import UserError
-from methods.core.eviction import Cut, Eviction, EvictionCache
+from methods.core.eviction import Eviction, EvictionCache, EvictionContext
 from methods.core.store import Store
 from methods.core.stores.ragged import RaggedStore
 from methods.full import Full
@@ -168,7 +168,7 @@ def what_is_seen(model: PreTrainedModel, held: list[Tensor], mask: Tensor) -> li
 class PerHead(Eviction):
     """Random scores; head h keeps h slots fewer than the budget allows."""
 
-    def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         heads = torch.arange(store.pos.shape[1])[:, None]
         scores = uniform(0, step.samples[:, None, None], torch.tensor(step.layer), heads, store.pos)
         best = scores.argsort(dim=-1, descending=True).argsort(dim=-1)

@@ -116,7 +116,7 @@ class Lists:
                 places = [(s, p) for s, p in enumerate(pos[b, h].tolist()) if p >= 0]
                 assert sorted(p for _, p in places) == sorted(self.slots[b][h])
                 assert not self.store.in_order or places == sorted(places, key=lambda place: place[1])
-                assert self.store.plan(2) == "positions" or (self.store.in_order and len(places) == pos.shape[2])
+                assert self.store.layout(2) == "positions" or (self.store.in_order and len(places) == pos.shape[2])
                 for name, array in arrays.items() if places else ():
                     expected = [self.slots[b][h][p][name] for _, p in places]
                     expected = torch.stack(expected) if name in ("k", "v") else torch.tensor(expected)

@@ -11,7 +11,7 @@ from methods import load_method
 from methods.core.bind import unbound
 from methods.core.errors import UserError
 from runners.engine.answer import answer
-from runners.engine.choices import Asked, compare, encode
+from runners.engine.choices import EncodedChoice, compare, encode
 from runners.engine.prompt import Encoder
 from runners.engine.session import Session
 from runners.engine.setting import Setting, check
@@ -33,14 +33,14 @@ def encoder(tiny_tokenizer) -> Encoder:
     return Encoder(tiny_tokenizer, ends=(2,), window=2048)
 
 
-def asked_of(encoder: Encoder, task: LmEval) -> list[list[Asked]]:
+def asked_of(encoder: Encoder, task: LmEval) -> list[list[EncodedChoice]]:
     return [[encode(encoder, example, choice) for choice in example.choices] for example in task.examples()]
 
 
 TOKENS = 32  # the longest choice
 
 
-def scores(model, method, asked: list[list[Asked]], **how: Any) -> list[list[tuple[float, bool]]]:
+def scores(model, method, asked: list[list[EncodedChoice]], **how: Any) -> list[list[tuple[float, bool]]]:
     return compare(model, method, asked, list(range(len(asked))), **how)[0]
 
 
@@ -115,7 +115,7 @@ def test_a_prompt_that_is_too_long_loses_its_start_as_in_lm_evals_own_model(mode
 def test_a_small_budget_changes_the_first_token_too(model, encoder):
     example = Example("a/0", "the cat sat on a mat and read ", "about a long", [], 0)
     asked = encode(encoder, example, Choice("about a long", " river"))
-    one_token = [[Asked(asked.prompt, asked.n_context, asked.text[:1])]]
+    one_token = [[EncodedChoice(asked.prompt, asked.n_context, asked.text[:1])]]
     full, small = (scores(model, method, one_token)[0][0][0] for method in (load_method("full"), snapkv(4)))
     assert abs(full - small) > 1e-3
 

@@ -29,7 +29,7 @@ def made(monkeypatch):
     """What was begun and fed, in order: (method, what)."""
     log = []
 
-    class Watched(latency._Running):
+    class Capture(latency._Running):
         def __init__(self, model, method, prompts, chunk):
             super().__init__(model, method, prompts, chunk)
             self.name = method.name
@@ -39,7 +39,7 @@ def made(monkeypatch):
             log.append((self.name, steps))
             return super().decode(steps)
 
-    monkeypatch.setattr(latency, "_Running", Watched)
+    monkeypatch.setattr(latency, "_Running", Capture)
     return log
 
 

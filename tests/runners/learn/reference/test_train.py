@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from methods.core.errors import UserError
 from runners.learn.reference.blockwise import attend_blockwise
 from runners.learn.reference.induction import write_circuit
-from runners.learn.reference.packing import Diet, Packer
+from runners.learn.reference.packing import DataMix, Packer
 from runners.learn.reference.recall import ABILITIES, fitted_document, recall
 from runners.learn.reference.train import Train
 from runners.learn.reference.vocabulary import train_tokenizer
@@ -70,7 +70,7 @@ def test_a_row_has_the_asked_length_and_depends_on_its_address_only(tokenizer):
 
 
 def test_every_answer_of_a_row_ends_with_eos_and_counts_fully(tokenizer):
-    row = Packer(tokenizer, seed=1).row(1, 0, 700, Diet({"facts": 1.0}))
+    row = Packer(tokenizer, seed=1).row(1, 0, 700, DataMix({"facts": 1.0}))
     ends = np.flatnonzero(row.ids == tokenizer.eos_token_id)
     assert len(ends) and (row.weights[ends] == 1.0).all() and (row.weights[ends - 1] == 1.0).all()
     assert (row.weights[row.ids == tokenizer.bos_token_id] < 1.0).all()

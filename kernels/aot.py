@@ -1,7 +1,7 @@
-"""Compile every Triton kernel for GPUs that need not be here: `python -m kernels.ahead [--brief] [OP ...]`.
+"""Compile every Triton kernel for GPUs that need not be here: `python -m kernels.aot [--brief] [OP ...]`.
 
-Each op's `triton.py` has `rehearse(brief)`, which calls the op for the layouts, widths and types that it serves, or for
-one of each; what these calls would start is compiled to PTX and machine code, and the shared memory of each block is
+Each op's `triton.py` has `compile_cases(brief)`, which calls the op for the layouts, widths and types that it serves,
+or for one of each; what these calls would start is compiled to PTX and machine code, and each block's shared memory is
 held against SHARED_LIMIT.
 """
 
@@ -29,7 +29,7 @@ def ops() -> list[str]:
     """The ops with a Triton form that is started by itself."""
     here = Path(__file__).parent
     found = sorted(path.parent.name for path in here.glob("*/triton.py"))
-    return [op for op in found if hasattr(_form(op), "rehearse")]
+    return [op for op in found if hasattr(_form(op), "compile_cases")]
 
 
 def _form(op: str) -> ModuleType:
@@ -39,7 +39,7 @@ def _form(op: str) -> ModuleType:
 def variants(op: str, brief: bool = False) -> list[Variant]:
     """What the calls that the op rehearses would start, each once."""
     with noting() as found:
-        _form(op).rehearse(brief)
+        _form(op).compile_cases(brief)
     return list(dict.fromkeys(found))
 
 

@@ -14,25 +14,25 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def watch(model: "PreTrainedModel", ids: Tensor) -> list[Step]:
+def capture_steps(model: "PreTrainedModel", ids: Tensor) -> list[Step]:
     """The steps of all layers, in order, while the model reads rows of token ids [B, T] that hold no padding.
 
     Queries, keys and values are the ones that the model attends with, all of the pass at once: L x B x (Hq + 2 H) x T
     x D numbers on the model's device.
     """
-    cache = Watched().cache_for(model)
+    cache = Capture().cache_for(model)
     model(ids.to(model.device), past_key_values=cache, use_cache=True)
     return [layer.inner.step for layer in cache.layers]
 
 
-class Watched(Method):
+class Capture(Method):
     """Keeps nothing but the step itself."""
 
     def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
-        return [Seen() for _ in range(spec.n_layers)]
+        return [CapturedLayer() for _ in range(spec.n_layers)]
 
 
-class Seen(LayerCache):
+class CapturedLayer(LayerCache):
     """One layer's only step."""
 
     step: Step | None = None
@@ -42,7 +42,7 @@ class Seen(LayerCache):
 
     def attend(self, step: Step) -> Tensor:
         pos = step.pos[:, None].expand(-1, step.k.shape[1], -1)
-        return attend(step.q, step.k, step.v, step.rules, q_pos=step.pos, k_pos=pos, plan="causal")
+        return attend(step.q, step.k, step.v, step.rules, q_pos=step.pos, k_pos=pos, layout="causal")
 
     def tensors(self) -> Iterable[Tensor]:
         return () if self.step is None else (self.step.k, self.step.v)

@@ -1,0 +1,68 @@
+"""A method file of version 0.1, the example that CONTRIBUTING.md had then: it runs, and is told of the new names."""
+
+import importlib.util
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from tests.methods.conftest import kept, run, tiny_llama
+
+KEEPNORM = '''"""KeepNorm: keep the prompt slots whose values are longest.
+
+Paper: none; this is the example of CONTRIBUTING.md.
+Idea:  a slot with a short value vector adds little to any output, whatever attends to it. When the prompt ends, each
+       KV head keeps the slots whose values have the largest norm, and the newest `recent` slots.
+Here:  nothing to depart from.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from methods.core.contract import Step
+from methods.core.errors import UserError
+from methods.core.eviction import Cut, Eviction
+from methods.core.store import Store
+
+
+@dataclass
+class KeepNorm(Eviction):
+    """Drop prompt slots once, by the norm of their values.
+
+    recent: newest slots that are kept whatever their norm; tokens.
+    """
+
+    recent: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recent < 0:
+            raise UserError(f"KeepNorm: method.recent={self.recent}; give a number of tokens, 0 or more")
+
+    def score(self, store: Store, step: Step, cut: Cut) -> Tensor:
+        """Norms per slot, [B, H, S], float32; higher is kept."""
+        _, v = store.read()  # [B, H, S, D]
+        return v.float().norm(dim=-1).masked_fill(cut.rank >= cut.n - self.recent, torch.inf)  # [B, H, S]
+'''
+
+
+def test_a_method_with_the_old_names_runs_and_says_so_in_one_line(tmp_path: Path):
+    path = tmp_path / "keepnorm_of_then.py"
+    path.write_text(KEEPNORM)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    model, ids = tiny_llama(), torch.randint(0, 97, (1, 40), generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        spec.loader.exec_module(module)
+        cache = module.KeepNorm(budget=0.5, recent=4).cache_for(model)
+        run(model, cache, ids, new=ids[:, :2])
+    told = [str(one.message) for one in said if "EvictionContext" in str(one.message)]
+    assert told == [
+        "methods.core.eviction.Cut is EvictionContext now, and its `rank` is `age_rank`; the old names will go"
+    ]
+    assert len(kept(cache)) >= 20

@@ -65,7 +65,7 @@ def compiled(variant: Variant, capability: int) -> Any:
 
 def main(words: Sequence[str]) -> int:
     """Compile, a line per kernel and what is wrong with it if anything; returns 1 if anything is."""
-    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.ahead", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(ops())}; none: all")
     parser.add_argument("--brief", action="store_true", help="a few variants of each kernel instead of all")
     given = parser.parse_args(words)

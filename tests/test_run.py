@@ -468,7 +468,7 @@ def test_ctrl_c_ends_a_whole_sweep(command, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep, "answer_together", interrupted)
     code, out, err = command("-m", "budget=0.5,0.25", "protocol=aware,agnostic")
-    assert code == 130 and err.count("stopped;") == 1 and "protocol=agnostic" not in out
+    assert code == 130 and err.count("stopped;") == 1 and "protocol=query_agnostic" not in out
 
 
 def test_a_killed_run_goes_on_with_nothing_lost_or_done_twice(command, tmp_path, tiny_model_dir):

@@ -48,7 +48,7 @@ def test_every_variant_compiles_for_ampere_and_hopper_within_shared_memory(op):
 
 
 def test_what_does_not_fit_is_reported(monkeypatch, capsys):
-    from kernels import ahead as module
+    from kernels import aot as module
 
     shared = SimpleNamespace(shared=module.SHARED_LIMIT + 1)
     made = SimpleNamespace(asm={"ptx": "text", "cubin": b"code"}, metadata=shared)
@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_reported(monkeypatch, capsys):
 
 
 def test_what_does_not_compile_is_reported(monkeypatch, capsys):
-    from kernels import ahead as module
+    from kernels import aot as module
 
     def compiled(variant, capability):
         raise RuntimeError("no such instruction")

@@ -286,7 +286,7 @@ def test_triton_without_a_gpu_is_refused_in_one_line(command, monkeypatch):
         ("task.limitt=1", "task.limitt: no such setting; did you mean task.limit?"),
         ("task.limit=-1", "task.limit=-1; give a whole number"),
         ("method.window=3", "method.window: no such setting; method has budget"),
-        ("protocol=blind", "protocol=blind: give one of aware, agnostic"),
+        ("protocol=blind", "protocol=blind: give query_aware or query_agnostic"),
         ("dtype=int8", "dtype=int8: give one of auto"),
         ("device=tpu", "device=tpu: give auto"),
         ("kernels.backend=cuda", "kernels.backend=cuda: give one of auto, reference, triton"),
@@ -398,18 +398,18 @@ def test_a_disk_that_is_full_before_a_sweep_begins_is_said_in_one_line(command, 
 
 
 def test_a_sample_that_runs_out_of_memory_is_recorded_and_tried_again_next_time(command, tmp_path, monkeypatch):
-    real = answer.generate
+    real = answer.through
 
-    def short_of_memory(model, method, prompts, *args, **kwargs):
-        if method.name == "nacl" and any(prompt.sample == sample_number("mat/1") for prompt in prompts):
+    def short_of_memory(model, methods, plan, *args, **kwargs):
+        if methods[0].name == "nacl" and sample_number("mat/1") in plan.samples:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore text")
-        return real(model, method, prompts, *args, **kwargs)
+        return real(model, methods, plan, *args, **kwargs)
 
-    monkeypatch.setattr(answer, "generate", short_of_memory)
+    monkeypatch.setattr(answer, "through", short_of_memory)
     code, out, err = command("batch_size=3")
     assert code == 1 and "failed: 1 of 6 samples with nacl: mat/1 (OutOfMemoryError: CUDA out of memory" in err
     assert "average" in out and "Traceback" not in err
-    monkeypatch.setattr(answer, "generate", real)
+    monkeypatch.setattr(answer, "through", real)
     assert command("batch_size=3")[0] == 0
     (path,) = (tmp_path / "results").glob("*/*/nacl-b*/samples.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -445,7 +445,7 @@ def test_a_missed_budget_stops_the_cell_where_it_is_to_fail(command):
 
 def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(command, tmp_path, monkeypatch):
     command(results=tmp_path / "undisturbed")
-    real, calls = answer.generate, []
+    real, calls = answer.through, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -453,11 +453,11 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(command, tmp_pat
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(answer, "generate", interrupted)
+    monkeypatch.setattr(answer, "through", interrupted)
     code, _, err = command()
     assert code == 130 and "Traceback" not in err
     assert "stopped; 6 samples of the full cache and 1 of nacl are kept" in err
-    monkeypatch.setattr(answer, "generate", real)
+    monkeypatch.setattr(answer, "through", real)
     assert command()[0] == 0
     assert without_times(samples(tmp_path / "results")) == without_times(samples(tmp_path / "undisturbed"))
 

@@ -9,7 +9,11 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+# the third sweeps for half a minute, by the same command line that tests/test_sweep.py runs
+CASES = [pytest.param(x, id=x.stem, marks=[pytest.mark.slow] * x.stem.startswith("03")) for x in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", CASES)
 @pytest.mark.timeout(900)
 def test_a_notebook_runs(path):
     book = nbformat.read(path, as_version=4)

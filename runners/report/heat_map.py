@@ -129,7 +129,7 @@ def read_record(folder: Path) -> tuple[list[Sample], str]:
             rows.append(Sample(kind, int(length), float(depth), score, full.get(id)))
         except ValueError as error:
             raise UserError(f"{folder}: sample {id} is no cell of a grid; give a record of task=needle") from error
-    asked = records.PROTOCOLS[identity["protocol"]]
+    asked = records.PROTOCOLS.get(identity["protocol"], identity["protocol"])
     title = f"{identity['model']['name']}, {identity['method']['name']} at {identity['budget']:g}, {asked}"
     return rows, title
 

@@ -189,7 +189,7 @@ def test_the_readmes_ten_lines_are_a_method_that_drops_what_it_says(model, input
     cache = module.KeepNorm(budget=0.25, recent=4).cache_for(model)
     model.generate(**inputs, past_key_values=cache)
     pos = cache.layers[0].inner.store.pos  # [1, H, S]
-    assert cache.report().share == pytest.approx(0.25, abs=0.05)
+    assert 0.2 < cache.report().share < 0.3  # the request, and what its positions take
     assert all({60, 61, 62, 63} <= set(head.tolist()) for head in pos[0])
     whole = module.KeepNorm(budget=1.0).cache_for(model)
     assert model.generate(**inputs, past_key_values=whole).tolist() == model.generate(**inputs).tolist()

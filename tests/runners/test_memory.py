@@ -28,6 +28,7 @@ def sweep() -> Sweep:
     made = Sweep.__new__(Sweep)
     made.size, made.cfg = Size(CONFIG, torch.float32), OmegaConf.create({"chunk": None})
     made._known = {"a/0": 100}
+    made.run = SimpleNamespace(sampling=SimpleNamespace(repeats=1))  # type: ignore[assignment]
     return made
 
 
@@ -60,6 +61,11 @@ def test_questions_and_choices_go_on_from_a_copy(sweep):
     assert bytes_of(sweep, TURNS) == 2 * (25 + 10) * TOKEN
     # two prompts, and choices of at most as many tokens as letters
     assert bytes_of(sweep, CHOICES) == 2 * 2 * (25 + 6) * TOKEN
+
+
+def test_later_answers_of_a_prompt_go_on_from_a_copy_too(sweep):
+    sweep.run.sampling.repeats = 2
+    assert bytes_of(sweep, PLAIN) == 2 * (25 + 10) * TOKEN
 
 
 def test_rows_are_prompts_and_blocks_what_has_logits_at_once():

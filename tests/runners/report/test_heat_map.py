@@ -54,7 +54,7 @@ def test_a_record_is_paired_with_the_full_caches_of_the_same_protocol(tmp_path):
     ours = record(tmp_path, "snapkv", {"single/512/0/0": 0.5, "single/512/50/0": 1.0})
     rows, title = read_record(ours)
     assert rows == [Sample("single", 512, 0, 0.5, 1.0), Sample("single", 512, 50, 1.0, 0.0)]
-    assert title == "m, snapkv at 1, aware"
+    assert title == "m, snapkv at 1, query_aware"
     heat_map(rows, tmp_path / "map.png", title)
     assert (tmp_path / "map.png").stat().st_size > 1000
 

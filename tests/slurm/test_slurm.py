@@ -25,7 +25,8 @@ ROOT = Path(run.__file__).parent
 GRID = ("-m", "method=full,nacl,snapkv", "budget=0.5", "task.subset=[river]")
 CELLS = 3
 # eight groups: what these differ in changes the prompt's pass, and the folder (which subsets would share)
-EIGHT = (*GRID, "protocol=aware,agnostic", "batch_size=1,2,3,4")
+# batches of one and two: what is held back is whole batches
+EIGHT = (*GRID, "protocol=query_aware,query_agnostic", "batch_size=1,2", "chunk=null,32")
 SAMPLES, LEFT = 6, 2  # of a subset, and how many of them are held back
 PATIENCE = 600  # seconds; a machine that is busy with other things takes half a minute to import torch
 SLURM = ("hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.cpus_per_task=1",

@@ -30,7 +30,7 @@ from runners.engine.setting import Setting, check
 from runners.model_setup import Loads, ModelSetup, plain
 from runners.records.generations import Found, Shelf, check_found, say_what_changed
 from runners.records.provenance import Code, code_of, commit
-from runners.records.record import Record, digest, generation_of
+from runners.records.record import Record, digest
 from runners.report import run_table as show
 from runners.settings.sampling import check_sampling, sampling_of, told
 from tasks.base import Example, Task, as_parts, as_whole
@@ -282,23 +282,14 @@ class Run(ModelSetup):
             "modules": code.modules,
             "files": self.checkpoint.files,
         }
-        record, older = self._on_disk(identity, conditions)
+        record, older, conditions = self.shelf.record_for(
+            identity, conditions, code.modules, self.checkpoint.place, self.cfg.resume
+        )
         return Cell(name, method, record, conditions, notes, older)
 
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:
         return self.task.fingerprint
-
-    def _on_disk(self, identity: dict[str, Any], conditions: dict[str, Any]) -> tuple[Record, Found | None]:
-        """The record that a cell is read from and written to, and the newest one that is older than this code."""
-        generation = generation_of(identity, {"conditions": conditions})
-        own = Record(self.results, identity, generation)
-        found = self.shelf.of(own, self.checkpoint.weights, self.checkpoint.place)
-        current = [one for one in found if one.generation == generation]
-        older = [one for one in found if one.generation != generation]
-        if older and (self.only_shows or (self.cfg.resume == "force" and not current)):
-            return older[-1].record(self.results), older[-1]
-        return current[-1].record(self.results) if current else own, older[-1] if older else None
 
     def _prompting(self) -> dict[str, Any]:
         """The settings of the model that decide what its prompts look like, and what of its answers is scored."""

@@ -16,6 +16,7 @@ from analysis import records
 from methods.core.errors import UserError
 from runners.records import provenance as revision
 from runners.records.record import Record, asked, differences, generation_of, plain_name
+from runners.records.renamed import same_but_for_names
 from runners.records.stored import read_cell
 from runners.report import run_table as show
 
@@ -51,6 +52,16 @@ class Found:
     def generation(self) -> dict[str, Any]:
         return generation_of(self.identity, self.runs[-1])
 
+    def as_named_then(self, conditions: dict[str, Any], modules: dict[str, str]) -> dict[str, Any]:
+        """Conditions with the name that the code had in the record, where nothing but names has changed since.
+
+        modules: of the present code.
+        """
+        own, code = self.runs[-1].get("modules"), self.generation.get("code")
+        if not isinstance(own, dict) or not all(isinstance(digest, str) for digest in own.values()):
+            return conditions
+        return {**conditions, "code": code} if same_but_for_names(own, modules) else conditions
+
     def answers(self, identity: dict[str, Any], weights: str, place: str) -> bool:
         """Whether it is a record of what `identity` asks for; other weights are so in the same place only."""
         if _without(asked(self.identity), identity) != asked(identity):
@@ -65,6 +76,7 @@ class Shelf:
     """The records of one model and task below a results folder; each is read when its method is first asked for."""
 
     def __init__(self, results: Path, model: str, task: str):
+        self.results = results
         self.folder = results / plain_name(model) / plain_name(task)
         self._read: dict[str, Found | None] = {}
 
@@ -78,6 +90,30 @@ class Shelf:
         except OSError:  # there is none yet, or it cannot be read, which writing will say
             return {}
         return found
+
+    def record_for(
+        self, identity: dict[str, Any], conditions: dict[str, Any], modules: dict[str, str], place: str, resume: str
+    ) -> tuple[Record, Found | None, dict[str, Any]]:
+        """The record that a cell is read from and written to, and the newest one that is older than the present code.
+
+        And the conditions under which its samples are computed: those given, or with the code's earlier name.
+        modules: of the present code.  place: where its model lies.
+        """
+        own = Record(self.results, identity, generation_of(identity, {"conditions": conditions}))
+        current, older = [], []
+        for one in self.of(own, conditions["weights"], place):
+            named = one.as_named_then(conditions, modules)
+            if one.generation == generation_of(identity, {"conditions": named}):
+                current.append((one, named))
+            else:
+                older.append(one)
+        before = older[-1] if older else None
+        if before and (resume == "old" or (resume == "force" and not current)):
+            return before.record(self.results), before, conditions
+        if not current:
+            return own, before, conditions
+        one, named = current[-1]
+        return one.record(self.results), before, named
 
     def of(self, record: Record, weights: str, place: str) -> list[Found]:
         """The records that answer the same question, oldest first."""

@@ -52,15 +52,15 @@ def prompt(n: int, heads: int, kv_heads: int, dim: int) -> Step:
 
 
 @torch.inference_mode()
-def take(variant: str, step: Step, budget: float) -> Any:
-    """The layer's whole turn: take in, attend, compress; returns what holds the result."""
+def layer_turn(variant: str, step: Step, budget: float) -> Any:
+    """The layer's whole turn: append, attend, compress; returns what holds the result."""
     if variant == "eager":
         return eager(step)
     method = load_method("full") if variant == "full" else load_method(variant, budget=budget)
     layer = method.caches(OneLayer(), None)[0]  # type: ignore[arg-type]
-    layer.take(step)
+    layer.append(step)
     out = layer.attend(step)
-    layer.settle(step)
+    layer.end_step(step)
     return out, layer
 
 
@@ -80,11 +80,11 @@ def times(length: int, heads: int, kv_heads: int, dim: int, rounds: int, budget:
     variants = [*VARIANTS, "eager"]
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for variant in variants:  # warm up
-        take(variant, prompt(256, heads, kv_heads, dim), budget)
+        layer_turn(variant, prompt(256, heads, kv_heads, dim), budget)
     for round_ in range(rounds):
         for variant in variants[round_ % len(variants) :] + variants[: round_ % len(variants)]:
             start = time.process_time()
-            take(variant, step, budget)
+            layer_turn(variant, step, budget)
             seconds[variant].append(time.process_time() - start)
     return seconds
 
@@ -104,11 +104,11 @@ def child(variant: str, length: str, heads: str, kv_heads: str, dim: str, budget
     """Print the peak of one turn: the highest resident set is set back just before it."""
     torch.set_num_threads(1)
     shape = int(heads), int(kv_heads), int(dim)
-    take(variant, prompt(256, *shape), float(budget))
+    layer_turn(variant, prompt(256, *shape), float(budget))
     step = prompt(int(length), *shape)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = _status("VmRSS")
-    result = take(variant, step, float(budget))
+    result = layer_turn(variant, step, float(budget))
     print(_status("VmHWM") - before)
     del result
 

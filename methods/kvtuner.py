@@ -168,10 +168,10 @@ class KVTuner(Codec):
 class _DequantisedPrompt(CodecCache):
     """Packs what a prompt brings before the prompt attends to it."""
 
-    def take(self, step: Step) -> None:
-        super().take(step)
+    def append(self, step: Step) -> None:
+        super().append(step)
         if step.stage in (Stage.MID_PROMPT, Stage.ENDS_PROMPT):
-            self.store.settle(step)
+            self.store.pack(step)
 
 
 def searched_tables(model: PreTrainedModel, mode: str, name: str = "kvtuner") -> dict[str, Table]:

@@ -258,7 +258,7 @@ class Memory:
         self.at = self.here = self.last = 0  # tokens of the step done, in this piece, and of them in the last chunk
         self.fresh = False  # whether the piece begins the last chunk
 
-    def take(self, step: Step) -> None:
+    def append(self, step: Step) -> None:
         """Bring in the first piece of the step; its rows hold no padding."""
         self.step, self.at = step, 0
         if step.q.shape[2] == 0:
@@ -279,7 +279,7 @@ class Memory:
             out.append(self._attend_piece(step))
         return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
-    def settle(self, step: Step) -> None:
+    def end_step(self, step: Step) -> None:
         """Only within a prompt does a chunk stay open for the next step's tokens."""
         self.step = None
         if step.stage is Stage.MID_PROMPT:

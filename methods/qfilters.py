@@ -173,9 +173,9 @@ class FilteredCache(EvictionCache):
         super().__init__(method, prompt_len)
         self.filters = filters
 
-    def take(self, step: Step) -> None:
+    def append(self, step: Step) -> None:
         hole, n = self.store.hole, len(self.store)
-        super().take(step)
+        super().append(step)
         new = score_keys(step.k, self.filters)  # [B, H, T]
         scores = new.new_zeros(*new.shape[:2], len(self.store))
         if hole is not None:
@@ -191,11 +191,11 @@ class FilteredCache(EvictionCache):
 class OneShotCache(FilteredCache):
     """One layer that forgets the scores once they have decided."""
 
-    def take(self, step: Step) -> None:
+    def append(self, step: Step) -> None:
         if self.prompt:
-            EvictionCache.take(self, step)
+            EvictionCache.append(self, step)
         else:
-            super().take(step)
+            super().append(step)
 
     def _end_prompt(self, step: Step) -> None:
         super()._end_prompt(step)

@@ -98,10 +98,10 @@ class StreamingCache(EvictionCache):
         self.sink_k: Tensor | None = None  # [B, H, sinks, D], as the model rotated them
         self.held: list[int] = []  # slots per head of each row
 
-    def take(self, step: Step) -> None:
+    def append(self, step: Step) -> None:
         if self.method.dialogue and step.stage is Stage.TURN:
             self._shrink(step, real_tokens(step))
-        super().take(step)
+        super().append(step)
 
     def attend(self, step: Step) -> Tensor:
         if self.method.prefill == "streaming" and step.stage in (Stage.MID_PROMPT, Stage.ENDS_PROMPT):
@@ -110,8 +110,8 @@ class StreamingCache(EvictionCache):
             return self._attend_rolled(step)
         return super().attend(step)
 
-    def settle(self, step: Step) -> None:
-        super().settle(step)
+    def end_step(self, step: Step) -> None:
+        super().end_step(step)
         method = self.method
         if step.stage is Stage.MID_PROMPT:
             return

@@ -258,24 +258,24 @@ def test_a_group_that_runs_out_of_memory_is_halved(command, tmp_path, monkeypatc
 
 
 def test_a_sample_that_fails_twice_is_recorded_and_its_command_is_printed(command, tmp_path, monkeypatch):
-    real, tries = EvictionCache.settle, []
+    real, tries = EvictionCache.end_step, []
 
     failing = {zlib.crc32(id) for id in (b"mat/1", b"river/1")}
 
-    def settle(self, step):
+    def end_step(self, step):
         if self.method.name == "nacl" and self.method.budget == 0.2 and int(step.samples[0]) in failing:
             tries.append(1)
             raise RuntimeError("lost\nmore")
         real(self, step)
 
-    monkeypatch.setattr(EvictionCache, "settle", settle)
+    monkeypatch.setattr(EvictionCache, "end_step", end_step)
     code, _, err = command(*GRID)
     assert code == 1 and "failed: nacl at budget=0.2: 2 of 6 samples: " in err and "(RuntimeError: lost (" in err
     assert "Error executing job" not in err  # Hydra's own word, with the overrides of every cell
     assert len(tries) == 4  # in the group and once more alone
     (again,) = [line.strip() for line in err.splitlines() if line.strip().startswith("python run.py")]
     assert again.endswith("method=nacl budget=0.2")
-    monkeypatch.setattr(EvictionCache, "settle", real)
+    monkeypatch.setattr(EvictionCache, "end_step", real)
     assert command(*again.split()[5:])[0] == 0
     (rows,) = [own for cell, own in records(tmp_path / "results").items() if cell.startswith("nacl-b0.2")]
     assert len(rows) == 8 and sum("error" in row for row in rows) == 2
@@ -467,14 +467,14 @@ def test_the_plan_counts_the_bits_of_codes(command):
 
 
 def test_progress_says_which_group_it_is_what_failed_and_how_long_all_will_take(command, monkeypatch):
-    real = EvictionCache.settle
+    real = EvictionCache.end_step
 
-    def settle(self, step):
+    def end_step(self, step):
         if self.method.name == "snapkv" and int(step.samples[0]) == zlib.crc32(b"mat/0"):
             raise RuntimeError("lost")
         real(self, step)
 
-    monkeypatch.setattr(EvictionCache, "settle", settle)
+    monkeypatch.setattr(EvictionCache, "end_step", end_step)
     code, _, err = command("-m", "method=full,snapkv", "task.subset=[river],[mat]", "task.limit=1")
     lines = [line for line in err.splitlines() if "samples" in line and "left" in line]
     assert code == 1 and len(lines) == 2

@@ -50,7 +50,7 @@ class KVLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the stores see their first tensors in `take`."""
+        """Nothing to do: the stores see their first tensors in `append`."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Handle, None]:
         self.cache.need_own_pass()
@@ -91,7 +91,7 @@ class KVLayer(CacheLayerMixin):
         self.inner.reorder(beam_idx)
 
     def attend(self, handle: Handle, q: Tensor, mask: Tensor | None, rules: Rules) -> Tensor:
-        """Output [B, Hq, T, Dv] of the step: take in, attend, settle, and let the meter look."""
+        """Output [B, Hq, T, Dv] of the step: append, attend, end the step, and let the meter look."""
         cache = self.cache
         here = cache.pass_state(self, q, mask)
         step = Step(
@@ -102,11 +102,11 @@ class KVLayer(CacheLayerMixin):
         self.extras = {}
         if here.order is not None:
             step = columns(step, here.order)
-        self.inner.take(step)
-        cache.meter.after_take(step)
+        self.inner.append(step)
+        cache.meter.after_append(step)
         out = self.inner.attend(step)
-        self.inner.settle(step)
-        cache.meter.after_settle(step)
+        self.inner.end_step(step)
+        cache.meter.after_end_step(step)
         return out if here.order is None else put_back(out, here.order)
 
 

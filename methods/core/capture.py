@@ -37,7 +37,7 @@ class CapturedLayer(LayerCache):
 
     step: Step | None = None
 
-    def take(self, step: Step) -> None:
+    def append(self, step: Step) -> None:
         self.step = step
 
     def attend(self, step: Step) -> Tensor:

@@ -1,8 +1,8 @@
 """The contract between a method, the model it runs under, and everything that measures it.
 
 A `Method` holds hyperparameters and builds one `LayerCache` per layer. A layer's turn in a forward pass is one `Step`:
-`take` brings the new keys and values in, `attend` gives the output, `settle` compresses. Taking in and settling need
-no output, so several caches can be filled from one model pass.
+`append` brings the new keys and values in, `attend` gives the output, `end_step` compresses. Only `attend` needs the
+model's output to go on, so several caches can be filled from one model pass.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels import Rules, rotate
 from methods.core.budget import check_budget
 from methods.core.errors import UserError
+from methods.core.old_names import adopt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +88,7 @@ class Step:
     hidden [B, T, M]: input of the attention block.  turned: whether RoPE turned k.  cos, sin [B or 1, T, R / 2]: where
     it did, the rotary factors of its pairs, a scaled RoPE's multiplier included.  interleaved: as in Rope. All of these
     only for methods that ask (`Method.needs`).
-    memo: statistics computed once for all caches that take in this step.
+    memo: statistics computed once for all caches that append this step.
     """
 
     layer: int
@@ -155,7 +156,11 @@ class Holding:
 class LayerCache:
     """What one layer stores between steps, and how it is attended to."""
 
-    def take(self, step: Step) -> None:
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        adopt(cls, {"take": "append", "settle": "end_step"})
+
+    def append(self, step: Step) -> None:
         """Bring in the step's keys and values and the statistics that need no output."""
         raise NotImplementedError
 
@@ -163,8 +168,8 @@ class LayerCache:
         """Output [B, Hq, T, Dv] of the step's queries over what is held, the step itself included."""
         raise NotImplementedError
 
-    def settle(self, step: Step) -> None:
-        """End of the layer's turn: drop, pack, merge, spill."""
+    def end_step(self, step: Step) -> None:
+        """End of the layer's turn: drop, pack, merge, spill; nothing unless overridden."""
 
     def tensors(self) -> Iterable[Tensor]:
         """Everything held between steps, each tensor once; `meter.py` counts their storages."""

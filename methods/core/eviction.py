@@ -1,4 +1,4 @@
-"""The loop that all eviction methods share: take in, attend, score, drop."""
+"""The loop that all eviction methods share: append, attend, score, drop."""
 
 from __future__ import annotations
 
@@ -143,9 +143,9 @@ class EvictionCache(LayerCache):
         self.sees: int | None = None  # slots of a head that the next query of a sliding layer can see
         self.queries: list[tuple[Tensor, Tensor]] = []  # the newest ones, as many as `tail` needs
         self.voters = 0  # of this step
-        self.mass: Tensor | None = None  # their attention, until the step is settled
+        self.mass: Tensor | None = None  # their attention, until the step ends
 
-    def take(self, step: Step) -> None:
+    def append(self, step: Step) -> None:
         self.store.append(step.k, step.v, step.pos, step.padded)
         self.voters = self.method.voters(self.store, step)
 
@@ -155,7 +155,7 @@ class EvictionCache(LayerCache):
         out, self.mass = self.store.attend_with_mass(step, self.voters)
         return out
 
-    def settle(self, step: Step) -> None:
+    def end_step(self, step: Step) -> None:
         if self.voters and self.mass is None:  # the output was another cache's
             self.mass = self._shared_mass(step)
         self._observe(step)
@@ -163,7 +163,7 @@ class EvictionCache(LayerCache):
         self._remember(step)
         self._decide(step)
         if step.stage is not Stage.MID_PROMPT:  # packing is lossy, so a long prompt is packed once, whole
-            self.store.settle(step)
+            self.store.pack(step)
         self.mass = None
 
     def tensors(self) -> Iterable[Tensor]:

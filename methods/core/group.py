@@ -11,7 +11,7 @@ from methods.core.contract import LayerCache, Stage, Step
 
 
 class Shared(LayerCache):
-    """One layer whose output is the leader's while the followers take in the same steps and settle for themselves.
+    """One layer whose output is the leader's while the followers append the same steps and compress for themselves.
 
     Right for followers whose prompt output equals the leader's: all that decide after the prompt (`changes_prompt`
     False) when the leader keeps everything.
@@ -23,19 +23,19 @@ class Shared(LayerCache):
         self.leader: LayerCache | None = leader
         self.followers, self.leader_stays = followers, leader_stays
 
-    def take(self, step: Step) -> None:
+    def append(self, step: Step) -> None:
         for cache in self._caches():
-            cache.take(step)
+            cache.append(step)
 
     def attend(self, step: Step) -> Tensor:
         assert self.leader is not None, "the prompt has ended and its leader is gone"
         return self.leader.attend(step)
 
-    def settle(self, step: Step) -> None:
+    def end_step(self, step: Step) -> None:
         if step.stage is Stage.ENDS_PROMPT and not self.leader_stays:
             self.leader = None
         for cache in self._caches():
-            cache.settle(step)
+            cache.end_step(step)
 
     def tensors(self) -> Iterable[Tensor]:
         for cache in self._caches():
@@ -55,17 +55,17 @@ class Rows(LayerCache):
         self.parts = parts
         self.steps: list[Step] = []  # of the parts, while the layer's turn lasts
 
-    def take(self, step: Step) -> None:
+    def append(self, step: Step) -> None:
         self.steps = [step.rows(slice(first, end)) for first, end, _ in self.parts]
         for (_, _, cache), own in zip(self.parts, self.steps, strict=True):
-            cache.take(own)
+            cache.append(own)
 
     def attend(self, step: Step) -> Tensor:
         return torch.cat([cache.attend(own) for (_, _, cache), own in zip(self.parts, self.steps, strict=True)])
 
-    def settle(self, step: Step) -> None:
+    def end_step(self, step: Step) -> None:
         for (_, _, cache), own in zip(self.parts, self.steps, strict=True):
-            cache.settle(own)
+            cache.end_step(own)
         self.steps = []
 
     def expect(self, new: int) -> None:

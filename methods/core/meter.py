@@ -153,7 +153,7 @@ class Meter:
         self._slots: dict[int, tuple[int, int | None]] = {}  # per layer: bytes of one full-cache slot, sliding window
         self._device = "cpu"
 
-    def after_take(self, step: Step) -> None:
+    def after_append(self, step: Step) -> None:
         """The fullest moment of a layer's turn."""
         if step.layer == 0:
             self._count(step)
@@ -166,7 +166,7 @@ class Meter:
         else:
             self.peak_prompt = max(self.peak_prompt, here)
 
-    def after_settle(self, step: Step) -> None:
+    def after_end_step(self, step: Step) -> None:
         """The end of a layer's turn."""
         last = step.layer == len(self.layers) - 1
         if step.stage is not Stage.DECODE or last:

@@ -19,12 +19,12 @@ class Rows(Protocol):
 
     store: Store
 
-    def take(self, step: Step) -> None: ...
+    def append(self, step: Step) -> None: ...
 
     def attend(self) -> Tensor:
         """The output [B, Hq, T, Dv] of the step that was taken in."""
 
-    def settle(self, step: Step) -> None: ...
+    def end_step(self, step: Step) -> None: ...
 
     def copy(self, rows: slice) -> Self:
         """The same for some of the rows, sharing nothing."""
@@ -50,12 +50,12 @@ class PerRow(LayerCache, Generic[R]):
         most = max(pos.shape[2] for pos in held)
         return torch.cat([F.pad(pos, (0, most - pos.shape[2]), value=-1) for pos in held])
 
-    def take(self, step: Step) -> None:
+    def append(self, step: Step) -> None:
         if step.padded and len(self.memories) < step.q.shape[0]:
             self.memories = [self.memories[0].copy(slice(row, row + 1)) for row in range(step.q.shape[0])]
         self.real = []
         if len(self.memories) == 1 and not step.padded:
-            self.memories[0].take(step)
+            self.memories[0].append(step)
             return
         if step.padded:
             self.real = [(pos >= 0).nonzero().flatten() for pos in step.pos]
@@ -65,7 +65,7 @@ class PerRow(LayerCache, Generic[R]):
                 at = self.real[row]
                 cut = {name: getattr(own, name).index_select(2, at) for name in ("q", "k", "v")}
                 own = replace(own, **cut, pos=own.pos.index_select(1, at), padded=False)
-            memory.take(own)
+            memory.append(own)
 
     def attend(self, step: Step) -> Tensor:
         parts = [memory.attend() for memory in self.memories]
@@ -76,9 +76,9 @@ class PerRow(LayerCache, Generic[R]):
             out[row : row + 1, :, at] = part
         return out
 
-    def settle(self, step: Step) -> None:
+    def end_step(self, step: Step) -> None:
         for memory in self.memories:
-            memory.settle(step)
+            memory.end_step(step)
 
     def tensors(self) -> Iterable[Tensor]:
         for memory in self.memories:

@@ -179,7 +179,7 @@ class Store:
         """Add values [B, H, S] to the side array `name`, slots in the order of `read`."""
         self.track(name).add_(values)
 
-    def settle(self, step: Step) -> None:
+    def pack(self, step: Step) -> None:
         """End of a step, once the prompt is whole: pack, spill; nothing for plain slots."""
 
     def tensors(self) -> Iterable[Tensor]:

@@ -219,11 +219,11 @@ class _Watched(LayerCache):
         self.member, self.meter = member, member.cache.meter
         self.inner: LayerCache | None = inner
 
-    def take(self, step: Step) -> None:
+    def append(self, step: Step) -> None:
         def act() -> None:
             assert self.inner is not None
-            self.inner.take(step)
-            self.meter.after_take(step)
+            self.inner.append(step)
+            self.meter.after_append(step)
 
         self.member.guard(act)
 
@@ -238,11 +238,11 @@ class _Watched(LayerCache):
         # a member that failed still has its rows in the batch, until it leaves
         return out[0] if out else step.q.new_zeros(*step.q.shape[:-1], step.v.shape[-1])
 
-    def settle(self, step: Step) -> None:
+    def end_step(self, step: Step) -> None:
         def act() -> None:
             assert self.inner is not None
-            self.inner.settle(step)
-            self.meter.after_settle(step)
+            self.inner.end_step(step)
+            self.meter.after_end_step(step)
 
         self.member.guard(act)
 
@@ -257,10 +257,10 @@ class _Watched(LayerCache):
 class _Unwatched(Meter):
     """Stands where the meter of a batch would: each member has its own."""
 
-    def after_take(self, step: Step) -> None:
+    def after_append(self, step: Step) -> None:
         """Nothing to count."""
 
-    def after_settle(self, step: Step) -> None:
+    def after_end_step(self, step: Step) -> None:
         """Nothing to count."""
 
 

@@ -24,16 +24,16 @@ class Recorded:
         self.q: list[Tensor] = []  # [Hq, D]
         self.k: list[Tensor] = []  # [H, D]
         self.rules = Rules(1.0)
-        take = self.inner.take
+        append = self.inner.append
 
         def taken(step):
-            take(step)
+            append(step)
             real = step.pos[row] >= 0
             self.rules = step.rules
             self.q += step.q[row][:, real].double().unbind(1)
             self.k += step.k[row][:, real].double().unbind(1)
 
-        self.inner.take = taken
+        self.inner.append = taken
 
     def logits(self, h: int, i: int, held: list[int]) -> Tensor:
         """Scores of query i and its heads of KV head h over `held`, [G, n], the model's scale and slopes included."""

@@ -52,11 +52,11 @@ def scripted(
     return step
 
 
-def settled(layer: LayerCache, step: Step) -> list[int]:
+def kept_after(layer: LayerCache, step: Step) -> list[int]:
     """Positions that the layer holds after the step, ascending."""
-    layer.take(step)
+    layer.append(step)
     layer.attend(step)
-    layer.settle(step)
+    layer.end_step(step)
     pos = layer.store.pos[0, 0]
     return sorted(pos[pos >= 0].tolist())
 

@@ -9,7 +9,7 @@ from methods.core.errors import UserError
 from tests.bounds import SHARP, bound, half_digit, near, run_off
 from tests.methods.conftest import kept, run
 from tests.methods.dense import HeavyHitters, Recorded, check
-from tests.methods.layer import Spec, filled, scripted, settled, step_of
+from tests.methods.layer import Spec, filled, kept_after, scripted, step_of
 from tests.tiny import feed, tiny_model
 
 ROWS = [
@@ -44,14 +44,14 @@ def sums(cache) -> dict[int, float]:
 
 def test_hand_worked_prompt_and_three_steps():
     whole = layer(budget=100)
-    settled(whole, prompt())
+    kept_after(whole, prompt())
     assert sums(whole) == dict(enumerate(SUMS))
 
     cache = layer(budget=4)
-    assert settled(cache, prompt()) == [0, 3, 4, 5]
+    assert kept_after(cache, prompt()) == [0, 3, 4, 5]
 
     def step(pos, held, row):
-        return settled(cache, scripted([[dict(zip(held, row, strict=True))]], start=pos, stage=Stage.DECODE))
+        return kept_after(cache, scripted([[dict(zip(held, row, strict=True))]], start=pos, stage=Stage.DECODE))
 
     assert step(6, [0, 3, 4, 5, 6], [0.1, 0.1, 0.5, 0.2, 0.1]) == [0, 3, 5, 6]
     assert sums(cache) == {0: 3.2, 3: 1.15, 5: 0.3, 6: 0.1}
@@ -132,9 +132,9 @@ def test_without_heavy_hitters_it_is_the_plain_window(gqa):
 
 def test_without_recent_tokens_the_newest_may_go_at_once():
     cache = layer(budget=4, heavy=1.0)
-    assert settled(cache, prompt()) == [0, 1, 2, 3]
+    assert kept_after(cache, prompt()) == [0, 1, 2, 3]
     row = {0: 0.9, 1: 0.02, 2: 0.02, 3: 0.02, 6: 0.04}
-    assert settled(cache, scripted([[row]], start=6, stage=Stage.DECODE)) == [0, 1, 2, 3]
+    assert kept_after(cache, scripted([[row]], start=6, stage=Stage.DECODE)) == [0, 1, 2, 3]
 
 
 def test_a_share_outside_the_unit_interval_is_named():

@@ -12,7 +12,7 @@ from tests.bounds import SHARP, bound, half_digit, near, run_off
 from tests.kernels.formula import NOISIEST
 from tests.methods.conftest import kept, run
 from tests.methods.dense import HeavyHitters, Recorded, check
-from tests.methods.layer import Spec, filled, scripted, settled, step_of
+from tests.methods.layer import Spec, filled, kept_after, scripted, step_of
 from tests.tiny import feed, tiny_model
 
 
@@ -74,10 +74,10 @@ def test_the_temperature_rises_by_the_plan_and_then_stays():
 def test_a_decode_row_worked_by_hand(tau_end, expected, monkeypatch):
     x, zeta = torch.tensor([2.0, 0.0, 1.0, 0.5, -0.5]), torch.tensor([0.3, 1.2, -0.4, 0.1, 0.8])
     cache = load_method("keyformer", budget=50, tau_end=tau_end, new_tokens=1).caches(Spec, None)[0]
-    settled(cache, scripted([[{}] * 4]))
+    kept_after(cache, scripted([[{}] * 4]))
     monkeypatch.setattr(Stem, "log_uniform", lambda self, key, *work: -(-zeta).exp())
     cache.store.track("score").zero_()
-    settled(cache, scripted([[dict(enumerate(x.softmax(-1).tolist()))]], start=4, stage=Stage.DECODE))
+    kept_after(cache, scripted([[dict(enumerate(x.softmax(-1).tolist()))]], start=4, stage=Stage.DECODE))
     near(cache.store.track("score")[0, 0], expected, half_digit(6) + bound(torch.float32, 5, 4.0, width=16))
 
 
@@ -93,8 +93,8 @@ def test_hand_worked_selection(compat, after_prompt, after_step):
     rows = [[5, 1, 4, 2, 3, 0.5, 0.4, 6, 0.2, 0.1], [0.1] * (len(after_prompt) + 1)]
     method.rows = lambda *args: torch.tensor(rows.pop(0))[None, None]
     cache = method.caches(Spec, None)[0]
-    assert settled(cache, step_of(10)) == after_prompt
-    assert settled(cache, step_of(1, stage=Stage.DECODE, start=10)) == after_step
+    assert kept_after(cache, step_of(10)) == after_prompt
+    assert kept_after(cache, step_of(1, stage=Stage.DECODE, start=10)) == after_step
 
 
 def test_the_released_masks_lose_every_token_that_leaves_the_window(gqa):

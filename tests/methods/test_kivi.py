@@ -52,14 +52,14 @@ class Layer:
         pos = torch.arange(n, n + T, dtype=torch.int32).expand(B, -1)
         seen = torch.full((B,), n, dtype=torch.int32)
         step = Step(0, 1, stage, q, k, v, pos, seen, False, torch.arange(B), self.rules)
-        self.cache.take(step)
+        self.cache.append(step)
         held = self.store.read()
         out = self.cache.attend(step)
         k_pos = torch.arange(n + T).expand(B, 1, -1)
         expected = formula(q, *held, self.rules, pos, k_pos)
         logit, size = largest_logit(q, held[0], self.rules, pos, k_pos), held[1].abs().max().item()
         self.off = bound(self.dtype, n + T, logit, size=size, width=D, scores=torch.float32)
-        self.cache.settle(step)
+        self.cache.end_step(step)
         return out, expected
 
     def state(self) -> tuple[int, int, int, int]:
@@ -248,8 +248,8 @@ def test_rows_of_a_padded_batch_are_packed_as_if_alone(any_heads):
             for positions in ours.pos[row]:
                 assert positions[positions >= 0].tolist() == list(range(n + 20))
             if theirs.parts:
-                assert ours.parts[row].keys.n_settled == theirs.parts[0].keys.n_settled == (n + 20) // 16 * 16
-                assert ours.parts[row].values.n_settled == theirs.parts[0].values.n_settled == n + 20 - 16
+                assert ours.parts[row].keys.n_final == theirs.parts[0].keys.n_final == (n + 20) // 16 * 16
+                assert ours.parts[row].values.n_final == theirs.parts[0].values.n_final == n + 20 - 16
     report = batch.report()
     batch.check_budget()
     H = any_heads.config.num_key_value_heads
@@ -351,7 +351,7 @@ def test_a_sliding_layer_lets_go_of_whole_groups_that_no_later_query_sees(monkey
 def test_old_slots_go_although_keys_or_values_are_not_packed(key_bits, value_bits):
     store, step = KIVI(key_bits, value_bits, 8, 8), step_of(64)
     store.append(step.k, step.v, step.pos)
-    store.settle(step)
+    store.pack(step)
     store.keep_newest(20)
     assert store.pos[0, 0].tolist() == list(range(40, 64))  # 24, whole groups of 8
     whole = step.k if key_bits == 16 else step.v
@@ -361,11 +361,11 @@ def test_old_slots_go_although_keys_or_values_are_not_packed(key_bits, value_bit
 def test_no_place_is_made_for_more_recent_tokens_than_the_residual():
     store, step = KIVI(2, 2, 8, 8), step_of(2000)
     store.append(step.k, step.v, step.pos)
-    store.settle(step)
+    store.pack(step)
     for i in range(40):
         new = step_of(1, stage=Stage.DECODE, start=2000 + i)
         store.append(new.k, new.v, new.pos)
-        store.settle(new)
+        store.pack(new)
         (part,) = store.parts
         assert all(side.recent.shape[2] <= side.end - side.start + 8 for side in (part.keys, part.values))
 

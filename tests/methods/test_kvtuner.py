@@ -346,7 +346,7 @@ def test_a_prompt_over_packed_keys_is_attention_over_what_they_stand_for(stage):
     spec = dataclasses.replace(LLAMA_8B, n_layers=1, head_dim=8, prepared=[(Pair(2, 4),)])
     (cache,) = method.caches(spec, None)
     step = step_of(70, heads=4, kv_heads=2, stage=stage)
-    cache.take(step)
+    cache.append(step)
     out = cache.attend(step)
     k, v = cache.store.read()
     assert (k[:, :, :64] != step.k[:, :, :64]).any() and torch.equal(k[:, :, 64:], step.k[:, :, 64:])

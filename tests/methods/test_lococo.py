@@ -62,9 +62,9 @@ def a_layer(method: LoCoCo, net: Compressor | None = None, prompt_len: int | Non
 
 def turn(layer: LoCoCoCache, n: int, stage: Stage, start: int) -> torch.Tensor:
     step = step_of(n, stage=stage, start=start)
-    layer.take(step)
+    layer.append(step)
     out = layer.attend(step)
-    layer.settle(step)
+    layer.end_step(step)
     return out
 
 
@@ -281,14 +281,14 @@ def test_rows_that_change_places_within_a_chunk_end_it_where_it_began():
         first.padded, second.pos = True, second.pos - torch.tensor([[0], [3]])
         if early:
             first = replace(first, **{name: getattr(first, name)[order] for name in ("q", "k", "v", "pos")})
-        layer.take(first)
+        layer.append(first)
         layer.attend(first)
-        layer.settle(first)
+        layer.end_step(first)
         if not early:
             layer.reorder(torch.tensor(order))
-        layer.take(second)
+        layer.append(second)
         outs.append(layer.attend(second))
-        layer.settle(second)
+        layer.end_step(second)
         held.append(layer.pos)
     assert torch.equal(*outs) and torch.equal(*held)
 

@@ -178,8 +178,8 @@ def test_all_queries_as_proxies_and_no_chance_is_the_heavy_hitter_choice(gqa):
     method = load_method("nacl", budget=0.5, protect=0.0, by_score=1.0, by_chance=0.0, proxy=1.0)
     step = step_of(40, heads=4, kv_heads=2)
     cache = method.caches(type("Spec", (), {"n_layers": 1}), None)[0]
-    cache.take(step)
-    cache.settle(step)
+    cache.append(step)
+    cache.end_step(step)
     columns = mass(step.q, step.k, step.rules, q_pos=step.pos, k_pos=step.pos[:, None]).view(1, 2, 2, 40).sum(2)
     for head in range(2):
         expected = columns[0, head].topk(20).indices.sort().values.tolist()

@@ -4,10 +4,30 @@ import importlib.util
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import torch
 
 from tests.methods.conftest import kept, run, tiny_llama
+
+#: a cache that counts its steps, in the words of then
+COUNTING = """
+from methods.core.eviction import Eviction, EvictionCache
+
+class Counting(EvictionCache):
+    steps = 0
+
+    def take(self, step):
+        self.store.append(step.k, step.v, step.pos, step.padded)
+
+    def settle(self, step):
+        self.steps += 1
+
+class Count(Eviction):
+    def caches(self, spec, prompt_len):
+        return [Counting(self, prompt_len) for _ in range(spec.n_layers)]
+"""
 
 KEEPNORM = '''"""KeepNorm: keep the prompt slots whose values are longest.
 
@@ -49,16 +69,21 @@ class KeepNorm(Eviction):
 '''
 
 
-def test_a_method_with_the_old_names_runs_and_says_so_in_one_line(tmp_path: Path):
-    path = tmp_path / "keepnorm_of_then.py"
-    path.write_text(KEEPNORM)
+def loaded(text: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module of a file with this text, run."""
+    path.write_text(text)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_method_with_the_old_names_runs_and_says_so_in_one_line(tmp_path: Path, monkeypatch):
     model, ids = tiny_llama(), torch.randint(0, 97, (1, 40), generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
-        spec.loader.exec_module(module)
+        module = loaded(KEEPNORM, tmp_path / "keepnorm_of_then.py", monkeypatch)
         cache = module.KeepNorm(budget=0.5, recent=4).cache_for(model)
         run(model, cache, ids, new=ids[:, :2])
     told = [str(one.message) for one in said if "EvictionContext" in str(one.message)]
@@ -68,3 +93,19 @@ def test_a_method_with_the_old_names_runs_and_says_so_in_one_line(tmp_path: Path
     # the newest four of the prompt stay whatever their norm, which the old name of their age decides
     assert all({36, 37, 38, 39} <= set(kept(cache, layer, 0, head)) for layer in range(2) for head in range(2))
     assert len(kept(cache)) < 42
+
+
+def test_what_a_subclass_fills_in_by_its_old_name_is_called_and_told_in_one_line_per_class(tmp_path: Path, monkeypatch):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        module = loaded(COUNTING, tmp_path / "counting_of_then.py", monkeypatch)
+    (told,) = said
+    assert str(told.message) == (
+        "counting_of_then.Counting: `take` is `append`, `settle` is `end_step` now; the old names will go"
+    )
+    assert told.filename.endswith("counting_of_then.py") and told.category is FutureWarning
+    model, ids = tiny_llama(), torch.randint(0, 97, (1, 12), generator=torch.Generator().manual_seed(0))
+    cache = module.Count().cache_for(model)
+    run(model, cache, ids, new=ids[:, :2])
+    assert [layer.inner.steps for layer in cache.layers] == [3, 3]
+    assert kept(cache) == [*range(14)]

@@ -40,13 +40,13 @@ def test_a_step_sees_itself_in_full_and_all_before_it_rounded(key_bits, value_bi
     cache = CodecCache(store)
     k = v = torch.empty(2, 2, 0, 16)
     for step in steps([21, *[1] * 70, 5, 1, 1]):
-        cache.take(step)
+        cache.append(step)
         held_k, held_v = torch.cat((k, step.k), dim=2), torch.cat((v, step.v), dim=2)
         n = held_k.shape[2]
         expected = formula(step.q, held_k, held_v, step.rules, step.pos, torch.arange(n).expand(2, 1, -1))
         logit = largest_logit(step.q, held_k, step.rules, step.pos, torch.arange(n).expand(2, 1, -1))
         near(cache.attend(step), expected, bound(torch.float32, n, logit, size=held_v.abs().max().item(), width=16))
-        cache.settle(step)
+        cache.end_step(step)
         k, v = held_k, held_v
         for x, bits, name in ((step.k, key_bits, "k"), (step.v, value_bits, "v")):
             if bits == 16:
@@ -107,8 +107,8 @@ def test_a_residual_stays_in_full_precision():
     store = PerToken(4, 4, residual=6)
     cache = CodecCache(store)
     for step in steps([21, 1, 1]):
-        cache.take(step)
-        cache.settle(step)
+        cache.append(step)
+        cache.end_step(step)
     part = store.parts[0]
     assert len(part.keys.packed) == len(part.values.packed) == 17 and part.keys.newest.shape[2] == 6
 

@@ -16,7 +16,7 @@ from methods.core.errors import UserError
 from methods.qfilters import principal, sample_queries, score_keys
 from tests.bounds import bound, half_digit, near, run_off
 from tests.methods.conftest import kept, run, tiny_llama
-from tests.methods.layer import settled, step_of
+from tests.methods.layer import kept_after, step_of
 from tests.tiny import ARCHITECTURES, VOCAB, calibrated, tiny_model
 
 X1 = [[2, 1], [3, 1], [2.5, 0.5], [-0.5, 0.2]]
@@ -77,26 +77,35 @@ def test_both_routes_find_the_same_directions_in_a_models_queries(any_heads):
 
 def test_capped_keeps_the_newest_and_the_highest_products():
     # short keys would have kept 2 instead of 3
-    assert settled(layer_of("qfilters_capped", budget=4, window=2), step_with(KEYS)) == [0, 3, 4, 5]
+    assert kept_after(layer_of("qfilters_capped", budget=4, window=2), step_with(KEYS)) == [0, 3, 4, 5]
 
 
 def test_capped_protects_the_newest_half_unless_told_otherwise():
     keys = torch.stack((-torch.arange(12.0), torch.zeros(12)), dim=1)  # the older the better
     along = torch.tensor([[1.0, 0.0]])
-    assert settled(layer_of("qfilters_capped", filters=along, budget=8), step_with(keys)) == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert kept_after(layer_of("qfilters_capped", filters=along, budget=8), step_with(keys)) == [
+        0,
+        1,
+        2,
+        3,
+        8,
+        9,
+        10,
+        11,
+    ]
 
 
 def test_capped_protects_half_of_what_the_sinks_leave():
     keys = torch.stack((-torch.arange(12.0), torch.zeros(12)), dim=1)
     layer = layer_of("qfilters_capped", filters=torch.tensor([[1.0, 0.0]]), budget=8, sinks=2)
-    assert settled(layer, step_with(keys)) == [0, 1, 2, 3, 4, 9, 10, 11]
+    assert kept_after(layer, step_with(keys)) == [0, 1, 2, 3, 4, 9, 10, 11]
 
 
 def test_sinks_window_and_one_slot_more_always_fit():
     for name in ("qfilters", "qfilters_capped"):
         assert load_method(name, budget=0.1, sinks=2, window=3).slots(20) == 6
     keys = torch.zeros(20, 2).index_fill(0, torch.tensor([9]), 5.0)
-    assert settled(layer_of("qfilters", budget=0.1, sinks=2, window=3), step_with(keys)) == [0, 1, 9, 17, 18, 19]
+    assert kept_after(layer_of("qfilters", budget=0.1, sinks=2, window=3), step_with(keys)) == [0, 1, 9, 17, 18, 19]
 
 
 def test_scores_of_a_half_precision_model_are_float32():
@@ -118,42 +127,42 @@ def test_a_filter_is_the_mean_of_the_query_heads_that_share_its_kv_head(gqa):
 
 def test_capped_drops_one_token_per_step_and_none_comes_back():
     layer = layer_of("qfilters_capped", budget=4, window=2)
-    assert settled(layer, step_with(KEYS[:4])) == [0, 1, 2, 3]  # as many as there may be
-    assert settled(layer, step_with(KEYS[4:5], 4, Stage.DECODE)) == [0, 2, 3, 4]
-    assert settled(layer, step_with(KEYS[5:6], 5, Stage.DECODE)) == [0, 3, 4, 5]
+    assert kept_after(layer, step_with(KEYS[:4])) == [0, 1, 2, 3]  # as many as there may be
+    assert kept_after(layer, step_with(KEYS[4:5], 4, Stage.DECODE)) == [0, 2, 3, 4]
+    assert kept_after(layer, step_with(KEYS[5:6], 5, Stage.DECODE)) == [0, 3, 4, 5]
     best = torch.tensor([[9.0, 9.0]])
-    assert settled(layer, step_with(best, 6, Stage.DECODE)) == [0, 3, 5, 6]
-    assert settled(layer, step_with(-best, 7, Stage.DECODE)) == [0, 3, 6, 7]
+    assert kept_after(layer, step_with(best, 6, Stage.DECODE)) == [0, 3, 5, 6]
+    assert kept_after(layer, step_with(-best, 7, Stage.DECODE)) == [0, 3, 6, 7]
 
 
 def test_a_later_turn_in_one_piece_leaves_what_it_leaves_token_by_token():
     one, many = (layer_of("qfilters_capped", budget=5, window=2) for _ in range(2))
     for layer in (one, many):
-        settled(layer, step_with(KEYS))
-        settled(layer, step_with(KEYS[:1], 6, Stage.DECODE))
+        kept_after(layer, step_with(KEYS))
+        kept_after(layer, step_with(KEYS[:1], 6, Stage.DECODE))
     turn = torch.randn(7, 2, generator=torch.Generator().manual_seed(5))
-    left = settled(one, step_with(turn, 7, Stage.TURN))
+    left = kept_after(one, step_with(turn, 7, Stage.TURN))
     for i, key in enumerate(turn):
-        last = settled(many, step_with(key[None], 7 + i, Stage.DECODE))
+        last = kept_after(many, step_with(key[None], 7 + i, Stage.DECODE))
     assert left == last and len(left) == 5
 
 
 def test_one_shot_keeps_the_highest_products_and_protects_only_what_it_is_told_to():
-    assert settled(layer_of("qfilters", budget=4), step_with(KEYS)) == [0, 2, 3, 4]
-    assert settled(layer_of("qfilters", budget=4, window=1), step_with(KEYS)) == [0, 3, 4, 5]
-    assert settled(layer_of("qfilters", budget=3, sinks=2), step_with(KEYS)) == [0, 1, 3]
+    assert kept_after(layer_of("qfilters", budget=4), step_with(KEYS)) == [0, 2, 3, 4]
+    assert kept_after(layer_of("qfilters", budget=4, window=1), step_with(KEYS)) == [0, 3, 4, 5]
+    assert kept_after(layer_of("qfilters", budget=3, sinks=2), step_with(KEYS)) == [0, 1, 3]
     layer = layer_of("qfilters", budget=2)
-    assert settled(layer, step_with(KEYS)) == [0, 3]
-    assert settled(layer, step_with(KEYS[1:2], 6, Stage.DECODE)) == [0, 3, 6]  # appended, whatever it scores
+    assert kept_after(layer, step_with(KEYS)) == [0, 3]
+    assert kept_after(layer, step_with(KEYS[1:2], 6, Stage.DECODE)) == [0, 3, 6]  # appended, whatever it scores
     assert set(layer.store.buffers) == {"k", "v", "pos"}  # scores are forgotten once they have decided
 
 
 def test_of_equal_scores_the_lower_position_stays():
     keys = torch.ones(6, 2)
-    assert settled(layer_of("qfilters", budget=3), step_with(keys)) == [0, 1, 2]
+    assert kept_after(layer_of("qfilters", budget=3), step_with(keys)) == [0, 1, 2]
     layer = layer_of("qfilters_capped", budget=4, window=1)
-    assert settled(layer, step_with(keys)) == [0, 1, 2, 5]
-    assert settled(layer, step_with(keys[:1], 6, Stage.DECODE)) == [0, 1, 2, 6]
+    assert kept_after(layer, step_with(keys)) == [0, 1, 2, 5]
+    assert kept_after(layer, step_with(keys[:1], 6, Stage.DECODE)) == [0, 1, 2, 6]
 
 
 def test_of_equal_scores_the_lower_position_stays_wherever_it_lies():
@@ -161,21 +170,21 @@ def test_of_equal_scores_the_lower_position_stays_wherever_it_lies():
     layer = layer_of("qfilters_capped", budget=4, window=1)
     keys = torch.ones(8, 2)
     keys[0] = 0
-    settled(layer, step_with(keys[:4]))
-    assert settled(layer, step_with(keys[4:5], 4, Stage.DECODE)) == [1, 2, 3, 4]
-    assert settled(layer, step_with(keys[5:6], 5, Stage.DECODE)) == [1, 2, 3, 5]
-    assert settled(layer, step_with(keys[6:], 6, Stage.TURN)) == [1, 2, 3, 7]
+    kept_after(layer, step_with(keys[:4]))
+    assert kept_after(layer, step_with(keys[4:5], 4, Stage.DECODE)) == [1, 2, 3, 4]
+    assert kept_after(layer, step_with(keys[5:6], 5, Stage.DECODE)) == [1, 2, 3, 5]
+    assert kept_after(layer, step_with(keys[6:], 6, Stage.TURN)) == [1, 2, 3, 7]
 
 
 def test_only_the_sign_of_a_filters_length_matters_and_no_query_does():
     keys = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
-    plain = settled(layer_of("qfilters", budget=10), step_with(keys))
-    assert settled(layer_of("qfilters", filters=7 * FILTER, budget=10), step_with(keys)) == plain
-    reverse = settled(layer_of("qfilters", filters=-FILTER, budget=10), step_with(keys))
+    plain = kept_after(layer_of("qfilters", budget=10), step_with(keys))
+    assert kept_after(layer_of("qfilters", filters=7 * FILTER, budget=10), step_with(keys)) == plain
+    reverse = kept_after(layer_of("qfilters", filters=-FILTER, budget=10), step_with(keys))
     assert sorted(plain + reverse) == list(range(20))
     other = step_with(keys)
     other.q = -3 * other.q.flip(2)
-    assert settled(layer_of("qfilters", budget=10), other) == plain
+    assert kept_after(layer_of("qfilters", budget=10), other) == plain
 
 
 def test_capped_holds_the_best_of_all_tokens_that_ever_left_the_window(any_heads):

@@ -57,7 +57,7 @@ class Both:
         step.k, step.v = (torch.randn(1, 2, n, DIM, generator=g) for _ in range(2))
         step.k[..., 3] *= self.outlier
         self.k, self.n = torch.cat((self.k, step.k), dim=2), self.n + n
-        self.ours.take(step), self.ours.attend(step), self.ours.settle(step)
+        self.ours.append(step), self.ours.attend(step), self.ours.end_step(step)
         self.theirs.update(step.k, step.v)
         held = [self.theirs._dequantize(self.theirs._quantized_keys)]
         if self.theirs.keys.dim() == 4:  # what has come since it packed

@@ -12,8 +12,8 @@ def test_every_position_is_kept_equally_often():
     for seed in range(40):
         cache = load_method("random", budget=5, seed=seed).caches(type("Spec", (), {"n_layers": 1}), None)[0]
         step = step_of(n, heads, heads)
-        cache.take(step)
-        cache.settle(step)
+        cache.append(step)
+        cache.end_step(step)
         counts += torch.bincount(cache.store.pos.flatten(), minlength=n)
     expected = 40 * heads * 5 / n
     sigma = (40 * heads * 0.25 * 0.75) ** 0.5
@@ -39,8 +39,8 @@ def test_a_token_survives_in_some_head_almost_always():
     for seed in range(30):
         cache = load_method("random", budget=0.2, seed=seed).caches(type("Spec", (), {"n_layers": 1}), None)[0]
         step = step_of(400, 32, 32, dim=2)
-        cache.take(step)
-        cache.settle(step)
+        cache.append(step)
+        cache.end_step(step)
         total += 400
         lost += 400 - len(cache.store.pos.unique())
     expected = total * 0.8**32

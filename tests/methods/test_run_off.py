@@ -26,13 +26,13 @@ def measured(model) -> tuple[float, float]:
     cache = load_method("full").cache_for(model)
     for layer in cache.layers:
 
-        def taken(step, take=layer.inner.take):
+        def taken(step, append=layer.inner.append):
             x, seen = logits(step.q, step.k, step.rules, step.pos, step.pos[:, None])
             share = x.masked_fill(~seen, -torch.inf).softmax(-1)
             found.append(x[share > NOTED].abs().max().item())
-            take(step)
+            append(step)
 
-        layer.inner.take = taken
+        layer.inner.append = taken
     out = model(ids, past_key_values=cache, use_cache=True).logits.abs().max().item()
     assert len(found) > len(cache.layers)
     return max(found), out
@@ -82,8 +82,8 @@ def test_an_error_of_a_thousandth_in_one_head_of_a_layer_is_caught(what, at):
         attend = inner.attend
         inner.attend = lambda step: wrong(attend(step))
     else:
-        take, attend = inner.take, inner.attend
-        inner.take = lambda step: take(replace(step, **{what: wrong(getattr(step, what))}))
+        append, attend = inner.append, inner.attend
+        inner.append = lambda step: append(replace(step, **{what: wrong(getattr(step, what))}))
         inner.attend = lambda step: attend(replace(step, **{what: wrong(getattr(step, what))}))
     right, planted = (model(ids, past_key_values=cache, use_cache=True).logits for cache in caches)
     assert (planted - right).abs().max() > run_off(right)

@@ -8,7 +8,7 @@ from methods.core.contract import Stage
 from methods.core.errors import UserError
 from tests.bounds import bound, near
 from tests.methods.conftest import kept, run
-from tests.methods.layer import Spec, filled, scripted, settled, step_of
+from tests.methods.layer import Spec, filled, kept_after, scripted, step_of
 
 ROW_4 = dict(enumerate([0.50, 0.05, 0.22, 0.13, 0.10]))
 ROW_5 = dict(enumerate([0.40, 0.18, 0.02, 0.25, 0.05, 0.10]))
@@ -21,8 +21,8 @@ def layer(**knobs):
 def by_hand(**knobs) -> list[int]:
     """What stays of six tokens when the last two queries vote and the cache is full at six."""
     cache = layer(budget=6, recent=1, history=2, **knobs)
-    assert settled(cache, scripted([[{}] * 4 + [ROW_4]])) == [0, 1, 2, 3, 4]
-    return settled(cache, scripted([[ROW_5]], start=5, stage=Stage.DECODE))
+    assert kept_after(cache, scripted([[{}] * 4 + [ROW_4]])) == [0, 1, 2, 3, 4]
+    return kept_after(cache, scripted([[ROW_5]], start=5, stage=Stage.DECODE))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_hand_worked_votes(knobs, expected):
 
 def test_an_even_share_is_no_vote_against():
     cache = layer(budget=30)
-    settled(cache, scripted([[{}, {0: 0.75, 1: 0.25}, {}, {}]]))
+    kept_after(cache, scripted([[{}, {0: 0.75, 1: 0.25}, {}, {}]]))
     votes = cache.method._votes(cache.store)[0, 0, :, 0].tolist()
     # the first query sees itself alone and the last gives a quarter to each; thirds are not exact
     assert [vote & 0b1011 for vote in votes] == [0, 0b10, 0, 0]
@@ -49,7 +49,7 @@ def test_an_even_share_is_no_vote_against():
 def test_at_the_prompts_end_the_last_queries_vote_each_with_its_own_share():
     # the same rows as a prompt: five slots are the full cache, so six tokens are cut to 5 - 2
     cache = layer(budget=5, recent=1, history=2, drop=2)
-    assert settled(cache, scripted([[{}] * 4 + [ROW_4, ROW_5]])) == [0, 1, 5]
+    assert kept_after(cache, scripted([[{}] * 4 + [ROW_4, ROW_5]])) == [0, 1, 5]
 
 
 def test_the_cache_grows_to_the_budget_falls_and_grows_again(gqa):
@@ -100,7 +100,7 @@ def test_votes_of_a_long_run_are_those_counted_one_by_one(history):
             safe = held[-2:]
             worst_first = sorted(set(held) - set(safe), key=lambda p: (-counts[p], -p))
             expected = sorted(set(held) - set(worst_first[: len(held) - 9]))
-        held = settled(cache, step)
+        held = kept_after(cache, step)
         assert held == expected
         at += size
 
@@ -112,10 +112,10 @@ def test_history_one_and_dropping_one_is_tova_per_head():
     tova = load_method("tova", budget=4, granularity="kv_head").caches(Spec, None)[0]
     scissors.method._write = _all_low(scissors.method)
     for cache in (scissors, tova):
-        settled(cache, scripted([[{}] * 3 + [rows[3]]]))
+        kept_after(cache, scripted([[{}] * 3 + [rows[3]]]))
     for n in range(4, 12):
         step = scripted([[rows[n]]], start=n, stage=Stage.DECODE)
-        assert settled(scissors, step) == settled(tova, step)
+        assert kept_after(scissors, step) == kept_after(tova, step)
 
 
 def _all_low(method):
@@ -178,19 +178,19 @@ def test_a_prompt_read_token_by_token_falls_and_grows_as_decoding_does(drop):
         step.q, step.k, step.v = (x[:, :, at : at + size] for x in (stream.q, stream.k, stream.v))
         return step
 
-    sets = [settled(reading, piece(i, 1, Stage.ENDS_PROMPT if i == n - 1 else Stage.MID_PROMPT)) for i in range(n)]
+    sets = [kept_after(reading, piece(i, 1, Stage.ENDS_PROMPT if i == n - 1 else Stage.MID_PROMPT)) for i in range(n)]
     sizes, teeth = [len(one) for one in sets], [14 - drop + i % drop for i in range(n)]
     assert sizes == [*range(1, 14), *teeth][:n]
-    assert settled(decoding, piece(0, began, Stage.ENDS_PROMPT)) == sets[began - 1]
+    assert kept_after(decoding, piece(0, began, Stage.ENDS_PROMPT)) == sets[began - 1]
     for i in range(began, n):
-        assert settled(decoding, piece(i, 1, Stage.DECODE)) == sets[i]
+        assert kept_after(decoding, piece(i, 1, Stage.DECODE)) == sets[i]
 
 
 @pytest.mark.parametrize("drop", [1, 4])
 def test_a_prompt_that_fills_the_cache_stays_and_falls_with_the_next_token(drop):
     cache = load_method("scissorhands", budget=12, recent=2, drop=drop, history=6).caches(Spec, None)[0]
-    assert len(settled(cache, step_of(12))) == 12
-    sizes = [len(settled(cache, step_of(1, stage=Stage.DECODE, start=i))) for i in range(12, 21)]
+    assert len(kept_after(cache, step_of(12))) == 12
+    sizes = [len(kept_after(cache, step_of(1, stage=Stage.DECODE, start=i))) for i in range(12, 21)]
     assert sizes == [12 - drop + i % drop for i in range(9)]
 
 

@@ -64,8 +64,8 @@ def test_queries_before_the_window_have_no_vote(gqa):
     shuffled[:, :, :56] = step.q[:, :, torch.randperm(56)]
     for cache, q in ((first, step.q), (second, shuffled)):
         step.q = q
-        cache.take(step)
-        cache.settle(step)
+        cache.append(step)
+        cache.end_step(step)
     assert torch.equal(first.store.pos, second.store.pos)
 
 
@@ -75,9 +75,9 @@ def test_a_sliding_layer_that_has_dropped_slots_holds_none_that_the_next_query_d
     for i in range(20, 50):
         step = step_of(20) if i == 20 else step_of(1, stage=Stage.DECODE, start=i - 1)
         step.rules = Rules(1.0, window=window)
-        layer.take(step)
+        layer.append(step)
         layer.attend(step)
-        layer.settle(step)
+        layer.end_step(step)
         now = layer.store.pos[0, 0].tolist()
         if i > 20 and now != [*held, i - 1]:
             trimmed += 1
@@ -90,8 +90,8 @@ def test_a_sliding_layer_that_has_dropped_slots_holds_none_that_the_next_query_d
 def test_a_share_of_the_bytes_is_rounded_up_to_whole_ones(budget, asked):
     layer, step = load_method("snapkv", budget=budget).caches(_Spec, None)[0], step_of(91)
     assert layer.asked([91 * 256]) == [91 * 256]  # before the prompt has ended
-    layer.take(step)
-    layer.settle(step)
+    layer.append(step)
+    layer.end_step(step)
     assert layer.asked([91 * 256]) == [asked]
 
 

@@ -71,8 +71,8 @@ def test_a_prompt_in_chunks_is_packed_once_whole(chunks, gqa):
 def test_a_slot_cannot_be_dropped_once_it_is_packed():
     cache = EvictionCache(small(), None)
     step = step_of(60, heads=2, kv_heads=2, dim=16)
-    cache.take(step)
-    cache.settle(step)
+    cache.append(step)
+    cache.end_step(step)
     assert cache.store.parts
     with pytest.raises(NotImplementedError, match="KIVI: cannot drop single slots"):
         cache.store.keep(torch.ones(1, 2, len(cache.store), dtype=torch.bool), 5)
@@ -90,7 +90,7 @@ def test_heads_that_keep_different_numbers_are_refused():
     mask[0, 1, ::2] = False
     store.keep(mask, 60)
     with pytest.raises(NotImplementedError, match="different numbers of slots"):
-        store.settle(step)
+        store.pack(step)
     assert step.stage is Stage.ENDS_PROMPT
 
 

@@ -41,8 +41,8 @@ def test_dialogue_makes_room_before_the_turn_is_read(gqa):
     run(gqa, cache, tokens(10))
     layer = cache.layers[1].inner
     seen = []
-    take = layer.take
-    layer.take = lambda step: (take(step), seen.extend(kept(cache, 1)))
+    append = layer.append
+    layer.append = lambda step: (append(step), seen.extend(kept(cache, 1)))
     with torch.no_grad():
         gqa(tokens(3, seed=2), past_key_values=cache, use_cache=True)
     assert seen == [0, 1, 2, 3, 7, 8, 9, 10, 11, 12]
@@ -53,8 +53,8 @@ def test_a_long_turn_of_a_dialogue_leaves_the_sinks_and_the_newest_token(gqa):
     cache = load_method("streaming_llm", budget=10, dialogue=True).cache_for(gqa)
     run(gqa, cache, tokens(12))
     layer, seen = cache.layers[1].inner, []
-    take = layer.take
-    layer.take = lambda step: (take(step), seen.extend(kept(cache, 1)))
+    append = layer.append
+    layer.append = lambda step: (append(step), seen.extend(kept(cache, 1)))
     with torch.no_grad():
         gqa(tokens(30, seed=2), past_key_values=cache, use_cache=True)
     assert seen == [0, 1, 2, 3, 11, *range(12, 42)]

@@ -8,7 +8,7 @@ from methods.core.contract import Stage
 from methods.core.errors import UserError
 from tests.bounds import bound, near
 from tests.methods.conftest import kept, run
-from tests.methods.layer import Spec, filled, scripted, settled, step_of
+from tests.methods.layer import Spec, filled, kept_after, scripted, step_of
 
 #: attention of the last of five queries, per query head
 ROWS = [[0.40, 0.05, 0.15, 0.10, 0.30], [0.20, 0.25, 0.05, 0.10, 0.40]]
@@ -27,7 +27,7 @@ def layer(**knobs):
 
 
 def test_the_mean_over_heads_decides_for_the_layer():
-    assert settled(layer(budget=3), prompt()) == [0, 1, 4]
+    assert kept_after(layer(budget=3), prompt()) == [0, 1, 4]
 
 
 def test_at_equal_attention_the_lower_position_stays():
@@ -48,15 +48,15 @@ def test_each_kv_head_may_decide_for_itself():
 @pytest.mark.parametrize(("protect_last", "last"), [(False, [0, 4, 5]), (True, [0, 4, 6])])
 def test_while_decoding_the_newest_token_may_go_at_once(protect_last, last):
     cache = layer(budget=3, protect_last=protect_last)
-    assert settled(cache, prompt()) == [0, 1, 4]
-    assert settled(cache, decode(5, {0: 0.50, 1: 0.05, 4: 0.20, 5: 0.25})) == [0, 4, 5]
-    assert settled(cache, decode(6, {0: 0.60, 4: 0.20, 5: 0.15, 6: 0.05})) == last
+    assert kept_after(cache, prompt()) == [0, 1, 4]
+    assert kept_after(cache, decode(5, {0: 0.50, 1: 0.05, 4: 0.20, 5: 0.25})) == [0, 4, 5]
+    assert kept_after(cache, decode(6, {0: 0.60, 4: 0.20, 5: 0.15, 6: 0.05})) == last
 
 
 def test_while_decoding_the_newest_of_equal_tokens_goes():
     cache = layer(budget=3)
-    settled(cache, prompt())
-    assert settled(cache, decode(5, {})) == [0, 1, 4]
+    kept_after(cache, prompt())
+    assert kept_after(cache, decode(5, {})) == [0, 1, 4]
 
 
 def test_all_heads_of_a_layer_hold_the_same_tokens(any_heads):
@@ -73,11 +73,11 @@ def test_only_the_last_query_votes():
     for seed in (0, 1):
         cache, step = layer(budget=12), step_of(40, heads=4, kv_heads=2)
         step.q[:, :, :-1] = step.q[:, :, torch.randperm(39, generator=torch.Generator().manual_seed(seed))]
-        sets.append(settled(cache, step))
+        sets.append(kept_after(cache, step))
     assert sets[0] == sets[1]
     changed = step_of(40, heads=4, kv_heads=2)
     changed.q[:, :, -1] = changed.q[:, :, 3]
-    assert settled(layer(budget=12), changed) != sets[0]
+    assert kept_after(layer(budget=12), changed) != sets[0]
 
 
 def test_a_wrong_granularity_is_named():

@@ -79,20 +79,20 @@ class CodecCache(LayerCache):
         self.store = store
         self.sees: int | None = None  # slots of a head that the next query of a sliding layer can see
 
-    def take(self, step: Step) -> None:
+    def append(self, step: Step) -> None:
         self.store.append(step.k, step.v, step.pos, step.padded)
 
     def attend(self, step: Step) -> Tensor:
         return self.store.attend(step)
 
-    def settle(self, step: Step) -> None:
+    def end_step(self, step: Step) -> None:
         window = step.rules.window
         if window is not None:  # let go of what no later query can see
             self.sees = window - 1
             if len(self.store) >= window + (spare(window) if step.stage is Stage.DECODE else 0):
                 self.store.keep_newest(window - 1)
         if step.stage is not Stage.MID_PROMPT:  # packing is lossy, so a long prompt is packed once, whole
-            self.store.settle(step)
+            self.store.pack(step)
 
     def tensors(self) -> Iterable[Tensor]:
         return self.store.tensors()

@@ -54,7 +54,7 @@ class GrowableBuffer:
         """Free the first places."""
         self.buffer, self.n = self.buffer[:, :, places : self.n].clone(), self.n - places
 
-    def take(self, rows: Tensor) -> GrowableBuffer:
+    def select(self, rows: Tensor) -> GrowableBuffer:
         return GrowableBuffer(self.used.index_select(0, rows))
 
 
@@ -83,7 +83,7 @@ class PackedTensor:
         return self.recent[:, :, self.start : self.end]
 
     @property
-    def n_settled(self) -> int:
+    def n_final(self) -> int:
         """Tokens that will not be packed any more: those that are, or all at 16 bits."""
         packed = self.packed
         if self.scheme.bits == 16:
@@ -98,8 +98,8 @@ class PackedTensor:
         self.recent[:, :, self.end : self.end + T] = x
         self.end += T
 
-    def settle(self, to_come: int | None = None) -> None:
-        """Pack what is due; what was packed before is not touched."""
+    def pack(self, to_come: int | None = None) -> None:
+        """Pack what is due; what was packed before stays as it is."""
         n = self.scheme.due(self.end - self.start)
         if n == 0:
             return
@@ -127,7 +127,7 @@ class PackedTensor:
         return torch.cat((dequantize(packed, self.recent.dtype), self.newest), dim=2)
 
     def drop(self, n: int) -> None:
-        """Let go of the n oldest tokens, settled ones in whole groups."""
+        """Let go of the n oldest tokens, packed ones in whole groups."""
         packed = self.packed
         if packed is None:
             self.recent = self.recent[:, :, self.start + n : self.end].clone()
@@ -136,9 +136,9 @@ class PackedTensor:
         for array, x in zip(self.arrays, packed.narrow(0, n).tensors()):
             array.drop(x.shape[2])
 
-    def take(self, rows: Tensor) -> PackedTensor:
+    def select(self, rows: Tensor) -> PackedTensor:
         side = PackedTensor(self.newest.index_select(0, rows), self.scheme)
-        side.arrays = tuple(x.take(rows) for x in self.arrays)
+        side.arrays = tuple(x.select(rows) for x in self.arrays)
         return side
 
     def tensors(self) -> Iterable[Tensor]:
@@ -209,14 +209,14 @@ class RowGroup:
             return attend(step.q, keys.newest, values.newest, step.rules, **at)
         return attend_quantized(step.q, (keys.packed, keys.newest), (values.packed, values.newest), step.rules, **at)
 
-    def settle(self, to_come: int | None = None) -> None:
-        self.keys.settle(to_come)
-        self.values.settle(to_come)
+    def pack(self, to_come: int | None = None) -> None:
+        self.keys.pack(to_come)
+        self.values.pack(to_come)
 
     def keep_newest(self, n: int) -> None:
         """Let go of packed slots beyond the n newest, as far as they are whole groups."""
         group = self.keys.scheme.group if self.keys.scheme.dim == 2 else 1
-        extra = min(self.pos.n - n, self.keys.n_settled, self.values.n_settled) // group * group
+        extra = min(self.pos.n - n, self.keys.n_final, self.values.n_final) // group * group
         if extra > 0:
             self.keys.drop(extra)
             self.values.drop(extra)
@@ -227,6 +227,6 @@ class RowGroup:
         sides, heads = (self.keys, self.values), self.rows * self.keys.recent.shape[1]
         return heads * sum(x.scheme.nbytes(self.pos.n, x.recent.shape[-1], x.recent.element_size()) for x in sides)
 
-    def take(self, rows: Tensor) -> RowGroup:
+    def select(self, rows: Tensor) -> RowGroup:
         """These rows, in memory of their own."""
-        return RowGroup(self.keys.take(rows), self.values.take(rows), self.pos.take(rows))
+        return RowGroup(self.keys.select(rows), self.values.select(rows), self.pos.select(rows))

@@ -106,11 +106,11 @@ class QuantizedStore(Store):
             row += part.rows
         return torch.cat(out)
 
-    def settle(self, step: Step) -> None:
+    def pack(self, step: Step) -> None:
         if not self.parts:
             self._start_packing()
         for part in self.parts:
-            part.settle(self.to_come)
+            part.pack(self.to_come)
 
     def keep(self, mask: Tensor, n: int, exact: bool = False) -> None:
         self._refuse_if_packed("drop single slots")
@@ -181,10 +181,10 @@ class QuantizedStore(Store):
             self.chosen = [self.chosen[row] for row in order]
             self.counts = [self.counts[row] for row in order] if self.counts is not None else None
         if len(self.parts) == 1:
-            self.parts = [self.parts[0].take(rows)]
+            self.parts = [self.parts[0].select(rows)]
         elif self.parts:
             first = rows.new_zeros(1)
-            self.parts = [self.parts[row].take(first) for row in rows.tolist()]
+            self.parts = [self.parts[row].select(first) for row in rows.tolist()]
 
     def _start_packing(self) -> None:
         """Turn the plain slots into parts, if any row has something to pack."""
@@ -221,7 +221,7 @@ class QuantizedStore(Store):
     def _split(self) -> None:
         """One part per row: a turn's padding lets rows come apart."""
         self.parts = [
-            part.take(torch.tensor([row], device=part.pos.buffer.device)) if part.rows > 1 else part
+            part.select(torch.tensor([row], device=part.pos.buffer.device)) if part.rows > 1 else part
             for part in self.parts
             for row in range(part.rows)
         ]

@@ -73,7 +73,7 @@ def shifts(step: Step, packs: Packs, bits: Sequence[int], relative: str = "eleme
     stores = [packs(key_bits=b, value_bits=b) for b in bits]
     for store in stores:
         store.append(step.k, step.v, step.pos)
-        store.settle(step)
+        store.pack(step)
     packed = [store.read() for store in stores]
     keys = [torch.stack(_relative(step.k, k, relative)) for k, _ in packed]  # error and what it is divided by
     values = [torch.stack(_relative(step.v, v, relative)) for _, v in packed]

@@ -217,8 +217,8 @@ def test_an_evicting_cache_is_the_model_that_cannot_see_what_was_dropped(name, l
 class Watch(EvictionCache):
     """Remembers the steps that went through it."""
 
-    def take(self, step: Step) -> None:
-        super().take(step)
+    def append(self, step: Step) -> None:
+        super().append(step)
         self.__dict__.setdefault("steps", []).append(step)
 
 

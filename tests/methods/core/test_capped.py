@@ -92,11 +92,11 @@ def test_a_decode_step_copies_no_cache_and_never_waits_for_the_device(name, gqa,
     steps = [step_of(n, 4, 2, dim)] + [step_of(1, 4, 2, dim, stage=Stage.DECODE, start=n + i) for i in range(6)]
     for i, step in enumerate(steps):
         if i < 3:  # the prompt, and the steps that make room for the one token more
-            layer.take(step), layer.attend(step), layer.settle(step)
+            layer.append(step), layer.attend(step), layer.end_step(step)
             where = {key: b.data_ptr() for key, b in layer.store.buffers.items()}
             continue
         with no_waiting(), _NoCopies(limit=layer.store.k.nbytes):
-            layer.take(step), layer.attend(step), layer.settle(step)
+            layer.append(step), layer.attend(step), layer.end_step(step)
         assert where == {key: b.data_ptr() for key, b in layer.store.buffers.items()}
     assert nbytes([layer.store.k]) == 2 * 201 * dim * 4
 
@@ -259,8 +259,8 @@ def test_dropping_after_every_chunk_changes_the_prompt_and_keeps_to_the_cap(name
     mask[1, :25] = 0
     cache, most = method.cache_for(gqa, prompt_len=60, samples=[3, 4]), []
     layer = cache.layers[1].inner
-    settle = layer.settle
-    layer.settle = lambda step: (settle(step), most.append((layer.store.pos >= 0).sum(-1).amax(-1).tolist()))
+    end_step = layer.end_step
+    layer.end_step = lambda step: (end_step(step), most.append((layer.store.pos >= 0).sum(-1).amax(-1).tolist()))
     out = run(gqa, cache, ids, chunks=[10] * 6, mask=mask)
     assert all(a <= method.cap(60) and b <= method.cap(35) for a, b in most)
     alone = method.cache_for(gqa, prompt_len=35, samples=[4])

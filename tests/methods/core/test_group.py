@@ -8,7 +8,7 @@ from methods.core.contract import Stage
 from methods.core.group import Rows, Shared
 from tests.bounds import near, run_off
 from tests.methods.conftest import kept, run
-from tests.methods.layer import Spec, settled, step_of
+from tests.methods.layer import Spec, kept_after, step_of
 
 NEW = 5
 
@@ -51,13 +51,13 @@ def test_every_part_of_a_batch_is_told_how_many_tokens_come_and_keeps_no_step():
     steps = [step_of(6), step_of(1, rows=2, stage=Stage.DECODE, start=6)]
     parts = [load_method("full").caches(Spec, None)[0] for _ in range(2)]
     for part in parts:
-        settled(part, steps[0])
+        kept_after(part, steps[0])
     rows = Rows([(0, 1, parts[0]), (1, 2, parts[1])])
     rows.expect(4)
     assert [part.store.to_come for part in parts] == [4, 4]
-    rows.take(steps[1])
+    rows.append(steps[1])
     rows.attend(steps[1])
-    rows.settle(steps[1])
+    rows.end_step(steps[1])
     assert not rows.steps  # they would hold the pass's queries until the next one
 
 

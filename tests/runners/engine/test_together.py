@@ -174,13 +174,13 @@ def test_members_really_end_at_different_steps(model):
 def test_a_member_that_has_ended_holds_no_memory_while_the_others_decode(model, monkeypatch):
     short, long = load_method("snapkv", budget=0.3), load_method("random", budget=0.3)
     alive = []
-    take = EvictionCache.take
+    append = EvictionCache.append
 
     def watch(self, step):
         alive.append(step.q.shape[0])
-        take(self, step)
+        append(self, step)
 
-    monkeypatch.setattr(EvictionCache, "take", watch)
+    monkeypatch.setattr(EvictionCache, "append", watch)
     (one,) = prompts(1, new=30)
     outcomes = together(model, [short, long], [one])
     steps = sorted(outcome.timings.steps for outcome in outcomes)
@@ -233,7 +233,7 @@ def test_running_out_of_memory_is_the_whole_groups(model, monkeypatch):
     def full(self, step):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(EvictionCache, "settle", full)
+    monkeypatch.setattr(EvictionCache, "end_step", full)
     with pytest.raises(torch.OutOfMemoryError):
         together(model, [load_method("full"), load_method("snapkv", budget=0.4)], prompts(1))
 

@@ -105,7 +105,7 @@ def test_a_part_that_is_called_by_itself_takes_our_cache_and_a_pass_that_fails_l
         def fail(step, error=interrupted):
             raise error
 
-        cache.layers[1].inner.take = fail
+        cache.layers[1].inner.append = fail
         with pytest.raises(interrupted):
             llama(ids, past_key_values=cache)
         assert torch.equal(llama(ids).logits, expected)

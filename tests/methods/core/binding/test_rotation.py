@@ -269,6 +269,6 @@ class _Watching(Full):
     def caches(self, spec, prompt_len):
         layers = super().caches(spec, prompt_len)
         for layer in layers:
-            take = layer.take
-            layer.take = lambda step, layer=layer, take=take: (layer.__dict__.update(step=step), take(step))
+            append = layer.append
+            layer.append = lambda step, layer=layer, append=append: (layer.__dict__.update(step=step), append(step))
         return layers

@@ -21,7 +21,7 @@ class Coarse(Store):
         super().__init__(capacity)
         self.steps = [unit * 2.0**-bits if bits < 16 else 0.0 for bits in (key_bits, value_bits)]
 
-    def settle(self, step: Step) -> None:
+    def end_step(self, step: Step) -> None:
         for name, width in zip("kv", self.steps):
             if width:
                 self.buffers[name] = (self.buffers[name] / width).round() * width

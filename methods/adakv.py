@@ -1,13 +1,13 @@
 """AdaKV: within a layer, heads that attend widely get slots from heads that attend to little.
 
 Paper: Feng et al. 2024, arXiv:2407.11550.
-Idea:  an allocator for any scores that can be compared between heads, such as SnapKV's votes. The layer's slots go to
+Idea:  an allocator for any scores that can be compared between heads, such as SnapKV's. The layer's slots go to
        its best scores, whichever head they belong to, and a head's count is drawn back by a share `alpha` towards the
        even split, so that no head is left with next to nothing. Inside a head the best scores stay, as before. What
        stays in any case (SnapKV's window) is every head's, beside what is shared out. Once, when the prompt ends.
 Here:  counts are whole slots whose sum is exactly the layer's (largest remainder, the lower head first); the release
        rounds every head for itself (safeguard=release) and misses the sum by up to half a slot per head. Some
-       re-implementations reserve the floor first and share out the rest (safeguard=reserve). KV heads share, by votes
+       re-implementations reserve the floor first and share out the rest (safeguard=reserve). KV heads share, by scores
        that SnapKV pools and then averages over the query heads; the release averages first. Its options to scale a
        head's scores by their concentration and to leave layers out are not here. A head's slots lie in pages of 16; up
        to 15 unused places of its last page count as held and as overhead documented on top.

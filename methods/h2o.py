@@ -5,7 +5,7 @@ Idea:  attention adds up on few tokens, the heavy hitters. Each slot's attention
        it; half of the cache is the newest tokens, the other half the largest sums. Once when the prompt ends, then one
        token per step: generated tokens add their attention and compete for the same slots.
 Here:  true eviction while decoding, as in the release's real-drop code; its masks show a window that is a token short,
-       and their whole-prompt form lets later queries vote. Query heads that share a KV head add their attention. Keys
+       and their whole-prompt form lets later queries score. Query heads that share a KV head add their attention. Keys
        keep the positions they were read at. The prompt attends in full before the first drop (evict=per_chunk, in
        chunks of one token, is the paper's streaming form).
 """
@@ -37,7 +37,7 @@ class H2O(Capped):
         if not 0 <= self.heavy <= 1:
             raise UserError(f"H2O: method.heavy={self.heavy}; it is a share of the budget in [0, 1]")
 
-    def voters(self, store: Store, step: Step) -> int:
+    def n_window_queries(self, store: Store, step: Step) -> int:
         return 0 if self.budget == 1 else step.q.shape[2]
 
     def observe(self, store: Store, step: Step, mass: Tensor | None) -> None:

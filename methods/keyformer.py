@@ -80,7 +80,7 @@ class Keyformer(Capped):
         """Temperature of the t-th new token, counted from 1; 0 is the prompt."""
         return self.tau_init + t.clamp(0, self.new_tokens) * ((self.tau_end - self.tau_init) / self.new_tokens)
 
-    def voters(self, store: Store, step: Step) -> int:
+    def n_window_queries(self, store: Store, step: Step) -> int:
         if self.budget == 1:
             return 0
         if step.stage is Stage.DECODE:
@@ -91,7 +91,7 @@ class Keyformer(Capped):
     def rows(self, store: Store, step: Step, mass: Tensor | None, stem: Stem | None, t: Tensor | None) -> Tensor:
         """Noisy attention of the step's queries, summed over them and over the heads of a group: [B, H, S].
 
-        mass: what `voters` asked for.  stem: keys of the noise but for the slots' positions, [B, Hq, T or 1].
+        mass: what `n_window_queries` asked for.  stem: keys of the noise but for the slots' positions, [B, Hq, T or 1].
         t [B, T]: how many tokens after the prompt each query is; None in the prompt.
         """
         B, H, S = store.pos.shape

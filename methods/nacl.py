@@ -117,7 +117,7 @@ class NACL(Eviction):
     def interval(self) -> int | None:
         return self.decode_interval
 
-    def tail(self, n: int) -> int:
+    def query_window(self, n: int) -> int:
         return self.sizes(n).proxies
 
     def slots(self, n: int) -> int:
@@ -126,7 +126,7 @@ class NACL(Eviction):
     def again(self, n: int, held: int) -> int:
         return held if self.whole(held) else self.sizes(n).kept
 
-    def voters(self, store: Store, step: Step) -> int:
+    def n_window_queries(self, store: Store, step: Step) -> int:
         n = len(store)
         if step.stage is not Stage.ENDS_PROMPT or store.padded or step.rules.window is not None or self.slots(n) >= n:
             return 0
@@ -141,20 +141,20 @@ class NACL(Eviction):
         sinks, recent, by_score, by_chance, proxies = (
             torch.tensor(column, device=k.device)[:, None, None] for column in zip(*rows, strict=True)
         )  # each [B, 1, 1]
-        votes = self.votes(store, step, cut, proxies[:, 0]).view(B, H, -1, S).sum(dim=2)  # [B, H, S]
+        scores = self.proxy_scores(store, step, cut, proxies[:, 0]).view(B, H, -1, S).sum(dim=2)  # [B, H, S]
 
         protected = (cut.age_rank >= 0) & ((cut.age_rank < sinks) | (cut.age_rank >= cut.n - recent))
         others = (cut.age_rank >= 0) & ~protected
-        best = top(votes.masked_fill(~others, -torch.inf), by_score[..., 0])
+        best = top(scores.masked_fill(~others, -torch.inf), by_score[..., 0])
         heads = torch.arange(H, device=k.device)[None, :, None]
         layer = torch.full_like(heads, step.layer)
         # a later draw is another one
         drawn_at = (step.pos[:, -1:, None],) if cut.again else ()
         noise = gumbel(self.seed, step.samples[:, None, None], layer, heads, store.pos, *drawn_at)
-        drawn = top((votes / self.temperature + noise).masked_fill(~others | best, -torch.inf), by_chance[..., 0])
+        drawn = top((scores / self.temperature + noise).masked_fill(~others | best, -torch.inf), by_chance[..., 0])
         return torch.where(protected | best | drawn, torch.inf, -torch.inf)
 
-    def votes(self, store: Store, step: Step, cut: EvictionContext, proxies: Tensor) -> Tensor:
+    def proxy_scores(self, store: Store, step: Step, cut: EvictionContext, proxies: Tensor) -> Tensor:
         """Attention that the last `proxies` [B, 1] queries of each row give every slot, [B, Hq, S]."""
         if cut.mass is not None:
             return cut.mass

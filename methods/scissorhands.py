@@ -77,7 +77,7 @@ class Scissorhands(Capped):
     def refill(self, n: int) -> int:
         return self.full(n) - self._goes(self.full(n))
 
-    def voters(self, store: Store, step: Step) -> int:
+    def n_window_queries(self, store: Store, step: Step) -> int:
         return 1 if step.stage is Stage.DECODE and self.budget != 1 else 0
 
     def observe(self, store: Store, step: Step, mass: Tensor | None) -> None:

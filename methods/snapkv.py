@@ -1,9 +1,10 @@
 """SnapKV: keep the prompt slots that the end of the prompt attends to.
 
 Paper: Li et al. 2024, arXiv:2404.14469, section 4.
-Idea:  the last `window` queries of the prompt vote for earlier slots with their attention; a pooling over neighbours
-       keeps spans whole; the top slots and the window stay. Runs once, when the prompt ends; later tokens are appended.
-Here:  query heads that share a KV head vote together (pooled, then averaged), so a grouped-query model keeps its small
+Idea:  the last `window` queries of the prompt, the observation window, score earlier slots by their attention; a
+       pooling over neighbours keeps spans whole; the top slots and the window stay. Runs once, when the prompt ends; later
+       tokens are appended.
+Here:  query heads that share a KV head score together (pooled, then averaged), so a grouped-query model keeps its small
        cache; the authors' release lets every query head choose for itself. The paper's LongBench setting (max, 7) is
        the default, the release's is pooling=avg kernel=5. Never fewer than window + 1 slots stay.
 """
@@ -23,9 +24,9 @@ from methods.core.store import Store
 
 @dataclass
 class SnapKV(Eviction):
-    """Drop prompt slots once, by the votes of the last queries.
+    """Drop prompt slots once, by the attention of the last queries.
 
-    window: queries that vote, and newest slots kept without a vote; tokens.
+    window: queries that score, and newest slots kept without a score; tokens.
     kernel: width of the pooling over neighbouring slots; odd, 1 is none.
     pooling: "max" or "avg".
     """
@@ -49,30 +50,30 @@ class SnapKV(Eviction):
                 "raise budget or lower method.window"
             )
 
-    def tail(self, n: int) -> int:
+    def query_window(self, n: int) -> int:
         return self.window
 
     def slots(self, n: int) -> int:
         return max(super().slots(n), self.window + 1)
 
     def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
-        """Pooled votes per slot, [B, H, S]; the window's own slots are +inf."""
-        votes = self.votes(store, step, cut)  # [B, Hq, S]
+        """Pooled scores per slot, [B, H, S]; the window's own slots are +inf."""
+        scores = self.window_scores(store, step, cut)  # [B, Hq, S]
         B, H, S = store.pos.shape
         in_window = cut.age_rank >= cut.n - self.window  # [B, H, S]
-        outside = (in_window | (cut.age_rank < 0)).repeat_interleave(votes.shape[1] // H, dim=1)  # [B, Hq, S]
-        # neither the window's own votes nor padding may leak into the slots beside them through the pooling
-        votes = self.pool(votes.masked_fill(outside, 0.0 if self.pooling == "avg" else -torch.inf))
-        votes = votes.view(B, H, -1, S).mean(dim=2)  # [B, H, S]
-        return votes.masked_fill(in_window, torch.inf)
+        outside = (in_window | (cut.age_rank < 0)).repeat_interleave(scores.shape[1] // H, dim=1)  # [B, Hq, S]
+        # neither the window's own scores nor padding may leak into the slots beside them through the pooling
+        scores = self.pool(scores.masked_fill(outside, 0.0 if self.pooling == "avg" else -torch.inf))
+        scores = scores.view(B, H, -1, S).mean(dim=2)  # [B, H, S]
+        return scores.masked_fill(in_window, torch.inf)
 
-    def votes(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
+    def window_scores(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """Attention that the window's queries give every slot, [B, Hq, S]."""
         k, _ = store.read()  # [B, H, S, D]
         q, q_pos = cut.q[:, :, -self.window :], cut.q_pos[:, -self.window :]  # [B, Hq, W, D], [B, W]
         return mass(q, k, step.rules, q_pos=q_pos, k_pos=store.pos, layout=store.layout(q.shape[2]))
 
-    def pool(self, votes: Tensor) -> Tensor:
-        """Votes [B, Hq, S] smoothed over neighbours; ends count as zero (avg) or nothing (max)."""
+    def pool(self, scores: Tensor) -> Tensor:
+        """Scores [B, Hq, S] smoothed over neighbours; ends count as zero (avg) or nothing (max)."""
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
-        return pool(votes, self.kernel, stride=1, padding=self.kernel // 2)
+        return pool(scores, self.kernel, stride=1, padding=self.kernel // 2)

@@ -35,7 +35,7 @@ class TOVA(Capped):
         if self.granularity not in ("layer", "kv_head"):
             raise UserError(f"TOVA: method.granularity={self.granularity}; it is layer or kv_head")
 
-    def voters(self, store: Store, step: Step) -> int:
+    def n_window_queries(self, store: Store, step: Step) -> int:
         if self.budget == 1 or (step.stage is Stage.MID_PROMPT and not self.changes_prompt):
             return 0
         return 1

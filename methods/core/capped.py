@@ -62,8 +62,8 @@ class Capped(Eviction):
     def worth(self, store: Store, step: Step, room: Tensor, mass: Tensor | None) -> Tensor:
         """What each slot is worth, [B, H, S]: the least goes first, at equal worth the newest; +inf stays, never -inf.
 
-        room [B, 1, 1]: slots that stay; mass [B, Hq, S]: what `voters` asked for. Padding need not be looked at.
-        Slots do not lie in order of position: a new token takes a freed place. It must not make the host wait.
+        room [B, 1, 1]: slots that stay; mass [B, Hq, S]: what `n_window_queries` asked for. Padding need not be looked
+        at. Slots do not lie in order of position: a new token takes a freed place. It must not make the host wait.
         """
         raise NotImplementedError
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from methods.core.allocate import Allocator, Uniform
 from methods.core.budget import share, slots
 from methods.core.contract import Holding, LayerCache, Method, ModelSpec, Stage, Step
+from methods.core.old_names import adopt
 from methods.core.store import Store, spare, taken
 
 
@@ -22,12 +23,12 @@ from methods.core.store import Store, spare, taken
 class EvictionContext:
     """A decision to drop slots, as `score` sees it.
 
-    q [B, Hq, T, D], q_pos [B, T]: the newest queries, as many as `Eviction.tail` asked for where there are so many;
-    position -1 is padding.
+    q [B, Hq, T, D], q_pos [B, T]: the newest queries, as many as `Eviction.query_window` asked for where there are so
+    many; position -1 is padding.
     age_rank [B, H, S]: how many older slots the head holds, -1 for padding.  n [B, H, 1]: slots that it holds.
     prompt: tokens of each row's prompt in this layer (in a sliding layer those inside its window).
     limit: slots that may stay per head, for each row.
-    mass [B, Hq, S]: what `Eviction.voters` asked for in the step that decides; None if it asked for nothing.
+    mass [B, Hq, S]: what `Eviction.n_window_queries` asked for in the step that decides; None if it asked for nothing.
     again: whether the rows have been cut before.
     """
 
@@ -69,6 +70,10 @@ class Eviction(Method):
     allocator: Allocator = field(default_factory=Uniform)
     store: Callable[..., Store] | None = None
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        adopt(cls, {"voters": "n_window_queries", "tail": "query_window"})
+
     @property
     def family(self) -> str:
         return "eviction" if self.store is None else "mixed"
@@ -86,15 +91,15 @@ class Eviction(Method):
             knobs["store"] = {"_target_": target.__name__, **getattr(self.store, "keywords", {})}
         return knobs
 
-    def tail(self, n: int) -> int:
-        """How many of the newest queries of a prompt of n tokens `score` needs."""
+    def query_window(self, n: int) -> int:
+        """How many of the newest queries of a prompt of n tokens `score` needs: its observation window."""
         return 0
 
     def slots(self, n: int) -> int:
         """Slots that a head keeps of a prompt of n tokens."""
         return slots(self.budget, n)
 
-    def voters(self, store: Store, step: Step) -> int:
+    def n_window_queries(self, store: Store, step: Step) -> int:
         """Of how many of the step's newest queries `observe` or `score` wants the attention, summed per slot.
 
         The step is in the store already. The sums come with the step's own output, for less than they cost alone.
@@ -104,7 +109,7 @@ class Eviction(Method):
     def observe(self, store: Store, step: Step, mass: Tensor | None) -> None:
         """Statistics after every step, in side arrays of the store; nothing unless overridden.
 
-        mass [B, Hq, S]: the voters' attention, slots in the order of `store.read`; None without voters.
+        mass [B, Hq, S]: the attention of these queries, slots in the order of `store.read`; None where there are none.
         """
 
     @property
@@ -141,22 +146,22 @@ class EvictionCache(LayerCache):
         self.again = False  # whether a prompt has ended before
         self.dropped = False  # whether any slot has gone, so that heads may hold different numbers
         self.sees: int | None = None  # slots of a head that the next query of a sliding layer can see
-        self.queries: list[tuple[Tensor, Tensor]] = []  # the newest ones, as many as `tail` needs
-        self.voters = 0  # of this step
+        self.queries: list[tuple[Tensor, Tensor]] = []  # the newest ones, as many as `query_window` needs
+        self.n_window_queries = 0  # of this step
         self.mass: Tensor | None = None  # their attention, until the step ends
 
     def append(self, step: Step) -> None:
         self.store.append(step.k, step.v, step.pos, step.padded)
-        self.voters = self.method.voters(self.store, step)
+        self.n_window_queries = self.method.n_window_queries(self.store, step)
 
     def attend(self, step: Step) -> Tensor:
-        if not self.voters:
+        if not self.n_window_queries:
             return self.store.attend(step)
-        out, self.mass = self.store.attend_with_mass(step, self.voters)
+        out, self.mass = self.store.attend_with_mass(step, self.n_window_queries)
         return out
 
     def end_step(self, step: Step) -> None:
-        if self.voters and self.mass is None:  # the output was another cache's
+        if self.n_window_queries and self.mass is None:  # the output was another cache's
             self.mass = self._shared_mass(step)
         self._observe(step)
         self._trim(step)
@@ -195,12 +200,12 @@ class EvictionCache(LayerCache):
         self.prompt, self.limit, self.since = (taken(x, rows) for x in (self.prompt, self.limit, self.since))
 
     def _shared_mass(self, step: Step) -> Tensor:
-        """The voters' attention, computed once for all caches that hold the same whole prompt."""
-        key = ("mass", self.voters, len(self.store))
+        """The window queries' attention, computed once for all caches that hold the same whole prompt."""
+        key = ("mass", self.n_window_queries, len(self.store))
         if self.limit:  # slots may have been dropped
-            return self.store.mass(step, self.voters)
+            return self.store.mass(step, self.n_window_queries)
         if key not in step.memo:
-            step.memo[key] = self.store.mass(step, self.voters)
+            step.memo[key] = self.store.mass(step, self.n_window_queries)
         return step.memo[key]
 
     def _trim(self, step: Step) -> None:
@@ -307,15 +312,15 @@ class EvictionCache(LayerCache):
     def _remember(self, step: Step) -> None:
         """Hold the newest queries that the next decision will need."""
         if step.stage in (Stage.MID_PROMPT, Stage.ENDS_PROMPT):
-            tail = max(1, self.method.tail(self.prompt_len or step.q.shape[2]))
+            query_window = max(1, self.method.query_window(self.prompt_len or step.q.shape[2]))
         elif self.method.interval is not None:
-            tail = self.method.interval
+            query_window = self.method.interval
         else:
             return
         self.queries.append((step.q, step.pos))
         if step.padded and step.stage is Stage.TURN:  # its padding stands between a row's queries
-            self.queries = [_newest(*_join(self.queries), tail)]
-        extra = sum(q.shape[2] for q, _ in self.queries) - tail
+            self.queries = [_newest(*_join(self.queries), query_window)]
+        extra = sum(q.shape[2] for q, _ in self.queries) - query_window
         while extra > 0 and self.queries[0][0].shape[2] <= extra:
             extra -= self.queries.pop(0)[0].shape[2]
         if extra > 0:

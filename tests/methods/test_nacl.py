@@ -21,11 +21,11 @@ from tests.tiny import padded_prompt
 SCORES = [0.05, 0.9, 0.02, 0.4, 0.03, 0.7, 0.01, 0.2, 0.06, 0.04, 0.3, 0.02]
 
 
-def choose(method, sizes: Sizes, votes: torch.Tensor, n: int = 16, heads: int = 1, **keys) -> torch.Tensor:
-    """Keep-mask [heads, n] for these votes [1, heads, n] and sizes; keys: fields of the step."""
+def choose(method, sizes: Sizes, scores: torch.Tensor, n: int = 16, heads: int = 1, **keys) -> torch.Tensor:
+    """Keep-mask [heads, n] for these scores [1, heads, n] and sizes; keys: fields of the step."""
     store, step = filled(n, heads), dataclasses.replace(step_of(n, heads, heads), **keys)
     method.sizes = lambda _: sizes
-    method.votes = lambda *args: votes
+    method.proxy_scores = lambda *args: scores
     rank = torch.arange(n).expand(1, heads, -1)
     return (
         method.score(store, step, EvictionContext(step.q, step.pos, rank, torch.tensor([[[n]]]), [n], [sizes.kept]))[0]
@@ -38,8 +38,8 @@ def test_hand_worked_choice(monkeypatch):
     for j, g in zip([2, 4, 6, 8, 9, 10, 11, 12, 13], [0.1, -0.3, 2.1, 0.4, -0.2, 0.0, 1.5, -0.5, 0.2]):
         noise[..., j] = g
     monkeypatch.setattr("methods.nacl.gumbel", lambda *keys: noise)
-    votes = torch.tensor([0.0, 0.0, *SCORES, 0.0, 0.0])[None, None]
-    keep = choose(load_method("nacl"), Sizes(2, 2, 3, 2, 1), votes)
+    scores = torch.tensor([0.0, 0.0, *SCORES, 0.0, 0.0])[None, None]
+    keep = choose(load_method("nacl"), Sizes(2, 2, 3, 2, 1), scores)
     assert keep[0].nonzero().flatten().tolist() == [0, 1, 3, 5, 6, 7, 11, 14, 15]
 
 
@@ -49,10 +49,10 @@ def test_sampling_probabilities_are_the_softmax_of_the_scores_left():
     near(torch.tensor(rest).softmax(-1), by_hand, half_digit(4) + bound(torch.float32, 9, 0.3))
     # one draw per head and seed: the first draw's frequencies are these probabilities
     heads, seeds = 64, 60
-    votes = torch.tensor([0.0, 0.0, *SCORES, 0.0, 0.0]).expand(1, heads, -1)
+    scores = torch.tensor([0.0, 0.0, *SCORES, 0.0, 0.0]).expand(1, heads, -1)
     counts = torch.zeros(16)
     for seed in range(seeds):
-        counts += choose(load_method("nacl", seed=seed), Sizes(2, 2, 3, 1, 1), votes, heads=heads).sum(0)
+        counts += choose(load_method("nacl", seed=seed), Sizes(2, 2, 3, 1, 1), scores, heads=heads).sum(0)
     drawn = counts[[2, 4, 6, 8, 9, 10, 11, 12, 13]] / (heads * seeds)
     error = torch.tensor(by_hand).mul(1 - torch.tensor(by_hand)).div(heads * seeds).sqrt()
     assert ((drawn - torch.tensor(by_hand)).abs() < 4 * error).all()
@@ -61,12 +61,12 @@ def test_sampling_probabilities_are_the_softmax_of_the_scores_left():
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_the_sample_follows_the_scores_and_their_temperature(temperature):
     heads, seeds, n = 100, 30, 8
-    votes = torch.tensor([0.0, 0.0, 0.3, 0.6, 1.0, 1.5, 2.0, 0.0])  # what lies between the ends is drawn from
+    scores = torch.tensor([0.0, 0.0, 0.3, 0.6, 1.0, 1.5, 2.0, 0.0])  # what lies between the ends is drawn from
     counts = torch.zeros(n)
     for seed in range(seeds):
         method = load_method("nacl", seed=seed, temperature=temperature)
-        counts += choose(method, Sizes(1, 1, 0, 1, 1), votes.expand(1, heads, -1), n, heads).sum(0)
-    p = (votes[1:-1] / temperature).softmax(-1)
+        counts += choose(method, Sizes(1, 1, 0, 1, 1), scores.expand(1, heads, -1), n, heads).sum(0)
+    p = (scores[1:-1] / temperature).softmax(-1)
     error = (p * (1 - p) / (heads * seeds)).sqrt()
     assert ((counts[1:-1] / (heads * seeds) - p).abs() < 4.5 * error).all()
 
@@ -76,28 +76,28 @@ def test_the_sample_follows_the_sum_of_a_groups_scores():
     pair = torch.tensor([[0.0, 0.0, 0.4, 1.1, 0.2, 1.5, 0.9, 0.0], [0.0, 0.3, 0.1, 0.2, 1.6, 0.4, 1.3, 0.0]])
     counts = torch.zeros(n)
     for seed in range(seeds):
-        votes = pair.repeat(heads, 1)[None]  # two query heads of every KV head
-        counts += choose(load_method("nacl", seed=seed), Sizes(1, 1, 0, 1, 1), votes, n, heads).sum(0)
+        scores = pair.repeat(heads, 1)[None]  # two query heads of every KV head
+        counts += choose(load_method("nacl", seed=seed), Sizes(1, 1, 0, 1, 1), scores, n, heads).sum(0)
     p = pair.double().sum(0)[1:-1].softmax(-1)
     error = (p * (1 - p) / (heads * seeds)).sqrt()
     assert ((counts[1:-1] / (heads * seeds) - p).abs() < 4.5 * error).all()
 
 
 def test_every_layer_and_every_sample_draws_for_itself():
-    sizes, votes = Sizes(1, 1, 0, 5, 1), torch.zeros(1, 4, 16)
+    sizes, scores = Sizes(1, 1, 0, 5, 1), torch.zeros(1, 4, 16)
     draws = [
-        choose(load_method("nacl"), sizes, votes, heads=4, layer=layer, samples=torch.tensor([sample]))
+        choose(load_method("nacl"), sizes, scores, heads=4, layer=layer, samples=torch.tensor([sample]))
         for layer, sample in ((0, 3), (1, 3), (0, 4))
     ]
-    again = choose(load_method("nacl"), sizes, votes, heads=4, layer=0, samples=torch.tensor([3]))
+    again = choose(load_method("nacl"), sizes, scores, heads=4, layer=0, samples=torch.tensor([3]))
     assert torch.equal(draws[0], again)
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 def test_a_later_draw_is_another_one():
-    sizes, votes, n = Sizes(1, 1, 0, 5, 1), torch.zeros(1, 4, 16), 16
+    sizes, scores, n = Sizes(1, 1, 0, 5, 1), torch.zeros(1, 4, 16), 16
     method, store, step = load_method("nacl"), filled(n, 4), step_of(n, 4, 4)
-    method.sizes, method.votes = lambda _: sizes, lambda *args: votes
+    method.sizes, method.proxy_scores = lambda _: sizes, lambda *args: scores
     rank, held = torch.arange(n).expand(1, 4, -1), torch.full((1, 4, 1), n)
     first, later = (
         method.score(store, step, EvictionContext(step.q, step.pos, rank, held, [n], [7], again=again))
@@ -110,8 +110,8 @@ def test_without_scores_every_token_is_drawn_equally_often():
     heads, seeds, n, draws = 100, 100, 12, 3
     counts = torch.zeros(n)
     for seed in range(seeds):
-        votes = torch.zeros(1, heads, n)
-        counts += choose(load_method("nacl", seed=seed), Sizes(1, 1, 0, draws, 1), votes, n, heads).sum(0)
+        scores = torch.zeros(1, heads, n)
+        counts += choose(load_method("nacl", seed=seed), Sizes(1, 1, 0, draws, 1), scores, n, heads).sum(0)
     p = draws / (n - 2)
     sigma = math.sqrt(heads * seeds * p * (1 - p))
     assert counts[0] == counts[-1] == heads * seeds
@@ -256,13 +256,13 @@ def test_only_the_first_cut_of_a_row_has_the_draw_of_the_first(gqa):
 
 
 def test_a_draw_goes_by_position_whatever_was_dropped_before():
-    sizes, votes, n = Sizes(1, 1, 0, 5, 1), torch.zeros(1, 4, 16), 16
+    sizes, scores, n = Sizes(1, 1, 0, 5, 1), torch.zeros(1, 4, 16), 16
     drawn = []
     for start in (0, 100):
         method, step = load_method("nacl"), step_of(n, 4, 4, start=start)
         store = Store()
         store.append(step.k, step.v, step.pos)
-        method.sizes, method.votes = lambda _: sizes, lambda *args: votes
+        method.sizes, method.proxy_scores = lambda _: sizes, lambda *args: scores
         rank, held = torch.arange(n).expand(1, 4, -1), torch.full((1, 4, 1), n)
         drawn.append(method.score(store, step, EvictionContext(step.q, step.pos, rank, held, [n], [7])))
     assert not torch.equal(*drawn)

@@ -13,12 +13,12 @@ from tests.methods.conftest import kept, run
 from tests.methods.layer import filled, step_of
 
 
-def keep(votes: list[float], limit: int, **knobs) -> list[int]:
-    """What stays of 10 tokens, the last 2 of them the window, when earlier tokens have these votes."""
+def keep(scores: list[float], limit: int, **knobs) -> list[int]:
+    """What stays of 10 tokens, the last 2 of them the window, when earlier tokens have these scores."""
     method = load_method("snapkv", budget=limit, window=2, **knobs)
-    mass = torch.tensor(votes + [9.0, 9.0])[None, None]  # the window's own columns must not count
+    mass = torch.tensor(scores + [9.0, 9.0])[None, None]  # the window's own columns must not count
     store, step = filled(10), step_of(10)
-    method.votes = lambda *args: mass
+    method.window_scores = lambda *args: mass
     cut = EvictionContext(step.q, step.pos, torch.arange(10).expand(1, 1, -1), torch.tensor([[[10]]]), [10], [limit])
     scores = method.score(store, step, cut)
     mask = method.allocator.pick(scores, torch.tensor([limit]))
@@ -102,7 +102,7 @@ class _Spec:
 def test_heads_of_a_group_vote_together_pool_first_then_mean():
     method = load_method("snapkv", budget=4, window=2, kernel=3)
     store, step = filled(6), step_of(6, heads=2)
-    method.votes = lambda *args: torch.tensor([[[0.0, 1.0, 0, 0, 0, 0], [0, 0, 0, 1.0, 0, 0]]])
+    method.window_scores = lambda *args: torch.tensor([[[0.0, 1.0, 0, 0, 0, 0], [0, 0, 0, 1.0, 0, 0]]])
     cut = EvictionContext(step.q, step.pos, torch.arange(6).expand(1, 1, -1), torch.tensor([[[6]]]), [6], [4])
     # pooled rows are (1, 1, 1, 0) and (0, 0, 1, 1): the mean puts slot 2, which no head voted for, first
     assert method.score(store, step, cut)[0, 0, :4].tolist() == [0.5, 0.5, 1.0, 0.5]
@@ -129,7 +129,7 @@ def test_a_window_of_all_queries_scores_by_column_sums():
     columns = p[1:].sum(0)
     off = 2 * bound(torch.float32, 20, x.abs().max().item(), size=columns.max().item(), width=8)
     near(method.score(store, step, cut)[0, 0, :1], columns[:1], off)
-    near(method.votes(store, step, cut)[0, 0], columns, off)
+    near(method.window_scores(store, step, cut)[0, 0], columns, off)
 
 
 def test_a_sliding_layer_lets_go_of_what_no_later_query_sees(monkeypatch):

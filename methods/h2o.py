@@ -18,6 +18,7 @@ from torch import Tensor
 from methods.core.capped import Capped, whole_slots
 from methods.core.contract import Step
 from methods.core.errors import UserError
+from methods.core.eviction import EvictionContext
 from methods.core.store import Store
 
 
@@ -46,11 +47,11 @@ class H2O(Capped):
             B, H, S = store.pos.shape
             store.add("mass", mass.view(B, H, -1, S).sum(dim=2))
 
-    def worth(self, store: Store, step: Step, room: Tensor, mass: Tensor | None) -> Tensor:
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """Collected attention; the newest are +inf."""
         last = step.pos[:, -1:, None]  # [B, 1, 1]
         collected = store.track("mass")
         if self.normalise:
             collected = collected / (last - store.pos + 1).clamp_min(1)
-        recent = room - whole_slots(self.heavy, room)
+        recent = cut.budget_slots - whole_slots(self.heavy, cut.budget_slots)
         return collected.masked_fill(store.pos > last - recent, torch.inf)

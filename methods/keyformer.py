@@ -28,6 +28,7 @@ from kernels import Stem, noisy_mass
 from methods.core.capped import Capped, CappedCache, whole_slots
 from methods.core.contract import LayerCache, ModelSpec, Stage, Step
 from methods.core.errors import UserError
+from methods.core.eviction import EvictionContext
 from methods.core.store import Store
 
 NOISE = ("fresh", "per_token", "none")
@@ -71,9 +72,9 @@ class Keyformer(Capped):
         return [KeyformerCache(self, prompt_len, joint) for _ in range(spec.n_layers)]
 
     def slots(self, n: int) -> int:
-        return self._without_gap(super().slots(n)) if self.budget <= 1 else min(n, self.cap(n))
+        return self._without_gap(super().slots(n)) if self.budget <= 1 else min(n, self.capacity(n))
 
-    def cap(self, n: int) -> int:
+    def capacity(self, n: int) -> int:
         return self.slots(n) if self.budget <= 1 else self._without_gap(int(self.budget))
 
     def tau(self, t: Tensor) -> Tensor:
@@ -110,12 +111,11 @@ class Keyformer(Capped):
             rows = weight / weight.sum(-1, keepdim=True)
         return rows.view(B, H, -1, S).sum(dim=2)
 
-    def worth(self, store: Store, step: Step, room: Tensor, mass: Tensor | None) -> Tensor:
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """Noisy attention collected so far; the newest are +inf."""
         last = step.pos[:, -1:, None]  # [B, 1, 1]
-        if self.compat:
-            room = room + 1
-        recent = whole_slots(self.recent, room)
+        slots = cut.budget_slots + 1 if self.compat else cut.budget_slots
+        recent = whole_slots(self.recent, slots)
         score = store.track("score")
         if self.compat:
             score = score.masked_fill(store.pos == last - recent + 1, torch.finfo(score.dtype).min)

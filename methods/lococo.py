@@ -128,7 +128,7 @@ class LoCoCo(Method):
         return self.slots - self.fused
 
     @property
-    def limit(self) -> int:
+    def max_slots(self) -> int:
         """A layer that holds more slots than this compresses before the next chunk."""
         return self.slots + self.buffer
 
@@ -286,7 +286,7 @@ class Memory:
             return
         self.left = 0
         if step.stage is Stage.ENDS_PROMPT:
-            if not self.method.lazy_end and len(self.store) > self.method.limit:
+            if not self.method.lazy_end and len(self.store) > self.method.max_slots:
                 self._compress()
             self.store.tighten()
 
@@ -298,12 +298,12 @@ class Memory:
         """Compress if it is due, then append the rest of a chunk, and further chunks as long as nothing is due."""
         method, rest = self.method, step.q.shape[2] - self.at
         if self.left == 0:
-            if len(self.store) > method.limit:
+            if len(self.store) > method.max_slots:
                 self._compress()
             self.left, self.fresh = method.chunk, True
         n = self.last = min(self.left, rest)
         self.left -= n
-        while n < rest and len(self.store) + n <= method.limit:
+        while n < rest and len(self.store) + n <= method.max_slots:
             self.last = min(method.chunk, rest - n)
             n, self.left, self.fresh = n + self.last, method.chunk - self.last, True
         self.here = n
@@ -336,7 +336,7 @@ class Memory:
         if self.method.budget == 1:
             return False
         to_come = self.left if step.stage is Stage.MID_PROMPT else 0
-        return self.method.accumulate_scores or len(self.store) + to_come > self.method.limit
+        return self.method.accumulate_scores or len(self.store) + to_come > self.method.max_slots
 
     def _compress(self) -> None:
         """Fill the store anew, without free places."""
@@ -344,14 +344,14 @@ class Memory:
         made = compress(Slots(old.k, old.v, old.pos, old.track("mass")), self.method, self.compressor)
         self.store = store = Store()
         store.n, store.buffers, store.fills = self.method.slots, vars(made), dict(old.fills)
-        store.most, store.to_come = self.method.limit + 1, old.to_come
+        store.max_slots, store.to_come = self.method.max_slots + 1, old.to_come
 
     def copy(self, rows: slice) -> Memory:
         """The same for some of the rows."""
         made = Memory(self.method, self.compressor, self.store.capacity)
         made.left, made.prompt = self.left, self.prompt
         made.store.n, made.store.fills = self.store.n, dict(self.store.fills)
-        made.store.most, made.store.to_come = self.store.most, self.store.to_come
+        made.store.max_slots, made.store.to_come = self.store.max_slots, self.store.to_come
         made.store.buffers = {name: buffer[rows].clone() for name, buffer in self.store.buffers.items()}
         return made
 
@@ -360,8 +360,8 @@ class LoCoCoCache(PerRow[Memory]):
     """One layer: a memory for all rows, or one for each once a row has padding."""
 
     def __init__(self, method: LoCoCo, compressor: Compressor | None, prompt_len: int | None):
-        most = None if prompt_len is None else min(prompt_len, method.limit + method.chunk)
-        super().__init__(Memory(method, compressor, most))
+        capacity = None if prompt_len is None else min(prompt_len, method.max_slots + method.chunk)
+        super().__init__(Memory(method, compressor, capacity))
         self.method = method
 
     def adapters(self) -> Iterable[Tensor]:
@@ -373,8 +373,8 @@ class LoCoCoCache(PerRow[Memory]):
         method, found = self.method, Holding([], [], [])
         for memory in self.memories:
             held = memory.store.holding()
-            most = method.buffer + method.chunk * method.lazy_end
-            waiting = max(0, min(len(memory.store) - method.slots, most))
+            lag = method.buffer + method.chunk * method.lazy_end
+            waiting = max(0, min(len(memory.store) - method.slots, lag))
             slots = [own - beside for own, beside in zip(held.own, held.beside)]  # keys and values
             found.own += held.own
             found.beside += [n + waiting * kv // len(memory.store) for n, kv in zip(held.beside, slots)]
@@ -389,7 +389,7 @@ class LoCoCoCache(PerRow[Memory]):
     @property
     def due(self) -> bool:
         """Whether the next chunk begins with a compression."""
-        return any(memory.left == 0 and len(memory.store) > self.method.limit for memory in self.memories)
+        return any(memory.left == 0 and len(memory.store) > self.method.max_slots for memory in self.memories)
 
     def detach(self) -> None:
         """Let no later gradient reach what is held: training looks back over one compression."""

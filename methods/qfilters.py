@@ -53,7 +53,7 @@ class Filtered(Eviction):
     filters: "auto", the ones made for the model, or a file that runner=calibrate wrote.
     """
 
-    keeps_limit: ClassVar[bool] = True
+    fills_budget: ClassVar[bool] = True
 
     window: int | None = None
     sinks: int = 0
@@ -160,9 +160,10 @@ class CappedQFilters(Capped, Filtered):
     def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
         return Filtered.caches(self, spec, prompt_len)
 
-    def worth(self, store: Store, step: Step, room: Tensor, mass: Tensor | None) -> Tensor:
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """Products of keys and filter, [B, H, S]."""
-        return self.protected(store, step, (room - self.sinks) // 2 if self.window is None else self.window)
+        window = (cut.budget_slots - self.sinks) // 2 if self.window is None else self.window
+        return self.protected(store, step, window)
 
 
 class FilteredCache(EvictionCache):
@@ -174,12 +175,12 @@ class FilteredCache(EvictionCache):
         self.filters = filters
 
     def append(self, step: Step) -> None:
-        hole, n = self.store.hole, len(self.store)
+        free_slot, n = self.store.free_slot, len(self.store)
         super().append(step)
         new = score_keys(step.k, self.filters)  # [B, H, T]
         scores = new.new_zeros(*new.shape[:2], len(self.store))
-        if hole is not None:
-            scores.scatter_(2, hole[..., None], new[:, :, :1])
+        if free_slot is not None:
+            scores.scatter_(2, free_slot[..., None], new[:, :, :1])
             new = new[:, :, 1:]
         scores[:, :, n:] = new
         self.store.add(SCORE, scores)

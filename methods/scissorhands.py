@@ -23,6 +23,7 @@ from methods.core.budget import slots
 from methods.core.capped import Capped
 from methods.core.contract import Stage, Step
 from methods.core.errors import UserError
+from methods.core.eviction import EvictionContext
 from methods.core.store import Store
 
 BLOCK = 16  # queries whose attention is computed together
@@ -71,10 +72,10 @@ class Scissorhands(Capped):
         k = self.full(n)
         return n if n <= k or self.budget == 1 else k - self._goes(k)
 
-    def cap(self, n: int) -> int:
+    def capacity(self, n: int) -> int:
         return self.full(n) - 1
 
-    def refill(self, n: int) -> int:
+    def target_size(self, n: int) -> int:
         return self.full(n) - self._goes(self.full(n))
 
     def n_window_queries(self, store: Store, step: Step) -> int:
@@ -95,16 +96,16 @@ class Scissorhands(Capped):
             p = attention_probs(q, k, step.rules, q_pos=q_pos, k_pos=store.pos)  # [B, H, G, t, S]
             self._write(store, step, q_pos, p.mean(2))
 
-    def worth(self, store: Store, step: Step, room: Tensor, mass: Tensor | None) -> Tensor:
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """Minus the votes; the newest are +inf."""
         against = _ones(self._votes(store)).double()  # [B, H, S]
         last = step.pos[:, -1:, None]
         if self.normalise:
             against = against / (last - store.pos + 1).clamp(1, self.history)
-        worth = -against
+        scores = -against
         if self.tie == "prob":
-            worth = ranks(worth, self._seen(store).sum(-1, dtype=torch.float64))
-        return worth.masked_fill(store.pos > last - self.recent, torch.inf)
+            scores = ranks(scores, self._seen(store).sum(-1, dtype=torch.float64))
+        return scores.masked_fill(store.pos > last - self.recent, torch.inf)
 
     def _least(self) -> int:
         """The smallest full cache that holds the recent slots and one more after a drop."""

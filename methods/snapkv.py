@@ -2,8 +2,8 @@
 
 Paper: Li et al. 2024, arXiv:2404.14469, section 4.
 Idea:  the last `window` queries of the prompt, the observation window, score earlier slots by their attention; a
-       pooling over neighbours keeps spans whole; the top slots and the window stay. Runs once, when the prompt ends; later
-       tokens are appended.
+       pooling over neighbours keeps spans whole; the top slots and the window stay. Runs once, when the prompt ends;
+       later tokens are appended.
 Here:  query heads that share a KV head score together (pooled, then averaged), so a grouped-query model keeps its small
        cache; the authors' release lets every query head choose for itself. The paper's LongBench setting (max, 7) is
        the default, the release's is pooling=avg kernel=5. Never fewer than window + 1 slots stay.

@@ -41,7 +41,7 @@ class StreamingLLM(Eviction):
     dialogue: make room before a later turn is read, so that the cache never exceeds its size, instead of after it.
     """
 
-    keeps_limit: ClassVar[bool] = True
+    fills_budget: ClassVar[bool] = True
 
     sinks: int = 4
     positions: str = "rolled"
@@ -77,7 +77,7 @@ class StreamingLLM(Eviction):
     def slots(self, n: int) -> int:
         return max(super().slots(n), self.sinks + 1)
 
-    def cap(self, n: int) -> int:
+    def capacity(self, n: int) -> int:
         """Slots per head after a prompt of n tokens; a number of slots also bounds what a shorter prompt grows to."""
         if self.budget == 1:
             return sys.maxsize
@@ -116,16 +116,16 @@ class StreamingCache(EvictionCache):
         if step.stage is Stage.MID_PROMPT:
             return
         if step.stage is Stage.ENDS_PROMPT:
-            dropped = self.limit != self.prompt
-            self.held = self.limit
-            self.limit = [method.cap(n) for n in self.prompt]
-            self.store.most = max(self.limit) + 1
+            dropped = self.kept_per_head != self.prompt
+            self.held = self.kept_per_head
+            self.kept_per_head = [method.capacity(n) for n in self.prompt]
+            self.store.max_slots = max(self.kept_per_head) + 1
             if dropped:
                 self._hold_sinks(step)
             return
         whole = self._gap(step) == 0  # [B, H], heads that have dropped nothing yet
         self.held = [n + m for n, m in zip(self.held, real_tokens(step), strict=True)]
-        over = [n - limit for n, limit in zip(self.held, self.limit, strict=True)]
+        over = [n - kept for n, kept in zip(self.held, self.kept_per_head, strict=True)]
         if all(n == 1 for n in over):
             self._drop_oldest()
         elif max(over) > 0:
@@ -180,15 +180,15 @@ class StreamingCache(EvictionCache):
         store, pos = self.store, self.store.pos
         recent = torch.where(pos >= self.method.sinks, pos, torch.iinfo(pos.dtype).max)
         store.drop(recent.argmin(-1))
-        self.held = self.limit
+        self.held = self.kept_per_head
 
-    def _shrink(self, step: Step, room: list[int] | None = None) -> None:
-        """Drop to the limit, less `room` for the tokens to come of each row; sinks and one recent token stay."""
-        limit, least = self.limit, self.method.sinks + 1
-        self.limit = [max(n - m, least) for n, m in zip(limit, room or [0] * len(limit), strict=True)]
+    def _shrink(self, step: Step, incoming: list[int] | None = None) -> None:
+        """Drop to what may stay, less the `incoming` tokens of each row; sinks and one recent token stay."""
+        kept, least = self.kept_per_head, self.method.sinks + 1
+        self.kept_per_head = [max(n - m, least) for n, m in zip(kept, incoming or [0] * len(kept), strict=True)]
         self._drop(step, None if step.rules.window else self.held)  # a sliding layer lets go of slots by itself
-        self.held = [min(n, m) for n, m in zip(self.held, self.limit, strict=True)]
-        self.limit = limit
+        self.held = [min(n, m) for n, m in zip(self.held, self.kept_per_head, strict=True)]
+        self.kept_per_head = kept
 
     def _attend_rolled(self, step: Step) -> Tensor:
         """Sinks as far behind the newest token as their slots are."""

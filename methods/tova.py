@@ -16,6 +16,7 @@ from torch import Tensor
 from methods.core.capped import Capped
 from methods.core.contract import Stage, Step
 from methods.core.errors import UserError
+from methods.core.eviction import EvictionContext
 from methods.core.store import Store
 
 
@@ -40,9 +41,10 @@ class TOVA(Capped):
             return 0
         return 1
 
-    def worth(self, store: Store, step: Step, room: Tensor, mass: Tensor | None) -> Tensor:
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """The last query's attention, averaged over heads."""
         B, H, S = store.pos.shape
+        mass = cut.mass
         if mass is None or mass.shape[-1] != S:  # a sliding layer let go of slots after it attended
             mass = store.mass(step, 1)
         groups = 1 if self.granularity == "layer" else H

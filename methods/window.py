@@ -12,6 +12,7 @@ from torch import Tensor
 
 from methods.core.capped import Capped
 from methods.core.contract import Step
+from methods.core.eviction import EvictionContext
 from methods.core.store import Store
 
 
@@ -19,6 +20,6 @@ from methods.core.store import Store
 class Window(Capped):
     """A recent window of fixed size."""
 
-    def worth(self, store: Store, step: Step, room: Tensor, mass: Tensor | None) -> Tensor:
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """The newest first."""
         return store.pos.float()

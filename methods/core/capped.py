@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,16 +19,29 @@ from methods.core.store import Store
 EVICT = ("prompt_end", "per_chunk")
 
 
+def _by_context(worth: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`score` for a method of before, whose `worth` was given these two parts of the context."""
+
+    @functools.wraps(worth)
+    def score(self: Eviction, store: Store, step: Step, cut: EvictionContext) -> Tensor:
+        return worth(self, store, step, cut.budget_slots, cut.mass)
+
+    return score
+
+
 @dataclass
 class Capped(Eviction):
-    """Drops the slots that are worth least: when the prompt ends, and from then on as each token comes in.
+    """Drops the slots that score lowest: when the prompt ends, and from then on as each token comes in.
 
     budget: 1 drops nothing, ever; a number of slots is also what a shorter prompt grows to.
     evict: "prompt_end": the prompt attends in full before the first drop. "per_chunk": slots also go after every chunk
         of the prompt; in chunks of one token, token by token.
     """
 
-    keeps_limit: ClassVar[bool] = True
+    _old_names: ClassVar = Eviction._old_names | {"worth": "score", "cap": "capacity", "refill": "target_size"}
+    _old_forms: ClassVar = {"worth": _by_context}
+
+    fills_budget: ClassVar[bool] = True
 
     evict: str = "prompt_end"
 
@@ -51,52 +66,42 @@ class Capped(Eviction):
     def slots(self, n: int) -> int:
         return max(1, super().slots(n))
 
-    def cap(self, n: int) -> int:
+    def capacity(self, n: int) -> int:
         """Most slots that a head holds after any token that follows a prompt of n."""
         return self.slots(n) if self.budget <= 1 else int(self.budget)
 
-    def refill(self, n: int) -> int:
-        """Slots that a head starts again from once it holds more than `cap`; the same number unless overridden."""
-        return self.cap(n)
+    def target_size(self, n: int) -> int:
+        """Slots that a head starts again from once it holds more than `capacity`; the same number unless overridden."""
+        return self.capacity(n)
 
-    def worth(self, store: Store, step: Step, room: Tensor, mass: Tensor | None) -> Tensor:
-        """What each slot is worth, [B, H, S]: the least goes first, at equal worth the newest; +inf stays, never -inf.
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
+        """Scores [B, H, S]: the lowest goes first, at equal scores the newest; +inf stays, never -inf.
 
-        room [B, 1, 1]: slots that stay; mass [B, Hq, S]: what `n_window_queries` asked for. Padding need not be looked
-        at. Slots do not lie in order of position: a new token takes a freed place. It must not make the host wait.
+        Asked for after every token of a full cache, so it must not make the host wait. Slots do not lie in order of
+        position then: a new token takes a freed place, and `store.pos` says how old a slot is. Padding need not be
+        looked at.
         """
         raise NotImplementedError
 
-    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
-        room = on_device(cut.limit, store.pos.device)[:, None, None]
-        return self.rank(store, step, room, cut.mass)
-
-    def rank(self, store: Store, step: Step, room: Tensor, mass: Tensor | None) -> Tensor:
-        """`worth`, where a sliding layer first lets go of what no later query sees."""
-        worth = self.worth(store, step, room, mass)
-        if step.rules.window is None:
-            return worth
-        unseen = store.pos <= step.pos[:, -1:, None] - step.rules.window + 1  # [B, H, S]
-        return worth.masked_fill(unseen, torch.finfo(worth.dtype).min)
-
 
 class CappedCache(EvictionCache):
-    """One layer whose next token takes the place of the slot that is worth least."""
+    """One layer whose next token takes the place of the slot that scores lowest."""
 
     method: Capped
 
     def __init__(self, method: Capped, prompt_len: int | None):
         super().__init__(method, prompt_len)
-        self.cap: list[int] = []  # of each row, once the prompt has ended; empty: there is none
-        self.refill: list[int] = []
+        self.capacity: list[int] = []  # of each row, once the prompt has ended; empty: there is none
+        self.target_size: list[int] = []
         self.held: list[int] = []  # slots of each row's fullest head
-        self.caps: Tensor | None = None  # the same as cap, [B, 1]
+        self.capacity_there: Tensor | None = None  # the same as capacity, on the device, [B, 1]
         self.columns = 0  # of the prompt so far, padding included
 
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
-        self.cap, self.refill, self.held = (taken(x, rows) for x in (self.cap, self.refill, self.held))
-        self.caps = None if self.caps is None else self.caps.index_select(0, rows)
+        sizes = (self.capacity, self.target_size, self.held)
+        self.capacity, self.target_size, self.held = (taken(x, rows) for x in sizes)
+        self.capacity_there = None if self.capacity_there is None else self.capacity_there.index_select(0, rows)
 
     def _decide(self, step: Step) -> None:
         if step.stage is Stage.ENDS_PROMPT:
@@ -104,25 +109,27 @@ class CappedCache(EvictionCache):
         elif step.stage is Stage.MID_PROMPT:
             if self.method.changes_prompt and self.method.budget != 1:
                 self._inside_prompt(step)
-        elif self.cap:
+        elif self.capacity:
             self._go_on(step)
 
     def _go_on(self, step: Step) -> None:
-        """After tokens that follow the prompt: rows above their cap drop."""
+        """After tokens that follow the prompt: rows above their capacity drop."""
         if step.stage is Stage.DECODE:
             self.held = [n + 1 for n in self.held]
         else:
             self.held = self._count()
-        over = [n > cap for n, cap in zip(self.held, self.cap, strict=True)]
+        above = [n - capacity for n, capacity in zip(self.held, self.capacity, strict=True)]
+        over = [n > 0 for n in above]
         if not any(over):
             return
-        by_one = all(n <= cap + 1 for n, cap in zip(self.held, self.cap, strict=True)) and self.refill == self.cap
-        if step.stage is Stage.DECODE and by_one and len(self.store) > max(self.cap):
+        by_one = max(above) == 1 and self.target_size == self.capacity
+        if step.stage is Stage.DECODE and by_one and len(self.store) > max(self.capacity):
             self._drop_one(step, over)
             self.held = [n - o for n, o in zip(self.held, over, strict=True)]
         else:
             held = self.held
-            self.held = self.limit = [refill if o else n for n, refill, o in zip(held, self.refill, over, strict=True)]
+            self.held = [target if o else n for n, target, o in zip(held, self.target_size, over, strict=True)]
+            self.kept_per_head = self.held
             self._drop(step, held)
 
     def _end_prompt(self, step: Step) -> None:
@@ -130,61 +137,74 @@ class CappedCache(EvictionCache):
         if self.method.budget == 1:
             return
         self.held = self._count()
-        self.cap, self.refill = self._caps(step, self.prompt)
-        self.caps = on_device(self.cap, step.pos.device)[:, None]
-        self.store.most = max(self.cap) + 1
+        self.capacity, self.target_size = self._sizes_for(step, self.prompt)
+        self.capacity_there = on_device(self.capacity, step.pos.device)[:, None]
+        self.store.max_slots = max(self.capacity) + 1
 
-    def _limits(self, step: Step) -> list[int]:
+    def _kept_after_prompt(self, step: Step) -> list[int]:
         if self.method.changes_prompt and self.method.budget != 1:  # the prompt's last token is like any other
             return self._after_token(step, self.prompt)
-        return super()._limits(step)
+        return super()._kept_after_prompt(step)
 
     def _inside_prompt(self, step: Step) -> None:
-        """A chunk has been read: rows above the cap that the whole prompt will have drop, as they do while decoding."""
+        """A chunk has been read: rows above the whole prompt's capacity drop, as they do while decoding."""
         self.columns += step.q.shape[2]
         assert self.prompt_len is not None, "a prompt in one piece has no middle"
         read = (step.pos.amax(-1) + 1).tolist()  # tokens per row; its padding has all come before them
         whole = [_within(self.prompt_len - self.columns + n, step.rules.window) for n in read]
-        self.limit = self._after_token(step, whole)
+        self.kept_per_head = self._after_token(step, whole)
         self._drop(step)
 
     def _after_token(self, step: Step, prompt: list[int]) -> list[int]:
         """Slots that rows with prompts of so many tokens keep of what they hold now."""
         held = self._count()
-        return [refill if n > cap else n for n, cap, refill in zip(held, *self._caps(step, prompt), strict=True)]
+        sizes = self._sizes_for(step, prompt)
+        return [target if n > capacity else n for n, capacity, target in zip(held, *sizes, strict=True)]
 
-    def _caps(self, step: Step, prompt: list[int]) -> tuple[list[int], list[int]]:
-        """Each row's cap, and what it starts again from above it."""
+    def _sizes_for(self, step: Step, prompt: list[int]) -> tuple[list[int], list[int]]:
+        """Each row's capacity, and what it starts again from above it."""
         share, window = self.method.allocator.slots, step.rules.window
-        cap, refill = (
+        capacity, target_size = (
             [_within(share(step.layer, step.n_layers, of(n)), window) for n in prompt]
-            for of in (self.method.cap, self.method.refill)
+            for of in (self.method.capacity, self.method.target_size)
         )
-        return cap, refill
+        return capacity, target_size
+
+    def _scores(self, step: Step, cut: EvictionContext) -> Tensor:
+        """The method's scores; a sliding layer first lets go of what no later query sees."""
+        scores = super()._scores(step, cut)
+        if step.rules.window is None:
+            return scores
+        unseen = self.store.pos <= step.pos[:, -1:, None] - step.rules.window + 1  # [B, H, S]
+        return scores.masked_fill(unseen, torch.finfo(scores.dtype).min)
 
     def _drop_one(self, step: Step, over: list[bool]) -> None:
-        """Free the slot of every head that is worth least, for the next token to take.
+        """Free the slot of every head that scores lowest, for the next token to take.
 
-        over: rows that hold more than their cap; the others have a free place already.
+        over: rows that hold more than their capacity; the others have a free place already.
         """
         store = self.store
-        assert self.caps is not None
+        assert self.capacity_there is not None
         real = store.pos >= 0  # [B, H, S]
-        worth = self.method.rank(store, step, self.caps[..., None], self.mass)
-        if worth.device.type == "cpu":  # elsewhere a look waits for the device
-            check_scores(self.method, worth.masked_fill(~real, -torch.inf), real)
-        worth = worth.masked_fill(~real, torch.inf)
-        least = worth == worth.amin(-1, keepdim=True)
-        slot = torch.where(least, store.pos, -1).argmax(-1)  # [B, H], the newest of them
+        budget_slots = self.capacity_there[..., None]
+        context = EvictionContext(
+            step.q, step.pos, real, self.prompt, self.capacity, budget_slots, self.mass, again=True
+        )
+        scores = self._scores(step, context)
+        if scores.device.type == "cpu":  # elsewhere a look waits for the device
+            check_scores(self.method, scores.masked_fill(~real, -torch.inf), real)
+        scores = scores.masked_fill(~real, torch.inf)
+        lowest = scores == scores.amin(-1, keepdim=True)
+        slot = torch.where(lowest, store.pos, -1).argmax(-1)  # [B, H], the newest of them
         if store.padded:  # a row that is not full has a free place already
             free = (~real).to(torch.int8).argmax(-1)
-            slot = torch.where(real.sum(-1) > self.caps, slot, free)
+            slot = torch.where(real.sum(-1) > self.capacity_there, slot, free)
         store.drop(slot, over)
 
 
-def whole_slots(share: float, room: Tensor) -> Tensor:
-    """Whole slots that a share of `room` slots comes to, cut as `budget.slots` does; float32 is not exact enough."""
-    return (share * room.double() + 1e-9).long()
+def whole_slots(share: float, slots: Tensor) -> Tensor:
+    """Whole slots that a share of so many comes to, cut as `budget.slots` does; float32 is not exact enough."""
+    return (share * slots.double() + 1e-9).long()
 
 
 def _within(n: int, window: int | None) -> int:

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -25,26 +26,41 @@ class EvictionContext:
 
     q [B, Hq, T, D], q_pos [B, T]: the newest queries, as many as `Eviction.query_window` asked for where there are so
     many; position -1 is padding.
-    age_rank [B, H, S]: how many older slots the head holds, -1 for padding.  n [B, H, 1]: slots that it holds.
+    real [B, H, S]: which slots are no padding.
     prompt: tokens of each row's prompt in this layer (in a sliding layer those inside its window).
-    limit: slots that may stay per head, for each row.
+    kept_per_head: slots that may stay per head, for each row.  budget_slots [B, 1, 1]: the same on the device.
     mass [B, Hq, S]: what `Eviction.n_window_queries` asked for in the step that decides; None if it asked for nothing.
     again: whether the rows have been cut before.
     """
 
     q: Tensor
     q_pos: Tensor
-    age_rank: Tensor
-    n: Tensor
+    real: Tensor
     prompt: list[int]
-    limit: list[int]
+    kept_per_head: list[int]
+    budget_slots: Tensor
     mass: Tensor | None = None
     again: bool = False
+
+    @cached_property
+    def n(self) -> Tensor:
+        """Slots that each head holds, [B, H, 1]."""
+        return self.real.sum(-1, keepdim=True)
+
+    @cached_property
+    def age_rank(self) -> Tensor:
+        """How many older slots the head holds, [B, H, S], -1 for padding; where slots lie in order of position."""
+        return torch.where(self.real, self.real.cumsum(-1) - 1, -1)
 
     @property
     def rank(self) -> Tensor:
         """What `age_rank` was called."""
         return self.age_rank
+
+    @property
+    def limit(self) -> list[int]:
+        """What `kept_per_head` was called."""
+        return self.kept_per_head
 
 
 def __getattr__(name: str) -> Any:
@@ -64,15 +80,18 @@ class Eviction(Method):
     store: makes the storage of one layer; None: what the allocator says.
     """
 
+    _old_names: ClassVar = {"voters": "n_window_queries", "tail": "query_window", "keeps_limit": "fills_budget"}
+    _old_forms: ClassVar[dict[str, Callable[..., Any]]] = {}
+
     #: `score` is never -inf for a slot that is not padding, so every head keeps as many slots as it may
-    keeps_limit: ClassVar[bool] = False
+    fills_budget: ClassVar[bool] = False
 
     allocator: Allocator = field(default_factory=Uniform)
     store: Callable[..., Store] | None = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        adopt(cls, {"voters": "n_window_queries", "tail": "query_window"})
+        adopt(cls, cls._old_names, cls._old_forms)
 
     @property
     def family(self) -> str:
@@ -124,7 +143,7 @@ class Eviction(Method):
     def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """Scores [B, H, S], float32: the highest are kept, +inf always, -inf never.
 
-        Neither padding nor rows that fit (`cut.limit` is what they hold) need be looked at.
+        Neither padding nor rows that fit (`cut.kept_per_head` is what they hold) need be looked at.
         """
         raise NotImplementedError
 
@@ -141,7 +160,7 @@ class EvictionCache(LayerCache):
         self.store = make(capacity=prompt_len)
         self.prompt_len = prompt_len
         self.prompt: list[int] = []  # tokens of each row's prompt, once it has ended
-        self.limit: list[int] = []
+        self.kept_per_head: list[int] = []
         self.since: list[int] = []  # tokens of each row since it last had to drop
         self.again = False  # whether a prompt has ended before
         self.dropped = False  # whether any slot has gone, so that heads may hold different numbers
@@ -197,12 +216,13 @@ class EvictionCache(LayerCache):
     def reorder(self, rows: Tensor) -> None:
         self.store.reorder(rows)
         self.queries = [(q[rows], pos[rows]) for q, pos in self.queries]
-        self.prompt, self.limit, self.since = (taken(x, rows) for x in (self.prompt, self.limit, self.since))
+        sizes = (self.prompt, self.kept_per_head, self.since)
+        self.prompt, self.kept_per_head, self.since = (taken(x, rows) for x in sizes)
 
     def _shared_mass(self, step: Step) -> Tensor:
         """The window queries' attention, computed once for all caches that hold the same whole prompt."""
         key = ("mass", self.n_window_queries, len(self.store))
-        if self.limit:  # slots may have been dropped
+        if self.kept_per_head:  # slots may have been dropped
             return self.store.mass(step, self.n_window_queries)
         if key not in step.memo:
             step.memo[key] = self.store.mass(step, self.n_window_queries)
@@ -239,12 +259,12 @@ class EvictionCache(LayerCache):
         seen = (step.pos.amax(-1) + 1).tolist()  # tokens, also when earlier ones have been dropped
         window = step.rules.window
         self.prompt = seen if window is None else [min(n, window - 1) for n in seen]
-        self.limit = self._limits(step)
+        self.kept_per_head = self._kept_after_prompt(step)
         self.since = [0] * len(self.prompt)
         self._drop(step)
         self.queries, self.again = [], True
 
-    def _limits(self, step: Step) -> list[int]:
+    def _kept_after_prompt(self, step: Step) -> list[int]:
         """Slots per head that each row keeps when the prompt ends."""
         share = self.method.allocator.slots
         return [min(n, share(step.layer, step.n_layers, self.method.slots(n))) for n in self.prompt]
@@ -259,7 +279,7 @@ class EvictionCache(LayerCache):
         self.since = [0 if d else n for n, d in zip(self.since, due, strict=True)]
         share, held = self.method.allocator.slots, self._count()
         again = [share(step.layer, step.n_layers, self.method.again(n, m)) for n, m in zip(self.prompt, held)]
-        self.limit = [n if d else m for n, m, d in zip(again, held, due, strict=True)]
+        self.kept_per_head = [n if d else m for n, m, d in zip(again, held, due, strict=True)]
         self._drop(step, held)
 
     def _count(self) -> list[int]:
@@ -275,39 +295,41 @@ class EvictionCache(LayerCache):
         """
         method, store = self.method, self.store
         real = store.pos >= 0  # [B, H, S]
-        n = real.sum(-1, keepdim=True)  # [B, H, 1]
-        known = method.keeps_limit and (held is not None or not store.padded)
+        known = method.fills_budget and (held is not None or not store.padded)
         if held is None:
             held = self._count()
-        limits = [min(limit, m) for limit, m in zip(self.limit, held, strict=True)]
-        if limits == held:
+        kept = [min(n, m) for n, m in zip(self.kept_per_head, held, strict=True)]
+        if kept == held:
             return
-        rank = torch.where(real, real.cumsum(-1) - 1, -1)
+        budget_slots = on_device(kept, real.device)  # [B]
         q, q_pos = _join(self.queries or [(step.q, step.pos)])
-        scores = method.score(
-            store, step, EvictionContext(q, q_pos, rank, n, self.prompt, limits, self.mass, self.again)
-        )
-        fits = [limit == m for limit, m in zip(limits, held, strict=True)]
+        context = EvictionContext(q, q_pos, real, self.prompt, kept, budget_slots[:, None, None], self.mass, self.again)
+        scores = self._scores(step, context)
+        fits = [n == m for n, m in zip(kept, held, strict=True)]
         if any(fits):  # that another row must drop is no reason for this one to
-            scores = scores.masked_fill(on_device(fits, n.device)[:, None, None], torch.inf)
+            scores = scores.masked_fill(on_device(fits, real.device)[:, None, None], torch.inf)
         scores = scores.masked_fill(~real, -torch.inf)
         if step.stage is Stage.ENDS_PROMPT or scores.device.type == "cpu":  # elsewhere a look waits for the device
             check_scores(method, scores, real)
-        keep = self._pick(scores, on_device(limits, n.device))
+        keep = self._pick(scores, budget_slots)
         method.before_drop(store, keep)
         self.dropped = True
-        exact = min(limits) == max(limits) if known else bool((keep.sum(-1) == max(limits)).all())
-        store.keep(keep, max(limits), exact=exact)
+        exact = min(kept) == max(kept) if known else bool((keep.sum(-1) == max(kept)).all())
+        store.keep(keep, max(kept), exact=exact)
         if known:
-            store.count(limits)
+            store.count(kept)
 
-    def _pick(self, scores: Tensor, limits: Tensor) -> Tensor:
+    def _scores(self, step: Step, cut: EvictionContext) -> Tensor:
+        """The method's scores, [B, H, S]."""
+        return self.method.score(self.store, step, cut)
+
+    def _pick(self, scores: Tensor, budget_slots: Tensor) -> Tensor:
         """The allocator's keep-mask [B, H, S], the lower position winning at equal scores."""
         pick = self.method.allocator.pick
         if self.store.in_order:
-            return pick(scores, limits)
+            return pick(scores, budget_slots)
         order = self.store.pos.argsort(dim=-1, stable=True)
-        return torch.zeros_like(order, dtype=torch.bool).scatter(2, order, pick(scores.gather(2, order), limits))
+        return torch.zeros_like(order, dtype=torch.bool).scatter(2, order, pick(scores.gather(2, order), budget_slots))
 
     def _remember(self, step: Step) -> None:
         """Hold the newest queries that the next decision will need."""
@@ -331,7 +353,7 @@ class EvictionCache(LayerCache):
 
 
 def check_scores(method: Eviction, scores: Tensor, real: Tensor) -> None:
-    """Raises FloatingPointError that names the place of the method's `score` (or `worth`) if its scores rank nothing.
+    """Raises FloatingPointError that names the place of the method's `score` if its scores rank nothing.
 
     scores [B, H, S]: -inf for padding.  real [B, H, S]: what is no padding. A row may score some slots -inf, not all.
     """
@@ -339,7 +361,7 @@ def check_scores(method: Eviction, scores: Tensor, real: Tensor) -> None:
     nothing = bool(((scores == -torch.inf).all(-1).all(-1) & real.any(-1).any(-1)).any())
     if not broken and not nothing:
         return
-    code = inspect.unwrap(getattr(type(method), "worth", type(method).score)).__code__
+    code = inspect.unwrap(type(method).score).__code__
     what = f"NaN for {broken} of {int(real.sum())} slots" if broken else "-inf for all slots of a row"
     raise FloatingPointError(f"{code.co_name} gave {what}: {code.co_filename}, line {code.co_firstlineno}")
 

@@ -2,20 +2,22 @@
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 
-def adopt(cls: type, names: Mapping[str, str]) -> None:
-    """Give what the class defines by an old name the new one; names: old -> new.
+def adopt(cls: type, names: Mapping[str, str], forms: Mapping[str, Callable[[Any], Any]] | None = None) -> None:
+    """Give what the class defines by an old name the new one, from `__init_subclass__`; names: old -> new.
 
-    For `__init_subclass__`, so that the line names where the class is defined. A field of a dataclass may be called
-    so, which is a knob of the method's own. What calls an old name fails as usual.
+    forms: what makes a function of before, whose arguments were others, one of today. A field of a dataclass may have
+    an old name: it is a knob of the method's own. What calls an old name fails as usual.
     """
     fields = {name for name, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)}
     old = [name for name in names if name in cls.__dict__ and name not in fields]
     for name in old:
+        value = cls.__dict__[name]
         if names[name] not in cls.__dict__:
-            setattr(cls, names[name], cls.__dict__[name])
+            setattr(cls, names[name], forms[name](value) if forms and name in forms else value)
         delattr(cls, name)
     if old:
         renamed = ", ".join(f"`{name}` is `{names[name]}`" for name in old)

@@ -47,8 +47,8 @@ class PerRow(LayerCache, Generic[R]):
     def pos(self) -> Tensor:
         """Positions of the slots that are held, [B, H, S], -1 where a row holds fewer."""
         held = [memory.store.pos for memory in self.memories]
-        most = max(pos.shape[2] for pos in held)
-        return torch.cat([F.pad(pos, (0, most - pos.shape[2]), value=-1) for pos in held])
+        longest = max(pos.shape[2] for pos in held)
+        return torch.cat([F.pad(pos, (0, longest - pos.shape[2]), value=-1) for pos in held])
 
     def append(self, step: Step) -> None:
         if step.padded and len(self.memories) < step.q.shape[0]:

@@ -20,8 +20,8 @@ def spare(n: int, to_come: int | None = None, part: int = 8) -> int:
     One copy serves so many tokens, and free places stay few beside what is held. to_come: tokens that will still come,
     this one included; None: it is not known.  part: another share than an eighth.
     """
-    most = max(1, n // part)
-    return most if to_come is None else min(most, to_come - 1)
+    places = max(1, n // part)
+    return places if to_come is None else min(places, to_come - 1)
 
 
 class Store:
@@ -40,11 +40,11 @@ class Store:
         self.padded = False  # whether any place in use is padding
         self.buffers: dict[str, Tensor] = {}  # "k", "v", "pos" and the side arrays, slots on dimension 2
         self.fills: dict[str, float] = {}  # side arrays: a new slot's value
-        self.hole: Tensor | None = None  # [B, H], a freed place that the next token takes
-        self.most: int | None = None  # places that will ever be needed; None: it is not known
+        self.free_slot: Tensor | None = None  # [B, H], one of every head, freed, that the next token takes
+        self.max_slots: int | None = None  # places that will ever be needed; None: it is not known
         self.to_come: int | None = None  # tokens that will still come one at a time; None: it is not known
         self._sizes: tuple[tuple[Any, ...], tuple[int, int, int]] = ((), (0, 0, 0))  # of which arrays, and of a slot
-        self.in_order = True  # whether slots lie in order of position: until a hole is filled
+        self.in_order = True  # whether slots lie in order of position: until a freed one is filled again
 
     def __len__(self) -> int:
         return self.n
@@ -83,14 +83,14 @@ class Store:
         del self.buffers[name], self.fills[name]
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor, padded: bool = False) -> None:
-        """New slots at the end: k [B, H, T, D], v [B, H, T, Dv], pos [B, T]. A hole takes the first of them."""
+        """New slots at the end: k [B, H, T, D], v [B, H, T, Dv], pos [B, T]. A free slot takes the first of them."""
         self.padded |= padded
         self._count_in(k, padded)
         to_come = self.to_come
         if to_come is not None and pos.shape[1] == 1:
             self.to_come = to_come - 1 if to_come > 1 else None
-        if self.hole is not None:
-            self._fill_hole(k[:, :, :1], v[:, :, :1], pos[:, :1])
+        if self.free_slot is not None:
+            self._fill_free_slot(k[:, :, :1], v[:, :, :1], pos[:, :1])
             k, v, pos = k[:, :, 1:], v[:, :, 1:], pos[:, 1:]
         T = k.shape[2]
         if T == 0:
@@ -102,7 +102,7 @@ class Store:
             return
         if not self.buffers:
             self._start(k, v, pos)
-        self._room(T, to_come)
+        self._make_places(T, to_come)
         for name, new in (("k", k), ("v", v), ("pos", pos[:, None])):
             self.buffers[name][:, :, self.n : self.n + T] = new
         for name, fill in self.fills.items():
@@ -121,7 +121,7 @@ class Store:
         self.buffers["pos"] = torch.where(real, pos, -1)
         self.n = slots.shape[2]
         self.padded = not exact
-        self.hole = None
+        self.free_slot = None
         self.real = [mask.shape[1] * self.n] * mask.shape[0] if exact else None
 
     def drop(self, slot: Tensor, rows: Sequence[bool] | None = None) -> None:
@@ -129,12 +129,12 @@ class Store:
 
         rows: those that lose a slot; the place of the others is free already. None: all do.
         """
-        assert self.hole is None, "a second hole would leave the first one unfilled"
+        assert self.free_slot is None, "a second free slot would leave the first one unfilled"
         self._count_out(slot, rows)
         if self.buffers["pos"].shape[1] == 1:
             self.buffers["pos"] = self.buffers["pos"].expand(-1, self.k.shape[1], -1).clone()
         self.buffers["pos"].scatter_(2, slot[..., None], -1)
-        self.hole, self.in_order = slot, False
+        self.free_slot, self.in_order = slot, False
 
     def keep_newest(self, n: int) -> None:
         """Drop what no row has among its n newest slots; for slots in order of arrival."""
@@ -204,31 +204,31 @@ class Store:
         """Slots of every row, over all its heads; waits for the device where they could not be counted along."""
         if self.real is None:
             B, H = self.k.shape[:2]
-            plain = not self.padded and self.hole is None
+            plain = not self.padded and self.free_slot is None
             self.real = [H * self.n] * B if plain else (self.pos >= 0).sum((1, 2)).tolist()
         return self.real
 
-    def holding(self, most: int | None = None) -> Holding:
+    def holding(self, visible: int | None = None) -> Holding:
         """Bytes by row: keys, values and, on top of the budget, positions and side arrays of slots.
 
-        most: slots of a head that later queries can see.
+        visible: slots of a head that later queries can see.
         """
         if not self.buffers:
             return Holding([], [], [])
         B, H = self.buffers["k"].shape[:2]
         whole = sum(x.nbytes for x in self.buffers.values()) // B
         _, side, common = self._per_slot()
-        beside = [n * side + n // H * common for n in self._visible(most)]
-        own = self.own(most)
+        beside = [n * side + n // H * common for n in self._visible(visible)]
+        own = self.own(visible)
         return Holding(own, beside, [whole - n for n in own])
 
-    def own(self, most: int | None = None) -> list[int]:
+    def own(self, visible: int | None = None) -> list[int]:
         """What `holding` gives as own."""
         if not self.buffers:
             return []
         H = self.buffers["k"].shape[1]
         kv, side, common = self._per_slot()
-        return [n * (kv + side) + n // H * common for n in self._visible(most)]
+        return [n * (kv + side) + n // H * common for n in self._visible(visible)]
 
     def overhead(self) -> int:
         """Bytes beside the slots' keys and values: positions, side arrays, padding and free places."""
@@ -239,8 +239,8 @@ class Store:
         if self.real is not None:
             self.real = taken(self.real, rows)
         self.buffers = {name: b.index_select(0, rows.to(b.device)) for name, b in self.buffers.items()}
-        if self.hole is not None:
-            self.hole = self.hole.index_select(0, rows.to(self.hole.device))
+        if self.free_slot is not None:
+            self.free_slot = self.free_slot.index_select(0, rows.to(self.free_slot.device))
 
     def _start(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         places = max(self.capacity or 0, k.shape[2])
@@ -250,10 +250,10 @@ class Store:
             "pos": torch.full((pos.shape[0], 1, places), -1, dtype=torch.int32, device=pos.device),
         }
 
-    def _visible(self, most: int | None) -> list[int]:
+    def _visible(self, visible: int | None) -> list[int]:
         """Slots of every row, over all its heads, of each head at most so many."""
         H = self.buffers["k"].shape[1]
-        return self.counted() if most is None else [min(n, H * most) for n in self.counted()]
+        return self.counted() if visible is None else [min(n, H * visible) for n in self.counted()]
 
     def _per_slot(self) -> tuple[int, int, int]:
         """Bytes of a head's slot in keys and values, and in side arrays; and in those that all heads of a row share."""
@@ -283,30 +283,30 @@ class Store:
             lose = [True] * len(self.real) if rows is None else rows
             self.real = [n - slot.shape[1] * loses for n, loses in zip(self.real, lose, strict=True)]
 
-    def _room(self, T: int, to_come: int | None) -> None:
+    def _make_places(self, T: int, to_come: int | None) -> None:
         places = self.buffers["k"].shape[2]
         if self.n + T <= places:
             return
         # a long append is exact, decoding makes room for the tokens to come
         extra = spare(self.n, to_come) if T == 1 else 0
-        if self.most is not None:
-            extra = min(extra, max(0, self.most - len(self) - T))
+        if self.max_slots is not None:
+            extra = min(extra, max(0, self.max_slots - len(self) - T))
         new = self.n + T + extra
         for name, buffer in self.buffers.items():
             bigger = buffer.new_empty(*buffer.shape[:2], new, *buffer.shape[3:])
             bigger[:, :, : self.n] = buffer[:, :, : self.n]
             self.buffers[name] = bigger
 
-    def _fill_hole(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        assert self.hole is not None
-        at = self.hole[..., None]  # [B, H, 1]
+    def _fill_free_slot(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
+        assert self.free_slot is not None
+        at = self.free_slot[..., None]  # [B, H, 1]
         self.buffers["k"].scatter_(2, at[..., None].expand(-1, -1, -1, k.shape[-1]), k)
         self.buffers["v"].scatter_(2, at[..., None].expand(-1, -1, -1, v.shape[-1]), v)
         self.buffers["pos"].scatter_(2, at, pos[:, None].expand(at.shape).to(torch.int32))
         for name, fill in self.fills.items():
             buffer = self.buffers[name]
             buffer.scatter_(2, at if buffer.dim() == 3 else at[..., None].expand(-1, -1, -1, buffer.shape[3]), fill)
-        self.hole = None
+        self.free_slot = None
 
 
 def _own(x: Tensor) -> Tensor:

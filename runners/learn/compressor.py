@@ -123,7 +123,7 @@ class TrainCompressor(Runner):
     def train(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: LoCoCo, seed: int) -> int:
         """The same for a loaded model. Raises UserError when the text is too short for one row."""
         trained, held_out = self.rows(tokenizer, seed)
-        first = 1 + method.limit // method.chunk  # chunks before the first compression
+        first = 1 + method.max_slots // method.chunk  # chunks before the first compression
         per_row = -(-self.length // method.chunk) - first
         if any(len(rows) <= self.chosen_on for rows in held_out.values()) or per_row < 1:
             counts = ", ".join(f"{len(rows)} rows of {name}" for name, rows in held_out.items())

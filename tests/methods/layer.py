@@ -1,11 +1,13 @@
 """One layer without a model: a step and a store made of random tensors."""
 
 import math
+from typing import Any
 
 import torch
 
 from kernels import Rules
 from methods.core.contract import LayerCache, Stage, Step
+from methods.core.eviction import EvictionContext
 from methods.core.store import Store
 
 
@@ -24,6 +26,13 @@ def step_of(
     pos = torch.arange(start, start + n, dtype=torch.int32).expand(rows, -1)
     seen = torch.full((rows,), start, dtype=torch.int32)
     return Step(0, 1, stage, q, k, v, pos, seen, False, torch.arange(rows), Rules(dim**-0.5))
+
+
+def context(store: Store, step: Step, kept: int, **fields: Any) -> EvictionContext:
+    """The decision to keep so many slots per head of what the store holds; fields: more of the context's."""
+    rows, slots = len(store.pos), torch.full((len(store.pos), 1, 1), kept)
+    fields = {"q": step.q, "q_pos": step.pos, "real": store.pos >= 0, "prompt": [len(store)] * rows} | fields
+    return EvictionContext(kept_per_head=[kept] * rows, budget_slots=slots, **fields)
 
 
 def filled(n: int, kv_heads: int = 1) -> Store:

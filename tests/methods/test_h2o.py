@@ -9,7 +9,7 @@ from methods.core.errors import UserError
 from tests.bounds import SHARP, bound, half_digit, near, run_off
 from tests.methods.conftest import kept, run
 from tests.methods.dense import HeavyHitters, Recorded, check
-from tests.methods.layer import Spec, filled, kept_after, scripted, step_of
+from tests.methods.layer import Spec, context, filled, kept_after, scripted, step_of
 from tests.tiny import feed, tiny_model
 
 ROWS = [
@@ -63,9 +63,9 @@ def test_hand_worked_prompt_and_three_steps():
 def test_attention_per_query_orders_otherwise():
     method, store = load_method("h2o", budget=4, normalise=True, heavy=1.0), filled(6)
     store.add("mass", torch.tensor(SUMS)[None, None])
-    worth = method.worth(store, step_of(6), torch.full((1, 1, 1), 4), None)[0, 0]
-    near(worth, [0.5167, 0.16, 0.1875, 0.35, 0.1, 0.1], half_digit(4) + bound(torch.float32, 6, size=3.1))
-    assert worth[:4].topk(2).indices.tolist() == [0, 3] and worth[2] > worth[1]
+    scores = method.score(store, step_of(6), context(store, step_of(6), 4))[0, 0]
+    near(scores, [0.5167, 0.16, 0.1875, 0.35, 0.1, 0.1], half_digit(4) + bound(torch.float32, 6, size=3.1))
+    assert scores[:4].topk(2).indices.tolist() == [0, 3] and scores[2] > scores[1]
 
 
 def test_every_query_gives_one_in_all_for_each_of_its_heads(any_heads):

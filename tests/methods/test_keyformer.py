@@ -12,7 +12,7 @@ from tests.bounds import SHARP, bound, half_digit, near, run_off
 from tests.kernels.formula import NOISIEST
 from tests.methods.conftest import kept, run
 from tests.methods.dense import HeavyHitters, Recorded, check
-from tests.methods.layer import Spec, filled, kept_after, scripted, step_of
+from tests.methods.layer import Spec, context, filled, kept_after, scripted, step_of
 from tests.tiny import feed, tiny_model
 
 
@@ -46,16 +46,16 @@ def follow(hand: list[HeavyHitters], prompt: int, total: int) -> None:
 
 def test_sizes_of_the_paper():
     method = load_method("keyformer", budget=0.6)
-    assert method.slots(1920) == method.cap(1920) == 1152
+    assert method.slots(1920) == method.capacity(1920) == 1152
     store = filled(1200)
     store.track("score")
-    worth = method.worth(store, step_of(1200), torch.full((1, 1, 1), 1152), None)
-    assert worth.isinf().sum() == 345  # and 807 key tokens
+    scores = method.score(store, step_of(1200), context(store, step_of(1200), 1152))
+    assert scores.isinf().sum() == 345  # and 807 key tokens
 
 
 def test_the_released_masks_show_one_slot_less_of_a_number_too():
     method = load_method("keyformer", budget=30, compat="official_mask")
-    assert [method.slots(n) for n in (20, 29, 30, 60)] == [20, 29, 29, 29] and method.cap(20) == 29
+    assert [method.slots(n) for n in (20, 29, 30, 60)] == [20, 29, 29, 29] and method.capacity(20) == 29
 
 
 def test_the_temperature_rises_by_the_plan_and_then_stays():

@@ -385,7 +385,7 @@ def test_bytes_are_those_of_the_slots_and_the_weights(lazy, any_heads):
 def test_bytes_above_the_documented_ones_are_a_miss(gqa):
     class Hoarder(Untrained):
         @property
-        def limit(self) -> int:
+        def max_slots(self) -> int:
             return 60
 
     cache = Hoarder(budget=24, block_size=16).cache_for(gqa)

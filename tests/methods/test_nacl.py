@@ -9,12 +9,11 @@ import torch
 from kernels import mass
 from methods import load_method
 from methods.core.errors import UserError
-from methods.core.eviction import EvictionContext
 from methods.core.store import Store
 from methods.nacl import Sizes
 from tests.bounds import bound, half_digit, near
 from tests.methods.conftest import kept, run
-from tests.methods.layer import filled, step_of
+from tests.methods.layer import context, filled, step_of
 from tests.tiny import padded_prompt
 
 #: F of tokens 2..13 of 16
@@ -26,11 +25,7 @@ def choose(method, sizes: Sizes, scores: torch.Tensor, n: int = 16, heads: int =
     store, step = filled(n, heads), dataclasses.replace(step_of(n, heads, heads), **keys)
     method.sizes = lambda _: sizes
     method.proxy_scores = lambda *args: scores
-    rank = torch.arange(n).expand(1, heads, -1)
-    return (
-        method.score(store, step, EvictionContext(step.q, step.pos, rank, torch.tensor([[[n]]]), [n], [sizes.kept]))[0]
-        > 0
-    )
+    return method.score(store, step, context(store, step, sizes.kept))[0] > 0
 
 
 def test_hand_worked_choice(monkeypatch):
@@ -98,11 +93,7 @@ def test_a_later_draw_is_another_one():
     sizes, scores, n = Sizes(1, 1, 0, 5, 1), torch.zeros(1, 4, 16), 16
     method, store, step = load_method("nacl"), filled(n, 4), step_of(n, 4, 4)
     method.sizes, method.proxy_scores = lambda _: sizes, lambda *args: scores
-    rank, held = torch.arange(n).expand(1, 4, -1), torch.full((1, 4, 1), n)
-    first, later = (
-        method.score(store, step, EvictionContext(step.q, step.pos, rank, held, [n], [7], again=again))
-        for again in (False, True)
-    )
+    first, later = (method.score(store, step, context(store, step, 7, again=again)) for again in (False, True))
     assert not torch.equal(first, later) and first.eq(torch.inf).sum() == later.eq(torch.inf).sum() == 28
 
 
@@ -263,8 +254,7 @@ def test_a_draw_goes_by_position_whatever_was_dropped_before():
         store = Store()
         store.append(step.k, step.v, step.pos)
         method.sizes, method.proxy_scores = lambda _: sizes, lambda *args: scores
-        rank, held = torch.arange(n).expand(1, 4, -1), torch.full((1, 4, 1), n)
-        drawn.append(method.score(store, step, EvictionContext(step.q, step.pos, rank, held, [n], [7])))
+        drawn.append(method.score(store, step, context(store, step, 7)))
     assert not torch.equal(*drawn)
 
 

@@ -11,6 +11,24 @@ import torch
 
 from tests.methods.conftest import kept, run, tiny_llama
 
+#: a cache of fixed size that drops the oldest token, in the words of then
+OLDEST = """
+from methods.core.capped import Capped
+
+class Oldest(Capped):
+    keeps_limit = True
+
+    def voters(self, store, step):
+        return 1
+
+    def cap(self, n):
+        return 8
+
+    def worth(self, store, step, room, mass):
+        assert room.flatten().tolist() == [8] and mass.shape[2] == store.pos.shape[2]
+        return store.pos.float()
+"""
+
 #: a cache that counts its steps, in the words of then
 COUNTING = """
 from methods.core.eviction import Eviction, EvictionCache
@@ -109,3 +127,18 @@ def test_what_a_subclass_fills_in_by_its_old_name_is_called_and_told_in_one_line
     run(model, cache, ids, new=ids[:, :2])
     assert [layer.inner.steps for layer in cache.layers] == [3, 3]
     assert kept(cache) == [*range(14)]
+
+
+def test_a_capped_method_with_the_old_names_decides_as_before(tmp_path: Path, monkeypatch):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        module = loaded(OLDEST, tmp_path / "oldest_of_then.py", monkeypatch)
+    (told,) = said
+    assert str(told.message) == (
+        "oldest_of_then.Oldest: `voters` is `n_window_queries`, `keeps_limit` is `fills_budget`, `worth` is `score`, "
+        "`cap` is `capacity` now; the old names will go"
+    )
+    model, ids = tiny_llama(), torch.randint(0, 97, (1, 12), generator=torch.Generator().manual_seed(0))
+    cache = module.Oldest(budget=8).cache_for(model)
+    run(model, cache, ids, new=ids[:, :2])
+    assert kept(cache) == [*range(6, 14)]

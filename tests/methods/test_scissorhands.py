@@ -8,7 +8,7 @@ from methods.core.contract import Stage
 from methods.core.errors import UserError
 from tests.bounds import bound, near
 from tests.methods.conftest import kept, run
-from tests.methods.layer import Spec, filled, kept_after, scripted, step_of
+from tests.methods.layer import Spec, context, filled, kept_after, scripted, step_of
 
 ROW_4 = dict(enumerate([0.50, 0.05, 0.22, 0.13, 0.10]))
 ROW_5 = dict(enumerate([0.40, 0.18, 0.02, 0.25, 0.05, 0.10]))
@@ -133,20 +133,20 @@ def test_votes_per_chance_spare_the_old():
     # token 3 had two chances and took both, token 0 had three and took two
     step = scripted([[{}, {}, {}, {}]])
     plain, fair = (load_method("scissorhands", budget=20, history=4, recent=0, normalise=n) for n in (False, True))
-    worth = []
+    scores = []
     for method in (plain, fair):
         store = filled(4)
         method._votes(store)[0, 0, :, 0] = torch.tensor([0b1110, 0b0010, 0b1100, 0b1000])
-        worth.append(method.worth(store, step, torch.full((1, 1, 1), 3), None)[0, 0].tolist())
-    assert worth[0] == [-3, -1, -2, -1]
-    near(worth[1], [-3 / 4, -1 / 3, -2 / 2, -1], bound(torch.float32, 1))
+        scores.append(method.score(store, step, context(store, step, 3))[0, 0].tolist())
+    assert scores[0] == [-3, -1, -2, -1]
+    near(scores[1], [-3 / 4, -1 / 3, -2 / 2, -1], bound(torch.float32, 1))
 
 
 def test_no_slot_has_more_chances_than_the_history_is_long():
     method, store = load_method("scissorhands", budget=20, history=2, recent=0, normalise=True), filled(6)
     method._votes(store)[0, 0, :, 0] = torch.tensor([0b11, 0b01, 0b00, 0b10, 0b11, 0b10])
-    worth = method.worth(store, step_of(6), torch.full((1, 1, 1), 5), None)[0, 0]
-    assert worth.tolist() == [-1, -0.5, 0, -0.5, -1, -1]
+    scores = method.score(store, step_of(6), context(store, step_of(6), 5))[0, 0]
+    assert scores.tolist() == [-1, -0.5, 0, -0.5, -1, -1]
 
 
 @pytest.mark.parametrize("normalise", [False, True])
@@ -157,14 +157,14 @@ def test_attention_decides_between_equal_votes_only(normalise):
     store = filled(4)
     method._votes(store)[0, 0, :, 0] = torch.tensor([0b0111, 0b0110, 0b0100, 0b1000])
     method._seen(store)[0, 0] = torch.tensor([[0.9] * 4, [0.0, 0.01, 0.0, 0.0], [0.0, 0.0, 0.3, 0.0], [0.2] * 4])
-    worth = method.worth(store, step, torch.full((1, 1, 1), 3), None)[0, 0]
+    scores = method.score(store, step, context(store, step, 3))[0, 0]
     # votes against per chance are 3/4, 2/3, 1/2, 1/1; plain votes 3, 2, 1, 1, and of the last two 2 has less attention
     expected = [3, 0, 1, 2] if normalise else [0, 1, 2, 3]
-    assert worth.argsort().tolist() == expected
+    assert scores.argsort().tolist() == expected
     # where both are equal nothing decides, so that the newer goes
     method._votes(store)[0, 0, :, 0], method._seen(store)[0, 0] = 0b0001, 0.5
     if not normalise:
-        assert len(set(method.worth(store, step, torch.full((1, 1, 1), 3), None)[0, 0].tolist())) == 1
+        assert len(set(method.score(store, step, context(store, step, 3))[0, 0].tolist())) == 1
 
 
 @pytest.mark.parametrize("drop", [1, 5])
@@ -206,7 +206,7 @@ def test_bytes_of_the_votes_are_bits(gqa):
 
 def test_the_smallest_cache_holds_what_is_recent_and_one_more():
     method = load_method("scissorhands", budget=0.01)
-    assert method.full(100) == 21 and method.refill(100) == 11
+    assert method.full(100) == 21 and method.target_size(100) == 11
     assert load_method("scissorhands", budget=0.01, drop=7).full(100) == 18
 
 

@@ -7,10 +7,9 @@ from kernels import Rules
 from methods import load_method
 from methods.core.contract import Stage
 from methods.core.errors import UserError
-from methods.core.eviction import EvictionContext
 from tests.bounds import bound, half_digit, near, run_off
 from tests.methods.conftest import kept, run
-from tests.methods.layer import filled, step_of
+from tests.methods.layer import context, filled, step_of
 
 
 def keep(scores: list[float], limit: int, **knobs) -> list[int]:
@@ -19,13 +18,12 @@ def keep(scores: list[float], limit: int, **knobs) -> list[int]:
     mass = torch.tensor(scores + [9.0, 9.0])[None, None]  # the window's own columns must not count
     store, step = filled(10), step_of(10)
     method.window_scores = lambda *args: mass
-    cut = EvictionContext(step.q, step.pos, torch.arange(10).expand(1, 1, -1), torch.tensor([[[10]]]), [10], [limit])
-    scores = method.score(store, step, cut)
+    scores = method.score(store, step, context(store, step, limit))
     mask = method.allocator.pick(scores, torch.tensor([limit]))
     return mask[0, 0].nonzero().flatten().tolist()
 
 
-VOTES = [0.50, 0.02, 0.03, 0.30, 0.01, 0.02, 0.40, 0.05]
+SCORES = [0.50, 0.02, 0.03, 0.30, 0.01, 0.02, 0.40, 0.05]
 
 
 @pytest.mark.parametrize(
@@ -38,12 +36,12 @@ VOTES = [0.50, 0.02, 0.03, 0.30, 0.01, 0.02, 0.40, 0.05]
         ("max", 1, 5, [0, 3, 6, 8, 9]),
     ],
 )
-def test_hand_worked_votes(pooling, kernel, limit, expected):
-    assert keep(VOTES, limit, pooling=pooling, kernel=kernel) == expected
+def test_hand_worked_scores(pooling, kernel, limit, expected):
+    assert keep(SCORES, limit, pooling=pooling, kernel=kernel) == expected
 
 
 def test_average_pooling_counts_the_missing_neighbour_as_zero():
-    pooled = load_method("snapkv", pooling="avg", kernel=3).pool(torch.tensor(VOTES)[None, None])[0, 0]
+    pooled = load_method("snapkv", pooling="avg", kernel=3).pool(torch.tensor(SCORES)[None, None])[0, 0]
     by_hand = [0.1733, 0.1833, 0.1167, 0.1133, 0.1100, 0.1433, 0.1567, 0.1500]
     near(pooled, by_hand, half_digit(4) + bound(torch.float32, 3))
 
@@ -99,13 +97,12 @@ class _Spec:
     n_layers = 1
 
 
-def test_heads_of_a_group_vote_together_pool_first_then_mean():
+def test_heads_of_a_group_score_together_pool_first_then_mean():
     method = load_method("snapkv", budget=4, window=2, kernel=3)
     store, step = filled(6), step_of(6, heads=2)
     method.window_scores = lambda *args: torch.tensor([[[0.0, 1.0, 0, 0, 0, 0], [0, 0, 0, 1.0, 0, 0]]])
-    cut = EvictionContext(step.q, step.pos, torch.arange(6).expand(1, 1, -1), torch.tensor([[[6]]]), [6], [4])
-    # pooled rows are (1, 1, 1, 0) and (0, 0, 1, 1): the mean puts slot 2, which no head voted for, first
-    assert method.score(store, step, cut)[0, 0, :4].tolist() == [0.5, 0.5, 1.0, 0.5]
+    # pooled rows are (1, 1, 1, 0) and (0, 0, 1, 1): the mean puts slot 2, which no head scored, first
+    assert method.score(store, step, context(store, step, 4))[0, 0, :4].tolist() == [0.5, 0.5, 1.0, 0.5]
 
 
 def test_the_smallest_cache_is_the_window_and_one():
@@ -123,7 +120,7 @@ def test_settings_that_cannot_work_are_named(knobs):
 def test_a_window_of_all_queries_scores_by_column_sums():
     method, step = load_method("snapkv", budget=20, window=19, kernel=1), step_of(20)
     store = filled(20)
-    cut = EvictionContext(step.q, step.pos, torch.arange(20).expand(1, 1, -1), torch.tensor([[[20]]]), [20], [20])
+    cut = context(store, step, 20)
     x = step.q[0, 0] @ step.k[0, 0].T * step.rules.scale
     p = x.masked_fill(torch.ones(20, 20, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
     columns = p[1:].sum(0)

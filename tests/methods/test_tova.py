@@ -8,7 +8,7 @@ from methods.core.contract import Stage
 from methods.core.errors import UserError
 from tests.bounds import bound, near
 from tests.methods.conftest import kept, run
-from tests.methods.layer import Spec, filled, kept_after, scripted, step_of
+from tests.methods.layer import Spec, context, filled, kept_after, scripted, step_of
 
 #: attention of the last of five queries, per query head
 ROWS = [[0.40, 0.05, 0.15, 0.10, 0.30], [0.20, 0.25, 0.05, 0.10, 0.40]]
@@ -32,16 +32,16 @@ def test_the_mean_over_heads_decides_for_the_layer():
 
 def test_at_equal_attention_the_lower_position_stays():
     method, store = load_method("tova", budget=4), filled(5)
-    worth = method.worth(store, step_of(5), torch.full((1, 1, 1), 4), torch.tensor([ROWS]))
-    near(worth[0, 0], [0.30, 0.15, 0.10, 0.10, 0.35], bound(torch.float32, 2))
-    worth[0, 0, 2] = worth[0, 0, 3]
-    assert method.allocator.pick(worth, torch.tensor([4]))[0, 0].nonzero().flatten().tolist() == [0, 1, 2, 4]
+    scores = method.score(store, step_of(5), context(store, step_of(5), 4, mass=torch.tensor([ROWS])))
+    near(scores[0, 0], [0.30, 0.15, 0.10, 0.10, 0.35], bound(torch.float32, 2))
+    scores[0, 0, 2] = scores[0, 0, 3]
+    assert method.allocator.pick(scores, torch.tensor([4]))[0, 0].nonzero().flatten().tolist() == [0, 1, 2, 4]
 
 
 def test_each_kv_head_may_decide_for_itself():
     method, step = load_method("tova", budget=3, granularity="kv_head"), step_of(5, 2, 2)
-    worth = method.worth(filled(5, 2), step, torch.full((1, 1, 1), 3), torch.tensor([ROWS]))
-    mask = method.allocator.pick(worth, torch.tensor([3]))[0]
+    scores = method.score(filled(5, 2), step, context(filled(5, 2), step, 3, mass=torch.tensor([ROWS])))
+    mask = method.allocator.pick(scores, torch.tensor([3]))[0]
     assert [m.nonzero().flatten().tolist() for m in mask] == [[0, 2, 4], [0, 1, 4]]
 
 

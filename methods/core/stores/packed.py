@@ -94,7 +94,7 @@ class PackedTensor:
         """to_come: tokens that will still come one at a time, x included; None: it is not known."""
         T, n = x.shape[2], self.end - self.start
         if self.end + T > self.recent.shape[2]:  # room for the tokens to come; what was packed is let go of
-            self._move(n + (self._room(to_come) if T == 1 else T))
+            self._move(n + (self._free_places(to_come) if T == 1 else T))
         self.recent[:, :, self.end : self.end + T] = x
         self.end += T
 
@@ -116,7 +116,7 @@ class PackedTensor:
         left = self.end - self.start
         if left == 0:
             self.start = self.end = 0
-        if self.recent.shape[2] - left > self._room(to_come):  # packed tokens must not be held twice
+        if self.recent.shape[2] - left > self._free_places(to_come):  # packed tokens must not be held twice
             self._move(left)
 
     def read(self) -> Tensor:
@@ -156,13 +156,13 @@ class PackedTensor:
         """Bytes of places not in use."""
         return self.recent.nbytes - (self.end - self.start) * self.place + sum(x.free for x in self.arrays)
 
-    def _room(self, to_come: int | None) -> int:
+    def _free_places(self, to_come: int | None) -> int:
         """Free places for recent tokens: with those of the packed ones they take an eighth of what is held, or one."""
         n = self.end - self.start
         if self.scheme.bits == 16:
             return 1 + spare(n, to_come)
-        room = self.used // (2 * 8) // self.place
-        return max(1, min(room, self.scheme.residual, room if to_come is None else to_come))
+        places = self.used // (2 * 8) // self.place
+        return max(1, min(places, self.scheme.residual, places if to_come is None else to_come))
 
     def _move(self, places: int) -> None:
         """The recent tokens to memory of so many places."""

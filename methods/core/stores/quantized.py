@@ -147,10 +147,10 @@ class QuantizedStore(Store):
             yield from part.values.tensors()
             yield part.pos.buffer
 
-    def holding(self, most: int | None = None) -> Holding:
+    def holding(self, visible: int | None = None) -> Holding:
         """As the base's; once something is packed, codes, scales and residual, and on top of the budget positions."""
         if not self.parts:
-            return super().holding(most)
+            return super().holding(visible)
         found = Holding([], [], [])
         for part in self.parts:
             pos, n = part.pos.nbytes, part.rows
@@ -159,9 +159,9 @@ class QuantizedStore(Store):
                 of_rows += [size // n] * n
         return found
 
-    def own(self, most: int | None = None) -> list[int]:
+    def own(self, visible: int | None = None) -> list[int]:
         if not self.parts:
-            return super().own(most)
+            return super().own(visible)
         return [part.used // part.rows for part in self.parts for _ in range(part.rows)]
 
     def asked(self, full: Sequence[int]) -> list[int]:
@@ -254,8 +254,8 @@ def _stack(parts: list[Tensor], fill: float) -> Tensor:
     """Rows [b, H, n, ...] of parts with different n as one tensor, filled up at the end."""
     if len(parts) == 1:
         return parts[0]
-    most = max(x.shape[2] for x in parts)
-    whole = parts[0].new_full((sum(len(x) for x in parts), parts[0].shape[1], most, *parts[0].shape[3:]), fill)
+    longest = max(x.shape[2] for x in parts)
+    whole = parts[0].new_full((sum(len(x) for x in parts), parts[0].shape[1], longest, *parts[0].shape[3:]), fill)
     row = 0
     for x in parts:
         whole[row : row + len(x), :, : x.shape[2]] = x

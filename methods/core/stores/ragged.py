@@ -87,18 +87,18 @@ class RaggedStore(Store):
         self.real = self._in_pages(counts)
         self.held = mask.sum(-1).flatten()
         self.first = _first_pages(self.held) * PAGE
-        self.n, self.padded, self.hole = 0, False, None
+        self.n, self.padded, self.free_slot = 0, False, None
 
     def drop(self, slot: Tensor, rows: Sequence[bool] | None = None) -> None:
         if not self.counts:
             super().drop(slot, rows)
             return
-        assert self.hole is None, "a second hole would leave the first one unfilled"
+        assert self.free_slot is None, "a second free slot would leave the first one unfilled"
         self._count_out(slot, rows)
         if self.buffers["pos"].shape[1] == 1:
             self.buffers["pos"] = self.buffers["pos"].expand(-1, self.k.shape[1], -1).clone()
         self._write(slot, {"pos": torch.full_like(slot, -1)})
-        self.hole, self.in_order = slot, False
+        self.free_slot, self.in_order = slot, False
 
     def attend(self, step: Step) -> Tensor:
         """Output [B, Hq, T, Dv]; one token reads pages and tail where they lie, more tokens read a rectangle."""
@@ -124,17 +124,17 @@ class RaggedStore(Store):
         if self.counts:
             yield from (self.page_row, self.held, self.first)
 
-    def holding(self, most: int | None = None) -> Holding:
+    def holding(self, visible: int | None = None) -> Holding:
         """As the base's; pages, their layout and the unused places of last pages belong to the row of their head."""
         if not self.counts:
-            return super().holding(most)
+            return super().holding(visible)
         B, H = self.k.shape[:2]
         kv, side, common = self._per_slot()
         in_pages = self._in_pages(self.counts)
         n_pages = self._in_pages([-(-n // PAGE) for n in self.counts])
         layout = [n * self.page_row.element_size() + 2 * H * self.held.element_size() for n in n_pages]
         of_page = side if common == 0 else side + common  # in pages every head has positions of its own
-        tail = [n - m for n, m in zip(self.counted(), in_pages)]  # less than nothing where the hole is in a page
+        tail = [n - m for n, m in zip(self.counted(), in_pages)]  # less than nothing where the free slot is in a page
         beside = [
             t * side + t // H * common + n * PAGE * of_page + (n * PAGE - m) * kv + more
             for t, n, m, more in zip(tail, n_pages, in_pages, layout)
@@ -144,8 +144,8 @@ class RaggedStore(Store):
         whole = [places + n * PAGE * (kv + of_page) + more for n, more in zip(n_pages, layout)]
         return Holding(own, beside, [a - b for a, b in zip(whole, own)])
 
-    def own(self, most: int | None = None) -> list[int]:
-        return self.holding(most).own if self.counts else super().own(most)
+    def own(self, visible: int | None = None) -> list[int]:
+        return self.holding(visible).own if self.counts else super().own(visible)
 
     def _in_pages(self, counts: Sequence[int]) -> list[int]:
         """Numbers per row and head, added up per row."""
@@ -167,14 +167,14 @@ class RaggedStore(Store):
         self.pages = {name: x[take] for name, x in self.pages.items()}
         self.first = first * PAGE
 
-    def _fill_hole(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
+    def _fill_free_slot(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         if not self.counts:
-            super()._fill_hole(k, v, pos)
+            super()._fill_free_slot(k, v, pos)
             return
-        assert self.hole is not None
-        new = {name: torch.full_like(self.hole, fill, dtype=torch.float32) for name, fill in self.fills.items()}
-        self._write(self.hole, {"k": k[:, :, 0], "v": v[:, :, 0], "pos": pos.expand(self.hole.shape), **new})
-        self.hole = None
+        assert self.free_slot is not None
+        new = {name: torch.full_like(self.free_slot, fill, dtype=torch.float32) for name, fill in self.fills.items()}
+        self._write(self.free_slot, {"k": k[:, :, 0], "v": v[:, :, 0], "pos": pos.expand(self.free_slot.shape), **new})
+        self.free_slot = None
 
     def _write(self, slot: Tensor, new: dict[str, Tensor]) -> None:
         """New values [B, H, ...] of some arrays in one slot per row and head, slot [B, H] in the order of `read`."""

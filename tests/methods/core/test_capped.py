@@ -16,13 +16,13 @@ from methods.core.errors import UserError
 from methods.core.meter import nbytes
 from tests.bounds import LOUDEST, SHARP, losses_off, near, run_off
 from tests.methods.conftest import kept, run
-from tests.methods.layer import filled, step_of
+from tests.methods.layer import context, filled, step_of
 from tests.tiny import equip, feed, padded_prompt
 from tests.waiting import no_waiting
 
 NAMES = [name for name in method_names() if isinstance(load_method(name), Capped)]
 #: those that hold the same number of slots after every step; the others drop many at once
-CONSTANT = [name for name in NAMES if (m := load_method(name, budget=40)).refill(90) == m.cap(90)]
+CONSTANT = [name for name in NAMES if (m := load_method(name, budget=40)).target_size(90) == m.capacity(90)]
 
 
 def tokens(n: int, rows: int = 1, seed: int = 1) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_bytes_equal_the_ledger_at_the_end_of_the_prompt_and_of_the_generation(n
     assert report.held_end + report.padding_end == sum(held(cache)) * slot + sum(layer.overhead() for layer in inner)
     for store in (layer.store for layer in inner):
         # one place more than the cap: the new token attends before another one goes
-        assert store.buffers["k"].shape[2] <= method.cap(90) + 1
+        assert store.buffers["k"].shape[2] <= method.capacity(90) + 1
         side = sum(b.nbytes for key, b in store.buffers.items() if key not in ("k", "v"))
         assert store.overhead() == side + store.k[:, :, :1].nbytes * 2 * (store.buffers["k"].shape[2] - held(cache)[0])
 
@@ -161,7 +161,7 @@ def test_later_turns_are_read_whole_and_then_cut_to_the_cap(name, gqa):
             pos = torch.arange(at, at + n)[None]
             gqa(tokens(n, seed=at), position_ids=pos, past_key_values=cache, use_cache=True)
         at += n
-        assert max(held(cache)) <= method.cap(50)
+        assert max(held(cache)) <= method.capacity(50)
         assert len(kept(cache, 1)) == len(set(kept(cache, 1)))
     assert cache.get_seq_length() == at
     # the rows of a turn may be padded, and each goes on from its own tokens
@@ -234,7 +234,7 @@ def test_sliding_layers_and_other_architectures_keep_what_the_next_token_sees(na
     for layer in cache.layers:
         window = 12 if arch == "mistral" or (arch == "gemma2" and layer.index == 0) else None
         n = int((layer.inner.store.pos >= 0).sum(-1).max())
-        assert n <= method.cap(40 if window is None else window - 1)
+        assert n <= method.capacity(40 if window is None else window - 1)
     parts = feed(model, method.cache_for(model, prompt_len=40), ids, mask, [13, 27] + [1] * 20 + [5])
     near(actual, parts, run_off(parts))
 
@@ -262,7 +262,7 @@ def test_dropping_after_every_chunk_changes_the_prompt_and_keeps_to_the_cap(name
     end_step = layer.end_step
     layer.end_step = lambda step: (end_step(step), most.append((layer.store.pos >= 0).sum(-1).amax(-1).tolist()))
     out = run(gqa, cache, ids, chunks=[10] * 6, mask=mask)
-    assert all(a <= method.cap(60) and b <= method.cap(35) for a, b in most)
+    assert all(a <= method.capacity(60) and b <= method.capacity(35) for a, b in most)
     alone = method.cache_for(gqa, prompt_len=35, samples=[4])
     near(run(gqa, alone, ids[1:, 25:], chunks=[5, 10, 10, 10])[0], out[1], run_off(out[1]))
     assert kept(alone, 1) == kept(cache, 1, 1)
@@ -293,5 +293,5 @@ def test_a_share_of_the_slots_is_cut_as_a_budget_is_at_every_size():
 )
 def test_the_newest_slots_are_an_exact_share_of_the_room(name, knobs, room, newest):
     method, store = load_method(name, **knobs), filled(200)
-    worth = method.worth(store, step_of(200), torch.full((1, 1, 1), room), None)
-    assert worth.isinf().sum() == newest
+    scores = method.score(store, step_of(200), context(store, step_of(200), room))
+    assert scores.isinf().sum() == newest

@@ -204,7 +204,7 @@ def test_attention_sees_each_heads_set_and_nothing_else(kind, counts, padding, r
     both.check_attend(1, RULES[rules])
     both.check_attend(4, RULES[rules])
     both.drop()
-    both.check_attend(1, RULES[rules])  # the token fills the hole
+    both.check_attend(1, RULES[rules])  # the token fills the free slot
     both.reorder([1, 1, 2])
     both.drop()
     both.check_attend(3, RULES[rules])
@@ -236,7 +236,7 @@ def test_a_second_hole_is_refused(kind):
     both.append(20)
     both.keep(EQUAL)
     both.drop()
-    with pytest.raises(AssertionError, match="second hole"):
+    with pytest.raises(AssertionError, match="second free slot"):
         both.drop()
 
 

@@ -30,18 +30,17 @@ class NotANumber(SnapKV):
 
 
 class NaNWhileDecoding(TOVA):
-    def worth(self, store, step, room, mass):
-        worth = super().worth(store, step, room, mass)
-        return worth if step.q.shape[2] > 1 else worth * torch.nan
+    def score(self, store, step, cut):
+        scores = super().score(store, step, cut)
+        return scores if step.q.shape[2] > 1 else scores * torch.nan
 
 
 EXPECTED = {
     Misspelt: f"NameError: name 'scroes' is not defined ({HERE}, line ",
     Nothing: "FloatingPointError: score gave -inf for all slots of a row",
     NotANumber: "FloatingPointError: score gave NaN for",
-    NaNWhileDecoding: "FloatingPointError: worth gave NaN for",
+    NaNWhileDecoding: "FloatingPointError: score gave NaN for",
 }
-AT = {Misspelt: "score", Nothing: "score", NotANumber: "score", NaNWhileDecoding: "worth"}
 
 
 @pytest.mark.parametrize("group", [False, True], ids=["alone", "in a group"])
@@ -57,7 +56,7 @@ def test_a_mistake_names_its_file_and_line_and_leaves_its_traceback(setting, mis
         answer(setting, method, [example], rows.append)
         line, trace = rows[0]["error"], rows[0]["traceback"]
     assert line.replace(f"{Path(__file__).parents[3]}/", "").startswith(EXPECTED[mistaken])
-    assert f"{HERE}, line {mistaken.__dict__[AT[mistaken]].__code__.co_firstlineno + (mistaken is Misspelt)}" in line
+    assert f"{HERE}, line {mistaken.score.__code__.co_firstlineno + (mistaken is Misspelt)}" in line
     assert trace.startswith("Traceback (most recent call last)") and line.split(" (")[0].split(": ")[0] in trace
 
 
@@ -74,7 +73,7 @@ def test_a_slot_may_score_minus_infinity_as_long_as_another_does_not(setting):  
     class Some(SnapKV):
         def score(self, store, step, cut):
             scores = super().score(store, step, cut)
-            return scores.masked_fill(cut.rank == 0, -torch.inf)
+            return scores.masked_fill(cut.age_rank == 0, -torch.inf)
 
     rows: list[dict] = []
     answer(setting, Some(budget=0.25), [Example("a/0", TEXT, "", ["x"], 2)], rows.append)

@@ -28,8 +28,8 @@ SHARED_LIMIT = 99 * 1024
 def ops() -> list[str]:
     """The ops with a Triton form that is started by itself."""
     here = Path(__file__).parent
-    found = sorted(path.parent.name for path in here.glob("*/triton.py"))
-    return [op for op in found if hasattr(_form(op), "compile_cases")]
+    ops = sorted(path.parent.name for path in here.glob("*/triton.py"))
+    return [op for op in ops if hasattr(_form(op), "compile_cases")]
 
 
 def _form(op: str) -> ModuleType:
@@ -38,9 +38,9 @@ def _form(op: str) -> ModuleType:
 
 def variants(op: str, brief: bool = False) -> list[Variant]:
     """What the calls that the op rehearses would start, each once."""
-    with noting() as found:
+    with noting() as variants:
         _form(op).compile_cases(brief)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(variants))
 
 
 def compiled(variant: Variant, capability: int) -> Any:
@@ -77,15 +77,15 @@ def main(words: Sequence[str]) -> int:
             began, trouble, shared = time.perf_counter(), [], []
             for capability in CAPABILITIES:
                 try:
-                    made = compiled(variant, capability)
+                    binary = compiled(variant, capability)
                 except Exception as error:  # a compiler pass fails in its own way
                     trouble.append(f"sm_{capability}: {type(error).__name__}: {error}")
                     continue
-                shared.append(made.metadata.shared)
-                if not (made.asm["ptx"] and made.asm["cubin"]):
+                shared.append(binary.metadata.shared)
+                if not (binary.asm["ptx"] and binary.asm["cubin"]):
                     trouble.append(f"sm_{capability}: no code came out")
-                if made.metadata.shared > SHARED_LIMIT:
-                    trouble.append(f"sm_{capability}: {made.metadata.shared} bytes of shared memory")
+                if binary.metadata.shared > SHARED_LIMIT:
+                    trouble.append(f"sm_{capability}: {binary.metadata.shared} bytes of shared memory")
             wrong += bool(trouble)
             seconds = time.perf_counter() - began
             print(f"{op} {variant.name}: shared {shared}, {seconds:.1f} s", *trouble, sep="\n  ", flush=True)

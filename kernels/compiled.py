@@ -110,32 +110,34 @@ def _temporary() -> Path:
 
 def _key(compiler: list[str]) -> str:
     """What a built library is for: sources, flags, compiler and processor, as homes are shared between machines."""
-    found = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
+    program = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
     parts = [source.read_bytes() for source in [HERE / "lanes.h", *SOURCES]]
-    parts += [FLAGS.encode(), " ".join(compiler).encode(), str((found, found.stat().st_mtime_ns)).encode()]
+    parts += [FLAGS.encode(), " ".join(compiler).encode(), str((program, program.stat().st_mtime_ns)).encode()]
     return hashlib.sha256(b"\0".join([*parts, _processor().encode()])).hexdigest()[:16]
 
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    own = {line for line in lines if line.partition(":")[0].strip() in ("model name", "flags", "Features", "CPU part")}
-    return "\n".join([platform.machine(), platform.processor(), *sorted(own)])
+    named = {
+        line for line in lines if line.partition(":")[0].strip() in ("model name", "flags", "Features", "CPU part")
+    }
+    return "\n".join([platform.machine(), platform.processor(), *sorted(named)])
 
 
 def _build(compiler: list[str], path: Path) -> None:
     """Compile to a file of its own, then move it there: another process may be doing the same."""
-    handle, made = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
         # without OpenMP (Apple's compiler has none) the loops run on one thread
         for threads in (["-fopenmp"], []):
-            command = [*compiler, *FLAGS.split(), *threads, "-shared", *map(str, SOURCES), "-o", made]
+            command = [*compiler, *FLAGS.split(), *threads, "-shared", *map(str, SOURCES), "-o", temporary]
             done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
             if done.returncode == 0:
-                os.replace(made, path)
+                os.replace(temporary, path)
                 return
         errors = [line for line in done.stderr.splitlines() if "error" in line]
         raise RuntimeError(f"{compiler[0]}: {errors[0] if errors else done.stderr.strip() or 'failed'}")
     finally:
-        Path(made).unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)

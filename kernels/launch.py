@@ -59,9 +59,9 @@ def launch(
 def noting() -> Iterator[list[Variant]]:
     """Inside, `launch` starts nothing: the list gets what would be compiled, in the order of the calls."""
     global _noted
-    _noted = found = []
+    _noted = noted = []
     try:
-        yield found
+        yield noted
     finally:
         _noted = None
 

@@ -69,6 +69,6 @@ def method_yaml(name: str) -> DictConfig:
     """A method's YAML over the YAMLs it starts from, unresolved."""
     from omegaconf import OmegaConf
 
-    own = cast("DictConfig", OmegaConf.load(_YAMLS / f"{name}.yaml"))
-    bases = [base for base in own.pop("defaults", []) if base != "_self_"]
-    return cast("DictConfig", OmegaConf.merge(*map(method_yaml, bases), own))
+    config = cast("DictConfig", OmegaConf.load(_YAMLS / f"{name}.yaml"))
+    bases = [base for base in config.pop("defaults", []) if base != "_self_"]
+    return cast("DictConfig", OmegaConf.merge(*map(method_yaml, bases), config))

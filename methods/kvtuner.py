@@ -120,15 +120,15 @@ class KVTuner(Codec):
             return [_fits(read_table(Path(self.table).expanduser()), layers, f"method.table={self.table}")]
         if self.table is None and (self.key_bits is not None or self.budget == 1):
             return []
-        found = searched_tables(model, self.mode, self.name)
+        tables = searched_tables(model, self.mode, self.name)
         if self.table is None:
-            return sorted(found.values(), key=nominal_bits, reverse=True)
-        if self.table not in found:
+            return sorted(tables.values(), key=nominal_bits, reverse=True)
+        if self.table not in tables:
             raise UserError(
                 f"KVTuner: method.table={self.table}: no such table in mode {self.mode} for the model "
-                f"{artefacts.model_id(model)}; there are {', '.join(found)}, and a file's name ends in .yaml"
+                f"{artefacts.model_id(model)}; there are {', '.join(tables)}, and a file's name ends in .yaml"
             )
-        return [found[self.table]]
+        return [tables[self.table]]
 
     def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
         """One per layer."""
@@ -182,18 +182,18 @@ def searched_tables(model: PreTrainedModel, mode: str, name: str = "kvtuner") ->
     """
     command = artefacts.command_for(name, model, MAKE)
     places = [folder / mode for folder in artefacts.folders("kvtuner", model)]
-    place = next((one for one in places if (one / CARD).is_file()), None)
-    if place is None:
+    folder = next((one for one in places if (one / CARD).is_file()), None)
+    if folder is None:
         raise UserError(
             f"{name}: no tables for the model {artefacts.model_id(model)} at {artefacts.shown(places[0])}; "
             f"method.bits=4 and method.table=FILE.yaml need none; make them with {command}"
         )
     try:
-        card = read_json(place / CARD)
+        card = read_json(folder / CARD)
         made_for = dict(card["model"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{artefacts.shown(place / CARD)}: is broken ({error}); make it again with {command}"
+            f"{artefacts.shown(folder / CARD)}: is broken ({error}); make it again with {command}"
         ) from error
     # the authors' tables name no weights
     if not card.get("published"):
@@ -202,12 +202,12 @@ def searched_tables(model: PreTrainedModel, mode: str, name: str = "kvtuner") ->
             wrong.append(f"they were chosen by {card.get('objective')}, which is no search for a score")
         if wrong:
             raise UserError(
-                f"{name}: {artefacts.shown(place)} does not fit the model {artefacts.model_id(model)}: "
+                f"{name}: {artefacts.shown(folder)} does not fit the model {artefacts.model_id(model)}: "
                 f"{'; '.join(wrong)}; make it for this model with {command}"
             )
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     return {
-        path.stem: _fits(read_table(path), layers, str(artefacts.shown(path))) for path in sorted(place.glob("*.yaml"))
+        path.stem: _fits(read_table(path), layers, str(artefacts.shown(path))) for path in sorted(folder.glob("*.yaml"))
     }
 
 

@@ -147,29 +147,29 @@ class LoCoCo(Method):
         """One untrained compressor per layer, on the model's device, float32."""
         config = model.config.get_text_config(decoder=True)
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        made = Compressors(Compressor(self, 2 * width) for _ in range(config.num_hidden_layers))
-        made.local_len = self.local_len or 0
-        return made.to(next(model.parameters()).device)
+        compressors = Compressors(Compressor(self, 2 * width) for _ in range(config.num_hidden_layers))
+        compressors.local_len = self.local_len or 0
+        return compressors.to(next(model.parameters()).device)
 
     def prepare(self, model: PreTrainedModel) -> Compressors | None:
         """The trained compressors of this model in its dtype; None where nothing is fused."""
         if self.budget == 1 or self.eta == 0:
             return None
-        made = self.new_compressors(model)
-        shapes = {key: tensor.shape for key, tensor in made.state_dict().items()}
+        compressors = self.new_compressors(model)
+        shapes = {key: tensor.shape for key, tensor in compressors.state_dict().items()}
         make = f"{TRAINER} budget={self.slots}"
-        found = artefacts.load("lococo", self.artefact_name, model, self.artefact, shapes, make)
-        if (act := found.card["hidden_act"]) != self.hidden_act:
-            raise UserError(f"LoCoCo: {artefacts.shown(found.path)} was trained with method.hidden_act={act}, "
+        artefact = artefacts.load("lococo", self.artefact_name, model, self.artefact, shapes, make)
+        if (act := artefact.card["hidden_act"]) != self.hidden_act:
+            raise UserError(f"LoCoCo: {artefacts.shown(artefact.path)} was trained with method.hidden_act={act}, "
                             f"not {self.hidden_act}")  # fmt: skip
-        made.load_state_dict(found.tensors)
-        made.local_len = found.card.get("local_len", 0)
-        return made.to(next(model.parameters()).dtype).requires_grad_(False)
+        compressors.load_state_dict(artefact.tensors)
+        compressors.local_len = artefact.card.get("local_len", 0)
+        return compressors.to(next(model.parameters()).dtype).requires_grad_(False)
 
     def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
-        made = spec.prepared
-        method = replace(self, local_len=made.local_len) if made and self.local_len is None else self
-        return [LoCoCoCache(method, made[i] if made else None, prompt_len) for i in range(spec.n_layers)]
+        compressors = spec.prepared
+        method = replace(self, local_len=compressors.local_len) if compressors and self.local_len is None else self
+        return [LoCoCoCache(method, compressors[i] if compressors else None, prompt_len) for i in range(spec.n_layers)]
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "slots": None if self.budget == 1 else self.slots}
@@ -341,19 +341,19 @@ class Memory:
     def _compress(self) -> None:
         """Fill the store anew, without free places."""
         old = self.store
-        made = compress(Slots(old.k, old.v, old.pos, old.track("mass")), self.method, self.compressor)
+        compressed = compress(Slots(old.k, old.v, old.pos, old.track("mass")), self.method, self.compressor)
         self.store = store = Store()
-        store.n, store.buffers, store.fills = self.method.slots, vars(made), dict(old.fills)
+        store.n, store.buffers, store.fills = self.method.slots, vars(compressed), dict(old.fills)
         store.max_slots, store.to_come = self.method.max_slots + 1, old.to_come
 
     def copy(self, rows: slice) -> Memory:
         """The same for some of the rows."""
-        made = Memory(self.method, self.compressor, self.store.capacity)
-        made.left, made.prompt = self.left, self.prompt
-        made.store.n, made.store.fills = self.store.n, dict(self.store.fills)
-        made.store.max_slots, made.store.to_come = self.store.max_slots, self.store.to_come
-        made.store.buffers = {name: buffer[rows].clone() for name, buffer in self.store.buffers.items()}
-        return made
+        copy = Memory(self.method, self.compressor, self.store.capacity)
+        copy.left, copy.prompt = self.left, self.prompt
+        copy.store.n, copy.store.fills = self.store.n, dict(self.store.fills)
+        copy.store.max_slots, copy.store.to_come = self.store.max_slots, self.store.to_come
+        copy.store.buffers = {name: buffer[rows].clone() for name, buffer in self.store.buffers.items()}
+        return copy
 
 
 class LoCoCoCache(PerRow[Memory]):
@@ -370,21 +370,22 @@ class LoCoCoCache(PerRow[Memory]):
 
     def holding(self) -> Holding:
         """On top of the budget positions and scores, and the slots that wait for the next compression."""
-        method, found = self.method, Holding([], [], [])
+        method, whole = self.method, Holding([], [], [])
         for memory in self.memories:
             held = memory.store.holding()
             lag = method.buffer + method.chunk * method.lazy_end
             waiting = max(0, min(len(memory.store) - method.slots, lag))
-            slots = [own - beside for own, beside in zip(held.own, held.beside)]  # keys and values
-            found.own += held.own
-            found.beside += [n + waiting * kv // len(memory.store) for n, kv in zip(held.beside, slots)]
-            found.padding += held.padding
-        return found
+            slots = [n - beside for n, beside in zip(held.held, held.beside)]  # keys and values
+            whole.held += held.held
+            whole.beside += [n + waiting * kv // len(memory.store) for n, kv in zip(held.beside, slots)]
+            whole.padding += held.padding
+        return whole
 
-    def asked(self, full: Sequence[int]) -> list[int]:
+    def budget_bytes(self, full: Sequence[int]) -> list[int]:
         """The slots, which are a number and no share of the prompt."""
-        own = [memory.prompt for memory in self.memories] * (len(full) // len(self.memories))
-        return [min(size, math.ceil(size * self.method.slots / max(1, n))) for size, n in zip(full, own, strict=True)]
+        slots, prompts = self.method.slots, [memory.prompt for memory in self.memories]
+        prompts *= len(full) // len(self.memories)
+        return [min(size, math.ceil(size * slots / max(1, n))) for size, n in zip(full, prompts, strict=True)]
 
     @property
     def due(self) -> bool:

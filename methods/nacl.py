@@ -93,7 +93,7 @@ class NACL(Eviction):
         """protect, by_score, by_chance of the budget and proxy of the prompt."""
         given = (self.protect, self.by_score, self.by_chance, self.proxy)
         protect, by_score, by_chance, proxy = (
-            preset if own is None else own for own, preset in zip(given, PRESETS[self.preset], strict=True)
+            preset if share is None else share for share, preset in zip(given, PRESETS[self.preset], strict=True)
         )
         return protect, by_score, by_chance, proxy
 

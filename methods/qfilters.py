@@ -75,14 +75,14 @@ class Filtered(Eviction):
     def prepare(self, model: PreTrainedModel) -> Tensor:
         """The model's filters, [L, H, D], float32: keys with a large product are kept."""
         path = None if self.filters == "auto" else self.filters
-        found = artefacts.load("qfilters", "filters", model, path)
-        sign = found.card.get("sign_convention")
-        if sign not in SIGNS or "filters" not in found.tensors:
+        artefact = artefacts.load("qfilters", "filters", model, path)
+        sign = artefact.card.get("sign_convention")
+        if sign not in SIGNS or "filters" not in artefact.tensors:
             raise UserError(
-                f"QFilters: {artefacts.shown(found.path)} does not say whether high or low is kept: its card's "
+                f"QFilters: {artefacts.shown(artefact.path)} does not say whether high or low is kept: its card's "
                 f"sign_convention is {sign}; it is one of {', '.join(SIGNS)}"
             )
-        return SIGNS[sign] * found.tensors["filters"].float().to(model.device)
+        return SIGNS[sign] * artefact.tensors["filters"].float().to(model.device)
 
     def calibrate(  # type: ignore[override]
         self, model: PreTrainedModel, rows: Sequence[Tensor], seed: int, n_rows: int = ROWS, route: str = "eigen"

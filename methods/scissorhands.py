@@ -142,15 +142,15 @@ class Scissorhands(Capped):
             new = (old & ~bit[:, :, None, None].to(torch.uint8)) | (low.mT * bit[:, None, None]).to(torch.uint8)
             votes.scatter_(3, at, new)
         else:
-            place = torch.zeros(*bit.shape, votes.shape[-1], device=bit.device)
-            place.scatter_(2, (column // 8)[..., None], bit[..., None].float())  # [B, t, bytes]
-            votes.bitwise_and_(~place.sum(1).to(torch.uint8)[:, None, None])
-            votes.bitwise_or_((low.mT.float() @ place[:, None]).to(torch.uint8))
+            one_hot = torch.zeros(*bit.shape, votes.shape[-1], device=bit.device)
+            one_hot.scatter_(2, (column // 8)[..., None], bit[..., None].float())  # [B, t, bytes]
+            votes.bitwise_and_(~one_hot.sum(1).to(torch.uint8)[:, None, None])
+            votes.bitwise_or_((low.mT.float() @ one_hot[:, None]).to(torch.uint8))
         if self.tie == "prob":
-            place = torch.zeros(*bit.shape, self.history, device=bit.device)
-            place.scatter_(2, column[..., None], real[..., None].float())  # [B, t, history]
+            one_hot = torch.zeros(*bit.shape, self.history, device=bit.device)
+            one_hot.scatter_(2, column[..., None], real[..., None].float())  # [B, t, history]
             held = self._seen(store)
-            held.mul_(1 - place.sum(1)[:, None, None]).add_(p.mT @ place[:, None])
+            held.mul_(1 - one_hot.sum(1)[:, None, None]).add_(p.mT @ one_hot[:, None])
 
 
 def ranks(first: Tensor, then: Tensor) -> Tensor:

@@ -141,11 +141,11 @@ class StreamingCache(EvictionCache):
 
     def holding(self) -> Holding:
         held, more = super().holding(), self._of_sinks()
-        return Holding([n + more for n in held.own], [n + more for n in held.beside], held.padding)
+        return Holding([n + more for n in held.held], [n + more for n in held.beside], held.padding)
 
-    def own(self) -> list[int]:
+    def held_bytes(self) -> list[int]:
         more = self._of_sinks()
-        return [n + more for n in super().own()]
+        return [n + more for n in super().held_bytes()]
 
     def _of_sinks(self) -> int:
         """Bytes of the sinks' keys, the same for every row."""

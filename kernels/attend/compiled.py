@@ -71,7 +71,7 @@ def attend_pages(
 
 @cache
 def _library() -> ctypes.CDLL:
-    found = compiled.library()
-    assert found is not None, "asked before"
-    found.attend_pages.argtypes, found.attend_pages.restype = [ctypes.POINTER(_Pages)], None
-    return found
+    library = compiled.library()
+    assert library is not None, "asked before"
+    library.attend_pages.argtypes, library.attend_pages.restype = [ctypes.POINTER(_Pages)], None
+    return library

@@ -74,10 +74,10 @@ def _view(packed: Packed, width: int) -> _Packed:
 
 @cache
 def _library() -> ctypes.CDLL:
-    found = compiled.library()
-    assert found is not None, "asked before"
+    library = compiled.library()
+    assert library is not None, "asked before"
     packed = ctypes.POINTER(_Packed)
-    found.packed_dot.argtypes = [c_void_p, c_int64, c_int64, packed, c_void_p, c_int64, c_int64, c_int]
-    found.packed_mix.argtypes = [c_void_p, c_int64, c_int64, c_int64, packed, c_void_p, c_int64, c_int]
-    found.packed_dot.restype = found.packed_mix.restype = None
-    return found
+    library.packed_dot.argtypes = [c_void_p, c_int64, c_int64, packed, c_void_p, c_int64, c_int64, c_int]
+    library.packed_mix.argtypes = [c_void_p, c_int64, c_int64, c_int64, packed, c_void_p, c_int64, c_int]
+    library.packed_dot.restype = library.packed_mix.restype = None
+    return library

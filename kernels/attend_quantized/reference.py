@@ -152,9 +152,9 @@ def mix_codes(p: Tensor, packed: Packed) -> Tensor:
         for j, plane in enumerate(planes(part)):
             wide[..., j, :] += scaled @ plane.float()
         bias += weight @ part.offset.float()
-    own = wide.view(B, H, R, W, m, W, g // m).diagonal(dim1=3, dim2=5)  # [B, H, R, m, g / m, W]
-    own = own.permute(0, 1, 2, 5, 4, 3).reshape(B, H, R, W, g)  # channel m * i + j of a group lies at [i, j]
-    return (own + bias[..., None]).flatten(-2)
+    of_group = wide.view(B, H, R, W, m, W, g // m).diagonal(dim1=3, dim2=5)  # [B, H, R, m, g / m, W]
+    of_group = of_group.permute(0, 1, 2, 5, 4, 3).reshape(B, H, R, W, g)  # channel m * i + j of a group lies at [i, j]
+    return (of_group + bias[..., None]).flatten(-2)
 
 
 def _packed_blocks(packed: Packed, H: int) -> Iterator[tuple[int, Packed]]:

@@ -82,7 +82,7 @@ def interleaved(x, n: tl.constexpr):
 
 
 @triton.jit
-def own(group, groups, x):
+def pick(group, groups, x):
     """x [groups, M, N] with the columns of other groups than `group` [N] at zero, summed over the groups: [M, N]."""
     return tl.sum(tl.where(group[None, None, :] == groups[:, None, None], x, 0.0), 0)
 
@@ -188,7 +188,7 @@ def quantized(
                     y_planes = ()
                     for s in tl.static_range(KEY_PACK):
                         y = tl.dot(q_rows, tl.trans(plane(word, s, KEY_BITS, KEY_LIFT, DOT)), input_precision=PRECISION)
-                        y_planes += (own(of_pack, key_groups, tl.reshape(y, (KEY_GROUPS, BLOCK_M, PACKS)) + bias),)  # type: ignore[assignment]
+                        y_planes += (pick(of_pack, key_groups, tl.reshape(y, (KEY_GROUPS, BLOCK_M, PACKS)) + bias),)  # type: ignore[assignment]
                     y = interleaved(y_planes, KEY_PACK)
                 else:
                     held = (slot < n_keys)[None, :] & (key_groups < D // KEY_GROUP)[:, None]
@@ -249,7 +249,7 @@ def quantized(
         y_planes = ()
         for s in tl.static_range(VALUE_PACK):
             y = tl.reshape(acc_planes[s], (VALUE_GROUPS, BLOCK_M, CV)) + offset
-            y_planes += (own(cv * VALUE_PACK // VALUE_GROUP, value_groups, y),)  # type: ignore[assignment]
+            y_planes += (pick(cv * VALUE_PACK // VALUE_GROUP, value_groups, y),)  # type: ignore[assignment]
         acc += interleaved(y_planes, VALUE_PACK)
     row = ((b * H * G + head) * T + t) * SPLITS + tl.program_id(2)
     finish(acc, biggest, tl.sum(total, 1), OUT, LSE, row, dv, real, DV)

@@ -51,9 +51,9 @@ def main(words: Sequence[str]) -> int:
         return 2
     console = Console(width=None if sys.stdout.isatty() else 120)
     seed = time.time_ns() % 2**31
-    found = list(agreement.checks(device, dtype, seed))
-    _show_agreement(console, found, seed)
-    if not all(check.holds for check in found):
+    checks = list(agreement.checks(device, dtype, seed))
+    _show_agreement(console, checks, seed)
+    if not all(check.holds for check in checks):
         return 1
     torch.manual_seed(seed)
     ceilings = measure_ceilings(device, dtype, asked.seconds, asked.brief)
@@ -66,7 +66,7 @@ def main(words: Sequence[str]) -> int:
         "form": form,
         "dtype": asked.dtype,
         "ceilings": {"bytes_per_second": ceilings.bytes, "flops": ceilings.flops},
-        "agreement": [{"op": c.op, "form": c.form, "error": c.error, "tolerance": c.tolerance} for c in found],
+        "agreement": [{"op": c.op, "form": c.form, "error": c.error, "tolerance": c.tolerance} for c in checks],
         "rows": rows,
     }
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -153,17 +153,19 @@ def _time_text(taken: float) -> str:
     return f"{taken * 1e6:.0f} us" if taken < 1e-3 else f"{taken * 1e3:.2f} ms"
 
 
-def _show_agreement(console: Console, found: Sequence[agreement.Check], seed: int) -> None:
-    wrong = [check for check in found if not check.holds]
-    names = ", ".join(dict.fromkeys(check.form for check in found))
-    console.print(f"{len(found)} checks against formulas in float64 (forms: {names}; seed {seed}), {len(wrong)} failed")
+def _show_agreement(console: Console, checks: Sequence[agreement.Check], seed: int) -> None:
+    wrong = [check for check in checks if not check.holds]
+    names = ", ".join(dict.fromkeys(check.form for check in checks))
+    console.print(
+        f"{len(checks)} checks against formulas in float64 (forms: {names}; seed {seed}), {len(wrong)} failed"
+    )
     for check in wrong:
         console.print(f"  {check.op}, {check.form}: off by {check.error:.2g}, allowed is {check.tolerance:.2g}")
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
     """Hardware, versions and commit."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "device": _device_name(device),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -175,18 +177,18 @@ def _machine(device: torch.device) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
     }
     try:
-        found["triton"] = metadata.version("triton")
+        facts["triton"] = metadata.version("triton")
     except metadata.PackageNotFoundError:
-        found["triton"] = None
+        facts["triton"] = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {
+        facts |= {
             "memory": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
             "capability": list(torch.cuda.get_device_capability(device)),
             "cuda": torch.version.cuda,
         }
-    return found
+    return facts
 
 
 def machine_slug(device: torch.device) -> str:

@@ -133,9 +133,9 @@ def results(
 
     keep = torch.rand(B * H, S, generator=g).to(device) < torch.linspace(0.1, 0.9, B * H, device=device)[:, None]
     slots, page_row, _ = pages(keep, 16)
-    place = slots.clamp_min(0).view(-1, 16)
-    stored = [x.reshape(B * H * S, -1)[place] for x in (k, v)]
-    pos = torch.where(slots.view(-1, 16) >= 0, place % S, -1).int()
+    index = slots.clamp_min(0).view(-1, 16)
+    stored = [x.reshape(B * H * S, -1)[index] for x in (k, v)]
+    pos = torch.where(slots.view(-1, 16) >= 0, index % S, -1).int()
     k_tail, v_tail = random(B, H, 3, D), random(B, H, 3, D)
     tail_pos = torch.arange(S, S + 3, dtype=torch.int32, device=device).repeat(B, H, 1)
     held = {"q_pos": q_pos[:, -1:] + 3, "k_pos": torch.cat((torch.where(keep.view(B, H, S), k_pos, -1), tail_pos), 2)}

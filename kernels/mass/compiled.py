@@ -54,7 +54,7 @@ def attend_with_mass(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Ten
 
 @cache
 def _library() -> ctypes.CDLL:
-    found = compiled.library()
-    assert found is not None, "asked before"
-    found.attend_with_probs.argtypes, found.attend_with_probs.restype = [ctypes.POINTER(_Rectangle)], None
-    return found
+    library = compiled.library()
+    assert library is not None, "asked before"
+    library.attend_with_probs.argtypes, library.attend_with_probs.restype = [ctypes.POINTER(_Rectangle)], None
+    return library

@@ -23,8 +23,8 @@ def compact(keep: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """
     rank = keep.cumsum(-1, dtype=torch.int32)  # [..., S], kept slots up to here
     slot = torch.arange(keep.shape[-1], dtype=torch.int32, device=keep.device)
-    place = torch.where(keep, rank - 1, rank[..., -1:] + slot - rank)  # the others go behind the kept ones, in order
-    order = torch.empty_like(keep, dtype=torch.long).scatter_(-1, place.long(), slot.long().expand(keep.shape))[..., :n]
+    index = torch.where(keep, rank - 1, rank[..., -1:] + slot - rank)  # the others go behind the kept ones, in order
+    order = torch.empty_like(keep, dtype=torch.long).scatter_(-1, index.long(), slot.long().expand(keep.shape))[..., :n]
     return order, torch.arange(order.shape[-1], device=keep.device) < rank[..., -1:]
 
 
@@ -43,7 +43,7 @@ def pages(keep: Tensor, page: int) -> tuple[Tensor, Tensor, list[int]]:
     host = counts.tolist()
     total = sum(-(-c // page) for c in host)
     slots = torch.full((total * page,), -1, dtype=torch.long, device=keep.device)
-    place = (first[:, None] + rank)[keep]
-    slots[place] = torch.arange(R * S, device=keep.device).view(R, S)[keep]
+    index = (first[:, None] + rank)[keep]
+    slots[index] = torch.arange(R * S, device=keep.device).view(R, S)[keep]
     rows = torch.repeat_interleave(torch.arange(R, device=keep.device), n_pages, output_size=total)
     return slots, rows, host

@@ -112,7 +112,7 @@ def save(
     card = {"method": method, **facts, "sha256": hashlib.sha256(data).hexdigest(), "model": identity(model)}
     _write(path, data)
     # rows of numbers on one line each
-    text = re.sub(r"\[[-+\d.e,\s]+\]", lambda found: " ".join(found[0].split()), json.dumps(card, indent=1))
+    text = re.sub(r"\[[-+\d.e,\s]+\]", lambda match: " ".join(match[0].split()), json.dumps(card, indent=1))
     _write(path.with_suffix(".json"), f"{text}\n".encode())
     return path
 
@@ -155,7 +155,7 @@ def load(
 
 def folders(method: str, model: PreTrainedModel) -> list[Path]:
     """Where the method's artefacts for this model are looked for, and made in the first of them."""
-    return [place / method / model_id(model) for place in PLACES]
+    return [root / method / model_id(model) for root in PLACES]
 
 
 def state(methods: Iterable[str], model_path: str, given: Iterable[object] = ()) -> str | None:
@@ -164,8 +164,8 @@ def state(methods: Iterable[str], model_path: str, given: Iterable[object] = ())
     given: knobs; those that name a file count with what it holds.
     """
     model = _named_by(model_path)[0]
-    folders_ = [place / method / model for method in methods for place in PLACES if model]
-    named = [found for one in given if isinstance(one, str) and one and (found := find(one))]
+    folders_ = [root / method / model for method in methods for root in PLACES if model]
+    named = [path for one in given if isinstance(one, str) and one and (path := find(one))]
     files = [file for folder in folders_ for file in sorted(folder.rglob("*")) if file.is_file()] + named
     if not files:
         return None
@@ -187,7 +187,7 @@ def command_for(method: str, model: PreTrainedModel, make: str) -> str:
 
 def shown(path: Path) -> Path:
     """The path as a user of this checkout, or of what is installed, would type it."""
-    return next((path.relative_to(place) for place in (MADE, ROOT) if path.is_relative_to(place)), path)
+    return next((path.relative_to(root) for root in (MADE, ROOT) if path.is_relative_to(root)), path)
 
 
 def _read(file: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -208,22 +208,22 @@ def _read(file: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, card
 
 
-def differences(made: dict[str, Any], here: dict[str, Any], by_path: bool = False) -> list[str]:
+def differences(there: dict[str, Any], here: dict[str, Any], by_path: bool = False) -> list[str]:
     """What tells the model of a card from the one at hand, in words; a file given by path may have another id."""
     wrong = []
     for key in ("architecture",) if by_path else ("id", "architecture"):
-        if made.get(key) != here[key]:
-            wrong.append(f"{key} is {made.get(key)} there, {here[key]} here")
-    if made.get("revision") and here["revision"] and made["revision"] != here["revision"]:
-        wrong.append(f"revision is {made['revision'][:12]} there, {here['revision'][:12]} here")
+        if there.get(key) != here[key]:
+            wrong.append(f"{key} is {there.get(key)} there, {here[key]} here")
+    if there.get("revision") and here["revision"] and there["revision"] != here["revision"]:
+        wrong.append(f"revision is {there['revision'][:12]} there, {here['revision'][:12]} here")
     for part in ("shape", "rope"):
-        ours, theirs = _flat(here[part]), _flat(made.get(part, {}))
+        ours, theirs = _flat(here[part]), _flat(there.get(part, {}))
         wrong += [
             f"{key} is {theirs.get(key)} there, {ours.get(key)} here"
             for key in sorted(ours | theirs)
             if ours.get(key) != theirs.get(key)
         ]
-    if not wrong and not _same(made.get("weights", []), here["weights"]):
+    if not wrong and not _same(there.get("weights", []), here["weights"]):
         wrong.append("the weights are others: it was made for another checkpoint")
     return wrong
 

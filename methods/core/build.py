@@ -89,14 +89,14 @@ def resolve(target: Any, base: type, key: str) -> type:
     if module.partition(".")[0] in sys.stdlib_module_names:
         raise UserError(f"{typed}: is no {base.__name__}; {key} takes a subclass of {_full(base)}")
     try:
-        found = getattr(load(module), name)
+        value = getattr(load(module), name)
     except Exception as error:  # whatever the module does while it is imported
         raise UserError(f"{typed}: cannot be imported ({_told(error)})") from error
-    if not isinstance(found, type) or not issubclass(found, base):
+    if not isinstance(value, type) or not issubclass(value, base):
         raise UserError(f"{typed}: is no {base.__name__}; {key} takes a subclass of {_full(base)}")
-    if inspect.isabstract(found):
+    if inspect.isabstract(value):
         raise UserError(f"{typed}: only says what a {base.__name__} is; give a subclass of it that can be run")
-    return found
+    return value
 
 
 def arguments_of(kind: type) -> tuple[dict[str, tuple[Any, bool]], bool]:
@@ -109,13 +109,13 @@ def arguments_of(kind: type) -> tuple[dict[str, tuple[Any, bool]], bool]:
             field.name: (hints[field.name], field.default is absent and field.default_factory is absent)
             for field in fields
         }, False
-    found, more = {}, False
+    arguments, more = {}, False
     for name, argument in inspect.signature(kind).parameters.items():
         if argument.kind is argument.VAR_KEYWORD:
             more = True
         elif argument.kind is not argument.VAR_POSITIONAL:
-            found[name] = (hints.get(name, Any), argument.default is argument.empty)
-    return found, more
+            arguments[name] = (hints.get(name, Any), argument.default is argument.empty)
+    return arguments, more
 
 
 def _knob(value: Any, wanted: Any, key: str) -> Any:
@@ -133,10 +133,10 @@ def _bases(wanted: Any) -> list[tuple[type, bool]]:
     if origin is typing.Annotated:
         return _bases(args[0])
     if origin in (typing.Union, types.UnionType):
-        return [found for option in args for found in _bases(option)]
+        return [base for option in args for base in _bases(option)]
     if origin is collections.abc.Callable:
-        made = args[1] if len(args) > 1 else None
-        return [(made, True)] if isinstance(made, type) and made.__module__ != "builtins" else []
+        result = args[1] if len(args) > 1 else None
+        return [(result, True)] if isinstance(result, type) and result.__module__ != "builtins" else []
     plain = isinstance(wanted, type) and origin is None and wanted.__module__ not in ("builtins", "types", "pathlib")
     return [(wanted, False)] if plain else []
 

@@ -239,8 +239,8 @@ class KVCache(Bound):
         self.prompt_len, self._here, self.reach = other.prompt_len, other._here, other.reach
         self._counts = other._counts if rows is None else other._counts[rows]
         self._samples = other._samples if rows is None else other._samples[rows]
-        for own, its in zip(self.layers, other.layers, strict=True):
-            own.seen = its.seen
+        for ours, theirs in zip(self.layers, other.layers, strict=True):
+            ours.seen = theirs.seen
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -323,19 +323,19 @@ class Prepared:
     """What methods have made of a model in `prepare`, each for as long as the method lives."""
 
     def __init__(self) -> None:
-        self.made: dict[int, tuple[weakref.ref[Method], Any]] = {}
+        self.prepared: dict[int, tuple[weakref.ref[Method], Any]] = {}
 
     def by(self, method: Method, model: PreTrainedModel) -> Any:
         """What this very method made, which it does once: one with the same knobs may edit the model otherwise."""
         key = id(method)
-        if key not in self.made or self.made[key][0]() is not method:
-            made, before = self.made, _weights(model)
-            own = method.prepare(model)
+        if key not in self.prepared or self.prepared[key][0]() is not method:
+            prepared, before = self.prepared, _weights(model)
+            value = method.prepare(model)
             if not method.edits_model and _weights(model) != before:
                 raise UserError(f"method={method.name}: its prepare changed the model, which other methods use too; a "
                                 "method that edits weights says so: edits_model = True")  # fmt: skip
-            made[key] = (weakref.ref(method, lambda gone: made.pop(key, None)), own)
-        return self.made[key][1]
+            prepared[key] = (weakref.ref(method, lambda gone: prepared.pop(key, None)), value)
+        return self.prepared[key][1]
 
     def __reduce__(self) -> tuple[type[Prepared], tuple[()]]:
         return Prepared, ()  # a copy of the model, or one from a file, knows no method yet

@@ -136,15 +136,15 @@ class Step:
 
 @dataclass
 class Holding:
-    """What a layer holds, in bytes by row of its batch: a row's own is what it holds alone, whatever the others are.
+    """What a layer holds, in bytes by row of its batch: what a row holds alone, whatever the others are.
 
-    own: of the row's slots: keys, values or codes, positions, side arrays, unused places of pages.
+    held: by the row's slots: keys, values or codes, positions, side arrays, unused places of pages.
     beside: what of it is documented on top of the budget, all but keys and values.
     padding: of places that are no slot of the row: those that make the rows of a rectangle equally long, those of slots
         that no later query sees, and free ones for tokens to come.
     """
 
-    own: list[int]
+    held: list[int]
     beside: list[int]
     padding: list[int]
 
@@ -158,7 +158,16 @@ class LayerCache:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        adopt(cls, {"take": "append", "settle": "end_step"})
+        adopt(
+            cls,
+            {
+                "take": "append",
+                "settle": "end_step",
+                "asked": "budget_bytes",
+                "touched": "read_tensors",
+                "own": "held_bytes",
+            },
+        )
 
     def append(self, step: Step) -> None:
         """Bring in the step's keys and values and the statistics that need no output."""
@@ -175,7 +184,7 @@ class LayerCache:
         """Everything held between steps, each tensor once; `meter.py` counts their storages."""
         raise NotImplementedError
 
-    def touched(self) -> Iterable[Tensor]:
+    def read_tensors(self) -> Iterable[Tensor]:
         """What the last decode step read; all of it unless a sparse method says otherwise."""
         return self.tensors()
 
@@ -191,17 +200,17 @@ class LayerCache:
         """`tensors` by row; None: every row holds the same. May make the host wait, but not after a decode step."""
         return None
 
-    def own(self) -> list[int] | None:
-        """What `holding` gives as own, which is asked for after every pass."""
+    def held_bytes(self) -> list[int] | None:
+        """What `holding` gives as held, which is asked for after every pass."""
         holding = self.holding()
-        return None if holding is None else holding.own
+        return None if holding is None else holding.held
 
     def overhead(self) -> int:
         """Bytes that the method documents on top of its budget: positions, side arrays, free places for new tokens."""
         holding = self.holding()
         return 0 if holding is None else holding.overhead()
 
-    def asked(self, full: Sequence[int]) -> list[int]:
+    def budget_bytes(self, full: Sequence[int]) -> list[int]:
         """Bytes of keys and values that the budget allows each row at the end of the prompt.
 
         full: those of the full cache. A floor that the method holds on to is no part of the request.

@@ -200,10 +200,10 @@ class EvictionCache(LayerCache):
     def holding(self) -> Holding:
         return self.store.holding(self.sees)
 
-    def own(self) -> list[int]:
-        return self.store.own(self.sees)
+    def held_bytes(self) -> list[int]:
+        return self.store.held_bytes(self.sees)
 
-    def asked(self, full: Sequence[int]) -> list[int]:
+    def budget_bytes(self, full: Sequence[int]) -> list[int]:
         """The budget's share, whatever `Method.slots` keeps at least."""
         if not self.prompt:
             return list(full)

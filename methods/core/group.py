@@ -57,15 +57,15 @@ class Rows(LayerCache):
 
     def append(self, step: Step) -> None:
         self.steps = [step.rows(slice(first, end)) for first, end, _ in self.parts]
-        for (_, _, cache), own in zip(self.parts, self.steps, strict=True):
-            cache.append(own)
+        for (_, _, cache), part in zip(self.parts, self.steps, strict=True):
+            cache.append(part)
 
     def attend(self, step: Step) -> Tensor:
-        return torch.cat([cache.attend(own) for (_, _, cache), own in zip(self.parts, self.steps, strict=True)])
+        return torch.cat([cache.attend(part) for (_, _, cache), part in zip(self.parts, self.steps, strict=True)])
 
     def end_step(self, step: Step) -> None:
-        for (_, _, cache), own in zip(self.parts, self.steps, strict=True):
-            cache.end_step(own)
+        for (_, _, cache), part in zip(self.parts, self.steps, strict=True):
+            cache.end_step(part)
         self.steps = []
 
     def expect(self, new: int) -> None:

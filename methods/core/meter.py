@@ -187,38 +187,38 @@ class Meter:
         """
         B = len(self._tokens)
         prompt, (now, padding) = self.prompt, self._now()
-        own = range(B) if rows is None else rows
-        ends = [self._end(0 if behind is None else behind[row], now) for row in own]
-        means = [self._mean(row, 0 if behind is None else behind[row]) for row in own]
-        found = Report(
+        chosen = range(B) if rows is None else rows
+        ends = [self._end(0 if behind is None else behind[row], now) for row in chosen]
+        means = [self._mean(row, 0 if behind is None else behind[row]) for row in chosen]
+        report = Report(
             n_layers=len(self.layers),
-            full=sum(sum(self._full(end.tokens[row])) for row, end in zip(own, ends)),
-            held_end=sum(end.held[row] for row, end in zip(own, ends)),
-            padding_end=_part(padding, own, B),
-            peak_prompt=_part(self.peak_prompt, own, B),
-            peak_decode=_part(self.peak_decode, own, B),
+            full=sum(sum(self._full(end.tokens[row])) for row, end in zip(chosen, ends)),
+            held_end=sum(end.held[row] for row, end in zip(chosen, ends)),
+            padding_end=_part(padding, chosen, B),
+            peak_prompt=_part(self.peak_prompt, chosen, B),
+            peak_decode=_part(self.peak_decode, chosen, B),
             mean_decode=sum(means),
-            workspace=_part(self.workspace, own, B),
+            workspace=_part(self.workspace, chosen, B),
             adapter=nbytes(t for x in self.layers for t in x.adapters()),
         )
         total = self._total()
-        touched = nbytes(t for x in self.layers for t in x.touched())
-        found.read_step = found.held_end * touched // total if total else 0
+        touched = nbytes(t for x in self.layers for t in x.read_tensors())
+        report.read_step = report.held_end * touched // total if total else 0
         if self._device != "cpu":
             on_host = nbytes(t for x in self.layers for t in x.tensors() if t.device.type == "cpu")
-            found.host = _part(on_host, own, B)
+            report.host = _part(on_host, chosen, B)
         if prompt is None:
-            return found
-        found.full_prompt = sum(sum(self._full(prompt.tokens[row])) for row in own)
-        found.held_prompt = sum(prompt.held[row] for row in own)
-        found.padding = _part(prompt.padding, own, B)
-        found.per_layer = [sum(held[row] for row in own) for held in prompt.per_layer]
-        found.asked = sum(prompt.asked[row] for row in own)
-        found.overhead = sum(prompt.overhead[row] for row in own)
+            return report
+        report.full_prompt = sum(sum(self._full(prompt.tokens[row])) for row in chosen)
+        report.held_prompt = sum(prompt.held[row] for row in chosen)
+        report.padding = _part(prompt.padding, chosen, B)
+        report.per_layer = [sum(held[row] for row in chosen) for held in prompt.per_layer]
+        report.asked = sum(prompt.asked[row] for row in chosen)
+        report.overhead = sum(prompt.overhead[row] for row in chosen)
         if prompt.bits:
-            found.nominal_bits = sum(prompt.bits[row] for row in own) / len(own)
-            found.effective_bits = 8 * prompt.itemsize * found.share
-        return found
+            report.nominal_bits = sum(prompt.bits[row] for row in chosen) / len(chosen)
+            report.effective_bits = 8 * prompt.itemsize * report.share
+        return report
 
     def reports(self, behind: Sequence[int] | None = None) -> list[Report]:
         """The ledger of every row."""
@@ -256,35 +256,35 @@ class Meter:
         layers, B = self._by_layer(), len(self._tokens)
         # the fullest row of a batch is padded by nothing: what all rows have is a place that ought to be free memory
         least = [min(x.padding, default=0) for x in layers]
-        surplus = self._total() - sum(sum(x.own) + sum(x.padding) for x in layers)
+        surplus = self._total() - sum(sum(x.held) + sum(x.padding) for x in layers)
         more = [_part(max(0, surplus), [row], B) for row in range(B)]
-        per_layer = [[n + extra for n in x.own] for x, extra in zip(layers, least)]
-        held = [sum(own) + extra for own, extra in zip(zip(*per_layer), more)]
+        per_layer = [[n + extra for n in x.held] for x, extra in zip(layers, least)]
+        held = [sum(row) + extra for row, extra in zip(zip(*per_layer), more)]
         full = [self._full(n) for n in self._tokens]  # by row and layer
-        asked = [x.asked(own) for x, own in zip(self.layers, zip(*full))]
-        bits = [own for x in self.layers if (own := x.nominal_bits()) is not None]
+        asked = [x.budget_bytes(sizes) for x, sizes in zip(self.layers, zip(*full))]
+        bits = [of_layer for x in self.layers if (of_layer := x.nominal_bits()) is not None]
         return PromptEnd(
             held,
             list(self._tokens),
             padding=sum(sum(x.padding) - B * extra for x, extra in zip(layers, least)),
             per_layer=per_layer,
-            asked=[sum(own) for own in zip(*asked)],
-            overhead=[sum(own) for own in zip(*(x.beside for x in layers))],
-            bits=[sum(own) / len(own) for own in zip(*bits)],
+            asked=[sum(row) for row in zip(*asked)],
+            overhead=[sum(row) for row in zip(*(x.beside for x in layers))],
+            bits=[sum(row) / len(row) for row in zip(*bits)],
             itemsize=step.k.element_size(),
         )
 
     def _now(self) -> tuple[Moment, int]:
         """What is held now, and by no row's slot; the rows pay for what no layer accounts for."""
         layers, B = self._by_layer(), len(self._tokens)
-        held = [sum(own) for own in zip(*(x.own for x in layers))]
+        held = [sum(row) for row in zip(*(x.held for x in layers))]
         padding = sum(sum(x.padding) for x in layers)
         surplus = max(0, self._total() - sum(held) - padding)
         return Moment([n + _part(surplus, [row], B) for row, n in enumerate(held)], list(self._tokens)), padding
 
     def _held(self) -> list[int]:
         """What own slots of every row hold."""
-        return [sum(own) for own in zip(*(x.own() or self._evenly(x).own for x in self.layers))]
+        return [sum(row) for row in zip(*(x.held_bytes() or self._evenly(x).held for x in self.layers))]
 
     def _by_layer(self) -> list[Holding]:
         return [x.holding() or self._evenly(x) for x in self.layers]
@@ -292,8 +292,8 @@ class Meter:
     def _evenly(self, layer: LayerCache) -> Holding:
         """What a layer holds that does not say whose it is."""
         B = len(self._tokens)
-        own, beside = ([_part(n, [row], B) for row in range(B)] for n in (nbytes(layer.tensors()), layer.overhead()))
-        return Holding(own, beside, [0] * B)
+        held, beside = ([_part(n, [row], B) for row in range(B)] for n in (nbytes(layer.tensors()), layer.overhead()))
+        return Holding(held, beside, [0] * B)
 
     def _end(self, behind: int, now: Moment) -> Moment:
         """When a row had its last pass."""

@@ -60,12 +60,12 @@ class PerRow(LayerCache, Generic[R]):
         if step.padded:
             self.real = [(pos >= 0).nonzero().flatten() for pos in step.pos]
         for row, memory in enumerate(self.memories):
-            own = step.rows(slice(row, row + 1))
+            row_step = step.rows(slice(row, row + 1))
             if self.real:
                 at = self.real[row]
-                cut = {name: getattr(own, name).index_select(2, at) for name in ("q", "k", "v")}
-                own = replace(own, **cut, pos=own.pos.index_select(1, at), padded=False)
-            memory.append(own)
+                cut = {name: getattr(row_step, name).index_select(2, at) for name in ("q", "k", "v")}
+                row_step = replace(row_step, **cut, pos=row_step.pos.index_select(1, at), padded=False)
+            memory.append(row_step)
 
     def attend(self, step: Step) -> Tensor:
         parts = [memory.attend() for memory in self.memories]

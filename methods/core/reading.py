@@ -35,22 +35,22 @@ def read_json(path: Path, kind: type = dict) -> Any:
 def parse_json(text: str, where: str, kind: type = dict) -> Any:
     """The object, or list, that a text holds. Raises UserError; where: what the text is, as the message names it."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except ValueError as error:
         raise UserError(f"{where}: not JSON in UTF-8 ({error})") from error
     except RecursionError as error:
         raise UserError(f"{where}: not JSON in UTF-8 that can be read (nested too deeply)") from error
-    if not isinstance(found, kind):
-        raise UserError(f"{where}: {NAMES[kind]} is needed, found {type(found).__name__}")
+    if not isinstance(value, kind):
+        raise UserError(f"{where}: {NAMES[kind]} is needed, found {type(value).__name__}")
     # json reads half of a surrogate pair, which no file can hold and no tokenizer takes
-    if "\\u" in text and _is_half(found):
+    if "\\u" in text and _is_half(value):
         raise UserError(f"{where}: not JSON in UTF-8 (it has half of a surrogate pair, such as \\ud83d)")
-    return found
+    return value
 
 
-def _is_half(found: Any) -> bool:
+def _is_half(value: Any) -> bool:
     try:
-        json.dumps(found, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return True
     return False

@@ -219,11 +219,11 @@ class Store:
         whole = sum(x.nbytes for x in self.buffers.values()) // B
         _, side, common = self._per_slot()
         beside = [n * side + n // H * common for n in self._visible(visible)]
-        own = self.own(visible)
-        return Holding(own, beside, [whole - n for n in own])
+        held = self.held_bytes(visible)
+        return Holding(held, beside, [whole - n for n in held])
 
-    def own(self, visible: int | None = None) -> list[int]:
-        """What `holding` gives as own."""
+    def held_bytes(self, visible: int | None = None) -> list[int]:
+        """What `holding` gives as held."""
         if not self.buffers:
             return []
         H = self.buffers["k"].shape[1]

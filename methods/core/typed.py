@@ -100,18 +100,18 @@ def settings(node: Any, kind: type, key: str) -> dict[str, Any]:
     hints = hints_of(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     known(node, fields, key)
-    found = {}
+    values = {}
     for name, field in fields.items():
-        own = f"{key}.{name}" if key else name
+        full_key = f"{key}.{name}" if key else name
         if name in node:
-            found[name] = conform(node[name], hints[name], own)
+            values[name] = conform(node[name], hints[name], full_key)
         elif field.default is not dataclasses.MISSING:
-            found[name] = field.default
+            values[name] = field.default
         elif field.default_factory is not dataclasses.MISSING:
-            found[name] = field.default_factory()
+            values[name] = field.default_factory()
         else:
-            raise UserError(f"{own}: is missing; give {described(hints[name])}")
-    return found
+            raise UserError(f"{full_key}: is missing; give {described(hints[name])}")
+    return values
 
 
 def known(given: Iterable[Any], names: Iterable[str], key: str) -> None:
@@ -131,9 +131,9 @@ def known(given: Iterable[Any], names: Iterable[str], key: str) -> None:
 @cache
 def hints_of(kind: Any) -> dict[str, Any]:
     """The annotations of a class's arguments, resolved where they were written; Any for what cannot be."""
-    own = kind if dataclasses.is_dataclass(kind) else kind.__init__
+    annotated = kind if dataclasses.is_dataclass(kind) else kind.__init__
     try:
-        return typing.get_type_hints(own, include_extras=True)
+        return typing.get_type_hints(annotated, include_extras=True)
     except (NameError, AttributeError, TypeError, SyntaxError):  # a name that is imported for type checkers only
         return collections.defaultdict(lambda: Any)
 
@@ -184,8 +184,8 @@ def described(wanted: Any) -> str:
     if wanted is Path:
         return "a path"
     if origin is collections.abc.Callable:
-        made = args[1] if len(args) > 1 else Any
-        return f"a mapping with _target_, the name of a {_name(made)}, and _partial_: true"
+        result = args[1] if len(args) > 1 else Any
+        return f"a mapping with _target_, the name of a {_name(result)}, and _partial_: true"
     if dataclasses.is_dataclass(wanted):
         return f"a mapping with {', '.join(field.name for field in dataclasses.fields(wanted))}"
     return f"a mapping with _target_, the name of a {_name(wanted)}"

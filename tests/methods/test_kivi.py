@@ -190,7 +190,7 @@ def test_measured_bytes_are_the_formula(n, key_bits, value_bits, dtype):
     store = layer.store
     assert nbytes(store.tensors()) - store.overhead() == B * H * by_hand
     assert store.overhead() <= B * H * n * 4  # positions
-    assert store.asked([H * n * 2 * D * dtype.itemsize] * B) == [H * by_hand] * B
+    assert store.budget_bytes([H * n * 2 * D * dtype.itemsize] * B) == [H * by_hand] * B
 
 
 def test_bytes_stay_the_formula_and_the_free_places_while_decoding():

@@ -87,10 +87,10 @@ def test_a_sliding_layer_that_has_dropped_slots_holds_none_that_the_next_query_d
 @pytest.mark.parametrize(("budget", "asked"), [(0.3, 6989), (60, 60 * 256), (1000, 91 * 256)])  # 6,988.8
 def test_a_share_of_the_bytes_is_rounded_up_to_whole_ones(budget, asked):
     layer, step = load_method("snapkv", budget=budget).caches(_Spec, None)[0], step_of(91)
-    assert layer.asked([91 * 256]) == [91 * 256]  # before the prompt has ended
+    assert layer.budget_bytes([91 * 256]) == [91 * 256]  # before the prompt has ended
     layer.append(step)
     layer.end_step(step)
-    assert layer.asked([91 * 256]) == [asked]
+    assert layer.budget_bytes([91 * 256]) == [asked]
 
 
 class _Spec:

@@ -60,13 +60,13 @@ def decoder_of(model: PreTrainedModel, adapted: Container[str]) -> Decoder:
 
 def _root(model: PreTrainedModel) -> nn.Module:
     """The module that holds the text decoder's layers; the whole model where it does not say."""
-    found = model.get_decoder()
-    return found if isinstance(found, PreTrainedModel) and _attention(found) else model
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) and _attention(decoder) else model
 
 
 def _attention(root: nn.Module) -> list[nn.Module]:
-    found = [m for m in root.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
-    return sorted(found, key=lambda m: -1 if m.layer_idx is None else m.layer_idx)
+    modules = [m for m in root.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
+    return sorted(modules, key=lambda m: -1 if m.layer_idx is None else m.layer_idx)
 
 
 def _obstacle(root: nn.Module, config: Any, modules: list[nn.Module], adapted: bool) -> str | None:
@@ -111,9 +111,9 @@ def _stock_layers(config: Any) -> Iterable[Any]:
 
 def uses_interface(attention: type) -> bool:
     """Whether an attention class calls the function that its configuration names; by its code and its parents'."""
-    own = [kind for kind in attention.__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
+    classes = [kind for kind in attention.__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
     try:
-        return any("ALL_ATTENTION_FUNCTIONS" in inspect.getsource(kind) for kind in own)
+        return any("ALL_ATTENTION_FUNCTIONS" in inspect.getsource(kind) for kind in classes)
     except (OSError, TypeError):  # no source at hand: the self-check decides
         return True
 
@@ -121,6 +121,6 @@ def uses_interface(attention: type) -> bool:
 def drops_attention(module: nn.Module) -> bool:
     """Whether a module in training mode leaves out attention at random, as the stock functions do and ours do not."""
     names = ("attention_dropout", "attn_dropout", "attn_pdrop", "dropout", "attn_dropout_p")
-    found = (getattr(module, name, 0.0) for name in names)
-    rates = [one.p if isinstance(one, nn.Dropout) else one for one in found]
+    values = (getattr(module, name, 0.0) for name in names)
+    rates = [one.p if isinstance(one, nn.Dropout) else one for one in values]
     return module.training and any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)

@@ -134,17 +134,17 @@ class Lengths:
 def switches_of(module: nn.Module) -> list[Switch]:
     """Where a module's frequencies change with the length, by kind of layer; none for most modules."""
     types = getattr(module, "rope_type", None)
-    found = []
+    switches = []
     for kind, rope_type in (types if isinstance(types, dict) else {"": types}).items():
         if not changes(rope_type):
             continue
         prefix = f"{kind}_" if kind else ""
         parameters = module.config.rope_parameters
-        own = parameters[kind] if kind else parameters
+        settings = parameters[kind] if kind else parameters
         dynamic = rope_type != "longrope"
-        at = module.original_max_seq_len if dynamic else own["original_max_position_embeddings"]
-        found.append(Switch(module, prefix, int(at), dynamic))
-    return found
+        at = module.original_max_seq_len if dynamic else settings["original_max_position_embeddings"]
+        switches.append(Switch(module, prefix, int(at), dynamic))
+    return switches
 
 
 @contextmanager

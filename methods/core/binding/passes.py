@@ -53,9 +53,9 @@ class Passes:
 
     def watch(self, model: PreTrainedModel) -> None:
         """Look at every pass of the model, or of a part of it that can be called by itself."""
-        own = set(self.modules)
+        modules = set(self.modules)
         for part in model.modules():
-            if isinstance(part, PreTrainedModel) and own & set(part.modules()):
+            if isinstance(part, PreTrainedModel) and modules & set(part.modules()):
                 part.register_forward_pre_hook(self.begin, with_kwargs=True)
                 part.register_forward_hook(self.end, always_call=True)
 
@@ -69,8 +69,8 @@ class Passes:
         if cache is None:
             self._switch_off()  # which an interrupted pass may have left on
         elif self.outermost is None and not self.barred:
-            own = cache.passes()
-            if own is None or own.modules != self.modules:
+            passes = cache.passes()
+            if passes is None or passes.modules != self.modules:
                 raise UserError(other_model(cache))
             said = [
                 kwargs.get("output_attentions"),

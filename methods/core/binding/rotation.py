@@ -76,15 +76,15 @@ def turnings(model: PreTrainedModel, modules: Sequence[nn.Module]) -> list[Turni
     """One Turning per attention module, in their order; the model is left as it was."""
     layers, absolute = _ask(model, modules)
     frequencies = list(_frequencies(model))
-    found: list[Turning] = []
+    turnings: list[Turning] = []
     for layer in layers:
         # layers are mostly alike: what the last one did is tried first
-        last = found[-1] if found else Turning()
-        found.append(Turning() if layer is None else _turning(layer, frequencies, last))
+        last = turnings[-1] if turnings else Turning()
+        turnings.append(Turning() if layer is None else _turning(layer, frequencies, last))
     # a model none of whose layers turns keys has its positions elsewhere, as one that adds them to its input
-    if absolute or not any(turning.turns for turning in found):
-        found = [replace(turning, rope=None) for turning in found]
-    return found
+    if absolute or not any(turning.turns for turning in turnings):
+        turnings = [replace(turning, rope=None) for turning in turnings]
+    return turnings
 
 
 @torch.no_grad()
@@ -125,8 +125,8 @@ def _ask(model: PreTrainedModel, modules: Sequence[nn.Module]) -> tuple[list[_As
             asked.append(None)
             continue
         unit = torch.finfo(keys.dtype).eps
-        own = keys[0].transpose(0, 1)[chosen].float().cpu()
-        asked.append(_Asked(own, at[chosen], _cut(given[module], chosen), unit))
+        chosen_keys = keys[0].transpose(0, 1)[chosen].float().cpu()
+        asked.append(_Asked(chosen_keys, at[chosen], _cut(given[module], chosen), unit))
     return asked, absolute
 
 

@@ -174,7 +174,7 @@ def _layers(model: PreTrainedModel, attention: Sequence[nn.Module]) -> Sequence[
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == len(attention):
             inside = zip(module, attention, strict=True)
-            if all(any(part is own for part in block.modules()) for block, own in inside):
+            if all(any(part is module for part in block.modules()) for block, module in inside):
                 return list(module)
     return attention
 
@@ -214,8 +214,8 @@ def _read(model: PreTrainedModel, cache: Any, pieces: Sequence[int], changed: in
     out, at = [], 0
     for size in (*pieces, *[1] * DECODED):
         end = at + size
-        made = model(input_ids=ids[:, at:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
-        out.append(made.logits)
+        output = model(input_ids=ids[:, at:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        out.append(output.logits)
         at = end
     return (torch.cat(out, dim=1) * mask[..., None]).float()
 

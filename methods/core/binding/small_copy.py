@@ -70,9 +70,9 @@ def small_model(model: PreTrainedModel, layers: list[int], seed: int = 0, narrow
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
         with _Undrawn():
-            made = type(model)._from_config(config, dtype=torch.float32, attn_implementation="eager")
-        _draw(made)
-    return made.eval()
+            small = type(model)._from_config(config, dtype=torch.float32, attn_implementation="eager")
+        _draw(small)
+    return small.eval()
 
 
 def _parts(config: Any) -> Iterator[Any]:
@@ -189,9 +189,9 @@ class _Undrawn(TorchFunctionMode):
 @torch.no_grad()
 def _draw(model: PreTrainedModel) -> None:
     """Weights so large that attention matters: a model fresh from its own initialisation attends evenly."""
-    own = {id(weight) for weight in model.get_decoder().parameters()}
+    in_decoder = {id(weight) for weight in model.get_decoder().parameters()}
     for weight in model.parameters():
-        if weight.numel() > MOST and id(weight) not in own:
+        if weight.numel() > MOST and id(weight) not in in_decoder:
             continue  # as it lies in memory: never read
         if weight.dim() > 1:
             weight.normal_(0, weight.shape[-1] ** -0.5)

@@ -30,9 +30,9 @@ def mapped(source: str, is_ours: Callable[[str, str | None], bool]) -> str:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             if node.level == 0 and node.module and all(is_ours(node.module, alias.name) for alias in node.names):
-                found = _FROM.match(text, starts[node.lineno - 1] + node.col_offset)
-                assert found is not None
-                changes.append((found.end(), found.end(), f"{PACKAGE}."))
+                match = _FROM.match(text, starts[node.lineno - 1] + node.col_offset)
+                assert match is not None
+                changes.append((match.end(), match.end(), f"{PACKAGE}."))
         elif isinstance(node, ast.Import) and any(is_ours(alias.name, None) for alias in node.names):
             assert node.end_lineno is not None and node.end_col_offset is not None
             begin, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
@@ -73,12 +73,12 @@ def held(root: Path, tops: Sequence[str]) -> Callable[[str, str | None], bool]:
 
 def bound_in(path: Path) -> set[str]:
     """The names that a file of Python defines or imports."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found.add(node.name)
+            names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            found |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
-    return found
+            names.add(node.id)
+    return names

@@ -54,10 +54,10 @@ def _reach() -> None:
     """Find modules in the folders that were announced, and methods/X.py and tasks/X.py in these or beside them."""
     announced = [Path(folder) for folder in os.environ.get(OWN, "").split(os.pathsep) if folder]
     sys.path += [str(folder) for folder in announced if str(folder) not in sys.path]
-    for top, place in product(("methods", "tasks"), [around for one in announced for around in (one, one.parent)]):
+    for top, parent in product(("methods", "tasks"), [around for one in announced for around in (one, one.parent)]):
         folders: Any = importlib.import_module(here(top)).__path__
-        if (place / top).is_dir() and str(place / top) not in folders:
-            folders.append(str(place / top))  # behind our own
+        if (parent / top).is_dir() and str(parent / top) not in folders:
+            folders.append(str(parent / top))  # behind our own
 
 
 class _Finder(MetaPathFinder):

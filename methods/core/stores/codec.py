@@ -100,11 +100,11 @@ class CodecCache(LayerCache):
     def holding(self) -> Holding:
         return self.store.holding(self.sees)
 
-    def own(self) -> list[int]:
-        return self.store.own(self.sees)
+    def held_bytes(self) -> list[int]:
+        return self.store.held_bytes(self.sees)
 
-    def asked(self, full: Sequence[int]) -> list[int]:
-        return self.store.asked(full)
+    def budget_bytes(self, full: Sequence[int]) -> list[int]:
+        return self.store.budget_bytes(full)
 
     def expect(self, new: int) -> None:
         self.store.expect(new)

@@ -21,7 +21,7 @@ class GrowableBuffer:
 
     def __init__(self, x: Tensor):
         self.buffer, self.n = x, x.shape[2]
-        self.place = x.element_size() * math.prod(x.shape[:2] + x.shape[3:])  # bytes
+        self.place_bytes = x.element_size() * math.prod(x.shape[:2] + x.shape[3:])  # bytes
 
     @property
     def used(self) -> Tensor:
@@ -30,7 +30,7 @@ class GrowableBuffer:
     @property
     def nbytes(self) -> int:
         """Bytes of places in use."""
-        return self.n * self.place
+        return self.n * self.place_bytes
 
     @property
     def free(self) -> int:
@@ -66,7 +66,7 @@ class PackedTensor:
         self.scheme = scheme
         self.recent = recent  # places; in use are start … end - 1
         self.start, self.end = 0, recent.shape[2]
-        self.place = recent.element_size() * math.prod(recent.shape[:2] + recent.shape[3:])  # bytes
+        self.place_bytes = recent.element_size() * math.prod(recent.shape[:2] + recent.shape[3:])  # bytes
         self.arrays: tuple[GrowableBuffer, ...] = ()  # codes, scale, offset, once something is packed
 
     @property
@@ -149,19 +149,19 @@ class PackedTensor:
     @property
     def used(self) -> int:
         """Bytes of places in use."""
-        return (self.end - self.start) * self.place + sum(x.nbytes for x in self.arrays)
+        return (self.end - self.start) * self.place_bytes + sum(x.nbytes for x in self.arrays)
 
     @property
     def free(self) -> int:
         """Bytes of places not in use."""
-        return self.recent.nbytes - (self.end - self.start) * self.place + sum(x.free for x in self.arrays)
+        return self.recent.nbytes - (self.end - self.start) * self.place_bytes + sum(x.free for x in self.arrays)
 
     def _free_places(self, to_come: int | None) -> int:
         """Free places for recent tokens: with those of the packed ones they take an eighth of what is held, or one."""
         n = self.end - self.start
         if self.scheme.bits == 16:
             return 1 + spare(n, to_come)
-        places = self.used // (2 * 8) // self.place
+        places = self.used // (2 * 8) // self.place_bytes
         return max(1, min(places, self.scheme.residual, places if to_come is None else to_come))
 
     def _move(self, places: int) -> None:

@@ -58,12 +58,12 @@ class QuantizedStore(Store):
                 if scheme.bits != 16:
                     scheme.width(D)
 
-    def choose_with(self, layers: Sequence[Sequence[tuple[Scheme, Scheme]]], own: int, budget: float | None) -> None:
+    def choose_with(self, layers: Sequence[Sequence[tuple[Scheme, Scheme]]], layer: int, budget: float | None) -> None:
         """Let all layers choose the same place of their lists, whose bytes together fit the budget.
 
         layers: the lists of all layers, best first and equally long.  own: which of them is this store's.
         """
-        self.layers, self.schemes, self.budget = layers, layers[own], budget
+        self.layers, self.schemes, self.budget = layers, layers[layer], budget
 
     def choose(self, n: int, D: int, Dv: int, itemsize: int) -> tuple[Scheme, Scheme]:
         """Schemes of keys and values for a row with n slots of these widths and this many bytes per number."""
@@ -151,20 +151,20 @@ class QuantizedStore(Store):
         """As the base's; once something is packed, codes, scales and residual, and on top of the budget positions."""
         if not self.parts:
             return super().holding(visible)
-        found = Holding([], [], [])
+        whole = Holding([], [], [])
         for part in self.parts:
             pos, n = part.pos.nbytes, part.rows
             numbers = (part.used, pos, part.free)
-            for of_rows, size in zip((found.own, found.beside, found.padding), numbers):
+            for of_rows, size in zip((whole.held, whole.beside, whole.padding), numbers):
                 of_rows += [size // n] * n
-        return found
+        return whole
 
-    def own(self, visible: int | None = None) -> list[int]:
+    def held_bytes(self, visible: int | None = None) -> list[int]:
         if not self.parts:
-            return super().own(visible)
+            return super().held_bytes(visible)
         return [part.used // part.rows for part in self.parts for _ in range(part.rows)]
 
-    def asked(self, full: Sequence[int]) -> list[int]:
+    def budget_bytes(self, full: Sequence[int]) -> list[int]:
         """Bytes that the budget allows of so many in full precision; without one, what the only scheme comes to."""
         if self.budget is not None:
             return [int(share(self.budget, n) * size) for n, size in zip(self._slots(), full, strict=True)]

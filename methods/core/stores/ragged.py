@@ -139,13 +139,13 @@ class RaggedStore(Store):
             t * side + t // H * common + n * PAGE * of_page + (n * PAGE - m) * kv + more
             for t, n, m, more in zip(tail, n_pages, in_pages, layout)
         ]
-        own = [n * kv + more for n, more in zip(self.counted(), beside)]
+        held = [n * kv + more for n, more in zip(self.counted(), beside)]
         places = sum(x.nbytes for x in self.buffers.values()) // B
         whole = [places + n * PAGE * (kv + of_page) + more for n, more in zip(n_pages, layout)]
-        return Holding(own, beside, [a - b for a, b in zip(whole, own)])
+        return Holding(held, beside, [a - b for a, b in zip(whole, held)])
 
-    def own(self, visible: int | None = None) -> list[int]:
-        return self.holding(visible).own if self.counts else super().own(visible)
+    def held_bytes(self, visible: int | None = None) -> list[int]:
+        return self.holding(visible).held if self.counts else super().held_bytes(visible)
 
     def _in_pages(self, counts: Sequence[int]) -> list[int]:
         """Numbers per row and head, added up per row."""
@@ -189,10 +189,10 @@ class RaggedStore(Store):
                 flat[at] = torch.where(inside.any(), x.flatten(0, 1)[head].to(flat.dtype), flat[at])
         if self.n > 0:
             rows, heads = (torch.arange(m, device=slot.device) for m in slot.shape)
-            place = rows[:, None], heads, (slot - n).clamp_min(0)
+            index = rows[:, None], heads, (slot - n).clamp_min(0)
             for name, x in new.items():
                 buffer, outside = self.buffers[name], (slot >= n).view(*slot.shape, *(1,) * (x.dim() - 2))
-                buffer[place] = torch.where(outside, x.to(buffer.dtype), buffer[place])
+                buffer[index] = torch.where(outside, x.to(buffer.dtype), buffer[index])
 
     def _fill(self, name: str) -> float:
         return -1 if name == "pos" else self.fills.get(name, 0.0)

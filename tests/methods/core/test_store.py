@@ -330,7 +330,7 @@ def test_free_places_are_padding_and_no_row_pays_for_them():
     both.append(1)
     assert held(both.store) == B * H * (161 + 20) * slot
     holding = both.store.holding()
-    assert holding.own == [H * 161 * slot] * B and holding.beside == [H * 161 * 4] * B
+    assert holding.held == [H * 161 * slot] * B and holding.beside == [H * 161 * 4] * B
     assert holding.padding == [H * 20 * slot] * B
     assert both.store.overhead() == B * H * (161 * 4 + 20 * slot)
 

@@ -109,6 +109,7 @@ class KVTuner(Codec):
 
     @property
     def changes_prompt(self) -> bool:  # type: ignore[override]
+        """A prompt that attends to packed keys and values has other hidden states."""
         return self.prefill_attends_dequantised
 
     def prepare(self, model: PreTrainedModel) -> list[Table]:

@@ -44,6 +44,7 @@ class Sizes(NamedTuple):
 
     @property
     def kept(self) -> int:
+        """Slots that stay per head."""
         return self.sinks + self.recent + self.by_score + self.by_chance
 
 

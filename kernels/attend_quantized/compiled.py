@@ -39,6 +39,7 @@ def serves(q: Tensor, keys: tuple[Packed | None, Tensor], values: tuple[Packed |
 
 
 def products() -> Products:
+    """The compiled forms of both products with codes, for tensors that `serves` takes."""
     return Products(dot, mix)
 
 

@@ -30,7 +30,8 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        return self.error <= self.tolerance  # False for NaN
+        """Whether rounding explains the difference; not where there is a NaN."""
+        return self.error <= self.tolerance
 
 
 def forms(device: torch.device) -> list[str]:

@@ -35,6 +35,7 @@ class Packed:
         return n * self.group if self.dim == 2 else n
 
     def tensors(self) -> Iterable[Tensor]:
+        """Codes, scales and offsets: all that is held."""
         return self.codes, self.scale, self.offset
 
     def narrow(self, start: int, n: int) -> Packed:

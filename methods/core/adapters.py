@@ -70,6 +70,7 @@ def _need(given: Any, kind: type, module: nn.Module) -> None:
 
 
 def n_kv_heads(config: Any) -> int:
+    """KV heads by a model's configuration; as many as query heads where it names none."""
     if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
         return 1
     named = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)

@@ -19,12 +19,14 @@ class Rows(Protocol):
 
     store: Store
 
-    def append(self, step: Step) -> None: ...
+    def append(self, step: Step) -> None:
+        """Bring in the step's keys and values."""
 
     def attend(self) -> Tensor:
-        """The output [B, Hq, T, Dv] of the step that was taken in."""
+        """The output [B, Hq, T, Dv] of the step that was appended."""
 
-    def end_step(self, step: Step) -> None: ...
+    def end_step(self, step: Step) -> None:
+        """End of the turn: compress."""
 
     def copy(self, rows: slice) -> Self:
         """The same for some of the rows, sharing nothing."""

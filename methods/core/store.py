@@ -51,14 +51,17 @@ class Store:
 
     @property
     def k(self) -> Tensor:
+        """Keys of the slots in use, [B, H, S, D], as they are held."""
         return self.buffers["k"][:, :, : self.n]
 
     @property
     def v(self) -> Tensor:
+        """Values of the slots in use, [B, H, S, Dv], as they are held."""
         return self.buffers["v"][:, :, : self.n]
 
     @property
     def pos(self) -> Tensor:
+        """Positions of the slots in their rows, [B, H, S], int32, -1 for padding."""
         return self.buffers["pos"][:, :, : self.n].expand(-1, self.k.shape[1], -1)
 
     def read(self) -> tuple[Tensor, Tensor]:

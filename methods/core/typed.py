@@ -40,6 +40,7 @@ class Range:
     above: float | None = None
 
     def holds(self, value: float) -> bool:
+        """Whether the number lies within."""
         return (
             (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
@@ -57,6 +58,7 @@ class Filled:
     """Of a text: it is not empty."""
 
     def holds(self, value: str) -> bool:
+        """Whether the text has more than blanks."""
         return bool(value.strip())
 
     def __str__(self) -> str:

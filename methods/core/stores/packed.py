@@ -25,6 +25,7 @@ class GrowableBuffer:
 
     @property
     def used(self) -> Tensor:
+        """The places in use, a view."""
         return self.buffer[:, :, : self.n]
 
     @property
@@ -55,6 +56,7 @@ class GrowableBuffer:
         self.buffer, self.n = self.buffer[:, :, places : self.n].clone(), self.n - places
 
     def select(self, rows: Tensor) -> GrowableBuffer:
+        """These rows, in memory of their own without free places."""
         return GrowableBuffer(self.used.index_select(0, rows))
 
 
@@ -71,6 +73,7 @@ class PackedTensor:
 
     @property
     def packed(self) -> Packed | None:
+        """The tokens that are codes, as views; None while there are none."""
         if not self.arrays:
             return None
         scheme = self.scheme
@@ -137,11 +140,13 @@ class PackedTensor:
             array.drop(x.shape[2])
 
     def select(self, rows: Tensor) -> PackedTensor:
+        """These rows, in memory of their own."""
         side = PackedTensor(self.newest.index_select(0, rows), self.scheme)
         side.arrays = tuple(x.select(rows) for x in self.arrays)
         return side
 
     def tensors(self) -> Iterable[Tensor]:
+        """The buffers, free places included."""
         yield self.recent
         for x in self.arrays:
             yield x.buffer
@@ -181,6 +186,7 @@ class RowGroup:
 
     @property
     def rows(self) -> int:
+        """How many rows of the batch the group has."""
         return self.keys.recent.shape[0]
 
     @property
@@ -194,7 +200,7 @@ class RowGroup:
         return self.keys.free + self.values.free + self.pos.free
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor, to_come: int | None = None) -> None:
-        """k [B, H, T, D], v [B, H, T, Dv], pos [B, 1, T]; to_come: as in Side."""
+        """k [B, H, T, D], v [B, H, T, Dv], pos [B, 1, T]; to_come: as in PackedTensor."""
         self.keys.append(k, to_come)
         self.values.append(v, to_come)
         T = pos.shape[-1]
@@ -202,6 +208,7 @@ class RowGroup:
         self.pos.append(pos.expand(-1, self.pos.buffer.shape[1], -1), T, later)
 
     def attend(self, step: Step) -> Tensor:
+        """Output [B, Hq, T, Dv] of the queries of these rows, their own tokens included."""
         keys, values = self.keys, self.values
         layout: Layout = "all" if step.q.shape[2] == 1 and step.rules.window is None else "positions"
         at = {"q_pos": step.pos, "k_pos": self.pos.used, "layout": layout}
@@ -210,6 +217,7 @@ class RowGroup:
         return attend_quantized(step.q, (keys.packed, keys.newest), (values.packed, values.newest), step.rules, **at)
 
     def pack(self, to_come: int | None = None) -> None:
+        """Pack what is due of keys and of values; to_come: as in `append`."""
         self.keys.pack(to_come)
         self.values.pack(to_come)
 

@@ -222,6 +222,7 @@ class Slots:
 
 def compress(held: Slots, method: LoCoCo, compressor: Compressor | None) -> Slots:
     """`method.slots` slots of the S that are held: the raw ones in their order, then the fused ones in theirs."""
+    # raw: the heaviest hitters of the last chunk, and the newest slots where `local_len` asks for them
     S = held.k.shape[2]
     score = held.mass
     if method.local_len:
@@ -230,17 +231,18 @@ def compress(held: Slots, method: LoCoCo, compressor: Compressor | None) -> Slot
     keep = top(score, score.new_full((1, 1), method.raw))  # [B, H, S]
     raw = held.gather(compact(keep, method.raw)[0])
     others = held.gather(compact(~keep, S - method.raw)[0])  # [B, H, N]
-    # where dropping would go on: the next heaviest, in their order
+    # a fused slot begins as the one that plain dropping would have kept in its place: the next heaviest, in order
     next_best, _ = compact(top(others.mass, score.new_full((1, 1), method.fused)), method.fused)  # [B, H, fused]
     fused = others.gather(next_best)
     if compressor is not None:
+        # the gate mixes that slot with a weighted sum over all others; eta = 0 is dropping
         eta = compressor.eta.float() if method.eta is None else method.eta
         weights = compressor(others.k, others.v) * eta  # [B, H, fused, N]
         fused.k, fused.v = (
             ((1 - eta) * one.float() + weights @ all_.float()).to(one.dtype)
             for one, all_ in ((fused.k, others.k), (fused.v, others.v))
         )
-        if method.accumulate_scores:
+        if method.accumulate_scores:  # a sum over chunks goes on in the fused slot; it takes no part in training
             fused.mass = (1 - eta) * fused.mass + (weights.detach() @ others.mass[..., None]).squeeze(-1)
     both = ((raw.k, fused.k), (raw.v, fused.v), (raw.pos, fused.pos), (raw.mass, fused.mass))
     return Slots(*(torch.cat(pair, dim=2) for pair in both))
@@ -297,12 +299,14 @@ class Memory:
     def _next_piece(self, step: Step) -> None:
         """Compress if it is due, then append the rest of a chunk, and further chunks as long as nothing is due."""
         method, rest = self.method, step.q.shape[2] - self.at
-        if self.left == 0:
+        if self.left == 0:  # a chunk begins: the only moment at which the memory is compressed
             if len(self.store) > method.max_slots:
                 self._compress()
             self.left, self.fresh = method.chunk, True
+        # the rest of the chunk, as far as the step has tokens for it
         n = self.last = min(self.left, rest)
         self.left -= n
+        # what follows would be compressed at its begin only if the memory were too full: until then it is one piece
         while n < rest and len(self.store) + n <= method.max_slots:
             self.last = min(method.chunk, rest - n)
             n, self.left, self.fresh = n + self.last, method.chunk - self.last, True
@@ -311,6 +315,7 @@ class Memory:
         self.store.append(step.k[:, :, new], step.v[:, :, new], step.pos[:, new])
 
     def _attend_piece(self, step: Step) -> Tensor:
+        # the step itself where it is one piece, which is what most steps are
         piece, n = step, self.here
         if n < step.q.shape[2]:
             new = slice(self.at, self.at + n)
@@ -318,12 +323,13 @@ class Memory:
         self.at += n
         if not self._watched(step):
             return self.store.attend(piece)
-        # the current chunk's queries, or all of them where scores add up over chunks
+        # slots are judged by the current chunk's queries, or by all of them where scores add up over chunks
         n = n if self.method.accumulate_scores else self.last
         k, v = self.store.read()
         out, each = attend_with_mass(
             piece.q, k, v, piece.rules, n, q_pos=piece.pos, k_pos=self.store.pos, layout="tail"
         )  # each [B, Hq, S]
+        # a new chunk starts the sums anew; the query heads of a KV head add theirs
         received = self.store.track("mass")
         if self.fresh and not self.method.accumulate_scores:
             received.zero_()

@@ -130,23 +130,27 @@ class Scissorhands(Capped):
 
     def _write(self, store: Store, step: Step, q_pos: Tensor, p: Tensor) -> None:
         """Votes of queries at q_pos [B, t] with attention p [B, H, t, S], in the place of the oldest."""
+        # a query votes against a slot that it sees and gives less than an even share of its attention
         seen = visible(q_pos, store.pos, step.rules.window)  # [B, H, t, S]
         low = seen & (p * seen.sum(-1, keepdim=True) < 1)
+        # the history is a ring: a query writes over the column of the one that was read `history` tokens before it
         column = q_pos.long() % self.history  # [B, t]
         real = q_pos >= 0
         votes = self._votes(store)
         bit = torch.where(real, 1 << column % 8, 0)  # [B, t]; padding has no vote
-        if q_pos.shape[1] == 1:  # while decoding a single byte of each slot changes
+        if q_pos.shape[1] == 1:  # while decoding a single byte of each slot changes: read it, replace the query's bit
             at = (column // 8)[:, None, None].expand(*store.pos.shape, 1)
             old = votes.gather(3, at)
             new = (old & ~bit[:, :, None, None].to(torch.uint8)) | (low.mT * bit[:, None, None]).to(torch.uint8)
             votes.scatter_(3, at, new)
         else:
+            # several queries may share a byte. one_hot holds a query's bit in its byte: summed over the queries it says
+            # which bits are new, and its product with the votes sums those bits, which no two queries share
             one_hot = torch.zeros(*bit.shape, votes.shape[-1], device=bit.device)
             one_hot.scatter_(2, (column // 8)[..., None], bit[..., None].float())  # [B, t, bytes]
             votes.bitwise_and_(~one_hot.sum(1).to(torch.uint8)[:, None, None])
             votes.bitwise_or_((low.mT.float() @ one_hot[:, None]).to(torch.uint8))
-        if self.tie == "prob":
+        if self.tie == "prob":  # the same with whole columns: old attention goes, that of the queries comes
             one_hot = torch.zeros(*bit.shape, self.history, device=bit.device)
             one_hot.scatter_(2, column[..., None], real[..., None].float())  # [B, t, history]
             held = self._seen(store)

@@ -104,18 +104,22 @@ class Group:
             return
         began = now(self.model.device)
         session, device = self.session, logits.device
+        # every member has a copy of the prompts' rows, one member behind the other; all may say what one may say
         rows = NewTokens([*limits] * len(self.active), device)
         n, steps = session.mask.shape[1], max(0, rows.most - 1)
         session.expect(steps)
+        # positions and mask are the same for all members and known before the first token: made once, for all steps
         pos = session.counts[: self.B] + torch.arange(steps, device=device)  # [B, steps]
         mask = torch.cat((session.mask[: self.B], session.mask.new_ones(self.B, steps)), dim=1)
         new = rows.take(logits)
         look_every = LOOK_EVERY.get(device.type, 1)
         for done in range(steps):
+            # which rows have ended is known on the device: asking makes the host wait, so it is asked now and then
             if done % look_every == 0:
                 ended = rows.ended()
                 over = [all(ended[row] for row in self._rows(i)) for i in range(len(self.active))]
                 stay = [i for i, member in enumerate(self.active) if not over[i] and member.error is None]
+                # a member whose rows have all ended, or that failed, leaves, so that its cache costs no further step
                 if len(stay) < len(self.active):
                     left = [row for i in stay for row in self._rows(i)]
                     self._leave(rows, done, began, but=stay)
@@ -123,6 +127,7 @@ class Group:
                         return
                     new = new[rows.keep(left)]
                     self._gather(session.cache)
+            # one token of every row that is left, the members' rows in one batch
             M = len(self.active)
             here = slice(done, done + 1)
             seen = mask[:, : n + done + 1].repeat(M, 1)

@@ -177,17 +177,23 @@ class RaggedStore(Store):
         self.free_slot = None
 
     def _write(self, slot: Tensor, new: dict[str, Tensor]) -> None:
-        """New values [B, H, ...] of some arrays in one slot per row and head, slot [B, H] in the order of `read`."""
-        n = max(self.counts)
+        """New values [B, H, ...] of some arrays in one slot per row and head, slot [B, H] in the order of `read`.
+
+        Whether a head's slot lies in its pages or in the tail is known on the device alone. So that the host need not
+        wait, both are written for every head, and a head that has no slot in one of them changes nothing there.
+        """
+        n = max(self.counts)  # `read` gives n slots of pages per head, then the tail
         if n > 0:
             inside = (slot < n).flatten()  # [B * H]
-            # heads that write into the tail repeat what the first that does not writes, or the first place as it is
+            # pages have no place to spare: a head whose slot is in the tail writes once more what the first head with
+            # a slot in pages writes, in the same place; with no such head all write the first place as it is
             head = torch.where(inside, torch.arange(len(inside), device=slot.device), inside.int().argmax())
             at = torch.where(inside.any(), (self.first + slot.flatten())[head], 0)
             for name, x in new.items():
                 flat = self.pages[name].flatten(0, 1)
                 flat[at] = torch.where(inside.any(), x.flatten(0, 1)[head].to(flat.dtype), flat[at])
         if self.n > 0:
+            # in the tail every head has places of its own: one whose slot is in pages writes its first as it is
             rows, heads = (torch.arange(m, device=slot.device) for m in slot.shape)
             index = rows[:, None], heads, (slot - n).clamp_min(0)
             for name, x in new.items():

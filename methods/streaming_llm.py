@@ -24,9 +24,10 @@ from torch import Tensor
 from kernels import attend
 from kernels.attend.reference import logits
 from methods.core.contract import Holding, LayerCache, ModelSpec, Stage, Step
+from methods.core.decision import real_tokens
 from methods.core.errors import UserError
-from methods.core.eviction import Eviction, EvictionCache, EvictionContext, real_tokens, taken
-from methods.core.store import Store
+from methods.core.eviction import Eviction, EvictionCache, EvictionContext
+from methods.core.store import Store, taken
 
 BLOCK = 256  # queries per block of a streaming prompt
 

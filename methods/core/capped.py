@@ -12,9 +12,10 @@ from torch import Tensor
 
 from methods.core.allocate import Uniform
 from methods.core.contract import LayerCache, ModelSpec, Stage, Step
+from methods.core.decision import EvictionContext, check_scores, on_device
 from methods.core.errors import UserError
-from methods.core.eviction import Eviction, EvictionCache, EvictionContext, check_scores, on_device, taken
-from methods.core.store import Store
+from methods.core.eviction import Eviction, EvictionCache
+from methods.core.store import Store, taken
 
 EVICT = ("prompt_end", "per_chunk")
 
@@ -192,7 +193,7 @@ class CappedCache(EvictionCache):
         )
         scores = self._scores(step, context)
         if scores.device.type == "cpu":  # elsewhere a look waits for the device
-            check_scores(self.method, scores.masked_fill(~real, -torch.inf), real)
+            check_scores(self.method.score, scores.masked_fill(~real, -torch.inf), real)
         scores = scores.masked_fill(~real, torch.inf)
         lowest = scores == scores.amin(-1, keepdim=True)
         slot = torch.where(lowest, store.pos, -1).argmax(-1)  # [B, H], the newest of them

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -16,51 +14,9 @@ from torch import Tensor
 from methods.core.allocate import Allocator, Uniform
 from methods.core.budget import share, slots
 from methods.core.contract import Holding, LayerCache, Method, ModelSpec, Stage, Step
+from methods.core.decision import EvictionContext, check_scores, on_device, real_tokens
 from methods.core.old_names import adopt
 from methods.core.store import Store, spare, taken
-
-
-@dataclass
-class EvictionContext:
-    """A decision to drop slots, as `score` sees it.
-
-    q [B, Hq, T, D], q_pos [B, T]: the newest queries, as many as `Eviction.query_window` asked for where there are so
-    many; position -1 is padding.
-    real [B, H, S]: which slots are no padding.
-    prompt: tokens of each row's prompt in this layer (in a sliding layer those inside its window).
-    kept_per_head: slots that may stay per head, for each row.  budget_slots [B, 1, 1]: the same on the device.
-    mass [B, Hq, S]: what `Eviction.n_window_queries` asked for in the step that decides; None if it asked for nothing.
-    again: whether the rows have been cut before.
-    """
-
-    q: Tensor
-    q_pos: Tensor
-    real: Tensor
-    prompt: list[int]
-    kept_per_head: list[int]
-    budget_slots: Tensor
-    mass: Tensor | None = None
-    again: bool = False
-
-    @cached_property
-    def n(self) -> Tensor:
-        """Slots that each head holds, [B, H, 1]."""
-        return self.real.sum(-1, keepdim=True)
-
-    @cached_property
-    def age_rank(self) -> Tensor:
-        """How many older slots the head holds, [B, H, S], -1 for padding; where slots lie in order of position."""
-        return torch.where(self.real, self.real.cumsum(-1) - 1, -1)
-
-    @property
-    def rank(self) -> Tensor:
-        """What `age_rank` was called."""
-        return self.age_rank
-
-    @property
-    def limit(self) -> list[int]:
-        """What `kept_per_head` was called."""
-        return self.kept_per_head
 
 
 def __getattr__(name: str) -> Any:
@@ -310,7 +266,7 @@ class EvictionCache(LayerCache):
             scores = scores.masked_fill(on_device(fits, real.device)[:, None, None], torch.inf)
         scores = scores.masked_fill(~real, -torch.inf)
         if step.stage is Stage.ENDS_PROMPT or scores.device.type == "cpu":  # elsewhere a look waits for the device
-            check_scores(method, scores, real)
+            check_scores(method.score, scores, real)
         keep = self._pick(scores, budget_slots)
         method.before_drop(store, keep)
         self.dropped = True
@@ -350,32 +306,6 @@ class EvictionCache(LayerCache):
             self.queries[0] = (q[:, :, extra:], pos[:, extra:])
             if step.stage is not Stage.ENDS_PROMPT:  # a view would keep the whole chunk alive
                 self.queries[0] = tuple(x.clone() for x in self.queries[0])
-
-
-def check_scores(method: Eviction, scores: Tensor, real: Tensor) -> None:
-    """Raises FloatingPointError that names the place of the method's `score` if its scores rank nothing.
-
-    scores [B, H, S]: -inf for padding.  real [B, H, S]: what is no padding. A row may score some slots -inf, not all.
-    """
-    broken = int(scores.isnan().sum())
-    nothing = bool(((scores == -torch.inf).all(-1).all(-1) & real.any(-1).any(-1)).any())
-    if not broken and not nothing:
-        return
-    code = inspect.unwrap(type(method).score).__code__
-    what = f"NaN for {broken} of {int(real.sum())} slots" if broken else "-inf for all slots of a row"
-    raise FloatingPointError(f"{code.co_name} gave {what}: {code.co_filename}, line {code.co_firstlineno}")
-
-
-def real_tokens(step: Step) -> list[int]:
-    """Tokens of each row in the step, without padding; waits for the device where there is some."""
-    if not step.padded:
-        return [step.q.shape[2]] * len(step.pos)
-    return (step.pos >= 0).sum(-1).tolist()
-
-
-def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """One number per row, [B], written there by the device itself: a copy from the host would be waited for."""
-    return torch.stack([torch.full((), n, device=device) for n in numbers])
 
 
 def _join(queries: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

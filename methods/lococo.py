@@ -37,10 +37,10 @@ from kernels import top
 from kernels.select import compact
 from methods.core import artefacts
 from methods.core.budget import slots
-from methods.core.chunk_memory import ChunkMemory, Slots
 from methods.core.contract import Holding, LayerCache, Method, ModelSpec
 from methods.core.errors import UserError
 from methods.core.per_row import PerRow
+from methods.core.stores.chunk_memory import ChunkMemory, Slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

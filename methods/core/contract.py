@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels import Rules, rotate
 from methods.core.budget import check_budget
 from methods.core.errors import UserError
-from methods.core.old_names import adopt
+from methods.core.home.old_names import adopt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,7 @@ from methods.core.allocate import Allocator, Uniform
 from methods.core.budget import share, slots
 from methods.core.contract import Holding, LayerCache, Method, ModelSpec, Stage, Step
 from methods.core.decision import EvictionContext, check_scores, on_device, real_tokens
-from methods.core.old_names import adopt
+from methods.core.home.old_names import adopt
 from methods.core.store import Store, spare, taken
 
 

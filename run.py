@@ -29,7 +29,7 @@ from methods.core.errors import UserError
 from methods.core.home import users
 from runners.jobs import Failed, spread
 from runners.records.provenance import commit
-from runners.settings import guard
+from runners.settings import guard, yamls
 from runners.settings.check import check
 from runners.settings.explain import EXPECTED, report
 from runners.settings.plugins import register
@@ -84,6 +84,7 @@ def main() -> int:
     # Hydra's parser wants its flags before the overrides; this is the one that people type anywhere
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     guard.install()
+    yamls.install()
     register()
     try:
         check_words(sys.argv[1:])

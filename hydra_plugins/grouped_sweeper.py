@@ -19,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from methods import method_part
 from methods.core.typed import conform, hints_of
-from runners.jobs import Failed, announce, group, job_cells, numbers_apart, tidy
+from runners.jobs import Failed, announce, apart, group, job_cells, tidy
 from runners.records.record import check_writable
+from runners.settings.composing import Composer
 from runners.settings.config import Config
 
 # runners that take a group; training, or a measurement of speed, does not
@@ -55,8 +56,7 @@ class GroupedSweeper(BasicSweeper):
         if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
             raise ValueError(f"hydra.sweeper.shards={shards}: give a whole number, 1 or more")
         self.shards = shards
-        self._checked: set[tuple[str, ...]] = set()
-        self._caps: dict[tuple[str, ...], bool] = {}
+        self._composer: Composer | None = None
 
     def sweep(self, arguments: list[str]) -> Any:
         """Hydra's own; but of a job that has said what failed, Hydra would print every override once more."""
@@ -93,24 +93,23 @@ class GroupedSweeper(BasicSweeper):
         return [jobs[at : at + n] for at in range(0, len(jobs), n)]
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Compose every job, and one cell per setting of a method, so that a mistyped name is said before all else."""
+        """Compose every job and every cell of one, so that a mistyped name is said before all else."""
         for job in batch:
             for cell in job_cells(job) or [list(job)]:
-                setting, _ = numbers_apart(cell)
-                if setting not in self._checked:
-                    self._compose(cell)
-                    self._checked.add(setting)
+                self._compose(cell)
 
     def _compose(self, cell: Sequence[str]) -> DictConfig:
         assert self.hydra_context is not None and self.config is not None
-        return self.hydra_context.config_loader.load_sweep_config(self.config, list(cell))
+        if self._composer is None:
+            loader = self.hydra_context.config_loader
+            self._composer = Composer(loader, self.config.hydra.overrides.hydra)
+        shared, own = apart(cell)  # in the order in which a job has them
+        return self._composer([*shared, *own])[0]
 
-    def _capped(self, shared: tuple[str, ...]) -> bool:
+    def _capped(self, cell: Sequence[str]) -> bool:
         """Whether the task's texts depend on the budget: it is the cap that a text is fed through."""
-        if shared not in self._caps:
-            task = self._compose(shared).task
-            self._caps[shared] = task.get("through") in CAPPED and OmegaConf.is_interpolation(task, "cap")
-        return self._caps[shared]
+        task = self._compose(cell).task
+        return task.get("through") in CAPPED and OmegaConf.is_interpolation(task, "cap")
 
     def _points(self, cell: list[str]) -> list[list[str]]:
         """The cell itself; for budget=sweep one cell per point of the method's own frontier."""

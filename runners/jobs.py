@@ -80,23 +80,32 @@ def tidy(cell: Sequence[str]) -> list[str]:
 
 
 def group(
-    cells: Sequence[Sequence[str]], capped: Callable[[tuple[str, ...]], bool] = lambda shared: False
+    cells: Sequence[Sequence[str]], capped: Callable[[Sequence[str]], bool] = lambda cell: False
 ) -> list[list[str]]:
     """Jobs in order of first appearance: what all cells of a job share, and `cells=[...]` with the rest of each.
 
-    capped: whether with these shared overrides the task takes the budget too, so that every budget is a job of its own.
+    capped: whether the task of this cell takes the budget too, so that every budget is a job of its own.
     """
     jobs: dict[tuple[str, ...], list[list[str]]] = {}
+    by_prompt: dict[tuple[str, ...], bool] = {}
     for cell in cells:
-        shared = tuple(override for override in cell if not _own(override))
-        if capped(shared):
-            shared += tuple(override for override in cell if override.startswith("budget="))
-        own = [override for override in cell if override not in shared]
+        shared, own = apart(cell)
+        if shared not in by_prompt:
+            by_prompt[shared] = capped(cell)
+        if by_prompt[shared]:
+            shared += tuple(override for override in own if override.startswith("budget="))
+            own = [override for override in own if override not in shared]
         members = jobs.setdefault(shared, [])
         if own not in members:
             members.append(own)
     return [[*shared, f"cells=[{','.join(quote(' '.join(map(escape, own))) for own in members)}]"]
             for shared, members in jobs.items()]  # fmt: skip
+
+
+def apart(cell: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """A cell's overrides: those that its prompts' own pass depends on, and those of the cell alone."""
+    shared = tuple(override for override in cell if not _own(override))
+    return shared, [override for override in cell if override not in shared]
 
 
 def job_cells(job: Sequence[str]) -> list[list[str]]:
@@ -119,10 +128,7 @@ def unpack(cell: str) -> list[str]:
 
 
 def numbers_apart(cell: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The overrides that choose and set up a method, and the values of `budget` and `seed`.
-
-    Composing takes a tenth of a second: cells that differ in these two numbers are composed once.
-    """
+    """The overrides that choose files and set up a method, and the values of `budget` and `seed`."""
     plain = tuple(override for override in cell if override.partition("=")[0] not in NUMBERS)
     rest = [OverridesParser.create().parse_override(override) for override in cell if override not in plain]
     return plain, {override.key_or_group: override.value() for override in rest}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -24,25 +21,22 @@ from methods.core.errors import BudgetMiss, UserError
 from methods.core.home import COMMAND
 from runners.cells import Cell, Run, plain
 from runners.engine.answer import answer_together, why_alone
-from runners.engine.choices import encode
-from runners.engine.conversation import dialogue
 from runners.engine.loading import Checkpoint, load_model
 from runners.engine.problem import problem
 from runners.engine.rows import failed, row_of
-from runners.jobs import NUMBERS, announced, numbers_apart, unpack
-from runners.memory import Size, device_bytes
+from runners.jobs import NUMBERS, announced, unpack
+from runners.memory import GroupSizes
 from runners.records.generations import check_found, say_what_changed
 from runners.records.sample_locks import Claims
 from runners.records.shared_record import SharedRecord
 from runners.report import run_table as show
 from runners.settings.check import check
+from runners.settings.composing import composer
 from runners.settings.parts import task_of
 from tasks.base import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 @dataclass
@@ -79,7 +73,9 @@ class Sweep:
             return
         task = task_of(cfg)
         show.say(task.source())
-        self._begin(Run(found[0][-1], task, results, "full", load=loaded))
+        first = found[0][-1]
+        first.hydra.overrides.task = self.shared  # of which the command of the full cache is made
+        self._begin(Run(first, task, results, "full", load=loaded))
         self.members = self._members(found)
 
     @classmethod
@@ -94,27 +90,18 @@ class Sweep:
     def _begin(self, run: Run) -> None:
         self.run = run
         self.failed = 0  # answers that were recorded as failed
-        self._known: dict[str, int] = {}  # tokens of prompts by example
-        self.size = Size(run.checkpoint.config, run.dtype)
-        # the largest group that is tried; halved when memory runs out
-        self.most = self.cfg.group.max_cells or sys.maxsize
+        self.sizes = GroupSizes(run)
 
     def _composed(self) -> Iterator[tuple[list[str], str, dict[str, Any], DictConfig]]:
         """Each cell's own words, its method's name and knobs, and a configuration that it shares with others.
 
         One that cannot work is said and left out.
         """
-        settings: dict[tuple[str, ...], DictConfig] = {}
-        begun = GlobalHydra.instance().is_initialized()  # not in every launcher's worker
-        with contextlib.nullcontext() if begun else initialize_config_dir(str(CONF), version_base="1.3"):
+        with composer(HydraConfig.get().overrides.hydra) as compose:
             for cell in self.cfg.cells:
                 words = unpack(str(cell))
-                setting, numbers = numbers_apart(words)
                 try:
-                    if setting not in settings:
-                        overrides = [*self.shared, *setting]
-                        settings[setting] = compose("config", overrides=overrides, return_hydra_config=True)
-                    cfg = settings[setting]
+                    cfg, numbers = compose([*self.shared, *words])
                     for key in NUMBERS:
                         cfg[key] = numbers.get(key, self.cfg[key])
                     check(cfg)
@@ -272,64 +259,12 @@ class Sweep:
             if good:
                 groups.setdefault(tuple(example.id for example in good), (good, []))[1].append(member)
         for examples, members in groups.values():
-            for part in self.split(members, examples):
+            for part in self.sizes.split(members, examples):
                 self._together(part, examples)
-
-    def split(self, members: Sequence[SweepCell], examples: Sequence[Example]) -> Iterator[list[SweepCell]]:
-        """The members in groups that memory has room for."""
-        bound = self.cfg.group.max_bytes or self._half_of_memory
-        tokens = max(self.tokens(example) for example in examples)
-        part: list[SweepCell] = []
-        rows = sum(map(rows_of, examples))
-        held = self.size.prompt(tokens, rows)
-        logits = self.size.logits(max(map(block_of, examples)), rows)
-        for member in members:
-            own = self.member_bytes(member, examples) + logits
-            if part and (held + own > bound or len(part) == self.most):
-                yield part
-                part, held = [], self.size.prompt(tokens, rows)
-            part.append(member)
-            held += own
-        yield part
-
-    def member_bytes(self, member: SweepCell, examples: Sequence[Example]) -> int:
-        """What a member's cache takes for a batch, by its budget."""
-        tokens = max(self.tokens(example) for example in examples)
-        new = max(max(example.max_new_tokens, block_of(example)) for example in examples)
-        chunked = self.cfg.chunk is not None
-        own = self.size.member(member.cell.method, tokens, new, sum(map(rows_of, examples)), chunked)
-        # later questions, choices and answers go on from a copy of what the earlier ones found
-        again = self.run.sampling.repeats > 1 or any(example.kind in ("turns", "choices") for example in examples)
-        return 2 * own if again else own
-
-    @cached_property
-    def _half_of_memory(self) -> int:
-        return device_bytes(self.run.device) // 2
-
-    def tokens(self, example: Example) -> int:
-        """Tokens of the prompt and later questions; as many as fit where they cannot be encoded."""
-        if example.timed is not None:
-            return example.timed.length * example.timed.batch
-        if example.forced is not None:
-            return example.forced.length
-        if example.id not in self._known:
-            try:
-                self._known[example.id] = self._count(example)
-            except ValueError:
-                self._known[example.id] = self.run.encoder.max_length or 0
-        return self._known[example.id]
-
-    def _count(self, example: Example) -> int:
-        if example.kind == "choices":
-            return max(len(encode(self.run.encoder, example, choice).prompt) for choice in example.choices)
-        if example.kind == "turns":
-            talk = dialogue(self.run.encoder, example)
-            return len(talk.first.prompt.ids) + sum(len(question.golden) for question in talk.later)
-        return len(self.run.encoder(example).prompt.ids)
 
     def _together(self, members: list[SweepCell], examples: Sequence[Example]) -> None:
         """Run a group; a member that fails is tried once more alone, a group that is too large in two halves."""
-        if len(members) > self.most:
+        if len(members) > self.sizes.max_cells:
             return self._halves(members, examples)
         methods = [member.cell.method for member in members]
         wrong = None
@@ -341,7 +276,7 @@ class Sweep:
             wrong = problem(error)
             found = []
             if isinstance(error, torch.OutOfMemoryError) and len(members) > 1:
-                self.most = max(1, len(members) // 2)
+                self.sizes.max_cells = max(1, len(members) // 2)
             del error  # its traceback holds the tensors of the failed pass
         if wrong is not None:
             if self.run.device.type == "cuda":
@@ -403,19 +338,6 @@ class Sweep:
 def loaded(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model, once for consecutive groups of a process."""
     return load_model(checkpoint, dtype, device)
-
-
-def rows_of(example: Example) -> int:
-    """Rows of a pass that an example takes: one for every prompt that is different."""
-    return len({choice.question for choice in example.choices}) or 1
-
-
-def block_of(example: Example) -> int:
-    """The most tokens that are fed at once and of which each has logits."""
-    if example.forced is not None:
-        return min(example.forced.stride, example.forced.length)
-    longest = max((len(choice.text) for choice in example.choices), default=1)  # a token has a character at least
-    return min(longest, example.stride or longest)
 
 
 def _place() -> show.Place | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 import run
 from methods import method_names
@@ -402,6 +403,20 @@ def test_a_knob_of_one_value_is_for_all_methods_of_a_sweep(command):
         assert code == 0 and "kivi bits=4" in out and "per_token bits=4" in out and "bits=2" not in out, err
     code, _, err = command("-m", "method=kivi,nacl", "method.bits=4", "plan=true", "task.limit=1")
     assert code == 2 and "method.bits: no such setting" in err
+
+
+def test_a_sweep_composes_each_method_once(command, monkeypatch):
+    composed, real = [], ConfigLoaderImpl.load_configuration
+
+    def load(self, config_name, overrides, *args, **kwargs):
+        composed.append([word for word in overrides if word.startswith("method=")])
+        return real(self, config_name, overrides, *args, **kwargs)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", load)
+    words = ("-m", "method=adakv,snapkv", "budget=0.5,0.2", "seed=0,1", "method.window=8,16", "dry_run=true")
+    assert "17 cells" in command(*words)[1]
+    # beside the methods: which mode it is, the whole command, and its only job
+    assert composed == [["method=adakv,snapkv"]] * 2 + [["method=adakv"], ["method=snapkv"], []]
 
 
 GRIDS = [path.stem for path in sorted((ROOT / "conf" / "experiment").glob("*.yaml"))]

@@ -179,13 +179,13 @@ def dry_run(sweep: Sweep) -> None:
     table = screen.table("method", "budget", "done", "to run", "KV bytes of the longest", "runs", left=("runs",))
     for member in sweep.members:
         todo = lacking[id(member)]
-        longest = max(todo, key=sweep.tokens, default=None)
+        longest = max(todo, key=sweep.sizes.tokens, default=None)
         table.add_row(
             _name(member),
             f"{member.cell.method.budget:g}",
             str(len(run.examples) - len(todo)),
             str(len(todo)),
-            "-" if longest is None else show.size(sweep.member_bytes(member, [longest])),
+            "-" if longest is None else show.size(sweep.sizes.member_bytes(member.cell.method, [longest])),
             "in the group" if id(member) in sharing else f"alone: {sweep.why_alone(member)}",
         )
     screen.draw(table)
@@ -195,12 +195,12 @@ def dry_run(sweep: Sweep) -> None:
         show.say("everything is on disk")
         return
     if together:
-        longest = max(together.values(), key=sweep.tokens)
-        parts = list(sweep.split([m for m in sweep.sharing if longest in lacking[id(m)]], [longest]))
-        most = max(sum(sweep.member_bytes(m, [longest]) for m in part) for part in parts)
+        longest = max(together.values(), key=sweep.sizes.tokens)
+        parts = list(sweep.sizes.split([m for m in sweep.sharing if longest in lacking[id(m)]], [longest]))
+        most = max(sum(sweep.sizes.member_bytes(m.cell.method, [longest]) for m in part) for part in parts)
         show.say(
-            f"group: {len(together)} prompts of {sum(map(sweep.tokens, together.values())):,} tokens are read once for "
-            f"{len(sweep.sharing)} cells; caches of the longest ({sweep.tokens(longest):,} tokens) take "
+            f"group: {len(together)} prompts of {sum(map(sweep.sizes.tokens, together.values())):,} tokens are read "
+            f"once for {len(sweep.sharing)} cells; caches of the longest ({sweep.sizes.tokens(longest):,} tokens) take "
             f"{show.size(most)}{f', in {len(parts)} parts' if len(parts) > 1 else ''}"
         )
     seconds, source = _estimate(sweep, lacking)
@@ -226,10 +226,10 @@ def _estimate(sweep: Sweep, lacking: dict[int, list[Any]]) -> tuple[float, str]:
             if id(member) in sharing:
                 together[example.id] = (example, together.get(example.id, (example, 0))[1] + 1)
             else:
-                seconds += sweep.tokens(example) * per_token + example.max_new_tokens * per_step
+                seconds += sweep.sizes.tokens(example) * per_token + example.max_new_tokens * per_step
     for example, members in together.values():
         # a member's compression and its row of a step cost a share of what they cost alone
-        seconds += sweep.tokens(example) * per_token * (1 + 0.02 * members)
+        seconds += sweep.sizes.tokens(example) * per_token * (1 + 0.02 * members)
         seconds += example.max_new_tokens * per_step * (1 + 0.2 * members)
     return seconds, source
 

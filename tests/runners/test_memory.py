@@ -9,8 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from methods import load_method
-from runners.memory import Size
-from runners.sweep import Sweep, block_of, rows_of
+from runners.memory import GroupSizes, Size, block_of, rows_of
 from tasks.base import Choice, Example, Forced, Turn
 from tests.methods.conftest import run, tiny_llama
 
@@ -24,26 +23,29 @@ CHOICES = replace(
 
 
 @pytest.fixture
-def sweep() -> Sweep:
-    made = Sweep.__new__(Sweep)
-    made.size, made.cfg = Size(CONFIG, torch.float32), OmegaConf.create({"chunk": None})
-    made._known = {"a/0": 100}
-    made.run = SimpleNamespace(sampling=SimpleNamespace(repeats=1))  # type: ignore[assignment]
-    return made
+def sizes() -> GroupSizes:
+    run = SimpleNamespace(
+        cfg=OmegaConf.create({"chunk": None, "group": {"max_cells": None, "max_bytes": None}}),
+        checkpoint=SimpleNamespace(config=CONFIG),
+        dtype=torch.float32,
+        sampling=SimpleNamespace(repeats=1),
+    )
+    sizes = GroupSizes(run)  # type: ignore[arg-type]
+    sizes._tokens = {"a/0": 100}
+    return sizes
 
 
-def bytes_of(sweep: Sweep, *examples: Example, **knobs: Any) -> int:
-    cell = SimpleNamespace(method=load_method("snapkv", **{"budget": 0.25, "window": 4} | knobs))
-    return sweep.member_bytes(SimpleNamespace(cell=cell), examples)  # type: ignore[arg-type]
+def bytes_of(sizes: GroupSizes, *examples: Example, **knobs: Any) -> int:
+    return sizes.member_bytes(load_method("snapkv", **{"budget": 0.25, "window": 4} | knobs), examples)
 
 
-def test_a_member_takes_its_share_of_the_prompt_and_what_is_generated(sweep):
-    assert bytes_of(sweep, PLAIN) == (25 + 10) * TOKEN
-    assert bytes_of(sweep, PLAIN, budget=40) == (40 + 10) * TOKEN
-    assert bytes_of(sweep, PLAIN, budget=4000) == (100 + 10) * TOKEN
-    assert bytes_of(sweep, PLAIN, PLAIN) == 2 * (25 + 10) * TOKEN
-    sweep.cfg.chunk = 50
-    assert bytes_of(sweep, PLAIN) == (100 + 10) * TOKEN
+def test_a_member_takes_its_share_of_the_prompt_and_what_is_generated(sizes):
+    assert bytes_of(sizes, PLAIN) == (25 + 10) * TOKEN
+    assert bytes_of(sizes, PLAIN, budget=40) == (40 + 10) * TOKEN
+    assert bytes_of(sizes, PLAIN, budget=4000) == (100 + 10) * TOKEN
+    assert bytes_of(sizes, PLAIN, PLAIN) == 2 * (25 + 10) * TOKEN
+    sizes.run.cfg.chunk = 50
+    assert bytes_of(sizes, PLAIN) == (100 + 10) * TOKEN
 
 
 @pytest.mark.parametrize(("name", "knobs"), [("kivi", {"bits": 4}), ("kivi", {"bits": 2}), ("per_token", {"bits": 4})])
@@ -57,15 +59,15 @@ def test_a_codec_of_given_bits_plans_the_bytes_that_it_then_holds(name, knobs):
     assert planned + positions == cache.report().held_prompt
 
 
-def test_questions_and_choices_go_on_from_a_copy(sweep):
-    assert bytes_of(sweep, TURNS) == 2 * (25 + 10) * TOKEN
+def test_questions_and_choices_go_on_from_a_copy(sizes):
+    assert bytes_of(sizes, TURNS) == 2 * (25 + 10) * TOKEN
     # two prompts, and choices of at most as many tokens as letters
-    assert bytes_of(sweep, CHOICES) == 2 * 2 * (25 + 6) * TOKEN
+    assert bytes_of(sizes, CHOICES) == 2 * 2 * (25 + 6) * TOKEN
 
 
-def test_later_answers_of_a_prompt_go_on_from_a_copy_too(sweep):
-    sweep.run.sampling.repeats = 2
-    assert bytes_of(sweep, PLAIN) == 2 * (25 + 10) * TOKEN
+def test_later_answers_of_a_prompt_go_on_from_a_copy_too(sizes):
+    sizes.run.sampling.repeats = 2
+    assert bytes_of(sizes, PLAIN) == 2 * (25 + 10) * TOKEN
 
 
 def test_rows_are_prompts_and_blocks_what_has_logits_at_once():
@@ -75,3 +77,20 @@ def test_rows_are_prompts_and_blocks_what_has_logits_at_once():
     fed = Forced("", "prefix", 0, 97, 80, 8, range(80, 97))
     assert block_of(replace(PLAIN, forced=fed)) == 8 and block_of(replace(PLAIN, forced=replace(fed, stride=500))) == 97
     assert Size(CONFIG, torch.float32).logits(8, 3) == 8 * 3 * 100 * (4 + 4)
+
+
+def test_a_group_ends_where_its_bytes_or_its_cells_would_be_too_many(sizes):
+    cells = [SimpleNamespace(cell=SimpleNamespace(method=load_method("snapkv", budget=40))) for _ in range(5)]
+    prompt, member = 100 * TOKEN, 50 * TOKEN + 1 * 100 * (4 + 4)
+
+    def lengths() -> list[int]:
+        return list(map(len, sizes.split(cells, [PLAIN])))
+
+    sizes.run.cfg.group.max_bytes = prompt + 2 * member
+    assert lengths() == [2, 2, 1]
+    sizes.run.cfg.group.max_bytes -= 1
+    assert lengths() == [1] * 5
+    sizes.run.cfg.group.max_bytes = 10 * prompt
+    assert lengths() == [5]
+    sizes.max_cells = 3
+    assert lengths() == [3, 2]

@@ -301,12 +301,12 @@ class Task(ABC):
         members: dict[str, list[int]] = {}
         for i in range(len(examples)) if among is None else among:
             members.setdefault(examples[i].tags["subset"], []).append(i)
-        found = []
-        for name, own in members.items():
+        subsets = []
+        for name, indices in members.items():
             weights = np.zeros(len(examples))
-            weights[own] = [examples[i].weight for i in own]
-            found.append((examples[own[0]].tags, Mean(name, "subset", weights / weights.sum())))
-        return found
+            weights[indices] = [examples[i].weight for i in indices]
+            subsets.append((examples[indices[0]].tags, Mean(name, "subset", weights / weights.sum())))
+        return subsets
 
     def _averages(self, subsets: list[tuple[dict[str, Any], Mean]]) -> list[Mean]:
         """The rows below the categories; a table of one category needs none."""
@@ -330,11 +330,11 @@ def as_parts(example: Example, record: Mapping[str, Any]) -> list[tuple[Example,
     if not record.get("parts"):
         return [(example, record["score"])]
     tags, weights = example.tags, record.get("weights", {})
-    found = []
+    parts = []
     for name, score in record["parts"].items():
-        own = {**tags, "subset": f"{tags['subset']} {name}".strip(), "stratum": tags["subset"]}
-        found.append((replace(example, tags=own, weight=weights.get(name, example.weight)), score))
-    return found
+        part_tags = {**tags, "subset": f"{tags['subset']} {name}".strip(), "stratum": tags["subset"]}
+        parts.append((replace(example, tags=part_tags, weight=weights.get(name, example.weight)), score))
+    return parts
 
 
 def as_whole(example: Example, record: Mapping[str, Any]) -> list[tuple[Example, float]]:

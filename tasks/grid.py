@@ -64,14 +64,14 @@ class Grid(Task):
         counted = [(tags, mean) for tags, mean in subsets if not tags.get("control")]
         members = Counter(tags["category"] for tags, _ in counted)
         table += mean_by_category([(tags, mean) for tags, mean in counted if members[tags["category"]] > 1])
-        places: dict[tuple[int, float, str], list[int]] = {}
+        indices: dict[tuple[int, float, str], list[int]] = {}
         for i, example in enumerate(examples):
             if not example.tags.get("control"):
                 for axis, (name, value) in enumerate(axes(example.tags)):
-                    places.setdefault((axis, value, name), []).append(i)
-        for place in sorted(places):
-            own = [mean for _, mean in self._subsets(examples, places[place])]
-            table.append(mean_of(place[2], "category", own, "subsets"))
+                    indices.setdefault((axis, value, name), []).append(i)
+        for row in sorted(indices):
+            subset_means = [mean for _, mean in self._subsets(examples, indices[row])]
+            table.append(mean_of(row[2], "category", subset_means, "subsets"))
         if len(counted) > 1:
             table.append(mean_of("average", "average", [mean for _, mean in counted], "subsets"))
         return table
@@ -79,10 +79,10 @@ class Grid(Task):
 
 def axes(tags: dict[str, Any]) -> list[tuple[str, float]]:
     """The names of the rows of a sample's length and depth, and what they are sorted by."""
-    found = [(f"length {tags['length']}", float(tags["length"]))]
+    rows = [(f"length {tags['length']}", float(tags["length"]))]
     if tags.get("depth") is not None:
-        found.append((f"depth {tags['depth']:g} %", float(tags["depth"])))
-    return found
+        rows.append((f"depth {tags['depth']:g} %", float(tags["depth"])))
+    return rows
 
 
 def read_prompts(folder: Path, who: str) -> tuple[dict[str, list[dict[str, Any]]], str]:
@@ -91,7 +91,7 @@ def read_prompts(folder: Path, who: str) -> tuple[dict[str, list[dict[str, Any]]
     Raises UserError that names file and line of a row that lacks something.
     """
     files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else [folder]
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_kind: dict[str, list[dict[str, Any]]] = {}
     digest = hashlib.sha256()
     for file in files:
         raw = read_bytes(file)
@@ -106,10 +106,10 @@ def read_prompts(folder: Path, who: str) -> tuple[dict[str, list[dict[str, Any]]
                 raise UserError(f"{file}, row {number}: {error}")
             if row["metric"] not in MATCHING:
                 raise UserError(f"{file}, row {number}: metric {row['metric']}; there are {', '.join(MATCHING)}")
-            found.setdefault(row["kind"], []).append(row)
-    if not found:
+            by_kind.setdefault(row["kind"], []).append(row)
+    if not by_kind:
         raise UserError(f"{who}: task.data={folder} holds no rows")
-    return found, digest.hexdigest()
+    return by_kind, digest.hexdigest()
 
 
 def holds_prompts(data: str) -> bool:
@@ -120,7 +120,7 @@ def holds_prompts(data: str) -> bool:
 
 def examples_of(rows: dict[str, list[dict[str, Any]]], chosen: Iterable[str]) -> list[Example]:
     """Examples from rows that have their whole prompt."""
-    found = []
+    examples = []
     for kind in chosen:
         for i, row in enumerate(rows[kind]):
             tags = {
@@ -130,7 +130,7 @@ def examples_of(rows: dict[str, list[dict[str, Any]]], chosen: Iterable[str]) ->
                 "length": row["length"],
                 "depth": row.get("depth"),
             }
-            found.append(
+            examples.append(
                 Example(
                     id=f"{kind}/{i}" if row.get("_id") in (None, "") else str(row["_id"]),
                     context=row["context"],
@@ -141,10 +141,10 @@ def examples_of(rows: dict[str, list[dict[str, Any]]], chosen: Iterable[str]) ->
                     prefill=row.get("prefill") or "",
                 )
             )
-    for id, n in Counter(example.id for example in found).items():
+    for id, n in Counter(example.id for example in examples).items():
         if n > 1:
             raise UserError(f"task.data: {n} rows have the `_id` {id}; give each its own, or none")
-    return found
+    return examples
 
 
 def choose(who: str, key: str, wanted: Any, offered: Iterable[Any]) -> list[Any]:
@@ -177,12 +177,12 @@ def limited(examples: Iterable[Example], limit: int | None) -> list[Example]:
     members: dict[str, list[Example]] = {}
     for example in examples:
         members.setdefault(example.tags["subset"], []).append(example)
-    found = []
-    for own in members.values():
-        n = len(own) if limit is None else min(limit, len(own))
+    kept = []
+    for group in members.values():
+        n = len(group) if limit is None else min(limit, len(group))
         # one step aside each time: equal steps would meet the same depth again and again
-        found += [own[i * len(own) // n + i % (len(own) // n)] for i in range(n)]
-    return found
+        kept += [group[i * len(group) // n + i % (len(group) // n)] for i in range(n)]
+    return kept
 
 
 def digest_of(examples: Sequence[Example]) -> str:

@@ -48,10 +48,10 @@ class Reading:
 
     def read(self, answer: str) -> str:
         """The number as it stands, or "[invalid]"."""
-        found = re.findall(self.pattern, answer)
-        if not found:
+        matches = re.findall(self.pattern, answer)
+        if not matches:
             return INVALID
-        match = found[self.place]
+        match = matches[self.place]
         if isinstance(match, tuple):
             match = next((group for group in match if group), INVALID)
         return match.strip()
@@ -116,8 +116,8 @@ class GSM8K(FilesTask, Apart):
 
     @property
     def settings(self) -> dict[str, Any]:
-        found = {"lm_eval": lm_eval_version(), "max_new_tokens": self._most_new, "main": self._main}
-        return found | ({"stop": list(self.stop)} if self.stop is not None else {})
+        settings = {"lm_eval": lm_eval_version(), "max_new_tokens": self._most_new, "main": self._main}
+        return settings | ({"stop": list(self.stop)} if self.stop is not None else {})
 
     def score(self, example: Example, prediction: str) -> float:
         return self.parts(example, prediction)[self._main]
@@ -133,8 +133,8 @@ class GSM8K(FilesTask, Apart):
         lines = []
         for reading in self._readings:
             a, b = (
-                sum(reading.read(cut_at(row["prediction"], self._stops)) == INVALID for row in own) / len(own)
-                for own in remarks.sides(rows)
+                sum(reading.read(cut_at(row["prediction"], self._stops)) == INVALID for row in side) / len(side)
+                for side in remarks.sides(rows)
             )
             lines.append(f"no number found, {reading.name}: {a:.1%}, full {b:.1%}")
         if remarks.compared(rows):
@@ -171,12 +171,12 @@ class GSM8K(FilesTask, Apart):
 
     @cached_property
     def _readings(self) -> list[Reading]:
-        found = []
+        readings = []
         for one in self._task["filter_list"]:
             regex = one["filter"][0]
             name = "strict" if one["name"].startswith("strict") else "flexible"
-            found.append(Reading(name, regex["regex_pattern"], int(regex.get("group_select", 0))))
-        return found
+            readings.append(Reading(name, regex["regex_pattern"], int(regex.get("group_select", 0))))
+        return readings
 
     def sets(self) -> Mapping[str, Hub]:
         return HUB
@@ -247,9 +247,9 @@ def bare(text: str) -> str:
     return re.sub(r"\.$", "", text).lower()
 
 
-def same(found: str, reference: str) -> float:
-    """1 if the number found and that of the reference are the same string."""
-    return float(bare(found) == bare(reference))
+def same(number: str, reference: str) -> float:
+    """1 if the number and that of the reference are the same string."""
+    return float(bare(number) == bare(reference))
 
 
 def _right(row: Mapping[str, Any]) -> bool:

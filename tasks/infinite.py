@@ -72,8 +72,8 @@ def number_string(rng: random.Random, n: int, at: int) -> Item:
     """As `passkey`, with ten digits that repeat each other."""
     digits = rng.choices("0123456789", k=5)
     for _ in range(5):
-        place = rng.randrange(len(digits))
-        digits.insert(place, digits[place])
+        at_digit = rng.randrange(len(digits))
+        digits.insert(at_digit, digits[at_digit])
     number = "".join(digits)
     line = f"The sequence of digits is {number}. Remember it. {number} is the sequence of digits."
     return Item(_in_noise(line, n, at), "What is the sequence of digits?", number)
@@ -104,7 +104,7 @@ def read(kind: str, file: Path) -> list[dict[str, Any]]:
 
     Raises UserError that names the record that lacks something.
     """
-    found = []
+    rows = []
     for number, row in enumerate(parse_rows(read_bytes(file), str(file)), start=1):
         try:
             answer = [str(one) for one in row["answer"]] if isinstance(row["answer"], list) else [str(row["answer"])]
@@ -112,7 +112,7 @@ def read(kind: str, file: Path) -> list[dict[str, Any]]:
             depth = 10 * round(10 * max(0, row["context"].find(answer[0])) / len(row["context"]))
         except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
             raise UserError(f"{file}, record {number}: not one of InfiniteBench ({error})") from error
-        found.append(
+        rows.append(
             {
                 "_id": f"{kind}/{row.get('id', number)}",
                 "kind": kind,
@@ -125,4 +125,4 @@ def read(kind: str, file: Path) -> list[dict[str, Any]]:
                 "max_new_tokens": VARIANTS[kind].max_new_tokens,
             }
         )
-    return found
+    return rows

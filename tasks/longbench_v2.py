@@ -87,15 +87,17 @@ class LongBenchV2(RowsTask):
 
     def means(self, examples: Sequence[Example]) -> list[Mean]:
         """Plain means over samples: all of them, by difficulty, by length, by domain."""
-        found = [_mean("overall", "average", [True] * len(examples))]
+        means = [_mean("overall", "average", [True] * len(examples))]
         for key, levels in LEVELS.items():
-            found += [_mean(name, "category", [one.tags[key] == name for one in examples]) for name in levels]
+            means += [_mean(name, "category", [one.tags[key] == name for one in examples]) for name in levels]
         for name in dict.fromkeys(one.tags["domain"] for one in examples):
-            found.append(_mean(name, "subset", [one.tags["domain"] == name for one in examples]))
-        return [mean for mean in found if mean.n]
+            means.append(_mean(name, "subset", [one.tags["domain"] == name for one in examples]))
+        return [mean for mean in means if mean.n]
 
     def remarks(self, rows: remarks.Rows) -> list[str]:
-        ours, full = (sum(letter(row["prediction"]) is None for row in own) / len(own) for own in remarks.sides(rows))
+        ours, full = (
+            sum(letter(row["prediction"]) is None for row in side) / len(side) for side in remarks.sides(rows)
+        )
         lines = [f"no letter found: {ours:.1%}, full {full:.1%}", remarks.lengths(rows), remarks.held(rows)]
         if remarks.compared(rows):
             lines.append(remarks.flips(rows, _right, "samples"))
@@ -169,8 +171,8 @@ def letter(prediction: str) -> str | None:
     """The letter that an answer names, in brackets or else without; None if it names none."""
     text = prediction.replace("*", "")
     for pattern in (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])"):
-        if found := re.search(pattern, text):
-            return found[1]
+        if match := re.search(pattern, text):
+            return match[1]
     return None
 
 

@@ -66,8 +66,8 @@ def characters(answer: str, references: Sequence[str]) -> float:
 
 def first_number(answer: str, references: Sequence[str]) -> float:
     """1 if the first number equals the reference; of a whole-number reference its whole part is compared."""
-    found = numerals.first_number(answer)
-    return float(found is not None and any(numerals.same_number(found, reference) for reference in references))
+    number = numerals.first_number(answer)
+    return float(number is not None and any(numerals.same_number(number, reference) for reference in references))
 
 
 def passkey(answer: str, references: Sequence[str]) -> float:
@@ -155,12 +155,12 @@ class MultiTurn(RowsTask):
 
     @property
     def settings(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"turns": self.turns, "shuffle": self.shuffle}
+        settings: dict[str, Any] = {"turns": self.turns, "shuffle": self.shuffle}
         if self.mode == "turns":
-            found |= {"history": self.history, "compress": self.compress}
+            settings |= {"history": self.history, "compress": self.compress}
         if "scbench_summary" in rules(self._examples):
-            found["rouge"] = rouge.described("rouge-score", stemmed=False)
-        return found
+            settings["rouge"] = rouge.described("rouge-score", stemmed=False)
+        return settings
 
     def score(self, example: Example, prediction: str) -> float:
         return KINDS[example.tags["score"]].score(prediction, example.answers)
@@ -172,8 +172,8 @@ class MultiTurn(RowsTask):
             for name in dict.fromkeys(example.tags["subset"] for example, _, _ in rows):
                 if len(rules(example for example, _, _ in rows if example.tags["subset"] == name)) > 1:
                     continue  # the first and the last turn may be of two kinds
-                own = [(ours, full) for example, ours, full in rows if example.tags["subset"] == name]
-                ours, full = (100 * change([pair[i]["turns"] for pair in own]) for i in (0, 1))
+                pairs = [(ours, full) for example, ours, full in rows if example.tags["subset"] == name]
+                ours, full = (100 * change([pair[i]["turns"] for pair in pairs]) for i in (0, 1))
                 lines.append(
                     f"{name}, first turn to last: {ours:+.2f}, full {full:+.2f}, difference {ours - full:+.2f}"
                 )
@@ -197,10 +197,10 @@ class MultiTurn(RowsTask):
         turns = []
         for turn in row["multi_turns"]:
             rule, limit = rule_of(turn, kind)
-            own: dict[str, Any] = {"score": rule, "chance": KINDS[rule].chance}
+            turn_tags: dict[str, Any] = {"score": rule, "chance": KINDS[rule].chance}
             if rule == "scbench_summary":
-                own["rouge"] = rouge.described("rouge-score", stemmed=False)
-            turns.append(Turn(asked(turn, rule), references(turn, rule), row.get("max_new_tokens") or limit, own))
+                turn_tags["rouge"] = rouge.described("rouge-score", stemmed=False)
+            turns.append(Turn(asked(turn, rule), references(turn, rule), row.get("max_new_tokens") or limit, turn_tags))
         if self.shuffle is not None:
             random.Random(f"{self.shuffle}/{id}").shuffle(turns)
         first, *later = turns[: self.turns]
@@ -247,8 +247,8 @@ def asked(turn: Mapping[str, Any], rule: str) -> str:
 def references(turn: Mapping[str, Any], rule: str) -> list[str]:
     """A turn's answer, one or several, as strings; of a choice the letter comes last."""
     answer = turn["answer"]
-    found = [str(one) for one in answer] if isinstance(answer, list) else [str(answer)]
-    return [found[0], letter_of(turn, found[0])] if rule == "scbench_choice_eng" else found
+    answers = [str(one) for one in answer] if isinstance(answer, list) else [str(answer)]
+    return [answers[0], letter_of(turn, answers[0])] if rule == "scbench_choice_eng" else answers
 
 
 def letter_of(turn: Mapping[str, Any], answer: str) -> str:
@@ -296,8 +296,8 @@ def change(dialogues: Sequence[Sequence[Mapping[str, Any]]]) -> float:
 
 def shares_held(dialogues: Sequence[Sequence[Mapping[str, Any]]]) -> list[float]:
     """After each turn, what was held over what a full cache would hold; dialogues that have ended are left out."""
-    found = []
+    shares = []
     for i in range(max(map(len, dialogues))):
-        own = [turns[i] for turns in dialogues if i < len(turns)]
-        found.append(sum(turn["held"] for turn in own) / sum(turn["full"] for turn in own))
-    return found
+        ledgers = [turns[i] for turns in dialogues if i < len(turns)]
+        shares.append(sum(turn["held"] for turn in ledgers) / sum(turn["full"] for turn in ledgers))
+    return shares

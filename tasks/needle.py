@@ -102,14 +102,14 @@ class Needle(Grid):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"task": self.name, "matching": matching.VERSION}
-        found["data_sha256"] = grid.digest_of(self.examples())
+        fingerprint: dict[str, Any] = {"task": self.name, "matching": matching.VERSION}
+        fingerprint["data_sha256"] = grid.digest_of(self.examples())
         if "single" in self._kinds and not self._written:
-            found |= {"prompt": PROMPT_VERSION, "metric": self.metric_name}
+            fingerprint |= {"prompt": PROMPT_VERSION, "metric": self.metric_name}
         if not self._written:  # what makes other samples of the same ids
-            own = {"seed": self.data_seed, "needles": self.needles, "metric_name": self.metric_name}
-            found |= {key: value for key, value in own.items() if value != USUAL[key]}
-        return found
+            changed = {"seed": self.data_seed, "needles": self.needles, "metric_name": self.metric_name}
+            fingerprint |= {key: value for key, value in changed.items() if value != USUAL[key]}
+        return fingerprint
 
     def examples(self) -> list[Example]:
         return self._examples
@@ -124,11 +124,11 @@ class Needle(Grid):
         cells: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
         for example, ours, full in rows:
             if not example.tags.get("control"):
-                place = example.tags["subset"], example.tags["length"], example.tags["depth"]
-                cells.setdefault(place, []).append((ours["score"], full["score"]))
+                cell = example.tags["subset"], example.tags["length"], example.tags["depth"]
+                cells.setdefault(cell, []).append((ours["score"], full["score"]))
         if not cells:
             return []
-        means = {place: (fmean(a for a, _ in own), fmean(b for _, b in own)) for place, own in cells.items()}
+        means = {cell: (fmean(a for a, _ in pairs), fmean(b for _, b in pairs)) for cell, pairs in cells.items()}
         (kind, length, depth), (score, _) = min(means.items(), key=lambda item: item[1][0])
         kept = sum(score >= KEPT * full for score, full in means.values())
         failed = sum(full < FAILED for _, full in means.values())
@@ -194,25 +194,25 @@ class Needle(Grid):
     @cached_property
     def _examples(self) -> list[Example]:
         if self._written:
-            found = grid.examples_of(self._written[0], self._kinds)
-            places = {}
+            examples = grid.examples_of(self._written[0], self._kinds)
+            offered = {}
             for key, typed in (("length", self.lengths), ("depth", self.depths)):
-                places[key] = grid.choose("needle", f"{key}s", typed, sorted({e.tags[key] for e in found}))
-            kept = [e for e in found if all(e.tags[key] in offered for key, offered in places.items())]
+                offered[key] = grid.choose("needle", f"{key}s", typed, sorted({e.tags[key] for e in examples}))
+            kept = [e for e in examples if all(e.tags[key] in values for key, values in offered.items())]
             return grid.limited(kept, self.limit)
         tokens = self._tokens
         assert tokens is not None, "fit comes before examples"
         # a share and a number may be the same
         lengths = dict.fromkeys(tokens.resolve("needle", length) for length in self._asked_lengths)
-        made = [
+        examples = [
             self._example(tokens, kind, length, depth, repeat)
             for kind in self._kinds
             for length in lengths
             for depth in self._depths
             for repeat in range(self.repeats)
         ]
-        self._report_moves(made)
-        return grid.limited(made, self.limit)
+        self._report_moves(examples)
+        return grid.limited(examples, self.limit)
 
     def _report_moves(self, examples: Sequence[Example]) -> None:
         far = [e for e in examples if e.tags.get("moved", 0) > FAR * e.tags["length"]]
@@ -225,21 +225,21 @@ class Needle(Grid):
     def _example(self, tokens: Tokens, kind: str, length: int, depth: float, repeat: int) -> Example:
         rng = random.Random(f"{self.data_seed}/{kind}/{length}/{depth:g}/{repeat}")
         if kind in PLAIN:
-            made = self._plain(tokens, kind, length, depth, repeat)
+            sample = self._plain(tokens, kind, length, depth, repeat)
         elif kind in SEVERAL:
-            made = self._several(tokens, kind, length, depth, repeat, rng)
+            sample = self._several(tokens, kind, length, depth, repeat, rng)
         else:
-            made = self._infinite(tokens, kind, length, depth, rng)
+            sample = self._infinite(tokens, kind, length, depth, rng)
         tags = {"subset": kind, "category": kind, "length": length, "depth": depth, "control": kind == "no_needle"}
         return Example(
             id=f"{kind}/{length}/{depth:g}/{repeat}",
-            context=made["context"],
-            question=made["question"],
-            prefill=made.get("prefill", ""),
-            answers=made["answers"],
+            context=sample["context"],
+            question=sample["question"],
+            prefill=sample.get("prefill", ""),
+            answers=sample["answers"],
             max_new_tokens=self._new_tokens(kind),
-            chat=made.get("chat", True),
-            tags=tags | {"metric": made["metric"], "moved": made.get("moved", 0)},
+            chat=sample.get("chat", True),
+            tags=tags | {"metric": sample["metric"], "moved": sample.get("moved", 0)},
         )
 
     def _new_tokens(self, kind: str) -> int:

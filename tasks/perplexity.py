@@ -100,7 +100,7 @@ class Perplexity(FilesTask, Apart):
     @property
     def contents(self) -> str:
         texts = sum(map(len, self._texts.values()))
-        characters = sum(len(text) for own in self._texts.values() for text in own)
+        characters = sum(len(text) for of_file in self._texts.values() for text in of_file)
         return f"{texts} text{'s'[: texts > 1]}, {characters:,} characters, through={self.through}"
 
     @property
@@ -128,8 +128,8 @@ class Perplexity(FilesTask, Apart):
     def means(self, examples: Sequence[Example]) -> list[Mean]:
         """The mean over the tokens of each subset, and below it by their place in the piece."""
         order = list(self._texts)
-        found = sorted(self._subsets(examples), key=lambda pair: order.index(pair[0]["file"]))
-        return [replace(mean, kind=self._kind(tags)) for tags, mean in found]
+        means = sorted(self._subsets(examples), key=lambda pair: order.index(pair[0]["file"]))
+        return [replace(mean, kind=self._kind(tags)) for tags, mean in means]
 
     @staticmethod
     def _kind(tags: Mapping[str, Any]) -> str:
@@ -141,13 +141,13 @@ class Perplexity(FilesTask, Apart):
         self._check_felt(rows)
         lines = []
         for name in self._texts:
-            own = [(ours, full) for example, ours, full in rows if example.tags["file"] == name]
-            if not own:
+            pairs = [(ours, full) for example, ours, full in rows if example.tags["file"] == name]
+            if not pairs:
                 continue
-            a, b = (math.exp(mean_loss([pair[i] for pair in own])) for i in (0, 1))
-            counted = sum(ours["counted"] for ours, _ in own)
+            a, b = (math.exp(mean_loss([pair[i] for pair in pairs])) for i in (0, 1))
+            counted = sum(ours["counted"] for ours, _ in pairs)
             lines.append(f"perplexity of {name}: {a:.3f}, full {b:.3f}, ratio {a / b:.4f}; {counted:,} tokens counted")
-            lines += self._beyond(own)
+            lines += self._beyond(pairs)
         held = remarks.held(rows)
         return [*lines, held] if held else lines
 
@@ -159,9 +159,9 @@ class Perplexity(FilesTask, Apart):
         curves = [[bin for pair in rows for bin in pair[i]["curve"] if bin[0] >= window] for i in (0, 1)]
         if not curves[0]:
             return []
-        a, b = (math.exp(sum(loss for _, _, loss in own) / sum(n for _, n, _ in own)) for own in curves)
+        a, b = (math.exp(sum(loss for _, _, loss in curve) / sum(n for _, n, _ in curve)) for curve in curves)
         counted = sum(n for _, n, _ in curves[0])
-        first = min(place for place, _, _ in curves[0])
+        first = min(position for position, _, _ in curves[0])
         return [
             f"  of these beyond the model's window, from place {first:,} on: {a:.3f}, full {b:.3f}; {counted:,} tokens"
         ]
@@ -193,14 +193,14 @@ class Perplexity(FilesTask, Apart):
     @cached_property
     def _texts(self) -> dict[str, list[str]]:
         """Texts by the name of their file."""
-        found: dict[str, list[str]] = {}
+        by_file: dict[str, list[str]] = {}
         for name in chosen("perplexity", "subset", self.subset, list(self._files.found)):
             texts = [row.get("text") for row in self._files.rows(name)]
             for number, text in enumerate(texts, 1):
                 if not isinstance(text, str) or not text.strip():
                     raise UserError(f"{self._files.found[name][0]}, row {number}: `text` is empty or missing")
-            found[name] = [str(text) for text in texts]
-        return found
+            by_file[name] = [str(text) for text in texts]
+        return by_file
 
     @cached_property
     def _reading(self) -> Tokens:
@@ -217,7 +217,7 @@ class Perplexity(FilesTask, Apart):
         if self.data != "bundled":
             return min(longest, MOST)
         # a large vocabulary needs fewer tokens for the same text
-        shortest = min(self._reading.count(text) for own in self._texts.values() for text in own)
+        shortest = min(self._reading.count(text) for texts in self._texts.values() for text in texts)
         return min(longest, BUNDLED_LENGTH, shortest + self._reading.opening)
 
     @property
@@ -250,25 +250,27 @@ class Perplexity(FilesTask, Apart):
                 f"perplexity: task.length={self._length} ends before compression is felt with budget={self.cap} and "
                 f"task.stride={self._stride}; give a longer piece, or less of the others"
             )
-        found: list[Example] = []
+        examples: list[Example] = []
         for name, texts in self._texts.items():
-            own: list[Example] = []
+            pieces: list[Example] = []
             for i, text in enumerate(texts):
-                own += [self._example(f"{name}/{i}/{k}", name, text, piece) for k, piece in enumerate(self._cut(text))]
-            if not own:
+                pieces += [
+                    self._example(f"{name}/{i}/{k}", name, text, piece) for k, piece in enumerate(self._cut(text))
+                ]
+            if not pieces:
                 longest = max(self._reading.count(text) for text in texts)
                 raise UserError(f"perplexity: no text of {self._files.found[name][0]} has task.length={self._length} "
                                 f"tokens, the longest has {longest}; give task.length={longest} or less")  # fmt: skip
-            found += own[: self.limit]
-        return found
+            examples += pieces[: self.limit]
+        return examples
 
     def _cut(self, text: str) -> list[Piece]:
         n = self._reading.count(text)
         if self.through in ONE_PASS:
             before = self._reading.prefix if self.through == "rolling" else self._reading.opening
             return one_pass(self.through, n + before, self._length, self._stride, self.hf_compat)
-        own = self._length - self._reading.opening  # tokens of the text in a piece
-        starts = range(0, n - own + 1, own)
+        step = self._length - self._reading.opening  # tokens of the text in a piece
+        starts = range(0, n - step + 1, step)
         counted = list(self._counted()) if starts else []
         return [Piece(start, self._length, counted, len(counted)) for start in starts]
 
@@ -285,7 +287,7 @@ class Perplexity(FilesTask, Apart):
         else:
             # the first block that ends with more than `cap` tokens is compressed
             first = (cap // stride + 1) * stride
-        return (place for place in range(first, self._length) if self.through != "chunk" or place % stride)
+        return (position for position in range(first, self._length) if self.through != "chunk" or position % stride)
 
     def _example(self, id: str, name: str, text: str, piece: Piece) -> Example:
         cached = self.through in CACHED
@@ -313,22 +315,22 @@ def one_pass(through: str, n: int, length: int, stride: int, hf_compat: bool = F
     """
     if through == "windows":
         return [Piece(a, length, range(1, length), length - 1) for a in range(0, n - length + 1, length)]
-    found, end = [], 1
+    pieces, end = [], 1
     if through == "strided":
         for start in range(0, n, stride):
             stop = min(start + length, n)
             counted = range(max(end - start, 1), stop - start)
-            found.append(Piece(start, stop - start, counted, len(counted) - (hf_compat and start > 0)))
+            pieces.append(Piece(start, stop - start, counted, len(counted) - (hf_compat and start > 0)))
             end = stop
             if stop == n:
                 break
-        return [piece for piece in found if len(piece.counted)]
+        return [piece for piece in pieces if len(piece.counted)]
     while end < n:
         new = min(length, n - end)
         start = max(0, end + new - length - 1)
-        found.append(Piece(start, end + new - start, range(end - start, end + new - start), new))
+        pieces.append(Piece(start, end + new - start, range(end - start, end + new - start), new))
         end += new
-    return found
+    return pieces
 
 
 def mean_loss(rows: Sequence[Mapping[str, Any]]) -> float:

@@ -76,8 +76,8 @@ class FilesTask(Task):
     @property
     def settings(self) -> dict[str, Any]:
         """What else a score depends on, ready for JSON: every setting that not all tasks have."""
-        own = [field.name for field in dataclasses.fields(self) if field.name not in COMMON]  # type: ignore[arg-type]
-        return {name: getattr(self, name) for name in own}
+        names = [field.name for field in dataclasses.fields(self) if field.name not in COMMON]  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in names}
 
     def examples(self) -> list[Example]:
         return self._examples
@@ -99,14 +99,14 @@ class FilesTask(Task):
         sets = self.sets()
         if self.data != "hub" or not sets:
             return read_files(self.title, self.data, self.suffixes)
-        found, places = {}, []
+        files, origins = {}, []
         # of one set there is nothing to choose here, but maybe of its rows
         for name in chosen(self.title, "subset", self.subset if len(sets) > 1 else None, list(sets)):
             one = sets[name]
             rows, where = hub_rows(self.title, one.repo, one.config, one.split, self.revision)
-            found |= Files.of_rows(where, name, rows).found
-            places.append(where)
-        return Files("; ".join(dict.fromkeys(places)), found)
+            files |= Files.of_rows(where, name, rows).found
+            origins.append(where)
+        return Files("; ".join(dict.fromkeys(origins)), files)
 
 
 class RowsTask(FilesTask):
@@ -142,14 +142,14 @@ class RowsTask(FilesTask):
         return {name: self.arranged(list(enumerate(self._files.rows(name))))[: self.limit] for name in names}
 
     def make(self) -> list[Example]:
-        found = []
+        examples = []
         for name, rows in self._rows.items():
-            for place, row in rows:
-                id, tags, problem = f"{name}/{place}", self.tags(name, row), self.problem(name, row)
+            for number, row in rows:
+                id, tags, problem = f"{name}/{number}", self.tags(name, row), self.problem(name, row)
                 if problem and self.wrong_row == "refused":
-                    raise UserError(f"{self._files.place(name, place)}: {problem}")
-                found.append(failed(id, tags, problem) if problem else self.example(id, tags, row))
-        return found
+                    raise UserError(f"{self._files.place(name, number)}: {problem}")
+                examples.append(failed(id, tags, problem) if problem else self.example(id, tags, row))
+        return examples
 
 
 def failed(id: str, tags: dict[str, Any], problem: str) -> Example:

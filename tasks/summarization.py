@@ -130,19 +130,19 @@ class Summarization(RowsTask, Apart):
 
     @property
     def settings(self) -> dict[str, Any]:
-        found: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "rouge": rouge.described(self._setup.rouge),
             "beams": self.beams,
             "max_new_tokens": self._most_new,
             "shuffle": self.shuffle,
         }
         if self._setup.rouge == "rouge-score":
-            found["sentences"] = rouge.splitter()[0]
+            settings["sentences"] = rouge.splitter()[0]
         if self.setup == "keyformer":
-            found["frame"] = hashlib.sha256(repr((FRAME, INSTRUCTION, ONE_SENTENCE)).encode()).hexdigest()[:8]
+            settings["frame"] = hashlib.sha256(repr((FRAME, INSTRUCTION, ONE_SENTENCE)).encode()).hexdigest()[:8]
         if self.setup == "lm_eval":
-            found["lm_eval"] = metadata.version("lm_eval")
-        return found
+            settings["lm_eval"] = metadata.version("lm_eval")
+        return settings
 
     def score(self, example: Example, prediction: str) -> float:
         return self.parts(example, prediction)[rouge.WHOLE]
@@ -159,18 +159,22 @@ class Summarization(RowsTask, Apart):
     def remarks(self, rows: remarks.Rows) -> list[str]:
         lines = []
         for name in self._rows:
-            own = [row for row in rows if row[0].tags["subset"] == name]
-            if not own:
+            members = [row for row in rows if row[0].tags["subset"] == name]
+            if not members:
                 continue
-            if remarks.compared(own) and all(set(row.get("parts", ())) >= RULE for _, *pair in own for row in pair):
-                lines.append(f"{name}: {criterion(own)}")
-            lead = [rouge.scores(self._setup.rouge, example.tags["lead"], example.answers[0]) for example, _, _ in own]
+            if remarks.compared(members) and all(
+                set(row.get("parts", ())) >= RULE for _, *pair in members for row in pair
+            ):
+                lines.append(f"{name}: {criterion(members)}")
+            lead = [
+                rouge.scores(self._setup.rouge, example.tags["lead"], example.answers[0]) for example, _, _ in members
+            ]
             means = ", ".join(f"{key} {100 * sum(one[key] for one in lead) / len(lead):.2f}" for key in lead[0])
             lines.append(f"{name}, first three sentences of the source instead: {means}")
         if self._setup.rouge == "rouge-score":
             cut = rouge.splitter()[0]
             lines.append(f"{rouge.WHOLE}: of whole texts; {rouge.BY_SENTENCE}: sentence by sentence, cut by {cut}")
-        ours, full = (100 * distinct([row["prediction"] for row in own]) for own in remarks.sides(rows))
+        ours, full = (100 * distinct([row["prediction"] for row in side]) for side in remarks.sides(rows))
         lines.append(f"distinct pairs of words: {ours:.1f}%, full {full:.1f}%")
         return [line for line in (*lines, remarks.lengths(rows), remarks.held(rows)) if line]
 
@@ -183,8 +187,8 @@ class Summarization(RowsTask, Apart):
         return self.max_new_tokens or self._setup.max_new_tokens
 
     def sets(self) -> Mapping[str, Hub]:
-        found = HUB if self.subset else {"cnn_dailymail": HUB["cnn_dailymail"]}
-        return {name: replace(one, split="test") if self.setup == "lm_eval" else one for name, one in found.items()}
+        sets = HUB if self.subset else {"cnn_dailymail": HUB["cnn_dailymail"]}
+        return {name: replace(one, split="test") if self.setup == "lm_eval" else one for name, one in sets.items()}
 
     def arranged(self, rows: Rows) -> Rows:
         rows = [(i, conversation(row) if isinstance(row.get("dialogue"), list) else row) for i, row in rows]

@@ -73,12 +73,12 @@ def mean_by_category(subsets: Iterable[tuple[dict[str, Any], Mean]]) -> list[Mea
     for tags, mean in subsets:
         drawn_from = members.setdefault(tags["category"], {})
         drawn_from.setdefault(tags.get("stratum", tags["subset"]), []).append(mean)
-    found = []
-    for name, own in members.items():
-        whole = [mean_of(stratum, "subset", parts, "parts") for stratum, parts in own.items()]
-        of = sum(map(len, own.values()))
-        found.append(replace(mean_of(name, "category", whole, ""), note=f"mean of {of} subsets" if of > 1 else ""))
-    return found
+    means = []
+    for name, strata in members.items():
+        whole = [mean_of(stratum, "subset", parts, "parts") for stratum, parts in strata.items()]
+        of = sum(map(len, strata.values()))
+        means.append(replace(mean_of(name, "category", whole, ""), note=f"mean of {of} subsets" if of > 1 else ""))
+    return means
 
 
 def average_rows(name: str, subsets: Sequence[tuple[dict[str, Any], Mean]]) -> list[Mean]:

@@ -32,7 +32,7 @@ metadata: {{version: 1.0}}
 def rows(name: str) -> list[dict[str, Any]]:
     """The questions of one task, from short to long documents; the wrong choices are other values of the document."""
     kind, knobs, count, (low, high) = SPLITS[name]
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for i in range(count):
         rng = np.random.default_rng([SEED, list(SPLITS).index(name), i])
         size = low + (high - low) * i // (count - 1)
@@ -40,7 +40,7 @@ def rows(name: str) -> list[dict[str, Any]]:
         values = [turn.value for turn in document.turns]
         assert len(set(values)) == CHOICES, "a document of this size has enough values of its own"
         order = rng.permutation(CHOICES)
-        found.append(
+        rows.append(
             {
                 "context": document.opening,
                 "question": f"\n\n{document.turns[0].question}",
@@ -48,7 +48,7 @@ def rows(name: str) -> list[dict[str, Any]]:
                 "gold": int(np.flatnonzero(order == 0)[0]),
             }
         )
-    return found
+    return rows
 
 
 def write(folder: Path) -> None:

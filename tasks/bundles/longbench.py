@@ -44,12 +44,12 @@ SUBSETS = {
 def records(name: str, count: int = COUNT) -> list[dict[str, Any]]:
     """The samples of one subset; fewer samples are the first ones of more."""
     subset, index = SUBSETS[name], list(SUBSETS).index(name)
-    made = []
+    records = []
     for i in range(count):
         rng = np.random.default_rng([SEED, index, i])
         tokens = SHORTEST + (LONGEST - SHORTEST) * rng.random() ** 1.5  # shorter ones more often
         document = KINDS[subset.kind](Pool(rng, "held_out"), int(tokens * subset.chars), 1, **subset.knobs)
-        made.append(
+        records.append(
             {
                 "input": document.turns[0].question,
                 "context": document.context,
@@ -61,7 +61,7 @@ def records(name: str, count: int = COUNT) -> list[dict[str, Any]]:
                 "_id": f"{name}-{i:03d}",
             }
         )
-    return made
+    return records
 
 
 def write(folder: Path, count: int = COUNT) -> None:

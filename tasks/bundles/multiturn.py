@@ -20,13 +20,13 @@ SPLITS: dict[str, tuple[str, dict[str, Any], int, tuple[int, int]]] = {
 def rows(name: str) -> list[dict[str, Any]]:
     """The contexts of one file, from short to long; the order of the questions is that of the draw."""
     kind, knobs, count, (low, high) = SPLITS[name]
-    found = []
+    rows = []
     for i in range(count):
         pool = Pool(np.random.default_rng([SEED, list(SPLITS).index(name), i]), "held_out")
         document = KINDS[kind](pool, low + (high - low) * i // (count - 1), TURNS, **knobs)
         turns = [{"input": turn.question, "answer": turn.answer, "value": turn.value} for turn in document.turns]
-        found.append({"head": document.head, "context": document.context, "multi_turns": turns, "kind": "substring"})
-    return found
+        rows.append({"head": document.head, "context": document.context, "multi_turns": turns, "kind": "substring"})
+    return rows
 
 
 def write(folder: Path) -> None:

@@ -98,13 +98,13 @@ def spread(depth: float, n: int) -> list[float]:
 def rows(kind: str) -> list[dict[str, Any]]:
     """The samples of one kind: every length, every depth, repeated."""
     make, metric, new = KINDS_OF_NEEDLES[kind]
-    index, found = list(KINDS_OF_NEEDLES).index(kind), []
+    index, rows = list(KINDS_OF_NEEDLES).index(kind), []
     for length in LENGTHS:
         for depth in DEPTHS:
             for repeat in range(REPEATS.get(kind, 1)):
                 pool = Pool(np.random.default_rng([SEED, index, length, depth, repeat]), "held_out")
                 document, text, answers = make(pool, length - TAIL - new, depth / 100)
-                found.append(
+                rows.append(
                     {
                         "_id": f"{kind}/{length}/{depth}/{repeat}",
                         "kind": kind,
@@ -113,7 +113,7 @@ def rows(kind: str) -> list[dict[str, Any]]:
                         **prompt_of(document, text, answers, metric, new),
                     }
                 )
-    return found
+    return rows
 
 
 def write(folder: Path, kinds: Sequence[str] = tuple(KINDS_OF_NEEDLES)) -> None:

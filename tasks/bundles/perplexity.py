@@ -25,15 +25,15 @@ ENOUGH = 3600  # characters of a whole document; more than 1,024 tokens
 def prose_texts() -> list[str]:
     """Consecutive paragraphs, from evenly spread places on."""
     paragraphs = prose("held_out")
-    found = []
+    texts = []
     for i in range(PROSE):
         at = i * len(paragraphs) // PROSE
-        own: list[str] = []
-        while sum(map(len, own)) < WORDS:
-            own.append(paragraphs[at % len(paragraphs)])
+        taken: list[str] = []
+        while sum(map(len, taken)) < WORDS:
+            taken.append(paragraphs[at % len(paragraphs)])
             at += 1
-        found.append("\n\n".join(own))
-    return found
+        texts.append("\n\n".join(taken))
+    return texts
 
 
 def document_text(i: int) -> str:

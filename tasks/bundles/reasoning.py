@@ -23,12 +23,12 @@ SPLITS: dict[str, tuple[str, dict[str, Any], int]] = {
 def rows(name: str) -> list[dict[str, Any]]:
     """The samples of one file, from short to long."""
     kind, knobs, limit = SPLITS[name]
-    (low, high), found = CHARACTERS, []
+    (low, high), rows = CHARACTERS, []
     for i in range(COUNT):
         pool = Pool(np.random.default_rng([SEED, list(SPLITS).index(name), i]), "held_out")
         document = KINDS[kind](pool, low + (high - low) * i // (COUNT - 1), 1, **knobs)
         turn = document.turns[0]
-        found.append(
+        rows.append(
             {
                 "context": document.opening,
                 "question": f"\n\n{turn.question}",
@@ -36,7 +36,7 @@ def rows(name: str) -> list[dict[str, Any]]:
                 "max_new_tokens": limit,
             }
         )
-    return found
+    return rows
 
 
 def write(folder: Path) -> None:

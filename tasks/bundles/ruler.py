@@ -70,12 +70,12 @@ def made(task: str, pool: Pool, tokens: int) -> tuple[Document, str, list[str]]:
 def rows(task: str) -> list[dict[str, Any]]:
     """The samples of one task: every length, repeated."""
     group, metric, new = TASKS[task]
-    index, found = list(TASKS).index(task), []
+    index, rows = list(TASKS).index(task), []
     for length in LENGTHS:
         for repeat in range(REPEATS):
             pool = Pool(np.random.default_rng([SEED, index, length, repeat]), "held_out")
             document, text, answers = made(task, pool, length - TAIL - new)
-            found.append(
+            rows.append(
                 {
                     "_id": f"{task}/{length}/{repeat}",
                     "kind": task,
@@ -84,7 +84,7 @@ def rows(task: str) -> list[dict[str, Any]]:
                     **prompt_of(document, text, answers, metric, new),
                 }
             )
-    return found
+    return rows
 
 
 def write(folder: Path, tasks: Sequence[str] = tuple(TASKS)) -> None:

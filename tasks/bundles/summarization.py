@@ -16,11 +16,11 @@ POINTS = 3  # findings of a report
 
 def rows() -> list[dict[str, Any]]:
     """The reports, from short to long."""
-    (low, high), found = CHARACTERS, []
+    (low, high), rows = CHARACTERS, []
     for i in range(COUNT):
         pool = Pool(np.random.default_rng([SEED, i]), "held_out")
         document = KINDS["findings"](pool, low + (high - low) * i // (COUNT - 1), 1, points=POINTS)
-        found.append(
+        rows.append(
             {
                 "head": document.head,
                 "report": document.context,
@@ -28,7 +28,7 @@ def rows() -> list[dict[str, Any]]:
                 "max_new_tokens": 72,
             }
         )
-    return found
+    return rows
 
 
 def write(folder: Path) -> None:

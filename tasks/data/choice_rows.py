@@ -22,23 +22,23 @@ def read_rows(task: str, folder: Path) -> dict[str, Rows]:
     if (folder / f"{task}.jsonl").is_file():
         rows = _read(folder / f"{task}.jsonl", plain)
         return {"validation": rows, "test": rows}
-    own = folder / task if (folder / task).is_dir() else folder
-    found: dict[str, Rows] = {}
+    task_folder = folder / task if (folder / task).is_dir() else folder
+    splits: dict[str, Rows] = {}
     authors = AUTHORS.get(task, {})
-    for path in sorted(own.iterdir()) if own.is_dir() else ():
+    for path in sorted(task_folder.iterdir()) if task_folder.is_dir() else ():
         if path.name in authors:
             split, read = authors[path.name]
-            found[split] = _read(path, read)
+            splits[split] = _read(path, read)
         elif path.suffix == ".jsonl":
-            found[path.stem] = _read(path, plain)
-    if not found:
+            splits[path.stem] = _read(path, plain)
+    if not splits:
         files = "".join(f", or {name}" for name in authors)
         raise UserError(
-            f"lm_eval: task.data={folder}: no rows of {task} in {own.absolute()}; "
+            f"lm_eval: task.data={folder}: no rows of {task} in {task_folder.absolute()}; "
             f"put {task}.jsonl or {task}/<split>.jsonl with rows of its hub data set there{files}, "
             "or give task.data=hub"
         )
-    return found
+    return splits
 
 
 def _read(path: Path, read: Callable[[Path], Rows]) -> Rows:

@@ -104,11 +104,11 @@ def hub_rows(task: str, repo: str, name: str | None, split: str, revision: str) 
             return hub_set(datasets.load_dataset, repo, name, at or "main", split=split)
 
         try:
-            found = pins.follow(repo, read, commit_of) if revision == pins.PINNED else read(revision)
-            commit = commit_of(found)
+            dataset = pins.follow(repo, read, commit_of) if revision == pins.PINNED else read(revision)
+            commit = commit_of(dataset)
             said = revision if commit or revision != pins.PINNED else "main"
             where = f"hub, {repo}, {split}, revision {said}"
-            return [dict(row) for row in found], f"{where} ({commit[:12]})" if commit not in ("", revision) else where
+            return [dict(row) for row in dataset], f"{where} ({commit[:12]})" if commit not in ("", revision) else where
         except UserError:
             raise
         except (OSError, ValueError) as error:
@@ -127,29 +127,29 @@ def hub_set(load: Callable[..., Any], repo: str, name: str | None, revision: str
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
 
-    found = load(repo, name, revision=revision, **more)
-    commit = commit_of(found)
+    dataset = load(repo, name, revision=revision, **more)
+    commit = commit_of(dataset)
     known = commit or datasets.config.HF_HUB_OFFLINE
     if not pins.COMMIT.fullmatch(str(revision)) or commit == revision or not known:
-        return found
-    beside = _folder_of(found).with_name(str(revision))
+        return dataset
+    beside = _folder_of(dataset).with_name(str(revision))
     if not beside.is_dir():
         raise FileNotFoundError(f"in the cache is {commit or 'another commit'}, and not {revision}")
     settings, version = beside.parts[-3:-1]
-    own = Cache(repo_id=repo, dataset_name=repo.split("/")[-1], config_name=settings, version=version, hash=revision)
-    return own.as_dataset(split=more.get("split"))
+    cached = Cache(repo_id=repo, dataset_name=repo.split("/")[-1], config_name=settings, version=version, hash=revision)
+    return cached.as_dataset(split=more.get("split"))
 
 
-def commit_of(found: Any) -> str:
+def commit_of(dataset: Any) -> str:
     """The commit that a dataset of the hub, whole or one split, belongs to: its folder; "" if that has another name."""
-    name = _folder_of(found).name
+    name = _folder_of(dataset).name
     return name if pins.COMMIT.fullmatch(name) else ""
 
 
-def _folder_of(found: Any) -> Path:
+def _folder_of(dataset: Any) -> Path:
     """Where the library keeps a dataset: dataset, configuration, version, commit; an empty path if nowhere."""
-    files = found.cache_files
-    files = [one for own in files.values() for one in own] if isinstance(files, dict) else files
+    files = dataset.cache_files
+    files = [one for split_files in files.values() for one in split_files] if isinstance(files, dict) else files
     return Path(files[0]["filename"]).parent if files else Path()
 
 

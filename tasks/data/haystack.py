@@ -90,7 +90,7 @@ def hide(
         )
     text = text[:room]
     ends = _Ends(tokens)
-    places, moved = [], 0
+    offsets, moved = [], 0
     for _, depth in needles:
         wanted = len(text) if depth == 100 else int(len(text) * depth / 100)
         at = wanted
@@ -98,10 +98,10 @@ def hide(
             at -= 1
         if at == 0 < wanted and not any(map(ends, text)):
             raise UserError("needle: the haystack has no full stop, so that every needle would be at depth 0")
-        places.append(at)
+        offsets.append(at)
         moved = max(moved, wanted - at)
     # from the end on, so that places stay true and needles of one place keep their order
-    for at, i in sorted(((at, i) for i, at in enumerate(places)), reverse=True):
+    for at, i in sorted(((at, i) for i, at in enumerate(offsets)), reverse=True):
         text[at:at] = between[i]
     return Hidden(tokens.decode(text), moved)
 

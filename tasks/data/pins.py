@@ -45,16 +45,16 @@ def read() -> dict[str, str]:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
     if node is not None and not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path}: needs lines of `owner/name: commit`, and has something else")
-    found: dict[str, str] = {}
+    commits: dict[str, str] = {}
     for key, value in node.value if node else []:
         where = f"{path}, line {key.start_mark.line + 1}"
         # the text of the node: a commit of digits only is no number
         if not isinstance(value, yaml.ScalarNode) or not COMMIT.fullmatch(value.value):
             raise UserError(f"{where}: {key.value} needs a commit of 40 hexadecimal digits, in lower case")
-        if key.value in found:
+        if key.value in commits:
             raise UserError(f"{where}: {key.value} has a second commit; leave one of them")
-        found[key.value] = value.value
-    return found
+        commits[key.value] = value.value
+    return commits
 
 
 def add(repo: str, commit: str) -> str:

@@ -95,12 +95,12 @@ def parse_rows(raw: bytes, where: str) -> list[dict[str, Any]]:
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
-        place = f"{where}, line {number}"
+        where_line = f"{where}, line {number}"
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{place}: not JSON in UTF-8 ({error})") from error
-        rows.append(parse_json(text, place))
+            raise UserError(f"{where_line}: not JSON in UTF-8 ({error})") from error
+        rows.append(parse_json(text, where_line))
     return rows
 
 

@@ -23,28 +23,29 @@ _ORDINALS = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth")
 
 def pairs(pool: Pool, size: int, turns: int, style: str = "prefix") -> Document:
     """Names directly followed by values."""
-    found, used = [], 0
-    while used < size or not found:
-        found.append((pool.name(), pool.value()))
-        used += len(found[-1][0]) + len(found[-1][1]) + 3
-    text = " ".join(f"{key} {value}." for key, value in found)
-    asked = shuffled(pool.rng, range(len(found)))[:turns]
-    made = tuple(_turn(f"Question: {found[i][0]}?", found[i][0], found[i][1], style) for i in asked)
-    return Document("pairs", "Each name is followed by its value.", text, made, asked[0] / len(found))
+    entries, used = [], 0
+    while used < size or not entries:
+        entries.append((pool.name(), pool.value()))
+        used += len(entries[-1][0]) + len(entries[-1][1]) + 3
+    text = " ".join(f"{key} {value}." for key, value in entries)
+    asked = shuffled(pool.rng, range(len(entries)))[:turns]
+    questions = tuple(_turn(f"Question: {entries[i][0]}?", entries[i][0], entries[i][1], style) for i in asked)
+    return Document("pairs", "Each name is followed by its value.", text, questions, asked[0] / len(entries))
 
 
 def table(pool: Pool, size: int, turns: int, style: str = "prefix") -> Document:
     """Key-value records, one per line, keys in lower case."""
-    found, used = [], 0
-    while used < size or not found:
-        found.append((pool.word(), pool.value()))
-        used += len(found[-1][0]) + len(found[-1][1]) + 6
-    text = "\n".join(f"- {key}: {value}." for key, value in found)
-    asked = shuffled(pool.rng, range(len(found)))[:turns]
-    made = tuple(
-        _turn(f"Question: What is stored under {found[i][0]}?", f"{found[i][0]}:", found[i][1], style) for i in asked
+    entries, used = [], 0
+    while used < size or not entries:
+        entries.append((pool.word(), pool.value()))
+        used += len(entries[-1][0]) + len(entries[-1][1]) + 6
+    text = "\n".join(f"- {key}: {value}." for key, value in entries)
+    asked = shuffled(pool.rng, range(len(entries)))[:turns]
+    questions = tuple(
+        _turn(f"Question: What is stored under {entries[i][0]}?", f"{entries[i][0]}:", entries[i][1], style)
+        for i in asked
     )
-    return Document("table", "Look up the value of a key in this list.", text, made, asked[0] / len(found))
+    return Document("table", "Look up the value of a key in this list.", text, questions, asked[0] / len(entries))
 
 
 def facts(pool: Pool, size: int, turns: int, style: str = "prefix", filler: float = 0.4, most: int = 3) -> Document:
@@ -57,19 +58,21 @@ def facts(pool: Pool, size: int, turns: int, style: str = "prefix", filler: floa
             entries.append((f"The {attribute} of {name} is", pool.value(), f"What is the {attribute} of {name}?"))
             used += len(entries[-1][0]) + len(entries[-1][1]) + 2
     entries = shuffled(pool.rng, entries)
-    text, places = _hide(pool, [f"{start} {value}." for start, value, _ in entries], size)
+    text, depths = _hide(pool, [f"{start} {value}." for start, value, _ in entries], size)
     asked = shuffled(pool.rng, range(len(entries)))[:turns]
-    made = tuple(_turn(f"Question: {entries[i][2]}", entries[i][0], entries[i][1], style) for i in asked)
-    return Document("facts", "Read the report and answer the question.", text, made, places[asked[0]])
+    questions = tuple(_turn(f"Question: {entries[i][2]}", entries[i][0], entries[i][1], style) for i in asked)
+    return Document("facts", "Read the report and answer the question.", text, questions, depths[asked[0]])
 
 
 def needle(pool: Pool, size: int, turns: int, style: str = "prefix", needles: int = 1) -> Document:
     """Pass codes hidden at random depths of a text that is otherwise filler; `needles` - 1 of them are distractors."""
     entries = [(f"The pass code for {pool.name()} is", pool.number(5, 7)) for _ in range(needles)]
-    text, places = _hide(pool, [f"{start} {value}." for start, value in entries], size)
+    text, depths = _hide(pool, [f"{start} {value}." for start, value in entries], size)
     asked = shuffled(pool.rng, range(needles))[:turns]
-    made = tuple(_turn(f"Question: {_ask(entries[i][0])}", *entries[i], style) for i in asked)
-    return Document("needle", "Some pass codes are hidden in this text. Remember them.", text, made, places[asked[0]])
+    questions = tuple(_turn(f"Question: {_ask(entries[i][0])}", *entries[i], style) for i in asked)
+    return Document(
+        "needle", "Some pass codes are hidden in this text. Remember them.", text, questions, depths[asked[0]]
+    )
 
 
 def chains(pool: Pool, size: int, turns: int, links: int = 3, filler: float = 0.4, restate: bool = True) -> Document:
@@ -85,14 +88,16 @@ def chains(pool: Pool, size: int, turns: int, links: int = 3, filler: float = 0.
         lines += steps
         used += sum(map(len, steps)) + len(steps)
     text, _ = _hide(pool, shuffled(pool.rng, lines), size)
-    made = []
+    questions = []
     for steps in shuffled(pool.rng, chains_)[:turns]:
         first, *rest = steps[0].removesuffix(".").split(maxsplit=1)
         if not restate:
             rest += [step.removesuffix(".").split(maxsplit=1)[1] for step in steps[1:]]
         answer = f" {' '.join(rest)}." if not restate else " ".join(steps)[len(first) :]
-        made.append(Turn(f"Question: What does {first} lead to?\nAnswer: {first}", answer, answer))
-    return Document("chains", "Follow the links from one name to the next until a value is held.", text, tuple(made))
+        questions.append(Turn(f"Question: What does {first} lead to?\nAnswer: {first}", answer, answer))
+    return Document(
+        "chains", "Follow the links from one name to the next until a value is held.", text, tuple(questions)
+    )
 
 
 def bridge(pool: Pool, size: int, turns: int, passages: int = 0, restate: bool = True) -> Document:
@@ -108,17 +113,19 @@ def bridge(pool: Pool, size: int, turns: int, passages: int = 0, restate: bool =
     guide = {order[i]: order[(i + 1) % n] for i in range(n)}  # one cycle: nobody guides themselves
     room, texts = max(0, size // n - 110), []
     for i in range(n):
-        own = [f"The guide of {people[i]} is {people[guide[i]]}."]
-        own.append(f"The town of {people[i]} is {towns[i]}." if restate else f"{people[i]} runs {towns[i]}.")
-        body, _ = _hide(pool, shuffled(pool.rng, own), len(own[0]) + len(own[1]) + room)
+        lines = [f"The guide of {people[i]} is {people[guide[i]]}."]
+        lines.append(f"The town of {people[i]} is {towns[i]}." if restate else f"{people[i]} runs {towns[i]}.")
+        body, _ = _hide(pool, shuffled(pool.rng, lines), len(lines[0]) + len(lines[1]) + room)
         texts.append(f"Passage {i + 1}: {people[i]}" + ("\n" if restate else ". ") + body)
-    made = []
+    questions = []
     for i in shuffled(pool.rng, range(n))[:turns]:
         person, other, town = people[i], people[guide[i]], towns[guide[i]]
         asked = f"What is the town of the guide of {person}?" if restate else f"What does the guide of {person} run?"
         answer = f" {other}. The town of {other} is {town}." if restate else f" {other} runs {town}."
-        made.append(Turn(f"Question: {asked}\nAnswer: The guide of {person} is", answer, answer[1:]))
-    return Document("bridge", "Answer the question with the help of these passages.", "\n\n".join(texts), tuple(made))
+        questions.append(Turn(f"Question: {asked}\nAnswer: The guide of {person} is", answer, answer[1:]))
+    return Document(
+        "bridge", "Answer the question with the help of these passages.", "\n\n".join(texts), tuple(questions)
+    )
 
 
 def findings(pool: Pool, size: int, turns: int = 1, points: int = 3) -> Document:
@@ -165,8 +172,8 @@ def labels(pool: Pool, size: int, turns: int, classes: int = 5, named: bool = Tr
         used += len(lines[-1]) + 2
         seen.append(thing)
     asked = shuffled(pool.rng, sorted(set(seen)))[:turns]
-    made = tuple(Turn(f"Now this one.\n{example(t)}", f" {things[t]}", things[t]) for t in asked)
-    return Document("labels", "Give the kind of each thing.", "\n\n".join(lines), made, classes=tuple(kinds))
+    questions = tuple(Turn(f"Now this one.\n{example(t)}", f" {things[t]}", things[t]) for t in asked)
+    return Document("labels", "Give the kind of each thing.", "\n\n".join(lines), questions, classes=tuple(kinds))
 
 
 def passages(pool: Pool, size: int, turns: int, marked: bool = True) -> Document:
@@ -198,20 +205,22 @@ def _paragraphs(kind: str, pool: Pool, size: int, turns: int, forms: tuple[str, 
     texts, said, used = [], [], 0
     while used < size or not texts:
         number = len(texts) + 1
-        own = [
+        sentences = [
             pick(pool.rng, forms).format(n=pool.name(), v=pool.value(), p=pick(pool.rng, _BUILDINGS))
             for _ in range(2 + int(pool.rng.integers(2)))
         ]
         mark = f" [{number}]." if marked else "."
-        body = shuffled(pool.rng, [s + mark for s in own] + [pool.filler() for _ in range(int(pool.rng.integers(3)))])
+        body = shuffled(
+            pool.rng, [s + mark for s in sentences] + [pool.filler() for _ in range(int(pool.rng.integers(3)))]
+        )
         texts.append(f"Paragraph {number}: " + " ".join(body))
-        said += [(sentence, number) for sentence in own]
+        said += [(sentence, number) for sentence in sentences]
         used += len(texts[-1]) + 2
-    made = []
+    questions = []
     for sentence, number in shuffled(pool.rng, said)[:turns]:
         question = f'Question: Which paragraph says "{sentence}"?\nAnswer: {sentence} ['
-        made.append(Turn(question, f"{number}].", str(number)))
-    return Document(kind, "Find the paragraph that a sentence comes from.", "\n\n".join(texts), tuple(made))
+        questions.append(Turn(question, f"{number}].", str(number)))
+    return Document(kind, "Find the paragraph that a sentence comes from.", "\n\n".join(texts), tuple(questions))
 
 
 def code(pool: Pool, size: int, turns: int) -> Document:
@@ -234,8 +243,8 @@ def code(pool: Pool, size: int, turns: int) -> Document:
             parts.append(f"def {name}({', '.join(args)}):\n{doc}    return {body}")
             uses.append((f"result = {name}(", f"{', '.join(args)})", ", ".join(args)))
         used += len(parts[-1]) + 2
-    made = tuple(Turn(*use) for use in shuffled(pool.rng, uses)[:turns])
-    return Document("code", "Complete the last line of this Python module.", "\n\n".join(parts), made)
+    questions = tuple(Turn(*use) for use in shuffled(pool.rng, uses)[:turns])
+    return Document("code", "Complete the last line of this Python module.", "\n\n".join(parts), questions)
 
 
 def copies(pool: Pool, size: int, turns: int = 0) -> Document:
@@ -277,10 +286,10 @@ def _hide(pool: Pool, lines: list[str], size: int) -> tuple[str, list[float]]:
         used += len(filler[-1]) + 1
     slots = sorted(int(pool.rng.integers(len(filler) + 1)) for _ in lines)
     parts: list[str] = []
-    places, at = [], 0
+    starts, at = [], 0
     for slot, line in zip(slots, lines):
         parts += filler[at:slot]
-        places.append(sum(map(len, parts)) + len(parts))
+        starts.append(sum(map(len, parts)) + len(parts))
         parts.append(line)
         at = slot
     parts += filler[at:]
@@ -288,4 +297,4 @@ def _hide(pool: Pool, lines: list[str], size: int) -> tuple[str, list[float]]:
     for i, part in enumerate(parts[1:], start=2):
         # a new paragraph now and then, as in real text
         text += ("\n" if i % 8 == 0 else " ") + part
-    return text, [p / max(1, len(text)) for p in places]
+    return text, [p / max(1, len(text)) for p in starts]

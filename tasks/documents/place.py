@@ -20,11 +20,11 @@ def place(filler: Sequence[str], lines: Sequence[str], depths: Sequence[float]) 
 
 def filler_of(pool: Pool, characters: int) -> list[str]:
     """Unlike sentences of about so many characters together."""
-    found, used = [], 0
+    sentences, used = [], 0
     while used < characters:
-        found.append(pool.filler())
-        used += len(found[-1]) + 1
-    return found
+        sentences.append(pool.filler())
+        used += len(sentences[-1]) + 1
+    return sentences
 
 
 def noise_of(pool: Pool, characters: int) -> list[str]:

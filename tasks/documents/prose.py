@@ -35,9 +35,9 @@ def prose(split: Split) -> tuple[str, ...]:
 @cache
 def sentences(split: Split) -> tuple[str, ...]:
     """Sentences of the prose that are neither very short nor very long, for use as filler."""
-    found = [s for p in prose(split) for s in re.split(r"(?<=[.!?])\s+(?=[A-Z])", p)]
+    candidates = [s for p in prose(split) for s in re.split(r"(?<=[.!?])\s+(?=[A-Z])", p)]
     return tuple(
-        s for s in found if 40 <= len(s) <= 200 and s[0].isupper() and s[-1] == "." and not re.search(r"\d", s)
+        s for s in candidates if 40 <= len(s) <= 200 and s[0].isupper() and s[-1] == "." and not re.search(r"\d", s)
     )
 
 

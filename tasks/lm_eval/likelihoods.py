@@ -44,8 +44,8 @@ def guessed(rows: remarks.Rows) -> str | None:
         if example.tags.get("n", 0) > 1:
             by_task.setdefault(example.tags["subset"], []).append((1 / example.tags["n"], full["score"]))
     near = []
-    for name, own in by_task.items():
-        chance, score = (sum(one[i] for one in own) / len(own) for i in (0, 1))
-        if score - chance <= 3 * math.sqrt(chance * (1 - chance) / len(own)):
+    for name, pairs in by_task.items():
+        chance, score = (sum(one[i] for one in pairs) / len(pairs) for i in (0, 1))
+        if score - chance <= 3 * math.sqrt(chance * (1 - chance) / len(pairs)):
             near.append(f"{name} {100 * score:.1f} (chance {100 * chance:.1f})")
     return f"full cache within three standard errors of chance, no evidence: {', '.join(near)}" if near else None

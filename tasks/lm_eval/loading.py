@@ -78,7 +78,7 @@ class Loader:
         """
         lm_eval_folder()
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        found: dict[str, Any] = {}
+        tasks: dict[str, Any] = {}
         for name in names:
             for one in self._load(name):
                 if one.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood", "generate_until"):
@@ -87,15 +87,15 @@ class Loader:
                         "without a prompt; task=perplexity measures texts through the compressed cache"
                     )
                 one.set_fewshot_seed(FEW_SHOT_SEED)
-                found[one.config.task] = one
-        return found
+                tasks[one.config.task] = one
+        return tasks
 
     def repository(self, task: Any) -> str:
         """The repository and the commit of a task's data, where they are from the hub."""
         if self.data != "hub":
             return ""
-        found = commit_of(task.dataset)
-        return f"{task.config.dataset_path}{f' at {found[:12]}' if found else ''}, "
+        commit = commit_of(task.dataset)
+        return f"{task.config.dataset_path}{f' at {commit[:12]}' if commit else ''}, "
 
     def _load(self, name: str) -> list[Any]:
         """The tasks that a name stands for: itself, or the members of a group or tag."""
@@ -109,19 +109,21 @@ class Loader:
             bundled = f"bundled are {', '.join(sorted(manager.all_tasks))}; others need task.data=hub or task.data=DIR"
             known = bundled if self.bundled else "`lm-eval ls tasks` lists lm-eval's own"
             raise UserError(f"lm_eval: task.tasks={name} is unknown here; {known}")
-        own: dict[str, Any] = {}
+        overrides: dict[str, Any] = {}
         rows: dict[str, Any] = {}
         if self.shots is not None:
-            own["num_fewshot"] = self.shots
+            overrides["num_fewshot"] = self.shots
         if self.bundled or self.data not in ("hub", "bundled"):
             # lm_eval looks into its training split even where it draws nothing from it
             rows = {"train": [], **read_rows(name, BUNDLED if self.bundled else expand(self.data))}
-            own |= {"custom_dataset": lambda **_: _data_sets(rows), "dataset_kwargs": None}
+            overrides |= {"custom_dataset": lambda **_: _data_sets(rows), "dataset_kwargs": None}
         trouble = hub_trouble() if self.data == "hub" else None
         try:
             with cached_only(trouble is not None), self._revisions():
                 # what `load` does with a name, but with settings of our own
-                built = manager._factory.build(manager.task_index[name], overrides=own, registry=manager.task_index)
+                built = manager._factory.build(
+                    manager.task_index[name], overrides=overrides, registry=manager.task_index
+                )
                 return list(manager.load(built)["tasks"].values())
         except UserError:
             raise
@@ -164,4 +166,4 @@ class Loader:
 def _data_sets(rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     from datasets import Dataset
 
-    return {split: Dataset.from_list(own) for split, own in rows.items()}
+    return {split: Dataset.from_list(split_rows) for split, split_rows in rows.items()}

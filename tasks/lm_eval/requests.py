@@ -33,29 +33,29 @@ def requests_of(name: str, task: Any, data: str, limit: int | None, chat: bool) 
         except Exception as error:
             raise unasked(f"{name}/{i}", error) from error
         try:
-            made = task.construct_requests(doc=doc, ctx=prompt, metadata=(name, i, 1), apply_chat_template=chat)
+            requests = task.construct_requests(doc=doc, ctx=prompt, metadata=(name, i, 1), apply_chat_template=chat)
         except Exception as error:
             raise unasked(f"{name}/{i}", error) from error
-        yield f"{name}/{i}", made if isinstance(made, list) else [made]
+        yield f"{name}/{i}", requests if isinstance(requests, list) else [requests]
 
 
-def example_of(id: str, name: str, task: Any, made: Sequence[Any], chat: bool, stride: int | None) -> Example:
+def example_of(id: str, name: str, task: Any, requests: Sequence[Any], chat: bool, stride: int | None) -> Example:
     """An item's sample, cut after its solved examples, or after the document in its field `context`.
 
-    made: its requests.  chat, stride: of tasks.lm_eval.task.LmEval. Raises UserError for an item that has no such form.
+    requests: its own.  chat, stride: of tasks.lm_eval.task.LmEval. Raises UserError for an item that has no such form.
     """
     try:
-        return _example(id, name, task, made, chat, stride)
+        return _example(id, name, task, requests, chat, stride)
     except UserError:
         raise
     except Exception as error:
         raise unasked(id, error) from error
 
 
-def _example(id: str, name: str, task: Any, made: Sequence[Any], chat: bool, stride: int | None) -> Example:
-    doc = made[0].doc
+def _example(id: str, name: str, task: Any, requests: Sequence[Any], chat: bool, stride: int | None) -> Example:
+    doc = requests[0].doc
     item = task.fewshot_context(doc, num_fewshot=0, gen_prefix=task.doc_to_prefix(doc))
-    prompts = [one.args[0] for one in made]
+    prompts = [one.args[0] for one in requests]
     document = doc.get("context")
     if isinstance(document, str) and document.strip() and document in prompts[0]:
         examples = prompts[0][: prompts[0].rfind(document) + len(document)]
@@ -65,12 +65,12 @@ def _example(id: str, name: str, task: Any, made: Sequence[Any], chat: bool, str
         examples = ""  # a prompt that leaves the context out, as for the likelihood without it
     rest = [prompt[len(examples) :] for prompt in prompts]
     tags: dict[str, Any] = {"subset": name, "category": name, "version": str(task.VERSION)}
-    if made[0].request_type == "generate_until":
-        limits = [made[0].args[1].get(key) for key in MOST_NEW_KEYS]
+    if requests[0].request_type == "generate_until":
+        limits = [requests[0].args[1].get(key) for key in MOST_NEW_KEYS]
         most = next((int(limit) for limit in limits if limit is not None), MOST_NEW)
         answers = [str(task.doc_to_target(doc))]
-        return Example(id, examples, rest[0], answers, most, tags, chat=chat, stop=stops_of(made[0]))
-    texts = [one.args[1] for one in made]
+        return Example(id, examples, rest[0], answers, most, tags, chat=chat, stop=stops_of(requests[0]))
+    texts = [one.args[1] for one in requests]
     gold = _gold(task, doc)
     if gold is not None:
         # a task that also asks how likely a choice is without its prompt has more requests than choices

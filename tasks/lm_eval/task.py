@@ -97,18 +97,18 @@ class LmEval(Task):
 
     def source(self) -> str:
         """Which tasks, which of their splits and how many items, from where."""
-        found = []
+        descriptions = []
         for name, task in self._loaded.items():
             n, split = len(task.eval_docs), task.config.test_split or task.config.validation_split
             odd = f", not the published {ITEMS[name]}" if ITEMS.get(name, n) != n else ""
             drawn = dict(task.config.generation_kwargs or {}).get("do_sample")
             asks = ", which asks to be drawn: sampling.temperature says how" if drawn else ""
-            found.append(f"{name} ({self._loader.repository(task)}{split}, {n} items{odd}{asks})")
+            descriptions.append(f"{name} ({self._loader.repository(task)}{split}, {n} items{odd}{asks})")
         where = self.include if self.data == "bundled" and self.include is not None else self.data
         where += f", with the code of {self.include}" if self._loader.foreign else ""
         wrapped = "in the chat template" if self.chat else "without a chat template"
         return (
-            f"{self.name} ({where}): {', '.join(found)}; {len(self._examples)} samples {wrapped}, "
+            f"{self.name} ({where}): {', '.join(descriptions)}; {len(self._examples)} samples {wrapped}, "
             f"lm_eval {lm_eval_version()}"
         )
 
@@ -148,14 +148,14 @@ class LmEval(Task):
         task, (request, *_) = self._loaded[example.tags["subset"]], self._requests[example.id]
         one = copy.copy(request)
         one.resps, one.filtered_resps = [cut_at(prediction, stops_of(request))], {}
-        found = {}
+        scores = {}
         for filter in task._filters:
             filter.apply([one])
             (response,) = [one.filtered_resps[filter.name]]
             suffix = "" if filter.name == "none" else f", {filter.name}"
             for name, value in self._plain(example, task.process_results(one.doc, [response])).items():
-                found[f"{name}{suffix}"] = value
-        return found
+                scores[f"{name}{suffix}"] = value
+        return scores
 
     def means(self, examples: Sequence[Example]) -> list[Mean]:
         """One line per task and metric, then the mean of each metric over the tasks that have it."""
@@ -189,18 +189,18 @@ class LmEval(Task):
     def _requests(self) -> dict[str, list[Any]]:
         """lm_eval's requests of every sample."""
         return {
-            id: made
+            id: requests
             for name, task in self._loaded.items()
-            for id, made in requests_of(name, task, self.data, self.limit, self.chat)
+            for id, requests in requests_of(name, task, self.data, self.limit, self.chat)
         }
 
     @cached_property
     def _examples(self) -> list[Example]:
-        found = []
-        for id, made in self._requests.items():
+        examples = []
+        for id, requests in self._requests.items():
             name = id.rpartition("/")[0]
-            found.append(example_of(id, name, self._loaded[name], made, self.chat, self.stride))
-        return found
+            examples.append(example_of(id, name, self._loaded[name], requests, self.chat, self.stride))
+        return examples
 
     def _results(self, example: Example, responses: list[Any]) -> dict[str, Any]:
         doc = self._requests[example.id][0].doc
@@ -232,8 +232,8 @@ def _is_number(value: Any) -> bool:
 
 def _mean_of(tags: Mapping[str, Any]) -> str:
     """The row that a task's metric is averaged in."""
-    own = tags["subset"].removeprefix(tags.get("stratum", "")).strip()
-    return f"mean, {own}" if own else "mean"
+    part = tags["subset"].removeprefix(tags.get("stratum", "")).strip()
+    return f"mean, {part}" if part else "mean"
 
 
 def _right(row: Mapping[str, Any]) -> bool:

@@ -108,7 +108,7 @@ def read_catalog(path: Path) -> dict[str, tuple[Subset, Template]]:
         raise UserError(f"{path}: not YAML that can be read ({error})") from error
     if not isinstance(entries, dict) or not entries:
         raise UserError(f"{path}: a mapping from subset names to their settings is needed")
-    found = {}
+    catalog = {}
     for name, entry in entries.items():
         try:
             template = Template.parse(entry["prompt"], "{context}", "{input}")
@@ -125,5 +125,5 @@ def read_catalog(path: Path) -> dict[str, tuple[Subset, Template]]:
             raise UserError(f"{path}: {name} has no {error.args[0]}") from error
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: {name}: {error}") from error
-        found[str(name)] = (subset, template)
-    return found
+        catalog[str(name)] = (subset, template)
+    return catalog

@@ -83,19 +83,19 @@ class LongBench(Task):
     @property
     def fingerprint(self) -> dict[str, Any]:
         chosen = self._files
-        found: dict[str, Any] = {
+        fingerprint: dict[str, Any] = {
             "task": self.name,
             "data_sha256": self._digest,
             "metrics": metrics.VERSION,
             "templates": {name: self._template(name).digest for name in chosen},
         }
         if not self._own_prompts:
-            found["lm_eval"] = lm_eval_version()
+            fingerprint["lm_eval"] = lm_eval_version()
         if any(self._catalog[name].metric in metrics.NEEDS_JIEBA for name in chosen):
-            found["jieba"] = metadata.version("jieba")
+            fingerprint["jieba"] = metadata.version("jieba")
         if self.data == "hub":
-            found["hub_commit"] = self._commit
-        return found
+            fingerprint["hub_commit"] = self._commit
+        return fingerprint
 
     def examples(self) -> list[Example]:
         return self._examples
@@ -119,25 +119,25 @@ class LongBench(Task):
     def _averages(self, subsets: list[tuple[dict[str, Any], Mean]]) -> list[Mean]:
         if self._own_prompts:
             return super()._averages(subsets)
-        found = []
+        means = []
         present = [code for code in LANGUAGES if any(tags["language"] == code for tags, _ in subsets)]
         for code in present:
             language = LANGUAGES[code]
             members = [(tags, mean) for tags, mean in subsets if tags["language"] in (code, CODE)]
             by_category = average_rows(f"average {language}", members)
-            found += by_category
+            means += by_category
             if by_category and len(members) > len({tags["category"] for tags, _ in members}):
-                found.append(
+                means.append(
                     mean_of(f"average {language} by subset", "average", [mean for _, mean in members], "subsets")
                 )
-        return found + (average_rows("average", subsets) if len(present) > 1 else [])
+        return means + (average_rows("average", subsets) if len(present) > 1 else [])
 
     def _with_bins(self, table: list[Mean], examples: Sequence[Example]) -> list[Mean]:
         """The table with each subset's bins below it, and an average per bin at the end."""
-        found = []
+        means = []
         by_bin: dict[str, list[tuple[dict[str, Any], Mean]]] = {name: [] for name in BINS}
         for mean in table:
-            found.append(mean)
+            means.append(mean)
             if mean.kind != "subset":
                 continue
             tags = next(example.tags for example in examples if example.tags["subset"] == mean.name)
@@ -145,11 +145,11 @@ class LongBench(Task):
                 inside = [
                     example.tags["subset"] == mean.name and example.tags.get("bin") == name for example in examples
                 ]
-                found.append(Mean(f"{mean.name} {name}", "bin", np.array(inside) / max(1, sum(inside))))
-                by_bin[name].append((tags, found[-1]))
+                means.append(Mean(f"{mean.name} {name}", "bin", np.array(inside) / max(1, sum(inside))))
+                by_bin[name].append((tags, means[-1]))
         for name, members in by_bin.items():
-            found += average_rows(f"average {name}", [(tags, mean) for tags, mean in members if mean.n])
-        return found
+            means += average_rows(f"average {name}", [(tags, mean) for tags, mean in members if mean.n])
+        return means
 
     @property
     def _own_prompts(self) -> bool:
@@ -183,17 +183,17 @@ class LongBench(Task):
             if isinstance(self.subset, Iterable) and not isinstance(self.subset, str)
             else [str(self.subset)]
         )
-        found: dict[str, str] = {}
+        typed_names: dict[str, str] = {}
         for typed in asked:
             names = [name for name in self._catalog if typed in (name, name.removesuffix("_e"))] or [
                 name for name, subset in self._catalog.items() if _plain(subset.category) == _plain(typed)
             ]
             if not names:
                 raise UserError(f"longbench: task.subset={typed} is unknown here{self._hint(typed)}; {self._options()}")
-            found |= dict.fromkeys(names, typed)
-        if not found:
+            typed_names |= dict.fromkeys(names, typed)
+        if not typed_names:
             raise UserError(f"longbench: task.subset=[] chooses nothing; {self._options()}")
-        return {name: found[name] for name in self._catalog if name in found}
+        return {name: typed_names[name] for name in self._catalog if name in typed_names}
 
     def _hint(self, typed: str) -> str:
         if self._own_prompts and typed.removesuffix("_e") in LONGBENCH:
@@ -262,16 +262,16 @@ class LongBench(Task):
 
     @cached_property
     def _examples(self) -> list[Example]:
-        found: list[Example] = []
+        examples: list[Example] = []
         for name, (file, raw) in self._files.items():
             rows = parse_rows(raw, file.where)
             if not rows:
                 raise UserError(f"{file.where}: holds no rows; a LongBench file has one JSON object per line")
             template, subset = self._template(name), self._catalog[name]
-            found += [
+            examples += [
                 self._example(f"{name}/{i}", name, subset, template, row) for i, row in enumerate(rows[: self.limit])
             ]
-        return found
+        return examples
 
     def _example(self, id: str, name: str, subset: Subset, template: Template, row: dict[str, Any]) -> Example:
         tags: dict[str, Any] = {

@@ -37,9 +37,9 @@ def read_squad(path: Path) -> Collection:
         number = {text: i for i, text in enumerate(documents)}
         questions = []
         for paragraphs in articles:
-            own = [number[paragraph["context"]] for paragraph in paragraphs]
-            for paragraph, gold in zip(paragraphs, own):
-                near = [other for other in own if other != gold]
+            contexts = [number[paragraph["context"]] for paragraph in paragraphs]
+            for paragraph, gold in zip(paragraphs, contexts):
+                near = [other for other in contexts if other != gold]
                 questions += [
                     Question(asked["question"], [answer["text"] for answer in asked["answers"]], [gold], near)
                     for asked in paragraph["qas"]
@@ -55,11 +55,11 @@ def read_hotpot(path: Path) -> Collection:
     data = read_json(path, list)
     try:
         texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in entry["context"]] for entry in data]
-        documents = sorted({text for own in texts for text in own})
+        documents = sorted({text for document_texts in texts for text in document_texts})
         number = {text: i for i, text in enumerate(documents)}
         questions = [
-            Question(entry["question"], [entry["answer"]], [number[text] for text in own], [])
-            for entry, own in zip(data, texts)
+            Question(entry["question"], [entry["answer"]], [number[text] for text in document_texts], [])
+            for entry, document_texts in zip(data, texts)
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a HotpotQA file with distractors ({error})") from error

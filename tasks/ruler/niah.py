@@ -75,8 +75,8 @@ def make(rng: random.Random, spec: Needles, units: int, essay: Essay | None) -> 
     sentence = needle()
     lines = [
         sentence.format(type_needle_v=spec.value, key=key, value=value)
-        for key, own in zip(keys, values)
-        for value in own
+        for key, values_of_key in zip(keys, values)
+        for value in values_of_key
     ]
     random.Random(SHUFFLE).shuffle(lines)
     if spec.haystack == "essay":
@@ -101,11 +101,11 @@ def make(rng: random.Random, spec: Needles, units: int, essay: Essay | None) -> 
 
 
 def _in_essay(rng: random.Random, sentences: list[str], lines: list[str]) -> str:
-    places = sorted(int(len(sentences) * depth / 100) for depth in rng.sample(DEPTHS, len(lines)))
+    cuts = sorted(int(len(sentences) * depth / 100) for depth in rng.sample(DEPTHS, len(lines)))
     parts, last = [], 0
-    for place, line in zip(places, lines):
-        parts += [*sentences[last:place], line]
-        last = place
+    for cut, line in zip(cuts, lines):
+        parts += [*sentences[last:cut], line]
+        last = cut
     return " ".join(parts + sentences[last:])
 
 

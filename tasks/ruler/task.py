@@ -100,10 +100,10 @@ class Ruler(Grid):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"task": self.name, "matching": matching.VERSION}
+        fingerprint: dict[str, Any] = {"task": self.name, "matching": matching.VERSION}
         if self._written:
-            return found | {"data_sha256": self._written[1], "chosen": grid.digest_of(self.examples())}
-        return found | {
+            return fingerprint | {"data_sha256": self._written[1], "chosen": grid.digest_of(self.examples())}
+        return fingerprint | {
             "data_sha256": grid.digest_of(self.examples()),
             "templates": DIGESTS,
             "lm_eval": lm_eval_version(),
@@ -148,8 +148,8 @@ class Ruler(Grid):
         if self.subset is not None:
             wanted = []
             for typed in map(str, grid.as_list(self.subset)):
-                found = [task for task, group in groups.items() if typed in (task, group)]
-                wanted += found or grid.choose("ruler", "subset", [typed], [*groups, *groups.values()])
+                tasks = [task for task, group in groups.items() if typed in (task, group)]
+                wanted += tasks or grid.choose("ruler", "subset", [typed], [*groups, *groups.values()])
         chosen = grid.choose("ruler", "subset", wanted, groups)
         if self._written:
             return [task for task in TASKS if task in chosen] + [task for task in chosen if task not in TASKS]
@@ -191,13 +191,13 @@ class Ruler(Grid):
             lengths = grid.choose("ruler", "lengths", self.lengths, sorted({e.tags["length"] for e in examples}))
             return grid.limited((e for e in examples if e.tags["length"] in lengths), self.limit)
         assert self._tokens is not None, "fit comes before examples"
-        found = [
+        examples = [
             self._example(task, length, i, sample)
             for task in self._chosen
             for length in self._lengths
             for i, sample in enumerate(self._samples(task, length))
         ]
-        return grid.limited(found, self.limit)
+        return grid.limited(examples, self.limit)
 
     @cached_property
     def _lengths(self) -> list[int]:
@@ -208,13 +208,13 @@ class Ruler(Grid):
                 raise UserError(f"ruler: task.lengths={self.lengths}; give tokens, or shares of the window up to 1")
             return list(dict.fromkeys(self._tokens.resolve("ruler", length) for length in asked))
         longest = self._tokens.longest
-        found = [length for length in LENGTHS if longest is None or length <= longest]
-        if not found:
+        lengths = [length for length in LENGTHS if longest is None or length <= longest]
+        if not lengths:
             raise UserError(
                 f"ruler: this model takes {longest} tokens uncut, the published lengths begin at {LENGTHS[0]}; "
                 "give task.lengths=[...] in tokens, or as shares of the window up to 1"
             )
-        return found
+        return lengths
 
     def _example(self, task: str, length: int, i: int, sample: Sample) -> Example:
         family = "niah" if task in niah.NIAH else task.split("_")[0]

@@ -32,18 +32,18 @@ def wording(family: str) -> Wording:
     """The prompt of "niah", "vt", "cwe", "fwe" or "qa". Raises UserError if the installed lm_eval has another one."""
     if family == "niah":
         prefix = " The special magic {type_needle_v} for {query} mentioned in the provided text are"
-        found = Wording(_constant("niah_utils", "TEMPLATE"), prefix, 128)
+        words = Wording(_constant("niah_utils", "TEMPLATE"), prefix, 128)
     else:
         config = _constant(f"{family}_utils", "CONFIG")
         config = config.get("variable_tracking", config)
         prefix = config["answer_prefix"].replace("assgined", "assigned")
         if family == "qa":
             prefix = f" {prefix}"
-        found = Wording(config["template"], prefix, config["tokens_to_generate"])
-    digest = hashlib.sha256(f"{found.template}\0{found.prefix}\0{found.max_new_tokens}".encode()).hexdigest()[:8]
+        words = Wording(config["template"], prefix, config["tokens_to_generate"])
+    digest = hashlib.sha256(f"{words.template}\0{words.prefix}\0{words.max_new_tokens}".encode()).hexdigest()[:8]
     if digest != DIGESTS[family]:
         raise UserError(f"ruler: lm_eval words the prompts of {family} in another way; install lm_eval 0.4.13")
-    return found
+    return words
 
 
 @cache

@@ -15,19 +15,19 @@ EXAMPLE_VALUE = "12345"
 
 def names(rng: random.Random, letters: int) -> list[str]:
     """Distinct variables of so many capitals."""
-    found: dict[str, None] = {}
-    while len(found) < HOPS + 1:
-        found["".join(rng.choices(string.ascii_uppercase, k=letters))] = None
-    return list(found)
+    variables: dict[str, None] = {}
+    while len(variables) < HOPS + 1:
+        variables["".join(rng.choices(string.ascii_uppercase, k=letters))] = None
+    return list(variables)
 
 
-def track(variables: list[str], value: str, units: int, places: list[int]) -> Sample:
+def track(variables: list[str], value: str, units: int, positions: list[int]) -> Sample:
     """The task's text with the chain's lines at sorted places among `units` groups of noise."""
     chain = [f"VAR {variables[0]} = {value}"]
     chain += [f"VAR {new} = VAR {old} " for old, new in pairwise(variables)]
     lines = [noise()] * units
-    for i, (place, line) in enumerate(zip(places, chain)):
-        lines.insert(place + i, line)
+    for i, (position, line) in enumerate(zip(positions, chain)):
+        lines.insert(position + i, line)
     words = wording("vt")
     before, after = words.template.split("{context}")
     filled = {"query": value, "num_v": len(variables)}

@@ -48,8 +48,8 @@ def first_number(prediction: str, references: Sequence[str]) -> float:
 
 def is_a_word(prediction: str, references: Sequence[str]) -> float:
     """1 if a reference is one of the prediction's words, most punctuation aside; hyphens stay inside words."""
-    found = set(_MARKS.sub(" ", prediction).split())
-    return float(any(reference in found for reference in references))
+    words = set(_MARKS.sub(" ", prediction).split())
+    return float(any(reference in words for reference in references))
 
 
 def chosen_letter(prediction: str) -> str | None:

@@ -85,13 +85,13 @@ def rouge_l(prediction: str, reference: str) -> float:
     predicted, expected = _sentences(prediction), _sentences(reference)
     if not predicted or not expected:
         return 0.0
-    found: set[str] = set()
+    common: set[str] = set()
     for sentence in predicted:
         matcher = _SubsequenceMatcher(sentence)
         for other in expected:
-            found |= matcher.common(other)
-    precision = len(found) / len({word for sentence in predicted for word in sentence})
-    recall = len(found) / len({word for sentence in expected for word in sentence})
+            common |= matcher.common(other)
+    precision = len(common) / len({word for sentence in predicted for word in sentence})
+    recall = len(common) / len({word for sentence in expected for word in sentence})
     return 2 * precision * recall / (precision + recall + 1e-8)  # rouge 1.0.1's guard against 0 / 0
 
 
@@ -128,17 +128,17 @@ class _SubsequenceMatcher:
             row = rows[-1]
             hit = row & self.places.get(word, 0)
             rows.append(((row + hit) | (row - hit)) & self.full)
-        found = set()
+        words = set()
         i, j = len(other), len(self.words)
         while i and j:
             if other[i - 1] == self.words[j - 1]:
                 i, j = i - 1, j - 1
-                found.add(other[i])
+                words.add(other[i])
             elif _length(rows[i - 1], j) > _length(rows[i], j - 1):
                 i -= 1
             else:
                 j -= 1
-        return found
+        return words
 
 
 def _length(row: int, j: int) -> int:

@@ -20,17 +20,17 @@ def sides(rows: Rows) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]
 
 def lengths(rows: Rows) -> str:
     """New tokens and the share of answers that ended at their limit, beside the full cache's."""
-    found = []
-    for own in sides(rows):
-        mean = sum(one["tokens_out"] for one in own) / len(own)
-        found.append((mean, sum(one["stop"] == "length" for one in own) / len(own)))
-    (ours, cut), (full, full_cut) = found
+    means = []
+    for side in sides(rows):
+        mean = sum(one["tokens_out"] for one in side) / len(side)
+        means.append((mean, sum(one["stop"] == "length" for one in side) / len(side)))
+    (ours, cut), (full, full_cut) = means
     return f"new tokens per answer: {ours:.1f}, full {full:.1f}; ended at their limit: {cut:.1%}, full {full_cut:.1%}"
 
 
 def held(rows: Rows) -> str | None:
     """Bytes held after the prompt, mean over steps, of the full cache's; None if nothing was decoded."""
-    ours, full = (sum(row["ledger"]["mean_decode"] for row in own) for own in sides(rows))
+    ours, full = (sum(row["ledger"]["mean_decode"] for row in side) for side in sides(rows))
     if not full:
         return None
     share = ours / full

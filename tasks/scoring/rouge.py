@@ -26,9 +26,9 @@ def scores(package: str, prediction: str, reference: str) -> dict[str, float]:
     CNN/DailyMail mostly report the second under the name of the first.
     """
     if package == "rouge-score":
-        found = dict(_scorer(("rouge1", "rouge2", "rougeL"), True).score(reference, prediction))
-        found |= _scorer(("rougeLsum",), True).score(in_lines(reference), in_lines(prediction))
-        return {f"ROUGE-{name.removeprefix('rouge')}": one.fmeasure for name, one in found.items()}
+        rouge_scores = dict(_scorer(("rouge1", "rouge2", "rougeL"), True).score(reference, prediction))
+        rouge_scores |= _scorer(("rougeLsum",), True).score(in_lines(reference), in_lines(prediction))
+        return {f"ROUGE-{name.removeprefix('rouge')}": one.fmeasure for name, one in rouge_scores.items()}
     return {
         "ROUGE-1": overlap(prediction, reference, 1),
         "ROUGE-2": overlap(prediction, reference, 2),
@@ -39,8 +39,8 @@ def scores(package: str, prediction: str, reference: str) -> dict[str, float]:
 @cache
 def splitter() -> tuple[str, Callable[[str], list[str]]]:
     """The name and the function that cuts texts into sentences: nltk's punkt, as in the papers' code, else by marks."""
-    found = niah.punkt()
-    return ("punkt", found) if found else ("marks", niah.by_marks)
+    tokenizer = niah.punkt()
+    return ("punkt", tokenizer) if tokenizer else ("marks", niah.by_marks)
 
 
 def in_lines(text: str) -> str:
@@ -51,8 +51,8 @@ def in_lines(text: str) -> str:
 
 def lsum(prediction: str, references: Sequence[str]) -> float:
     """Best F of ROUGE-Lsum as HF evaluate has it by default: rouge-score, words not stemmed, every line a sentence."""
-    found = _scorer(("rougeLsum",), False).score_multi(references, prediction)
-    return float(found["rougeLsum"].fmeasure)
+    rouge_scores = _scorer(("rougeLsum",), False).score_multi(references, prediction)
+    return float(rouge_scores["rougeLsum"].fmeasure)
 
 
 def overlap(prediction: str, reference: str, n: int) -> float:

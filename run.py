@@ -30,8 +30,8 @@ from methods.core.home import users
 from runners.jobs import Failed, spread
 from runners.records.provenance import commit
 from runners.settings import guard, yamls
-from runners.settings.check import check
-from runners.settings.explain import EXPECTED, report
+from runners.settings.check import check_config
+from runners.settings.explain import EXPECTED, report_error
 from runners.settings.plugins import register
 from runners.settings.trainers import for_trainer
 from runners.settings.words import check_words, current, folders_of
@@ -46,14 +46,14 @@ def job(cfg: DictConfig) -> None:
     """One cell. Leaves with the exit code unless it is 0; in a sweep with Failed, so that the other cells still run."""
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        check(cfg)
+        check_config(cfg)
         if sweeping:
             words = [word for word in HydraConfig.get().overrides.task if not word.startswith("cells=")]
             several = [] if cfg.cells is None else [f"({len(cfg.cells)} cells)"]
             print(f"\n{' '.join([*words, *several])}", flush=True)
         code = execute(cfg)
     except EXPECTED as error:
-        report(error)
+        report_error(error)
         code = 2
     if code and sweeping and code != INTERRUPTED:
         raise Failed(code)
@@ -73,7 +73,9 @@ def main() -> int:
     """Run the command line; returns the exit code."""
     any_text()
     if sys.platform == "win32":
-        report(UserError("Windows: has no fcntl, which the records need; run it in WSL (wsl --install), as on Linux"))
+        report_error(
+            UserError("Windows: has no fcntl, which the records need; run it in WSL (wsl --install), as on Linux")
+        )
         return 2
     if "--version" in sys.argv[1:]:
         print(f"kvfrontier {metadata.version('kvfrontier')}, commit {commit() or 'unknown'}")
@@ -100,17 +102,17 @@ def main() -> int:
         print("stopped", file=sys.stderr)
         return stopping.code()
     except EXPECTED as error:
-        report(error)
+        report_error(error)
         return 2
     except OSError as error:
         if error.errno in FULL:
-            report(UserError(f"cannot write on ({error.strerror}); make room and run the same command again"))
+            report_error(UserError(f"cannot write on ({error.strerror}); make room and run the same command again"))
         # Hydra makes the sweep's folder before any of our code runs
         elif ".hydra-runs" in str(error.filename):
             results = str(error.filename).partition("/.hydra-runs")[0]
-            report(UserError(f"results={results}: cannot be written ({error.strerror})"))
+            report_error(UserError(f"results={results}: cannot be written ({error.strerror})"))
         elif error.filename is not None:  # a file that went away, or whose permissions did
-            report(UserError(f"{error.filename}: cannot be used ({error.strerror})"))
+            report_error(UserError(f"{error.filename}: cannot be used ({error.strerror})"))
         else:
             raise
         return 2

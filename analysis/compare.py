@@ -18,7 +18,7 @@ from analysis import stats
 from analysis.command import RESULTS, Command
 from analysis.files import given_path
 from analysis.frontier import show
-from analysis.load import NothingToRead, Results, load
+from analysis.load import NothingToRead, Results, load_results
 from analysis.names import at, bits, labels
 from analysis.paired import CONTENT, PLACE, beside, by_sample, holm, subset_means
 
@@ -130,9 +130,9 @@ def run(given: argparse.Namespace) -> int:
     """Compare and print. Raises NothingToRead."""
     folders = [Path(x) for x in (given.a, given.b)]
     if all(f.exists() for f in folders):
-        sides, names = [load(f, given.all_generations) for f in folders], None
+        sides, names = [load_results(f, given.all_generations) for f in folders], None
     else:
-        one = load(given.results, given.all_generations)
+        one = load_results(given.results, given.all_generations)
         sides, names = [one, one], (given.a, given.b)
         known = sorted(set(labels(one.cells)))
         for name in names:

@@ -18,7 +18,7 @@ from analysis import screen, stats, style
 from analysis.area import areas
 from analysis.command import Command
 from analysis.files import check_out, one_line, write, write_csv
-from analysis.load import NothingToRead, load
+from analysis.load import NothingToRead, load_results
 from analysis.pages import latex
 from analysis.paired import WHOLE
 from analysis.points import AXES, curves, on_front, points
@@ -33,7 +33,7 @@ TICKS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 ENTRY, LETTER = 0.45, 0.055  # inches of a legend's entry, without its letters and for each of them
 
 
-def draw(table: pd.DataFrame, x: str, log: bool = True, columns: int = 2, categories: bool = False) -> Any:
+def draw_frontier(table: pd.DataFrame, x: str, log: bool = True, columns: int = 2, categories: bool = False) -> Any:
     """A matplotlib figure with one panel per task and protocol, or per category of them; table as `points` makes it."""
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
@@ -166,10 +166,10 @@ def show(table: pd.DataFrame, as_markdown: bool = False) -> None:
         return
     names = [str(name) for name in table.columns]
     numbers = {name for name in names if re.match(r"[-+<]?\d", str(table[name].iloc[0]))}
-    shown = screen.table(*names, left=[name for name in names if name not in numbers])
+    shown = screen.new_table(*names, left=[name for name in names if name not in numbers])
     for row in table.itertuples(index=False):
         shown.add_row(*map(str, row))
-    screen.draw(shown)
+    screen.print_table(shown)
 
 
 def page(table: pd.DataFrame, under: pd.DataFrame) -> str:
@@ -208,11 +208,11 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Draw and write. Raises NothingToRead and CannotWrite."""
     check_out(given.out, is_file=False)
-    results = load(given.results, given.all_generations)
+    results = load_results(given.results, given.all_generations)
     table = chosen(points(results, given.x), given.task, given.model)
     for problem in results.problems:
         print(problem, file=sys.stderr)
-    figure = draw(table, given.x, not given.linear, max(1, given.columns), given.by == "category")
+    figure = draw_frontier(table, given.x, not given.linear, max(1, given.columns), given.by == "category")
     out = given.out or (given.results if given.results.is_dir() else given.results.parent)
     fronts = table.assign(front=on_front(table), family_front=on_front(table, "family"))
     style.save(figure, out / "frontier")

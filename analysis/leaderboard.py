@@ -16,7 +16,7 @@ import pandas as pd
 from analysis import stats
 from analysis.command import RESULTS, Command
 from analysis.frontier import show
-from analysis.load import load
+from analysis.load import load_results
 from analysis.paired import Cells, Compared, gathered, holm, near_chance, subset_means
 
 
@@ -104,7 +104,7 @@ def _behind(shares: Sequence[np.ndarray]) -> list[bool]:
 
 def run(given: argparse.Namespace) -> int:
     """Rank and print; the exit code: 2 when there is nothing to rank. Raises NothingToRead."""
-    results = load(given.results, given.all_generations)
+    results = load_results(given.results, given.all_generations)
     tasks = list(gathered(results))
     for problem in results.problems:
         print(problem, file=sys.stderr)

@@ -78,7 +78,7 @@ class Results:
         table.to_parquet(path, compression="zstd", index=False)
 
 
-def load(results: str | Path, all_generations: bool = False) -> Results:
+def load_results(results: str | Path, all_generations: bool = False) -> Results:
     """Everything below `results`, or in a packed file. Raises NothingToRead when there is no record at all.
 
     all_generations: also records whose code or model files have changed since, beside the newest of each.
@@ -124,7 +124,7 @@ def load(results: str | Path, all_generations: bool = False) -> Results:
     return Results(root, drawn, own, problems + [said] * bool(said))
 
 
-def texts(results: Results, cell: str, ids: set[str]) -> dict[str, dict[str, Any]]:
+def sample_texts(results: Results, cell: str, ids: set[str]) -> dict[str, dict[str, Any]]:
     """What the table leaves out of some samples of one cell: prompt end, references, prediction.
 
     A packed file has none.

@@ -144,7 +144,7 @@ def read_cell(folder: Path, fields: Mapping[str, Kind]) -> dict[str, Any]:
     path = folder / "cell.json"
     try:
         book = parse(path.read_bytes())
-        check(book, fields)
+        check_fields(book, fields)
     except OSError as error:
         raise Unreadable(f"{path}: not a record that can be read ({error.strerror})") from error
     except ValueError as error:
@@ -246,7 +246,7 @@ def parse(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def check(book: Any, fields: Mapping[str, Kind]) -> None:
+def check_fields(book: Any, fields: Mapping[str, Kind]) -> None:
     """Raises ValueError that names the first field that is missing or no such thing as it has to be."""
     if not isinstance(book, dict):
         raise ValueError(f"an object is needed, found {_shown(book)}")
@@ -256,9 +256,11 @@ def check(book: Any, fields: Mapping[str, Kind]) -> None:
 
 def check_sample(row: Any, fields: Mapping[str, Kind]) -> None:
     """As `check`, for the line of a sample, which may have failed; fields: of one that has not."""
-    check(row, FAILED if isinstance(row, dict) and "error" in row else fields)
+    check_fields(row, FAILED if isinstance(row, dict) and "error" in row else fields)
     if "times" in row and "error" not in row:
-        check(row, {f"{kind}.{name}": SECONDS for kind in ("times", "full_times") if kind in row for name in ROUNDS})
+        check_fields(
+            row, {f"{kind}.{name}": SECONDS for kind in ("times", "full_times") if kind in row for name in ROUNDS}
+        )
         for name in ROUNDS:
             if "full_times" in row and len(row["times"][name]) != len(row["full_times"][name]):
                 raise ValueError(f"times.{name} and full_times.{name} are of different rounds")

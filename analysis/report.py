@@ -18,7 +18,7 @@ from analysis import style
 from analysis.area import areas
 from analysis.command import RESULTS, Command
 from analysis.files import check_out, write
-from analysis.load import NothingToRead, Results, load, texts
+from analysis.load import NothingToRead, Results, load_results, sample_texts
 from analysis.paired import KEYS, WHOLE
 from analysis.points import on_front, points
 from analysis.rows import LEDGER
@@ -151,10 +151,10 @@ def _flips(results: Results, table: pd.DataFrame) -> dict[str, Any]:
                 "full": _start(str(row.get("prediction", "")), each),
                 "score": round(float(row["score"]), 3),
             }
-            for i, row in texts(results, full, ids).items()
+            for i, row in sample_texts(results, full, ids).items()
         }
     for cell, (full, names) in found.items():
-        ours = texts(results, cell, set(names))
+        ours = sample_texts(results, cell, set(names))
         categories = results.by_cell[cell]["category"]
         flips[cell] = {
             "of": full,
@@ -203,7 +203,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Make the page and write it. Raises NothingToRead and CannotWrite."""
     check_out(given.out, is_file=True)
-    results = load(given.results, given.all_generations)
+    results = load_results(given.results, given.all_generations)
     html = page(results)
     for problem in results.problems:
         print(problem, file=sys.stderr)

@@ -40,8 +40,8 @@ def cell_of(name: str, folder: Path) -> dict[str, Any]:
             "its cell.json is missing or broken; the command that made the record writes it again"
         ) from error
     try:
-        records.check(book, records.CELL)
-        records.check(book["runs"][-1], records.RUN)
+        records.check_fields(book, records.CELL)
+        records.check_fields(book["runs"][-1], records.RUN)
     except ValueError as error:
         raise ValueError(
             f"its cell.json is broken ({error}); mend it, or delete it and the command that made the record writes it "

@@ -24,7 +24,7 @@ def any_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def table(*names: str, left: Sequence[str] = (), title: str | None = None) -> Table:
+def new_table(*names: str, left: Sequence[str] = (), title: str | None = None) -> Table:
     """An empty table; the first column and those named in `left` are flush left, numbers flush right."""
     made = _empty(title)
     for i, name in enumerate(names):
@@ -32,7 +32,7 @@ def table(*names: str, left: Sequence[str] = (), title: str | None = None) -> Ta
     return made
 
 
-def draw(made: Table, file: TextIO | None = None) -> None:
+def print_table(made: Table, file: TextIO | None = None) -> None:
     """Print a table as wide as the screen is: its terminal, or COLUMNS, or 80 where there is neither."""
     console = Console(file=file, highlight=False)
     console.print(fitted(made, console))

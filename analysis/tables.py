@@ -24,7 +24,7 @@ import yaml
 from analysis.command import Command
 from analysis.files import given_path, whole, write
 from analysis.frontier import markdown
-from analysis.load import NothingToRead, Results, load
+from analysis.load import NothingToRead, Results, load_results
 from analysis.points import WHOLE, points
 
 HOME = Path(__file__).resolve().parent.parent
@@ -220,7 +220,7 @@ def run(given: argparse.Namespace) -> int:
         given.refuse("give RESULTS with --name, or --pages, or both")
     folder = HOME / "benchmarks" / "results"
     if given.results:
-        results = load(given.results, given.all_generations)
+        results = load_results(given.results, given.all_generations)
         expected = yaml.safe_load(given.expected.read_text(encoding="utf-8")) if given.expected else None
         book = snapshot(results, given.command, expected)
         for problem in results.problems:

@@ -27,7 +27,7 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
 from analysis import stats  # noqa: E402
-from analysis.load import NothingToRead, Results, load  # noqa: E402
+from analysis.load import NothingToRead, Results, load_results  # noqa: E402
 from analysis.tables import HELD, NOT_HELD, OPEN  # noqa: E402
 from benchmarks.tables import RANDOM, SEEDS, searched  # noqa: E402
 
@@ -278,7 +278,7 @@ def gather(folder: Path, made: Sequence[Callable[[Records], Claim]]) -> tuple[li
     """The claims that the folder's records can test, None for those they cannot; what is missing is named."""
     found: list[Claim | None] = []
     try:
-        results = load(folder)
+        results = load_results(folder)
     except NothingToRead as error:
         print(f"claims: {error}", file=sys.stderr)
         return [None] * len(made), None

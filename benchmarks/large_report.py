@@ -13,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from analysis.frontier import draw
-from analysis.load import load
+from analysis.frontier import draw_frontier
+from analysis.load import load_results
 from analysis.points import points
 from analysis.report import page
 
@@ -73,15 +73,15 @@ def main() -> None:
             print(f"{what:24s} {clock:6.1f} s, {cpu:6.1f} s of CPU", flush=True)
             began, spent = time.perf_counter(), time.process_time()
 
-        results = load(root)
+        results = load_results(root)
         lap("load")
-        results = load(root)
+        results = load_results(root)
         lap("load, cached")
         table = points(results)
         lap("points")
         html = page(results)
         lap("report, points included")
-        draw(table, "held")
+        draw_frontier(table, "held")
         lap("figure")
         print(f"report {len(html) / 2**20:.1f} MiB, {len(table)} points")
         print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB")

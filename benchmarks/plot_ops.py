@@ -22,12 +22,12 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("record", type=Path)
     path = parser.parse_args(words).record
     out = path.with_suffix(".png")
-    draw(json.loads(path.read_text(encoding="utf-8")), out)
+    draw_ops(json.loads(path.read_text(encoding="utf-8")), out)
     print(out)
     return 0
 
 
-def draw(record: dict[str, Any], out: Path) -> None:
+def draw_ops(record: dict[str, Any], out: Path) -> None:
     """One bar per op; inside a CUDA graph, where that was measured, a second, darker one over it."""
     import matplotlib
 

@@ -26,7 +26,7 @@ from runners.engine.generation import Prompt, generate
 from runners.engine.loading import Checkpoint
 from runners.engine.prompt import Encoder
 from runners.engine.rows import failed, row_of
-from runners.engine.setting import Setting, check
+from runners.engine.setting import Setting, check_protocol
 from runners.model_setup import Loads, ModelSetup, plain
 from runners.records.generations import Found, Shelf, check_found, say_what_changed
 from runners.records.provenance import Code, code_of, commit
@@ -78,7 +78,7 @@ class Run(ModelSetup):
         task.fit(lambda: self.encoder.tokens())
         self.examples = task.examples()
         check_sampling(self.sampling, self.examples)
-        latency.check(self.examples, self.checkpoint.window)
+        latency.check_lengths(self.examples, self.checkpoint.window)
         words = list((cfg.hydra if "hydra" in cfg else HydraConfig.get()).overrides.task)
         self.full = self._cell("full", load_method("full"), {}, words)
         self.cell = self.cell_of(method, plain(cfg.method), words)
@@ -89,7 +89,7 @@ class Run(ModelSetup):
         knobs: the method's configuration, resolved.  words: the overrides that name the cell, as typed.
         """
         cell = self.full if name == "full" else self._cell(name, build_method(name, knobs), knobs, words)
-        check(self.examples, self.cfg.protocol, [cell.method], self.cfg.last_token)
+        check_protocol(self.examples, self.cfg.protocol, [cell.method], self.cfg.last_token)
         return cell
 
     @property
@@ -209,7 +209,7 @@ class Run(ModelSetup):
             todo = [example for example in self.examples if example.id not in done]
             if not todo:
                 return
-            cell.record.check(cell.conditions, force=self.cfg.resume == "force")
+            cell.record.check_conditions(cell.conditions, force=self.cfg.resume == "force")
             say_what_changed([cell])
             if done:
                 show.note(f"{cell.name}: {len(done)} of {len(self.examples)} samples are on disk")
@@ -278,12 +278,12 @@ class Run(ModelSetup):
             "mean_over": self.task.mean_over,
             "command": _command(name, words),
             "samples": {key: said[key] for key in said if key in self.task.of_samples},
-            "place": self.checkpoint.place,
+            "place": self.checkpoint.location,
             "modules": code.modules,
             "files": self.checkpoint.files,
         }
         record, older, conditions = self.shelf.record_for(
-            identity, conditions, code.modules, self.checkpoint.place, self.cfg.resume
+            identity, conditions, code.modules, self.checkpoint.location, self.cfg.resume
         )
         return Cell(name, method, record, conditions, notes, older)
 

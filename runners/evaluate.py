@@ -21,7 +21,7 @@ from runners.records.record import check_writable
 from runners.report import remarks
 from runners.report import run_table as show
 from runners.report import sweep_table as overview
-from runners.report.compare import compare
+from runners.report.compare import compare_scores
 from runners.report.heat_map import draw_all
 from runners.report.latency_report import show_times
 from runners.report.wandb_runs import track
@@ -93,7 +93,7 @@ class Evaluate(Runner):
             show.note(f"stopped; {kept} samples of {len(sweep.members)} cells are kept in {sweep.cfg.results}, "
                       "the same command goes on from there")  # fmt: skip
             return 130
-        code = overview.report(sweep, self.resamples)
+        code = overview.report_sweep(sweep, self.resamples)
         track(sweep.run, [member.cell for member in sweep.members], self.resamples)
         return code
 
@@ -129,7 +129,7 @@ class Evaluate(Runner):
         label = "" if run.cell is run.full else run.cell.name
         if both:
             if paired := run.scored(ours, full):
-                screen.draw(show.scores(compare(run.task, paired, self.resamples, seed=0), label))
+                screen.print_table(show.scores(compare_scores(run.task, paired, self.resamples, seed=0), label))
             for line in [
                 *show.about(run.task.metric),
                 *run.task.remarks(
@@ -144,7 +144,7 @@ class Evaluate(Runner):
             ]:
                 show.say(line)
             pairs = [(ours[example.id], full[example.id]) for example in both]
-            screen.draw(show.costs(cost_rows(pairs), label))
+            screen.print_table(show.costs(cost_rows(pairs), label))
             cut = sum(row["cut"] for row, _ in pairs)
             show.say(f"{run.settings(pairs)}; {cut} of {len(both)} samples cut in the middle")
             own = [row for row, _ in pairs]

@@ -27,10 +27,10 @@ from runners.engine.rows import failed, row_of
 from runners.jobs import NUMBERS, announced, unpack
 from runners.memory import GroupSizes
 from runners.records.generations import check_found, say_what_changed
-from runners.records.sample_locks import Claims
+from runners.records.sample_locks import SampleLocks
 from runners.records.shared_record import SharedRecord
 from runners.report import run_table as show
-from runners.settings.check import check
+from runners.settings.check import check_config
 from runners.settings.composing import composer
 from runners.settings.parts import task_of
 from tasks.base import Example
@@ -104,7 +104,7 @@ class Sweep:
                     cfg, numbers = compose([*self.shared, *words])
                     for key in NUMBERS:
                         cfg[key] = numbers.get(key, self.cfg[key])
-                    check(cfg)
+                    check_config(cfg)
                     knobs = plain(cfg.method)
                 except (UserError, HydraException, OmegaConfBaseException) as error:
                     self._refuse(words, error)
@@ -164,7 +164,7 @@ class Sweep:
                 if self.run.only_shows:
                     check_found(member.cell)
                 elif self.lacking(member, self.run.examples):
-                    member.record.check()
+                    member.record.check_conditions()
                     lacking.append(member.cell)
                 else:
                     self.run.restore(member.cell)
@@ -225,14 +225,14 @@ class Sweep:
             show.note(f"{len(self.run.examples) - len(todo)} of {len(self.run.examples)} samples are on disk")
         size = self.cfg.batch_size
         batches = [todo[at : at + size] for at in range(0, len(todo), size)]
-        claims = Claims(self.run.full.record.folder)
+        locks = SampleLocks(self.run.full.record.folder)
         label = f"{len(self.sharing)} cells"
         try:
             with show.Bar(label, len(todo), _place()) as bar:
                 for wait in (False, True):
                     left = []
                     for batch in batches:
-                        with claims.claim([example.id for example in batch], wait) as got:
+                        with locks.hold([example.id for example in batch], wait) as got:
                             if not got:
                                 left.append(batch)
                                 continue
@@ -243,7 +243,7 @@ class Sweep:
                         show.note(f"another process computes {sum(map(len, left))} samples; waiting for them")
                     batches = left
         finally:
-            claims.close()
+            locks.close()
 
     def _batch(self, batch: Sequence[Example]) -> None:
         """One batch for all members that lack any of it."""

@@ -40,18 +40,18 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Reading:
-    """How a number is read out of an answer: the match of `pattern` at `place`, 0 the first, -1 the last."""
+    """How a number is read out of an answer: the match of `pattern` at `index`, 0 the first, -1 the last."""
 
     name: str
     pattern: str
-    place: int
+    index: int
 
     def read(self, answer: str) -> str:
         """The number as it stands, or "[invalid]"."""
         matches = re.findall(self.pattern, answer)
         if not matches:
             return INVALID
-        match = matches[self.place]
+        match = matches[self.index]
         if isinstance(match, tuple):
             match = next((group for group in match if group), INVALID)
         return match.strip()
@@ -182,7 +182,7 @@ class GSM8K(FilesTask, Apart):
         return HUB
 
     def make(self) -> list[Example]:
-        names = list(self._files.found)
+        names = list(self._files.files)
         test = "test" if "test" in names else names[0]
         rows, drawn = self._files.rows(test)[: self.limit], self._drawn(names)
         return [self._example(i, row, drawn) for i, row in enumerate(rows)]
@@ -200,7 +200,7 @@ class GSM8K(FilesTask, Apart):
         train = self._files.rows("train")
         for number, row in enumerate(train, 1):
             if error := wrong(row, SOLVED):
-                raise UserError(f"{self._files.found['train'][0]}, row {number}: {error}")
+                raise UserError(f"{self._files.files['train'][0]}, row {number}: {error}")
         if len(train) < self._shots:
             raise UserError(
                 f"gsm8k: task.shots={self._shots}: the train.jsonl of task.data={self.data} has {len(train)} rows to "

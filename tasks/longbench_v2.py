@@ -108,7 +108,7 @@ class LongBenchV2(RowsTask):
 
     @cached_property
     def _all(self) -> list[dict[str, Any]]:
-        return [row for name in self._files.found for row in self._files.rows(name)]
+        return [row for name in self._files.files for row in self._files.rows(name)]
 
     @cached_property
     def _rows(self) -> dict[str, Rows]:

@@ -295,19 +295,19 @@ class Needle(Grid):
         template, state = infinite.template(variant), rng.getstate()
         room = length - self._new_tokens(kind)
 
-        def draw(n: int) -> tuple[infinite.Item, str, str]:
+        def draw_sample(n: int) -> tuple[infinite.Item, str, str]:
             rng.setstate(state)
             at = round(depth / 100 * (n - 1 if variant == "kv" else n))
             item = infinite.GENERATORS[variant](rng, n, at)
             return item, *template.fill(item.context, item.question)
 
         def size(n: int) -> int:
-            return tokens.count("".join(draw(n)[1:]))
+            return tokens.count("".join(draw_sample(n)[1:]))
 
         n = max(1, int(room / (size(40) - size(20)) * 20))
         while n > 1 and size(n) > room:
             n -= max(1, n // 100)
-        item, context, question = draw(n)
+        item, context, question = draw_sample(n)
         if size(n) > room:
             raise UserError(f"needle: task.lengths={length} tokens are too few for one sample of {kind}")
         metric = "all" if kind == RELAXED else infinite.VARIANTS[kind].metric

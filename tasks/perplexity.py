@@ -194,11 +194,11 @@ class Perplexity(FilesTask, Apart):
     def _texts(self) -> dict[str, list[str]]:
         """Texts by the name of their file."""
         by_file: dict[str, list[str]] = {}
-        for name in chosen("perplexity", "subset", self.subset, list(self._files.found)):
+        for name in chosen("perplexity", "subset", self.subset, list(self._files.files)):
             texts = [row.get("text") for row in self._files.rows(name)]
             for number, text in enumerate(texts, 1):
                 if not isinstance(text, str) or not text.strip():
-                    raise UserError(f"{self._files.found[name][0]}, row {number}: `text` is empty or missing")
+                    raise UserError(f"{self._files.files[name][0]}, row {number}: `text` is empty or missing")
             by_file[name] = [str(text) for text in texts]
         return by_file
 
@@ -259,7 +259,7 @@ class Perplexity(FilesTask, Apart):
                 ]
             if not pieces:
                 longest = max(self._reading.count(text) for text in texts)
-                raise UserError(f"perplexity: no text of {self._files.found[name][0]} has task.length={self._length} "
+                raise UserError(f"perplexity: no text of {self._files.files[name][0]} has task.length={self._length} "
                                 f"tokens, the longest has {longest}; give task.length={longest} or less")  # fmt: skip
             examples += pieces[: self.limit]
         return examples

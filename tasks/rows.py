@@ -104,7 +104,7 @@ class FilesTask(Task):
         for name in chosen(self.title, "subset", self.subset if len(sets) > 1 else None, list(sets)):
             one = sets[name]
             rows, where = hub_rows(self.title, one.repo, one.config, one.split, self.revision)
-            files |= Files.of_rows(where, name, rows).found
+            files |= Files.of_rows(where, name, rows).files
             origins.append(where)
         return Files("; ".join(dict.fromkeys(origins)), files)
 
@@ -138,7 +138,7 @@ class RowsTask(FilesTask):
     @cached_property
     def _rows(self) -> dict[str, Rows]:
         """The chosen rows of every file, each with its place there, which no selection changes."""
-        names = chosen(self.title, "subset", self.subset, list(self._files.found))
+        names = chosen(self.title, "subset", self.subset, list(self._files.files))
         return {name: self.arranged(list(enumerate(self._files.rows(name))))[: self.limit] for name in names}
 
     def make(self) -> list[Example]:
@@ -147,7 +147,7 @@ class RowsTask(FilesTask):
             for number, row in rows:
                 id, tags, problem = f"{name}/{number}", self.tags(name, row), self.problem(name, row)
                 if problem and self.wrong_row == "refused":
-                    raise UserError(f"{self._files.place(name, number)}: {problem}")
+                    raise UserError(f"{self._files.location(name, number)}: {problem}")
                 examples.append(failed(id, tags, problem) if problem else self.example(id, tags, row))
         return examples
 

@@ -195,16 +195,16 @@ class Summarization(RowsTask, Apart):
         return rows if self.shuffle is None else random.Random(self.shuffle).sample(rows, len(rows))
 
     def tags(self, name: str, row: Mapping[str, Any]) -> dict[str, Any]:
-        return {"subset": name, "category": name, "lead": lead(texts(row)[0] or "")}
+        return {"subset": name, "category": name, "lead": lead(source_and_summary(row)[0] or "")}
 
     def problem(self, name: str, row: Mapping[str, Any]) -> str | None:
-        source, summary = texts(row)
+        source, summary = source_and_summary(row)
         if source is None:
             return f"no source ({', '.join(SOURCES)})"
         return f"no summary ({', '.join(SUMMARIES)})" if summary is None else super().problem(name, row)
 
     def example(self, id: str, tags: dict[str, Any], row: dict[str, Any]) -> Example:
-        source, summary = texts(row)
+        source, summary = source_and_summary(row)
         assert source is not None and summary is not None, "there is no problem"
         most = row.get("max_new_tokens") if self.setup == "plain" else None
         before, source, after = self._frame(tags["subset"], row, source)
@@ -255,7 +255,7 @@ def conversation(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"dialogue": "\n".join(turns), "summary": row.get("narrative") or row.get("summary")}
 
 
-def texts(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
+def source_and_summary(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """A row's source and its summary; None for one that is blank or missing."""
 
     def first(keys: Sequence[str]) -> str | None:

@@ -14,7 +14,7 @@ from methods import build_method, load_method
 from methods.core.errors import UserError
 from runners.cells import Run
 from runners.engine.loading import checkpoint_of
-from runners.settings.check import check, plain
+from runners.settings.check import check_config, plain
 from runners.settings.config import Config
 from runners.settings.parts import runner_of, task_of
 from runners.settings.words import quoted, read
@@ -41,7 +41,7 @@ def configuration(file: str, tmp_path: Path, model: Path) -> tuple[DictConfig, l
 
 def prepared(cfg: DictConfig, file: str, results: Path) -> None:
     """All that comes before a model is loaded, of what the file's settings can spoil."""
-    check(cfg)
+    check_config(cfg)
     group, _, name = file.partition("/")
     if group == "runner":
         runner_of(cfg)
@@ -60,7 +60,7 @@ def finished(cfg: DictConfig, file: str, results: Path) -> None:
     """The whole run, where it takes no training."""
     if file.startswith("runner") and file != "runner/evaluate":
         return prepared(cfg, file, results)
-    check(cfg)
+    check_config(cfg)
     run.execute(cfg)
 
 
@@ -69,7 +69,7 @@ def complaints(
 ) -> list[str]:
     cfg, names = configuration(file, tmp_path, model)
     assert names
-    check(changed(cfg, names[0], OmegaConf.select(cfg, names[0])))  # as it stands it is right
+    check_config(changed(cfg, names[0], OmegaConf.select(cfg, names[0])))  # as it stands it is right
     found = []
     for key in names:
         for label in sample(list(WRONG), key, n):
@@ -99,7 +99,7 @@ def refused(*overrides: str, **values: Any) -> str:
     for key, value in values.items():
         cfg = changed(cfg, key.replace("__", "."), value)
     with pytest.raises(UserError) as found:
-        check(cfg)
+        check_config(cfg)
     return str(found.value)
 
 

@@ -14,7 +14,7 @@ from methods.core.contract import Method
 from methods.core.errors import BudgetMiss, UserError
 from methods.core.meter import Report
 from runners.engine import rows
-from runners.engine.beam_search import search
+from runners.engine.beam_search import search_beams
 from runners.engine.choices import Choices, encode
 from runners.engine.conversation import Conversation, dialogue
 from runners.engine.generation import Plan, Prompts, Timings, Took, through
@@ -182,7 +182,7 @@ def _beams(go: Pass, batch: Sequence[Example]) -> list[Found]:
     """One question each, answered by beam search, which a method does alone."""
     setting, ((method,), (example,)) = go.setting, (go.methods, batch)
     encoded = setting.encoder(example)
-    found, cache, timings = search(setting.model, method, encoded.prompt, example.beams, setting.pad_id)
+    found, cache, timings = search_beams(setting.model, method, encoded.prompt, example.beams, setting.pad_id)
     (costs,) = go.spent(0, [cache.report()], timings)  # of all beams together
     return [[rows.answered(setting, example, encoded, found, costs)]]
 
@@ -230,7 +230,7 @@ def _choices(go: Pass, batch: Sequence[Example]) -> list[Found]:
 
     def made(i: int, member: Member) -> list[dict[str, Any]]:
         costs = go.spent(i, choices.reports(member.cache), choices.timings(*took))
-        found = choices.found[member]
+        found = choices.likelihoods[member]
         return [rows.compared(setting, *one) for one in zip(batch, asked, found, costs, strict=True)]
 
     return go.each(members, made)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @torch.inference_mode()
-def search(
+def search_beams(
     model: PreTrainedModel, method: Method, prompt: Prompt, beams: int, pad_id: int = 0
 ) -> tuple[Answer, Any, Timings]:
     """The best of `beams` answers, the search ending once so many are finished; the cache holds a row per beam.

@@ -96,7 +96,7 @@ class _Row:
 Likelihoods = list[list[tuple[float, bool]]]
 
 
-def compare(
+def compare_choices(
     model: PreTrainedModel,
     method: MakesCache,
     asked: Sequence[Sequence[EncodedChoice]],
@@ -114,14 +114,14 @@ def compare(
     choices = Choices(asked, samples, protocol, stride, pad_id)
     state, took = through(model, [method], choices, chunk, pad_id)
     (member,) = state.members
-    return choices.found[member], choices.reports(member.cache), choices.timings(*took)
+    return choices.likelihoods[member], choices.reports(member.cache), choices.timings(*took)
 
 
 class Choices:
     """The prompts of a batch, each once, and the choices behind them.
 
     firsts, samples: what is read and compressed, and whose it is; a row per prompt.
-    found: the likelihoods of each cache that neither failed nor ended.
+    likelihoods: of each cache that neither failed nor ended.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Choices:
         self.asked, self.stride, self.pad_id = asked, stride, pad_id
         self.rows = _rows(asked, samples, protocol)
         self.firsts, self.samples = [row.first for row in self.rows], [row.sample for row in self.rows]
-        self.found: dict[Member, Likelihoods] = {}
+        self.likelihoods: dict[Member, Likelihoods] = {}
         self.steps = 0
         self.passes = 0  # of the choices that were fed last
 
@@ -144,7 +144,7 @@ class Choices:
 
     def go_on(self, state: State, found: Tensor) -> None:
         """Compare them; found [caches * rows, V]: logits after the prompts."""
-        self.found = dict(zip(state.active, self._rate(state, found), strict=True))
+        self.likelihoods = dict(zip(state.active, self._rate(state, found), strict=True))
 
     def _rate(self, state: State, after: Tensor) -> list[Likelihoods]:
         rows = self.rows

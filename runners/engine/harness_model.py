@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from methods.core.contract import Method
-from runners.engine.choices import EncodedChoice, compare, fit
+from runners.engine.choices import EncodedChoice, compare_choices, fit
 
 
 def cached_lm(method: Method, *args: Any, stride: int | None = None, **kwargs: Any) -> Any:
@@ -36,7 +36,7 @@ def cached_lm(method: Method, *args: Any, stride: int | None = None, **kwargs: A
             found: dict[int, tuple[float, bool]] = {}
             for sample, members in enumerate(tqdm(groups.values(), disable=disable_tqdm)):
                 choices = [asked for _, asked in members]
-                (scores,), _, _ = compare(self.model, method, [choices], [sample], stride=stride)
+                (scores,), _, _ = compare_choices(self.model, method, [choices], [sample], stride=stride)
                 for (i, _), score in zip(members, scores, strict=True):
                     found[i] = score
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], score)

@@ -68,7 +68,7 @@ class Times:
         return found | {key: [round(value, 7) for value in found[key]] for key in ("prompts", "steps")}
 
 
-def check(examples: Sequence[Example], window: int | None) -> None:
+def check_lengths(examples: Sequence[Example], window: int | None) -> None:
     """Raises UserError for a prompt that a model of so many positions has no room for."""
     for timed in (example.timed for example in examples if example.timed is not None):
         if window is not None and timed.length + timed.steps > window:

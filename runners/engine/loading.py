@@ -73,7 +73,7 @@ class Checkpoint:
         return f"{name}-random" if self.resize == "{}" else f"{name}-random-{self.weights[-6:]}"
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """A hash of where it was looked for: other weights there are the same model, changed."""
         where = f"{self.path}@{self.revision}" if self.commit else str(self.folder)
         return hashlib.sha256(where.encode()).hexdigest()[:8]

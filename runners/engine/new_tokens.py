@@ -229,11 +229,11 @@ class Dice:
         """The tokens [B] of a step, from logits [B, V]."""
         at = torch.full_like(self.seed, step)
         u = uniform(STREAM, self.seed, self.sample, self.repeat, self.turn, at)
-        drawn = draw(logits, self.temperature, self.top_k, self.top_p, u)
+        drawn = draw_tokens(logits, self.temperature, self.top_k, self.top_p, u)
         return torch.where(self.temperature > 0, drawn, likeliest)
 
 
-def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, u: Tensor) -> Tensor:
+def draw_tokens(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, u: Tensor) -> Tensor:
     """Tokens [B] at places u [B] in [0, 1) of the probabilities of logits [B, V], summed from the likeliest on.
 
     All [B]; temperature above 0.  top_k: how many of the likeliest are left, 0: all.  top_p: a token is left if those

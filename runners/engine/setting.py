@@ -42,7 +42,9 @@ class Setting:
         return self.encoder.tokenizer.pad_token_id or 0
 
 
-def check(examples: Sequence[Example], protocol: str, methods: Sequence[Method], last_token: str | None = None) -> None:
+def check_protocol(
+    examples: Sequence[Example], protocol: str, methods: Sequence[Method], last_token: str | None = None
+) -> None:
     """Raises UserError if a score would not say what it seems to: before anything is run."""
     check_last_token(examples, protocol, last_token)
     query = PROTOCOLS[protocol]

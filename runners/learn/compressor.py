@@ -191,7 +191,7 @@ class TrainCompressor(Runner):
         Raises UserError when a file has no row to train on.
         """
         if self.text is not None:
-            trained, held_out = (rows_of(tokenizer, text, self.length) for text in texts(self.text))
+            trained, held_out = (rows_of(tokenizer, text, self.length) for text in split_text(self.text))
             if not len(trained):
                 raise UserError(
                     f"train: runner.text={self.text}: has no runner.length={self.length} tokens to train on"
@@ -267,9 +267,11 @@ class TrainCompressor(Runner):
         path = artefacts.save("lococo", method.artefact_name, model, tensors, facts, export)
         # measured as it will be loaded: half precision, from the file
         saved = replace(method, artefact=str(path))
-        facts["held_out"] = {name: compare(model, saved, rows, self.batch) for name, rows in held_out.items()}
+        facts["held_out"] = {
+            name: compare_with_dropping(model, saved, rows, self.batch) for name, rows in held_out.items()
+        }
         artefacts.save("lococo", method.artefact_name, model, tensors, facts, export)
-        draw(at / "log.jsonl", facts["held_out"], path.with_suffix(".png"))
+        draw_training(at / "log.jsonl", facts["held_out"], path.with_suffix(".png"))
         for text, found in facts["held_out"].items():
             for name, nll in found["nll"].items():
                 gain, low, high = found["gain"].get(name, (math.nan,) * 3)
@@ -292,7 +294,7 @@ def baselines(method: LoCoCo) -> dict[str, Method]:
     return {**them, "eta=0, recent": dropping} if dropping.local_len else them
 
 
-def compare(model: PreTrainedModel, method: LoCoCo, rows: Tensor, batch: int) -> dict[str, Any]:
+def compare_with_dropping(model: PreTrainedModel, method: LoCoCo, rows: Tensor, batch: int) -> dict[str, Any]:
     """Mean losses in nats per token on rows [N, L]: {"nll": {name: mean}, "gain": {name: [mean, low, high]}, …}.
 
     gain: a rival's loss less the method's on the same rows, above 0 where the method is better, with the 95 % interval
@@ -327,7 +329,7 @@ def losses(model: PreTrainedModel, method: Method, rows: Tensor, batch: int) -> 
     return torch.cat(found)
 
 
-def texts(file: str) -> tuple[str, str]:
+def split_text(file: str) -> tuple[str, str]:
     """What is trained on, and what is measured on: the end of the file."""
     text = read_text(Path(file).expanduser())
     cut = int(len(text) * (1 - HELD_OUT))
@@ -348,7 +350,7 @@ def rows_of(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Tenso
     return torch.cat((torch.tensor(begin, dtype=torch.long).expand(len(cut), -1), cut), dim=1)
 
 
-def draw(log: Path, held_out: dict[str, Any], picture: Path) -> None:
+def draw_training(log: Path, held_out: dict[str, Any], picture: Path) -> None:
     """Write `picture` (PNG): loss while training, held-out perplexity against dropping at equal slots."""
     import matplotlib
 

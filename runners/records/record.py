@@ -107,7 +107,7 @@ class Record:
         """
         try:
             book = records.parse(self.cell_path.read_bytes())
-            records.check(book, {"runs": records.RUNS})
+            records.check_fields(book, {"runs": records.RUNS})
         except (FileNotFoundError, ValueError):
             return []
         except OSError as error:
@@ -115,7 +115,7 @@ class Record:
         runs: list[dict[str, Any]] = book["runs"]
         return runs
 
-    def check(self, conditions: dict[str, Any], force: bool) -> None:
+    def check_conditions(self, conditions: dict[str, Any], force: bool) -> None:
         """Raises UserError if samples were finished under other conditions, naming what differs, unless forced."""
         runs = self.runs()
         if not runs or force or conditions == runs[-1]["conditions"]:

@@ -1,4 +1,4 @@
-"""Which process computes which sample, so that several share one results folder: a claim ends with its process."""
+"""Which process computes which sample, so that several share one results folder: a lock ends with its process."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from methods.core.errors import UserError
 
 
-class Claims:
-    """Claims on samples by their ids, seen by every process that opens the same folder.
+class SampleLocks:
+    """Locks on samples by their ids, seen by every process that opens the same folder.
 
-    A claim locks one byte of an empty file, at a place that the id gives. The system gives it back when the process
-    ends, however it ends. Two ids that share a place wait for each other, which costs time and nothing else.
+    A sample's lock is one byte of an empty file, at an offset that the id gives. The system frees it when the process
+    ends, however it ends. Two ids that share an offset wait for each other, which costs time and nothing else.
     """
 
     def __init__(self, folder: Path):
@@ -28,32 +28,32 @@ class Claims:
             raise UserError(problem) from error
 
     @contextlib.contextmanager
-    def claim(self, ids: Sequence[str], wait: bool = False) -> Iterator[bool]:
+    def hold(self, ids: Sequence[str], wait: bool = False) -> Iterator[bool]:
         """Hold these samples inside the block; False, holding nothing, if another process has one of them.
 
         wait: until nobody else has any.
         """
-        # in one order, so that nobody waits in a ring
-        places = sorted({zlib.crc32(id.encode()) for id in ids})
-        got = self._lock(places, wait)
+        # sorted, so that two processes that each hold what the other needs cannot deadlock
+        offsets = sorted({zlib.crc32(id.encode()) for id in ids})
+        got = self._lock(offsets, wait)
         try:
             yield got
         finally:
             if got:
-                self._unlock(places)
+                self._unlock(offsets)
 
-    def _lock(self, places: Sequence[int], wait: bool) -> bool:
-        for i, place in enumerate(places):
+    def _lock(self, offsets: Sequence[int], wait: bool) -> bool:
+        for i, offset in enumerate(offsets):
             try:
-                fcntl.lockf(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
+                fcntl.lockf(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, offset)
             except (BlockingIOError, PermissionError):
-                self._unlock(places[:i])
+                self._unlock(offsets[:i])
                 return False
         return True
 
-    def _unlock(self, places: Sequence[int]) -> None:
-        for place in places:
-            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, place)
+    def _unlock(self, offsets: Sequence[int]) -> None:
+        for offset in offsets:
+            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, offset)
 
     def close(self) -> None:
         os.close(self.file)

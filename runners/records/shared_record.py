@@ -54,9 +54,9 @@ class SharedRecord:
         """Keys of samples that have an answer; failed ones are tried again."""
         return {key for key, row in self.rows.items() if "error" not in row}
 
-    def check(self) -> None:
+    def check_conditions(self) -> None:
         """Raises UserError if the record was made under other conditions."""
-        self.record.check(self.conditions, self.force)
+        self.record.check_conditions(self.conditions, self.force)
 
     def add(self, rows: Iterable[dict[str, Any]], say_waiting: Callable[[], None]) -> int:
         """Append those rows that nobody has added meanwhile, each safe on disk; returns how many.
@@ -68,7 +68,7 @@ class SharedRecord:
         with self.record.lock(say_waiting):
             self.refresh()
             if self._run is None:
-                self.check()
+                self.check_conditions()
             with self._writer() as writer:
                 self._run = writer.run
                 self.refresh()

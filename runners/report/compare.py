@@ -33,7 +33,7 @@ class Compared:
 Samples = Sequence[tuple[Example, float, float]]
 
 
-def compare(task: Task, samples: Samples, resamples: int, seed: int) -> list[Compared]:
+def compare_scores(task: Task, samples: Samples, resamples: int, seed: int) -> list[Compared]:
     """The task's result rows for samples (example, the method's score, the full cache's score).
 
     Samples are drawn with replacement inside each subset, in pairs, and averaged as the task averages; the interval is

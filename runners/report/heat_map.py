@@ -140,13 +140,13 @@ def draw_all(examples: Iterable[Example], folders: Iterable[Path]) -> None:
         try:
             for folder in folders:
                 with contextlib.suppress(UserError):  # samples that have a place and no name of a cell
-                    draw(folder)
+                    draw_heat_map(folder)
         except (CannotWrite, OSError) as error:  # the table is worth more
             why = getattr(error, "strerror", None) or error
             show.note(f"no heat maps: {why}; python -m {__name__} RECORD draws them later")
 
 
-def draw(folder: Path, path: Path | None = None) -> Path | None:
+def draw_heat_map(folder: Path, path: Path | None = None) -> Path | None:
     """Draw a record, into its own folder unless `path` says where; None if it has no finished sample.
 
     Raises UserError if the folder is no record, or its samples are no cells of a grid; and CannotWrite.
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--out", type=given_path)
     given = parser.parse_args()
     try:
-        print(draw(given.record, picture(given.out)) or f"{given.record}: holds no finished sample")
+        print(draw_heat_map(given.record, picture(given.out)) or f"{given.record}: holds no finished sample")
     except (UserError, CannotWrite) as error:
         parser.exit(2, f"error: {error}\n")
 

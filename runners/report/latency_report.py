@@ -32,9 +32,9 @@ class Point(NamedTuple):
     held: float
 
 
-def table(cells: Sequence[tuple[str, Rows]]) -> Table:
+def latency_table(cells: Sequence[tuple[str, Rows]]) -> Table:
     """One line per cell, length and batch; cells: labels and recorded samples."""
-    shown = screen.table(
+    shown = screen.new_table(
         "method", "tokens", "batch", "prompt, ms", "against full", "decode, ms/token", "against full", "tokens/s",
         "KV held", "of full", "KV read", "KV peak",
     )  # fmt: skip
@@ -63,12 +63,12 @@ def table(cells: Sequence[tuple[str, Rows]]) -> Table:
 
 def show_times(cells: Sequence[tuple[str, Rows, Path]], title: str) -> None:
     """Print the table of cells (label, samples, folder of the record), and draw each into its folder."""
-    screen.draw(table([(label, rows) for label, rows, _ in cells]))
+    screen.print_table(latency_table([(label, rows) for label, rows, _ in cells]))
     show.say("against full: time over the full cache's, taken in turns; median of the rounds, lowest to highest")
     for label, rows, folder in cells:
         if rows:
             try:
-                draw([(label, rows)], folder / "latency.png", f"{title}, {label}")
+                draw_latency([(label, rows)], folder / "latency.png", f"{title}, {label}")
             except CannotWrite as error:  # the table is worth more
                 show.note(f"no pictures: {error}; python -m {__name__} RECORD draws them later")
                 return
@@ -87,7 +87,7 @@ def ratios(row: Mapping[str, Any], what: str) -> list[float]:
     return [ours / full for ours, full in zip(row["times"][what], row["full_times"][what], strict=True)]
 
 
-def draw(cells: Sequence[tuple[str, Rows]], path: Path, title: str = "") -> None:
+def draw_latency(cells: Sequence[tuple[str, Rows]], path: Path, title: str = "") -> None:
     """Write the picture: one line of panels per batch size, one column each for prompt, decoding and bytes.
 
     Points are medians of the rounds, bars their lowest and highest.  Raises CannotWrite.
@@ -195,7 +195,7 @@ def main() -> None:
         found = [read(folder) for folder in given.records]
         if len({model for *_, model in found}) > 1:
             raise UserError(f"{', '.join(sorted({model for *_, model in found}))}: give records of one model")
-        draw([(label, rows) for label, rows, _ in found], path, found[0][2])
+        draw_latency([(label, rows) for label, rows, _ in found], path, found[0][2])
     except (UserError, CannotWrite) as error:
         parser.exit(2, f"error: {error}\n")
     print(path)

@@ -131,7 +131,7 @@ class Bar:
 
 def scores(rows: Sequence[Compared], method: str) -> Table:
     """Scores of the method and of the full cache, and their difference. A method of "" is the full cache alone."""
-    table = screen.table("task", "n", *([method, "full", "difference", "95 % interval"] if method else ["full"]))
+    table = screen.new_table("task", "n", *([method, "full", "difference", "95 % interval"] if method else ["full"]))
     kind = rows[0].row.kind if rows else ""
     for one in rows:
         if one.row.kind != kind and {kind, one.row.kind} & {"subset", "category"} and one.row.kind != "bin":
@@ -161,7 +161,7 @@ def about(metric: Metric) -> list[str]:
 
 def costs(rows: Sequence[tuple[str, str, str]], method: str) -> Table:
     """Bytes and speeds: (what, the method's, the full cache's)."""
-    table = screen.table("per sample", *[method] * bool(method), "full")
+    table = screen.new_table("per sample", *[method] * bool(method), "full")
     for what, ours, full in rows:
         table.add_row(*([what, ours, full] if method else [what, full]))
     return table

@@ -14,7 +14,7 @@ from methods.core.errors import BudgetMiss
 from runners.jobs import shard
 from runners.report import remarks
 from runners.report import run_table as show
-from runners.report.compare import Compared, compare
+from runners.report.compare import Compared, compare_scores
 from runners.report.heat_map import draw_all
 from runners.report.latency_report import show_times
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SHOWN_COMMANDS = 5
 
 
-def report(sweep: Sweep, resamples: int) -> int:
+def report_sweep(sweep: Sweep, resamples: int) -> int:
     """Print one line per cell, or several where its task has no average; then what failed and how to run it again.
 
     Returns the exit code.
@@ -44,17 +44,17 @@ def report(sweep: Sweep, resamples: int) -> int:
     for member in sorted(sweep.members, key=lambda m: (m.cell is not run.full, m.cell.name, -m.cell.method.budget)):
         ours = _finished(sweep, member)
         paired = run.scored(ours, full)
-        rows = compare(run.task, paired, resamples, seed=0) if paired else []
+        rows = compare_scores(run.task, paired, resamples, seed=0) if paired else []
         if line := remarks.misses(list(ours.values())):
             missed.append(f"{_name(member)} {member.cell.method.budget:g}: {line}")
         for name, found in _lines(rows, list(ours.values()), lower):
             lines.append((name, [_name(member), f"{member.cell.method.budget:g}", *found]))
     several = len({name for name, _ in lines if name}) > 1
     columns = ["n", "score", "difference", "95 % interval", "KV bytes", "worst"]
-    table = screen.table("method", "budget", *["row"] * several, *columns, left=("row", "worst"))
+    table = screen.new_table("method", "budget", *["row"] * several, *columns, left=("row", "worst"))
     for name, found in lines:
         table.add_row(*found[:2], *[name] * several, *found[2:])
-    screen.draw(table)
+    screen.print_table(table)
     for line in show.about(run.task.metric):
         show.say(line)
     show.say(
@@ -176,7 +176,7 @@ def dry_run(sweep: Sweep) -> None:
         member.record.refresh()
     lacking = {id(m): [e for e in sweep.lacking(m, run.examples) if not e.error] for m in sweep.members}
     sharing = {id(member) for member in sweep.sharing}
-    table = screen.table("method", "budget", "done", "to run", "KV bytes of the longest", "runs", left=("runs",))
+    table = screen.new_table("method", "budget", "done", "to run", "KV bytes of the longest", "runs", left=("runs",))
     for member in sweep.members:
         todo = lacking[id(member)]
         longest = max(todo, key=sweep.sizes.tokens, default=None)
@@ -188,7 +188,7 @@ def dry_run(sweep: Sweep) -> None:
             "-" if longest is None else show.size(sweep.sizes.member_bytes(member.cell.method, [longest])),
             "in the group" if id(member) in sharing else f"alone: {sweep.why_alone(member)}",
         )
-    screen.draw(table)
+    screen.print_table(table)
     together = {e.id: e for m in sweep.sharing for e in lacking[id(m)]}
     alone = [e for m in sweep.alone for e in lacking[id(m)]]
     if not together and not alone:

@@ -26,7 +26,7 @@ from methods.core.errors import UserError
 from runners.cells import Cell, Run, plain
 from runners.records.record import digest
 from runners.report import run_table as show
-from runners.report.compare import Compared, compare, whole
+from runners.report.compare import Compared, compare_scores, whole
 from runners.report.heat_map import heat_map, read_record
 
 STATE = ".wandb.json"  # beside a record: what was sent where
@@ -193,7 +193,7 @@ def _compared(
     paired = run.scored(ours, full)
     if not paired:
         return [], None
-    scores = compare(run.task, paired, resamples, seed=0)
+    scores = compare_scores(run.task, paired, resamples, seed=0)
     if len({records.measure(row) for row in ours.values()}) > 1:
         return scores, None
     return scores, whole(run.task, run.scored(ours, full, whole=True), resamples, seed=0)

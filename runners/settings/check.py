@@ -19,7 +19,7 @@ PARTS = ("method", "task", "runner")
 SEVERAL = (Model, Tracking, Kernels, Group, Sampled)  # settings of settings
 
 
-def check(cfg: DictConfig) -> None:
+def check_config(cfg: DictConfig) -> None:
     """Raises UserError for a value that cannot work: first what needs no import, then the parts that are named.
 
     What a setting's type makes of a value, and defaults of settings that are missing, are written back.

@@ -22,7 +22,7 @@ EXPECTED = (UserError, HydraException, OmegaConfBaseException)
 UNKNOWN_CHOICE = re.compile(r"Could not find '([\w/]+)/([^']*)'\s+Available options in '[^']*':\s*(.*?)(\n\S|$)", re.S)
 
 
-def report(error: Exception) -> None:
+def report_error(error: Exception) -> None:
     """Print one line about an error that the user can mend, and its traceback if HYDRA_FULL_ERROR=1 asks for it."""
     if os.environ.get("KVFRONTIER_TRACEBACK") == "1":
         traceback.print_exception(error)

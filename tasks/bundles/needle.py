@@ -14,7 +14,7 @@ import numpy as np
 from tasks.bundles import prompt_of, write_rows
 from tasks.documents import KINDS, Pool
 from tasks.documents.document import Document
-from tasks.documents.place import filler_of, noise_of, place
+from tasks.documents.place import filler_of, noise_of, place_lines
 
 SEED = 71003
 LENGTHS = (512, 1024, 2048, 3400)  # tokens of a whole prompt, about
@@ -47,7 +47,7 @@ def single(pool: Pool, tokens: int, depth: float) -> Calibration:
     document = codes(pool, 1)
     return (
         document,
-        place(filler_of(pool, int(PROSE * tokens)), sentences(document), [depth]),
+        place_lines(filler_of(pool, int(PROSE * tokens)), sentences(document), [depth]),
         [document.turns[0].value],
     )
 
@@ -56,20 +56,24 @@ def multi_key(pool: Pool, tokens: int, depth: float) -> Calibration:
     document = codes(pool, OTHERS + 1)
     lines = sentences(document)
     depths = [depth, *((i + 0.5) / OTHERS for i in range(OTHERS))]
-    text = place(filler_of(pool, int(PROSE * tokens) - sum(map(len, lines))), lines, depths)
+    text = place_lines(filler_of(pool, int(PROSE * tokens) - sum(map(len, lines))), lines, depths)
     return document, text, [document.turns[0].value]
 
 
 def multi_value(pool: Pool, tokens: int, depth: float) -> Calibration:
     document = KINDS["findings"](pool, 0, points=FINDINGS)
     lines = [f"{part.strip()}." for part in document.turns[0].value.split(".") if part.strip()]
-    text = place(filler_of(pool, int(PROSE * tokens) - sum(map(len, lines))), lines, spread(depth, FINDINGS))
+    text = place_lines(filler_of(pool, int(PROSE * tokens) - sum(map(len, lines))), lines, spread(depth, FINDINGS))
     return document, text, lines
 
 
 def passkey(pool: Pool, tokens: int, depth: float) -> Calibration:
     document = codes(pool, 1)
-    return document, place(noise_of(pool, int(PROSE * tokens)), sentences(document), [depth]), [document.turns[0].value]
+    return (
+        document,
+        place_lines(noise_of(pool, int(PROSE * tokens)), sentences(document), [depth]),
+        [document.turns[0].value],
+    )
 
 
 def kv(pool: Pool, tokens: int, depth: float) -> Calibration:

@@ -15,7 +15,7 @@ from tasks.bundles import prompt_of, write_rows
 from tasks.bundles.needle import PROSE, codes, sentences
 from tasks.documents import KINDS, Pool
 from tasks.documents.document import Document
-from tasks.documents.place import filler_of, noise_of, place
+from tasks.documents.place import filler_of, noise_of, place_lines
 from tasks.documents.pools import shuffled
 
 SEED = 71009
@@ -38,18 +38,18 @@ TASKS: dict[str, tuple[str, str, int]] = {
 }
 
 
-def made(task: str, pool: Pool, tokens: int) -> tuple[Document, str, list[str]]:
+def document_of(task: str, pool: Pool, tokens: int) -> tuple[Document, str, list[str]]:
     """Head and turns, the text, and what an answer has to hold."""
     if task in ("niah_single_1", "niah_single_2", "niah_multikey_1"):
         document = codes(pool, 4 if task == "niah_multikey_1" else 1)
         lines = sentences(document)
         room = int(PROSE * tokens) - sum(map(len, lines))
         filler = noise_of(pool, room) if task == "niah_single_1" else filler_of(pool, room)
-        return document, place(filler, lines, [pool.rng.random() for _ in lines]), [document.turns[0].value]
+        return document, place_lines(filler, lines, [pool.rng.random() for _ in lines]), [document.turns[0].value]
     if task == "niah_multikey_2":
         document = codes(pool, int(CODES * tokens) // 35)
         lines = sentences(document)
-        return document, place([], shuffled(pool.rng, lines), [0.0] * len(lines)), [document.turns[0].value]
+        return document, place_lines([], shuffled(pool.rng, lines), [0.0] * len(lines)), [document.turns[0].value]
     if task == "niah_multikey_3":
         document = KINDS["table"](pool, int(LIST * tokens), 1)
     elif task == "niah_multivalue":
@@ -74,7 +74,7 @@ def rows(task: str) -> list[dict[str, Any]]:
     for length in LENGTHS:
         for repeat in range(REPEATS):
             pool = Pool(np.random.default_rng([SEED, index, length, repeat]), "held_out")
-            document, text, answers = made(task, pool, length - TAIL - new)
+            document, text, answers = document_of(task, pool, length - TAIL - new)
             rows.append(
                 {
                     "_id": f"{task}/{length}/{repeat}",

@@ -17,10 +17,10 @@ ASSETS = Path(__file__).parents[2] / "assets"
 
 @dataclass(frozen=True)
 class Files:
-    """What was read. where: as the first line of the output says it.  found: by file name without suffix."""
+    """What was read. where: as the first line of the output says it.  files: by file name without suffix."""
 
     where: str
-    found: dict[str, tuple[Path, bytes]]
+    files: dict[str, tuple[Path, bytes]]
 
     @classmethod
     def of_text(cls, where: str, name: str, text: str, suffix: str = ".txt") -> "Files":
@@ -36,7 +36,7 @@ class Files:
     def digest(self) -> str:
         """SHA-256 over names and contents."""
         total = hashlib.sha256()
-        for name, (_, raw) in self.found.items():
+        for name, (_, raw) in self.files.items():
             total.update(f"{name}\0{len(raw)}\0".encode() + raw)
         return total.hexdigest()
 
@@ -45,7 +45,7 @@ class Files:
 
         Raises UserError that names the file and the line of what cannot be read, or that there is nothing in it.
         """
-        path, raw = self.found[name]
+        path, raw = self.files[name]
         if path.suffix == ".jsonl":
             rows = parse_rows(raw, str(path))
         else:
@@ -58,9 +58,9 @@ class Files:
             raise UserError(f"{path}: holds no rows; a JSON object per line is needed")
         return rows
 
-    def place(self, name: str, i: int) -> str:
+    def location(self, name: str, i: int) -> str:
         """Where row i of a file is, as an error says it: by its line in JSONL, where some are blank, else counted."""
-        path, raw = self.found[name]
+        path, raw = self.files[name]
         if path.suffix != ".jsonl" or not path.is_file():
             return f"{path if path.is_file() else f'{self.where}, {name}'}, row {i + 1}"
         lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")

@@ -25,7 +25,7 @@ HEAD = "# What task.revision=pinned reads of the hub's datasets. A line is added
 Found = TypeVar("Found")
 
 
-def place() -> Path:
+def pins_file() -> Path:
     """The file; it need not be there."""
     typed = os.environ.get("KVFRONTIER_PINS")
     # a link stays one
@@ -34,7 +34,7 @@ def place() -> Path:
 
 def read() -> dict[str, str]:
     """Commits by dataset. Raises UserError that names the file, and the line of what is not one."""
-    path = place()
+    path = pins_file()
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a file; it holds the commits of task.revision=pinned, or is not there")
     try:
@@ -64,7 +64,7 @@ def add(repo: str, commit: str) -> str:
     """
     from filelock import FileLock
 
-    path = place()
+    path = pins_file()
     written = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def follow(repo: str, read_at: Callable[[str | None], Found], commit_of: Callabl
     try:
         return read_at(pin)
     except (OSError, ValueError) as error:
-        error.add_note(f"{place()} pins {pin}; task.revision=main takes the newest")
+        error.add_note(f"{pins_file()} pins {pin}; task.revision=main takes the newest")
         raise
 
 

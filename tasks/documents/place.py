@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tasks.documents.pools import Pool
 
 
-def place(filler: Sequence[str], lines: Sequence[str], depths: Sequence[float]) -> str:
+def place_lines(filler: Sequence[str], lines: Sequence[str], depths: Sequence[float]) -> str:
     """A text of `filler` with each of `lines` at its depth, 0 in front of all filler and 1 behind it.
 
     Lines of one depth keep their order; as in other documents, a paragraph ends after eight sentences.

@@ -50,9 +50,9 @@ class Pool:
         self.rng, self.split, self.prose = rng, split, prose
         self._used: set[str] = set()
 
-    def _fresh(self, draw) -> str:
+    def _fresh(self, draw_item) -> str:
         while True:
-            item = draw()
+            item = draw_item()
             if item not in self._used and split_of(item) == self.split:
                 self._used.add(item)
                 return item
@@ -60,11 +60,11 @@ class Pool:
     def word(self) -> str:
         """An invented word of two syllables, seldom three, in lower case."""
 
-        def draw() -> str:
+        def draw_word() -> str:
             middle = pick(self.rng, _ENDS) if self.rng.random() < 0.2 else ""
             return pick(self.rng, _STARTS) + middle + pick(self.rng, _ENDS)
 
-        return self._fresh(draw)
+        return self._fresh(draw_word)
 
     def name(self) -> str:
         """An invented word with a capital."""

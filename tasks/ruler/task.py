@@ -241,10 +241,10 @@ class Ruler(Grid):
         assert tokens is not None
         family = "niah" if task in niah.NIAH else task.split("_")[0]
         beside = tokens.wrapper + wording(family).max_new_tokens
-        draw, step, start, reach = self._generator(task, family, length)
+        draw_sample, step, start, reach = self._generator(task, family, length)
 
         def sized(i: Any, units: int) -> Sample:
-            sample = draw(random.Random(f"{self.data_seed}/{task}/{length}/{i}"), i, units)
+            sample = draw_sample(random.Random(f"{self.data_seed}/{task}/{length}/{i}"), i, units)
             n = tokens.count(sample.prompt) + beside
             return Sample(sample.context, sample.question, sample.prefix, sample.outputs, n)
 
@@ -289,11 +289,11 @@ class Ruler(Grid):
             return lambda rng, i, units: counting.make_fwe(rng, units, length), step, step, 1
         pool = self._collection(task)
 
-        def draw(rng: random.Random, i: Any, units: int) -> Sample:
+        def draw_sample(rng: random.Random, i: Any, units: int) -> Sample:
             question = pool.questions[i if isinstance(i, int) else 0]
             return documents.make(rng, question, pool.documents, units)
 
-        return draw, 10, 10, 3
+        return draw_sample, 10, 10, 3
 
     def _collection(self, task: str) -> documents.Collection:
         return self._squad if task == "qa_1" else self._hotpot

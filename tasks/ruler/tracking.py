@@ -45,26 +45,26 @@ class Example:
 
         def cost(units: int) -> int:
             return (
-                count(self._text(names(rng, 3), EXAMPLE_VALUE, units, places(rng, units)))
+                count(self._text(names(rng, 3), EXAMPLE_VALUE, units, line_positions(rng, units)))
                 + wording("vt").max_new_tokens
             )
 
         self.units = most_units(cost, EXAMPLE_TOKENS, step=5, estimate_from=5)
-        self.places = places(rng, self.units)
+        self.positions = line_positions(rng, self.units)
 
     def text(self, rng: random.Random) -> str:
-        return self._text(names(rng, 3), str(rng.randrange(10_000, 99_999)), self.units, self.places) + "\n\n"
+        return self._text(names(rng, 3), str(rng.randrange(10_000, 99_999)), self.units, self.positions) + "\n\n"
 
     def _text(self, variables: list[str], value: str, units: int, at: list[int]) -> str:
         return track(variables, value, units, at).prompt + " ".join(variables)
 
 
-def places(rng: random.Random, units: int) -> list[int]:
+def line_positions(rng: random.Random, units: int) -> list[int]:
     return sorted(rng.sample(range(units), HOPS + 1))
 
 
 def make(rng: random.Random, units: int, example: Example) -> Sample:
     """One sample: the worked example, then the task."""
     before = example.text(rng)
-    sample = track(names(rng, 5), str(rng.randrange(10_000, 99_999)), units, places(rng, units))
+    sample = track(names(rng, 5), str(rng.randrange(10_000, 99_999)), units, line_positions(rng, units))
     return Sample(before + sample.context, sample.question, sample.prefix, sample.outputs)

@@ -115,18 +115,18 @@ class _SubsequenceMatcher:
     def __init__(self, words: list[str]):
         self.words = words
         self.full = (1 << len(words)) - 1
-        self.places: dict[str, int] = {}
+        self.positions: dict[str, int] = {}
         for j, word in enumerate(words):
-            self.places[word] = self.places.get(word, 0) | 1 << j
+            self.positions[word] = self.positions.get(word, 0) | 1 << j
 
     def common(self, other: list[str]) -> set[str]:
         """Traced back from the end; on a mismatch `other` gives way only if that loses strictly less."""
-        if self.places.keys().isdisjoint(other):
+        if self.positions.keys().isdisjoint(other):
             return set()
         rows = [self.full]
         for word in other:
             row = rows[-1]
-            hit = row & self.places.get(word, 0)
+            hit = row & self.positions.get(word, 0)
             rows.append(((row + hit) | (row - hit)) & self.full)
         words = set()
         i, j = len(other), len(self.words)

@@ -3,7 +3,7 @@
 import pytest
 
 from analysis import compare
-from analysis.load import load
+from analysis.load import load_results
 from tests.analysis.conftest import Book
 
 
@@ -40,7 +40,7 @@ def test_p_values_are_corrected_for_as_many_comparisons(book):
     for budget in (0.5, 0.25):
         book.cell("nacl", [1.0] * 8, budget)
         book.cell("snapkv", [0.0] * 5 + [1.0] * 3, budget)
-    one = load(book.root)
+    one = load_results(book.root)
     found, _ = compare.pairs(one, one, ("nacl", "snapkv"))
     single = [float(compare.table([pair])["p (Holm)"].iloc[0]) for pair in found]
     both = [float(p) for p in compare.table(found)["p (Holm)"]]
@@ -51,7 +51,7 @@ def test_p_values_are_corrected_for_as_many_comparisons(book):
 def test_no_side_is_better_where_p_is_no_sign_of_it_however_narrow_the_interval(book):
     book.cell("nacl", [1.0], 0.5)
     book.cell("snapkv", [0.0], 0.5)
-    one = load(book.root)
+    one = load_results(book.root)
     row = compare.table(compare.pairs(one, one, ("nacl", "snapkv"))[0]).iloc[0]
     assert float(row["p (Holm)"]) == 1.0 and row["verdict"] == "tie"
 
@@ -110,6 +110,6 @@ def test_samples_are_compared_where_both_sides_chose_them_and_hold_the_same(tmp_
     b.cell(
         "nacl", [1.0, 1.0, 0.0, 0.0], 0.5, rows=[*keys[:2], {"key": "mended"}, keys[3]], began="2026-01-01T00:00:00Z"
     )
-    (pair,), problems = compare.pairs(load(a.root), load(b.root))
+    (pair,), problems = compare.pairs(load_results(a.root), load_results(b.root))
     assert pair.samples["a"].tolist() == [1.0, 0.0] and pair.samples["b"].tolist() == [1.0, 1.0]
     assert "1 samples left out, their contents are not the same on both sides" in problems[0]

@@ -7,7 +7,7 @@ import pytest
 
 from analysis import frontier, stats, style
 from analysis.area import areas
-from analysis.load import NothingToRead, load
+from analysis.load import NothingToRead, load_results
 from analysis.paired import WHOLE
 from analysis.points import on_front, points
 
@@ -24,7 +24,7 @@ def fill(book):
 
 def test_a_point_is_the_mean_of_category_means_with_its_paired_difference(book):
     fill(book)
-    table = points(load(book.root))
+    table = points(load_results(book.root))
     p = table[(table["label"] == "nacl") & (table["budget"] == 0.5) & (table["category"] == WHOLE)].iloc[0]
     assert (p["score"], p["full"], p["difference"], p["n"]) == (75.0, 100.0, -25.0, 8)
     assert p["difference_low"] < -25 < p["difference_high"] <= 0 and p["retained"] == pytest.approx(0.75)
@@ -35,7 +35,7 @@ def test_a_point_is_the_mean_of_category_means_with_its_paired_difference(book):
 
 def test_simulated_savings_are_on_no_front(book):
     fill(book)
-    table = points(load(book.root))
+    table = points(load_results(book.root))
     front = table[on_front(table) & (table["category"] == WHOLE)]
     assert set(zip(front["label"], front["budget"])) == {("full", 1.0), ("nacl", 0.5), ("nacl", 0.25)}
 
@@ -46,7 +46,7 @@ def test_seeds_are_pooled_and_settings_are_curves_of_their_own(book):
         book.cell("random", scores, 0.5, seed=seed)
     book.cell("snapkv", [1.0, 1.0], 0.5, config={"kernel": 7})
     book.cell("snapkv", [1.0, 0.0], 0.5, config={"kernel": 1})
-    table = points(load(book.root)).set_index("label")
+    table = points(load_results(book.root)).set_index("label")
     assert table.loc["random", "score"] == 25.0 and table.loc["random", "seeds"] == 2
     assert table.loc["snapkv kernel=1", "score"] == 50.0 and table.loc["snapkv kernel=7", "score"] == 100.0
 
@@ -56,7 +56,7 @@ def test_only_samples_that_all_seeds_have_are_pooled_and_any_seed_of_the_full_ca
     book.cell(scores=[None, 0.0, 1.0], seed=1)
     book.cell("random", [1.0, 1.0, None], 0.5, seed=0)
     book.cell("random", [0.0, 1.0, 1.0], 0.5, seed=1)
-    p = points(load(book.root)).set_index("label").loc["random"]
+    p = points(load_results(book.root)).set_index("label").loc["random"]
     assert (p["n"], p["score"], p["full"]) == (2, 75.0, 50.0)
 
 
@@ -64,7 +64,7 @@ def test_where_lower_is_better_a_higher_value_is_a_loss(book):
     metric = {"name": "nll", "unit": "nats", "better": "lower", "scale": 1, "digits": 3}
     book.cell(scores=[2.0] * 8, metric=metric)
     book.cell("nacl", [2.5] * 8, 0.5, metric=metric)
-    p = points(load(book.root)).set_index("label").loc["nacl"]
+    p = points(load_results(book.root)).set_index("label").loc["nacl"]
     assert p["score"] == 2.5 and p["difference"] == pytest.approx(-0.5) and not p["tie"]
     assert not p["near_chance"] and (p["lost"], p["won"]) == (0, 0) and np.isnan(p["retained"])
 
@@ -72,20 +72,20 @@ def test_where_lower_is_better_a_higher_value_is_a_loss(book):
 def test_a_task_that_the_full_cache_cannot_do_is_listed_apart(book):
     book.cell(scores=[0.0] * 30)
     book.cell("nacl", [0.0] * 30, 0.5)
-    table = points(load(book.root))
+    table = points(load_results(book.root))
     assert table["near_chance"].all()
     assert "near chance" in frontier.summary(table)["note"].str.cat()
-    assert areas(load(book.root), table).empty
-    text = frontier.page(table, areas(load(book.root), table))
+    assert areas(load_results(book.root), table).empty
+    text = frontier.page(table, areas(load_results(book.root), table))
     assert text.startswith("Near chance with the full cache") and "| nacl | 0.5 |" in text
     with pytest.raises(NothingToRead, match="above chance"):
-        frontier.draw(table, "held")
+        frontier.draw_frontier(table, "held")
 
 
 def test_cells_without_a_full_cache_beside_them_are_named(book):
     book.cell(scores=[1.0])
     book.cell("nacl", [1.0], 0.5, task="other-mini")
-    results = load(book.root)
+    results = load_results(book.root)
     assert set(points(results)["task"]) == {"quiz-mini"}
     assert any("other-mini" in p and "no full cache" in p for p in results.problems)
 
@@ -93,7 +93,7 @@ def test_cells_without_a_full_cache_beside_them_are_named(book):
 def test_a_difference_inside_its_interval_is_printed_as_a_tie(book):
     book.cell(scores=[1.0, 0.0] * 10)
     book.cell("nacl", [0.0, 1.0] * 10, 0.5)
-    line = frontier.summary(points(load(book.root))).set_index("method").loc["nacl"]
+    line = frontier.summary(points(load_results(book.root))).set_index("method").loc["nacl"]
     assert line["difference"].endswith("tie") and line["lost/won"] == "10/10"
 
 
@@ -132,7 +132,7 @@ def test_a_task_may_average_its_subsets_whatever_their_categories(book):
     for mean_over, score in (("categories", 75.0), ("subsets", 200 / 3)):
         notes = {"mean_over": mean_over}
         book.cell(scores=[1.0, 0.0, 1.0], subsets=subsets, task=f"{mean_over}-mini", notes=notes)
-        table = points(load(book.root))
+        table = points(load_results(book.root))
         assert table[table["task"] == f"{mean_over}-mini"]["score"].iloc[0] == pytest.approx(score)
 
 
@@ -141,7 +141,7 @@ def test_texts_of_unequal_length_weigh_by_their_tokens(book):
     tokens = [{"weights": {"": n}} for n in (100, 300)]
     book.cell(scores=[2.0, 2.0], metric=metric, rows=tokens)
     book.cell("nacl", [2.0, 3.0], 0.5, metric=metric, rows=tokens)
-    table = points(load(book.root)).set_index("label")
+    table = points(load_results(book.root)).set_index("label")
     assert table.loc["nacl", "score"] == pytest.approx(2.75)
     assert table.loc["nacl", "difference"] == pytest.approx(-0.75)
 
@@ -151,7 +151,7 @@ def test_different_measures_are_not_averaged_but_have_a_task_each(book):
     rows = [{"parts": {"acc": 1.0}}] * 4 + [{"parts": {"perplexity": 9.0}}] * 4
     book.cell(scores=[1.0] * 4 + [9.0] * 4, subsets=subsets, rows=rows)
     book.cell("nacl", [0.5] * 4 + [7.0] * 4, 0.5, subsets=subsets, rows=rows)
-    table = points(load(book.root)).set_index(["task", "label"])
+    table = points(load_results(book.root)).set_index(["task", "label"])
     assert table.loc[("quiz-mini, acc", "nacl"), "score"] == 50
     assert table.loc[("quiz-mini, perplexity", "nacl"), "score"] == 700
     assert len(table) == 4
@@ -162,7 +162,7 @@ def test_control_samples_have_a_category_and_count_in_no_average(book):
     subsets = [("a", "a")] * 4 + [("no_needle", "no_needle")] * 4
     book.cell(scores=[1.0] * 8, subsets=subsets, rows=rows)
     book.cell("nacl", [1.0] * 4 + [0.0] * 4, 0.5, subsets=subsets, rows=rows)
-    table = points(load(book.root))
+    table = points(load_results(book.root))
     table = table[table["label"] == "nacl"].set_index("category")
     assert table["score"].to_dict() == {WHOLE: 100.0, "a": 100.0, "no_needle": 0.0}
     assert table["n"].to_dict() == {WHOLE: 4, "a": 4, "no_needle": 4} and table.loc[WHOLE, "lost"] == 0
@@ -173,7 +173,7 @@ def test_a_task_of_choices_is_near_chance_where_guessing_would_do_as_well(book):
     for task, right in (("coin-mini", 22), ("known-mini", 36)):
         book.cell(scores=[1.0] * right + [0.0] * (40 - right), task=task, rows=rows)
         book.cell("nacl", [1.0] * 20 + [0.0] * 20, 0.5, task=task, rows=rows)
-    table = points(load(book.root))
+    table = points(load_results(book.root))
     assert table.groupby("task")["near_chance"].all().to_dict() == {"coin-mini": True, "known-mini": False}
 
 
@@ -181,7 +181,7 @@ def test_a_method_that_stopped_early_is_on_no_front_and_under_no_area(book):
     book.cell(scores=[1.0] * 20)
     book.cell("nacl", [1.0] * 20, 0.5)
     book.cell("kivi", [1.0] * 3 + [None] * 17, 0.1)
-    results = load(book.root)
+    results = load_results(book.root)
     table = points(results)
     assert table.set_index("label")["partial"].to_dict() == {"full": False, "kivi": True, "nacl": False}
     assert set(table[on_front(table)]["label"]) == {"nacl"}
@@ -193,14 +193,14 @@ def test_holms_correction_counts_the_methods_and_not_the_full_cache(book):
     book.cell(scores=[1.0] * 8)
     book.cell("nacl", [0.0] * 5 + [1.0] * 3, 0.5)
     book.cell("h2o", [1.0] * 8, 0.5)
-    table = points(load(book.root)).set_index("label")
+    table = points(load_results(book.root)).set_index("label")
     assert table.loc["nacl", "p_holm"] == pytest.approx(2 * table.loc["nacl", "p"])
     assert table.loc["nacl", "p"] == pytest.approx(2 / 32, abs=0.02) and table["p_holm"].isna()["full"]
 
 
 def test_the_area_has_the_interval_of_its_bootstrap(book):
     fill(book)
-    results = load(book.root)
+    results = load_results(book.root)
     made = areas(results, points(results)).set_index("method")
     nacl = made.loc["nacl"]
     # nothing fits below 0.25; to 0.5 the score is 37.5, then 75; the smallest real share is nacl's own
@@ -219,7 +219,7 @@ def test_an_area_is_over_the_samples_that_all_its_points_have(book):
     book.cell(scores=[1.0] * 20)
     book.cell("nacl", [0.0] + [1.0] * 19, 0.5)
     book.cell("nacl", [None] + [1.0] * 10 + [0.0] * 9, 0.25)
-    results = load(book.root)
+    results = load_results(book.root)
     (nacl,) = areas(results, points(results)).to_dict("records")
     # the first sample counts at neither point
     assert nacl["n"] == 19 and nacl["area"] == pytest.approx((100 * 10 / 19 + 100) / 2)
@@ -228,7 +228,7 @@ def test_an_area_is_over_the_samples_that_all_its_points_have(book):
 def test_a_cell_of_other_conditions_than_its_full_cache_is_named(book):
     book.cell(scores=[1.0], torch="2.11")
     book.cell("nacl", [1.0], 0.5, torch="2.12")
-    results = load(book.root)
+    results = load_results(book.root)
     assert set(points(results)["label"]) == {"full", "nacl"}
     (said,) = results.problems
     assert "nacl at budget 0.5" in said and "torch is 2.12, was 2.11" in said and "code" not in said
@@ -238,7 +238,7 @@ def test_bits_are_places_on_one_curve_and_never_pooled_like_seeds(book):
     book.cell(scores=[1.0] * 4)
     for key, score in ((2, 0.0), (4, 1.0)):
         book.cell("kivi", [score] * 4, 1.0, share=key / 16, config={"key_bits": key, "value_bits": key})
-    table = points(load(book.root))
+    table = points(load_results(book.root))
     table = table[table["label"] == "kivi"].set_index("bits")
     assert table["score"].to_dict() == {"2 bits": 0.0, "4 bits": 100.0} and set(table["seeds"]) == {1}
 
@@ -259,12 +259,12 @@ def test_no_two_methods_of_a_family_look_alike_and_none_changes_with_what_is_dra
 
 def test_a_picture_draws_hollow_points_on_a_logarithmic_axis_and_panels_per_category(book):
     fill(book)
-    table = points(load(book.root))
-    (axis,) = (a for a in frontier.draw(table, "held").axes if a.get_visible())
+    table = points(load_results(book.root))
+    (axis,) = (a for a in frontier.draw_frontier(table, "held").axes if a.get_visible())
     lines = {tuple(round(x, 3) for x in line.get_xdata()): line for line in axis.lines}
     assert axis.get_xscale() == "log" and lines[(0.01,)].get_markerfacecolor() == "white"
     assert lines[(0.25, 0.5)].get_markerfacecolor() != "white"
-    figure = frontier.draw(table, "held", log=False, categories=True)
+    figure = frontier.draw_frontier(table, "held", log=False, categories=True)
     assert figure.get_suptitle() == "tiny"
     assert [a.get_title() for a in figure.axes] == ["quiz-mini (aware): QA", "quiz-mini (aware): summaries"]
     assert figure.axes[0].get_xscale() == "linear"
@@ -272,9 +272,9 @@ def test_a_picture_draws_hollow_points_on_a_logarithmic_axis_and_panels_per_cate
 
 def test_a_point_with_many_samples_above_the_budget_is_drawn_hollow(book):
     fill(book)
-    table = points(load(book.root))
+    table = points(load_results(book.root))
     above = table.assign(above=np.where(table["share"].round(3) == 0.5, table["n"], 0))
-    (axis,) = (a for a in frontier.draw(above, "held").axes if a.get_visible())
+    (axis,) = (a for a in frontier.draw_frontier(above, "held").axes if a.get_visible())
     hollow = [line for line in axis.lines if line.get_markerfacecolor() == "white"]
     found = {tuple(round(x, 3) for x in line.get_xdata()): line for line in hollow}
     assert (0.5,) in found and found[(0.5,)].get_linestyle() == "None"
@@ -284,7 +284,7 @@ def test_a_legend_of_long_names_fits_the_width_of_one_column(book):
     book.cell(scores=[1.0])
     for i in range(6):
         book.cell(f"a_method_with_a_long_name_{i}", [1.0], 0.5)
-    figure = frontier.draw(points(load(book.root)), "held", columns=1)
+    figure = frontier.draw_frontier(points(load_results(book.root)), "held", columns=1)
     figure.canvas.draw()
     (legend,) = figure.legends
     box = legend.get_window_extent()
@@ -297,12 +297,12 @@ def test_what_scores_no_more_than_guessing_or_than_random_slots_is_on_no_front(b
     book.cell("h2o", [1.0] * 10 + [0.0] * 30, 0.1)
     book.cell("random", [1.0] * 12 + [0.0] * 28, 0.1)
     book.cell("nacl", [1.0] * 30 + [0.0] * 10, 0.2)
-    table = points(load(book.root))
+    table = points(load_results(book.root))
     assert set(table[on_front(table)]["label"]) == {"random", "nacl", "full"}
 
 
 def test_a_difference_whose_p_says_nothing_is_a_tie(book):
     book.cell(scores=[1.0] * 3)
     book.cell("nacl", [0.0] * 3, 0.5)
-    table = points(load(book.root)).set_index("label")
+    table = points(load_results(book.root)).set_index("label")
     assert table.loc["nacl", "difference_high"] < 0 and table.loc["nacl", "p_holm"] > 0.05 and table.loc["nacl", "tie"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from analysis import frontier
-from analysis.load import load
+from analysis.load import load_results
 
 FORMAT_1 = Path(__file__).parent / "format_1"  # written by commit 4be9054
 BEFORE, AFTER = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
@@ -22,7 +22,7 @@ def edited(book):
 
 
 def test_the_newest_generation_is_drawn_and_the_others_are_named_in_one_line(edited):
-    found = load(edited.root)
+    found = load_results(edited.root)
     assert sorted(found.cells["method"]) == ["full", "nacl"]
     assert found.by_cell[found.cells.query("method == 'nacl'").index[0]]["score"].tolist() == [0.0, 1.0]
     (said,) = found.problems
@@ -39,30 +39,30 @@ def test_a_generation_that_has_finished_nothing_yet_hides_no_other(book):
     book.cell(scores=[1.0], began=BEFORE)
     book.cell("nacl", [1.0], 0.5, code="sooner", began=BEFORE)
     book.cell("nacl", [None], 0.5, code="later", began=AFTER)
-    found = load(book.root)
+    found = load_results(book.root)
     assert found.finished["score"].tolist() == [1.0, 1.0] and len(found.problems) == 1
 
 
 def test_other_weights_in_the_same_place_are_a_generation_and_elsewhere_another_model(book):
     book.cell(weights="sha256:1", place="a", began=BEFORE)
     book.cell(weights="sha256:2", place="a", began=AFTER)
-    assert load(book.root).cells["model"].tolist() == ["tiny"]
+    assert load_results(book.root).cells["model"].tolist() == ["tiny"]
     book.cell(weights="sha256:3", place="b", began=BEFORE)
-    assert sorted(load(book.root).cells["model"]) == ["tiny (weights=2)", "tiny (weights=3)"]
+    assert sorted(load_results(book.root).cells["model"]) == ["tiny (weights=2)", "tiny (weights=3)"]
 
 
 def test_a_method_that_was_not_run_again_is_not_paired_with_a_full_cache_of_other_files(book):
     book.cell(files="old", place="a", began=BEFORE)
     book.cell("nacl", [0.0], 0.5, files="old", place="a", began=BEFORE)
     book.cell(files="new", place="a", began=AFTER)
-    found = load(book.root)
+    found = load_results(book.root)
     assert sorted(found.cells["model"]) == ["tiny (files=new)", "tiny (files=old)"]
-    assert sorted(load(book.root, all_generations=True).cells["method"]) == ["full", "full", "nacl"]
+    assert sorted(load_results(book.root, all_generations=True).cells["method"]) == ["full", "full", "nacl"]
 
 
 def test_a_record_written_before_generations_is_read(tmp_path):
     shutil.copytree(FORMAT_1, tmp_path, dirs_exist_ok=True)
-    found = load(tmp_path)
+    found = load_results(tmp_path)
     assert not found.problems and sorted(found.cells["method"]) == ["full", "nacl"]
     assert found.by_cell[found.cells.query("method == 'nacl'").index[0]]["score"].tolist() == [0.0, 1.0, 0.0]
     assert found.cells["weights"].unique().tolist() == ["sha256:5b7a78db16355bfb"]
@@ -78,11 +78,11 @@ def test_a_record_written_before_generations_is_older_than_one_written_since(boo
         newer = newer.replace('"commit"', f'"began": "{AFTER}", "place": "p", "commit"')
         shutil.copytree(folder, book.root / f"{cell}-new")
         (book.root / f"{cell}-new" / "cell.json").write_text(newer)
-    found = load(book.root)
+    found = load_results(book.root)
     assert sorted(found.cells.index) == ["full-new", "nacl-new"] and found.cells["model"].unique().tolist() == [
         "reference"
     ]
     # the full cache's stays, since the method's older record has nothing else beside it
     shutil.rmtree(book.root / "nacl-new")
-    found = load(book.root)
+    found = load_results(book.root)
     assert sorted(found.cells.index) == ["full-new", "nacl"] and found.cells["model"].unique().tolist() == ["reference"]

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from analysis.files import write_csv
-from analysis.load import load
+from analysis.load import load_results
 from analysis.points import points
 from runners.cells import Run
 from runners.engine.rows import about
 from runners.report import run_table, sweep_table, wandb_runs
-from runners.report.compare import compare
+from runners.report.compare import compare_scores
 from tasks.base import Example, Task
 from tasks.gsm8k import GSM8K
 from tasks.lm_eval_harness import LmEval
@@ -141,7 +141,7 @@ def test_screen_sweep_wandb_and_frontier_print_one_interval(name, book, tmp_path
     ours, full = ({e.id: {**done(e.id), **about(e), **scores(task, e, draw)} for e in examples} for _ in range(2))
     for method, rows in (("full", full), ("h2o", ours)):
         record(book, task, method, rows)
-    write_csv(tmp_path / "frontier.csv", points(load(book.root)))
+    write_csv(tmp_path / "frontier.csv", points(load_results(book.root)))
     drawn = numbers(tmp_path)
     sign = 1 if task.metric.better == "higher" else -1
 
@@ -151,7 +151,7 @@ def test_screen_sweep_wandb_and_frontier_print_one_interval(name, book, tmp_path
 
     run: Any = SimpleNamespace(task=task, examples=examples)
     run.scored = lambda *given, **more: Run.scored(run, *given, **more)
-    rows = compare(task, run.scored(ours, full), RESAMPLES, seed=0)
+    rows = compare_scores(task, run.scored(ours, full), RESAMPLES, seed=0)
     shown = {one.interval for one in rows}
 
     # W&B: the mean over the whole task
@@ -177,6 +177,6 @@ def test_the_order_of_samples_and_rows_beside_it_leave_an_interval_alone():
     task = Needle(limit=12)
     draw = np.random.default_rng(3)
     samples = [(e, float(draw.random()), float(draw.random())) for e in task.examples()]
-    found = {(one.row.kind, one.row.name): one.interval for one in compare(task, samples, 500, 0)}
+    found = {(one.row.kind, one.row.name): one.interval for one in compare_scores(task, samples, 500, 0)}
     turned = [samples[i] for i in draw.permutation(len(samples))]
-    assert {(one.row.kind, one.row.name): one.interval for one in compare(task, turned, 500, 0)} == found
+    assert {(one.row.kind, one.row.name): one.interval for one in compare_scores(task, turned, 500, 0)} == found

@@ -3,7 +3,7 @@
 import numpy as np
 
 from analysis import leaderboard
-from analysis.load import load
+from analysis.load import load_results
 from analysis.paired import gathered
 
 
@@ -18,7 +18,7 @@ def fill(book):
 
 def test_methods_that_are_no_more_than_noise_apart_share_a_rank(book):
     fill(book)
-    found = leaderboard.ranking(list(gathered(load(book.root))), "tiny", "aware", 0.5)
+    found = leaderboard.ranking(list(gathered(load_results(book.root))), "tiny", "aware", 0.5)
     ranks, apart = found.rows, found.apart
     ranks = ranks.set_index("method")
     assert ranks["rank"].to_dict() == {"nacl": 1, "snapkv": 1, "random": 3} and not apart
@@ -28,7 +28,7 @@ def test_methods_that_are_no_more_than_noise_apart_share_a_rank(book):
 
 def test_a_method_that_lacks_a_task_is_not_ranked_and_is_named(book, capsys):
     fill(book)
-    found = leaderboard.ranking(list(gathered(load(book.root))), "tiny", "aware", 0.5)
+    found = leaderboard.ranking(list(gathered(load_results(book.root))), "tiny", "aware", 0.5)
     assert set(found.rows["method"]) == {"nacl", "snapkv", "random"} and set(found.rows["n"]) == {40}
     assert found.lacking == {"h2o": ["two-mini"]}
     assert leaderboard.main([str(book.root)]) == 0
@@ -41,7 +41,7 @@ def test_methods_on_different_tasks_are_not_ranked_together_and_n_counts_no_task
     for method, second in (("nacl", "two-mini"), ("h2o", "zoo-mini")):
         book.cell(method, [1.0] * 20, 0.5, task="one-mini")
         book.cell(method, [1.0] * 20, 0.5, task=second)
-    found = leaderboard.ranking(list(gathered(load(book.root))), "tiny", "aware", 0.5)
+    found = leaderboard.ranking(list(gathered(load_results(book.root))), "tiny", "aware", 0.5)
     assert list(found.rows["method"]) == ["h2o"] and list(found.rows["n"]) == [40]
     assert found.lacking == {"nacl": ["zoo-mini"]}
 
@@ -50,7 +50,7 @@ def test_the_worst_task_stands_beside_the_mean(book):
     for task, score in (("one-mini", 1.0), ("two-mini", 0.25)):
         book.cell(scores=[1.0] * 4, task=task)
         book.cell("nacl", [score] * 4, 0.5, task=task)
-    ranks = leaderboard.ranking(list(gathered(load(book.root))), "tiny", "aware", 0.5).rows
+    ranks = leaderboard.ranking(list(gathered(load_results(book.root))), "tiny", "aware", 0.5).rows
     assert ranks[["retained", "worst task", "tasks", "n"]].iloc[0].tolist() == ["62.5%", "two-mini 25.0%", 2, 8]
 
 
@@ -59,7 +59,7 @@ def test_a_task_near_chance_is_named_and_counts_nowhere(book, capsys):
     guess = [{"tags": {"gold": 0, "n": 4}}] * 40
     book.cell(scores=[1.0, 0.0, 0.0, 0.0] * 10, task="guess-mini", rows=guess)
     book.cell("nacl", [0.0] * 40, 0.5, task="guess-mini", rows=guess)
-    found = leaderboard.ranking(list(gathered(load(book.root))), "tiny", "aware", 0.5)
+    found = leaderboard.ranking(list(gathered(load_results(book.root))), "tiny", "aware", 0.5)
     ranks, apart = found.rows, found.apart
     assert apart == ["guess-mini"] and ranks.set_index("method").loc["nacl", "retained"] == "100.0%"
     assert leaderboard.main([str(book.root)]) == 0
@@ -71,7 +71,7 @@ def test_losses_are_not_ranked_and_no_score_is_named_near_chance_for_it(book):
     metric = {"name": "nll", "unit": "nats", "better": "lower", "scale": 1, "digits": 3}
     book.cell(scores=[2.0] * 20, task="text-mini", metric=metric)
     book.cell("nacl", [3.0] * 20, 0.5, task="text-mini", metric=metric)
-    found = leaderboard.ranking(list(gathered(load(book.root))), "tiny", "aware", 0.5)
+    found = leaderboard.ranking(list(gathered(load_results(book.root))), "tiny", "aware", 0.5)
     ranks, apart = found.rows, found.apart
     assert set(ranks["tasks"]) == {2} and not apart
 
@@ -80,7 +80,7 @@ def test_methods_are_ranked_on_the_samples_that_all_of_them_have(book):
     book.cell(scores=[1.0] * 8)
     book.cell("nacl", [1.0] * 4 + [0.0] * 4, 0.5)
     book.cell("snapkv", [None, None, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0], 0.5)
-    ranks = leaderboard.ranking(list(gathered(load(book.root))), "tiny", "aware", 0.5).rows
+    ranks = leaderboard.ranking(list(gathered(load_results(book.root))), "tiny", "aware", 0.5).rows
     assert ranks.set_index("method")["retained"].to_dict() == {"snapkv": "66.7%", "nacl": "33.3%"}
     assert set(ranks["n"]) == {6}
 

@@ -1,6 +1,6 @@
 """What must not be mixed gets names of its own."""
 
-from analysis.load import load
+from analysis.load import load_results
 from analysis.names import bits
 from analysis.points import points
 
@@ -9,7 +9,7 @@ def test_one_model_with_two_sets_of_weights_is_two_models(book):
     for weights, score in (("sha256:" + "a" * 16, 1.0), ("sha256:" + "b" * 16, 0.0)):
         book.cell(scores=[1.0] * 4, weights=weights)
         book.cell("nacl", [score] * 4, 0.5, weights=weights)
-    table = points(load(book.root)).set_index(["model", "label"])["score"]
+    table = points(load_results(book.root)).set_index(["model", "label"])["score"]
     assert table[f"tiny (weights={'a' * 16})", "nacl"] == 100 and table[f"tiny (weights={'b' * 16})", "nacl"] == 0
 
 
@@ -18,7 +18,7 @@ def test_one_task_with_other_data_is_another_task(book):
         own = {"data_sha256": digest, "version": 3}
         book.cell(scores=[1.0] * 4, fingerprint=own)
         book.cell("nacl", [score] * 4, 0.5, fingerprint=own)
-    table = points(load(book.root)).set_index(["task", "label"])["score"]
+    table = points(load_results(book.root)).set_index(["task", "label"])["score"]
     assert table["quiz-mini (data_sha256=11111111)", "nacl"] == 100
     assert table["quiz-mini (data_sha256=22222222)", "nacl"] == 0
 
@@ -27,7 +27,7 @@ def test_a_cap_that_follows_the_budget_is_one_task_whose_cells_have_full_caches_
     for cap, full in ((64, 1.0), (128, 0.5)):
         book.cell(scores=[full] * 4, fingerprint={"cap": cap})
         book.cell("nacl", [0.5] * 4, float(cap), fingerprint={"cap": cap})
-    table = points(load(book.root))
+    table = points(load_results(book.root))
     assert set(table["task"]) == {"quiz-mini"}
     assert table[table["label"] == "nacl"].set_index("budget")["full"].to_dict() == {64.0: 100.0, 128.0: 50.0}
 
@@ -35,7 +35,7 @@ def test_a_cap_that_follows_the_budget_is_one_task_whose_cells_have_full_caches_
 def test_names_are_left_alone_where_nothing_differs(book):
     book.cell(scores=[1.0], fingerprint={"data_sha256": "1" * 64})
     book.cell(scores=[1.0], task="other-mini", fingerprint={"data_sha256": "2" * 64})
-    found = load(book.root).cells
+    found = load_results(book.root).cells
     assert set(found["model"]) == {"tiny"} and set(found["task"]) == {"quiz-mini", "other-mini"}
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from analysis import records
-from analysis.load import load
+from analysis.load import load_results
 from analysis.points import points
 from tests.rows import done
 from tests.wrong_fields import WRONG, changed, every, text
@@ -32,7 +32,7 @@ def test_a_wrong_field_of_a_cell_file_costs_no_other_record(book, part):
         folder.mkdir()
         (folder / "cell.json").write_text(text(cell))
         (folder / "samples.jsonl").write_text(samples)
-    found = load(book.root, all_generations=True)
+    found = load_results(book.root, all_generations=True)
     out = [line.partition(": left out, ")[0] for line in found.problems]
     assert len(out) == len(set(out)) and all(len(line.splitlines()) == 1 for line in found.problems)
     assert len(found.cells) + len(out) == len(wrong) + 2 and len(out) > len(wrong) / 3
@@ -54,7 +54,7 @@ def test_a_wrong_field_of_a_sample_costs_no_other_sample(book):
     whole(book, "full", [1.0] * len(wrong))
     record = whole(book, "nacl", [1.0])
     (record / "samples.jsonl").write_text("".join(f"{text(row)}\n" for row in own))
-    found = load(book.root)
+    found = load_results(book.root)
     name = record.relative_to(book.root).as_posix()
     said = re.findall(
         rf"^{name}: line (\d+) of samples\.jsonl is no sample, left out \(.+\)$", "\n".join(found.problems), re.M
@@ -79,7 +79,7 @@ def test_a_sample_without_a_finite_score_is_left_out_by_file_and_line(book, wron
     lines[1].pop("score")
     lines[1] |= {} if wrong == "missing" else {"score": wrong}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = load(book.root)
+    found = load_results(book.root)
     (said,) = found.problems
     assert "line 2 of samples.jsonl is no sample, left out" in said and "score" in said
     assert found.finished["score"].tolist() == [1.0]
@@ -91,7 +91,7 @@ def test_runs_that_are_none_are_named_and_the_other_records_are_given(book, runs
     book.cell(scores=[1.0])
     path = book.cell("nacl", [1.0], 0.5) / "cell.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"runs": runs}))
-    found = load(book.root)
+    found = load_results(book.root)
     assert said in found.problems[0] and "its cell.json is broken" in found.problems[0]
     assert found.cells["method"].tolist() == ["full"]
 
@@ -101,7 +101,7 @@ def test_samples_that_are_a_folder_are_named_and_the_other_records_are_given(boo
     path = book.cell("nacl", [1.0], 0.5) / "samples.jsonl"
     path.unlink()
     path.mkdir()
-    found = load(book.root)
+    found = load_results(book.root)
     assert found.problems[0].endswith(f"left out, {path} cannot be read (Is a directory)")
     assert found.cells["method"].tolist() == ["full"]
 

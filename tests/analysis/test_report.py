@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from analysis import report
-from analysis.load import load
+from analysis.load import load_results
 from analysis.points import points
 
 SUBSETS = [("qa", "QA")] * 6 + [("sum", "summaries")] * 6
@@ -78,7 +78,7 @@ def test_seeds_that_were_pooled_are_all_named_and_their_flips_shown(book):
     book.cell(scores=[1.0, 1.0])
     for seed, scores in ((0, [0.0, 1.0]), (1, [0.0, 0.0])):
         book.cell("random", scores, 0.5, seed=seed)
-    data = report.contents(*(lambda r: (r, points(r).assign(front=False)))(load(book.root)))
+    data = report.contents(*(lambda r: (r, points(r).assign(front=False)))(load_results(book.root)))
     at = data["points"]["label"].index("random")
     assert len(data["points"]["cells"][at]) == 2 == data["points"]["seeds"][at]
     assert sorted(len(data["flips"][cell]["samples"]) for cell in data["points"]["cells"][at]) == [1, 2]
@@ -87,7 +87,7 @@ def test_seeds_that_were_pooled_are_all_named_and_their_flips_shown(book):
 def test_speeds_are_those_of_cells_that_ran_alone(book):
     book.cell(scores=[1.0, 1.0], rows=[{"group": 2}, {}])
     book.cell("nacl", [1.0, 1.0], 0.5, rows=[{"group": 2}] * 2)
-    results = load(book.root)
+    results = load_results(book.root)
     data = report.contents(results, points(results).assign(front=False))
     speeds = {
         name.split("/")[-1].split("-")[0]: (c["prompt"], c["decode"], c["timed"]) for name, c in data["cells"].items()
@@ -98,7 +98,7 @@ def test_speeds_are_those_of_cells_that_ran_alone(book):
 def test_many_flips_share_a_bounded_room(book, monkeypatch):
     fill(book)
     monkeypatch.setattr(report, "TEXT_BYTES", 400)
-    results = load(book.root)
+    results = load_results(book.root)
     data = report.contents(results, points(results).assign(front=False))
     shown = [ours for own in data["flips"].values() for _, _, ours, _ in own["samples"]]
     texts = [
@@ -114,7 +114,7 @@ def test_flips_are_of_every_subset_and_maps_of_every_category(book, monkeypatch)
     places = [{"tags": {"length": 256, "depth": 0 if name == "c" else 50}} for name, _ in subsets]
     book.cell(scores=[1.0] * 18, subsets=subsets, rows=places)
     book.cell("nacl", [0.0] * 18, 0.5, subsets=subsets, rows=places)
-    results = load(book.root)
+    results = load_results(book.root)
     data = report.contents(results, points(results).assign(front=False))
     (own,) = data["flips"].values()
     assert [name.split("/")[0] for name, *_ in own["samples"]] == ["a", "b", "c", "a", "b", "c", "c", "c"]

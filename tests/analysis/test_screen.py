@@ -21,7 +21,7 @@ NAMES = ("method", "budget", "n", "score", "difference", "95 % interval", "KV by
 
 
 def printed(rows, names, width, **settings):
-    made = screen.table(*names, left=("worst",))
+    made = screen.new_table(*names, left=("worst",))
     for row in rows:
         made.add_row(*row)
     console = Console(file=io.StringIO(), width=width, **settings)
@@ -60,10 +60,10 @@ def test_a_name_longer_than_the_screen_is_folded_and_loses_nothing():
 def test_without_a_terminal_or_columns_a_table_is_made_for_80_columns(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     file = io.StringIO()
-    made = screen.table(*NAMES)
+    made = screen.new_table(*NAMES)
     for row in ROWS:
         made.add_row(*row)
-    screen.draw(made, file)
+    screen.print_table(made, file)
     assert max(map(len, file.getvalue().splitlines())) <= 80 and "-36.08 to -23.21" in file.getvalue()
 
 

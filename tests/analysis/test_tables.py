@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from analysis import tables
-from analysis.load import NothingToRead, load
+from analysis.load import NothingToRead, load_results
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +22,7 @@ def fill(book):
 
 def test_a_table_has_a_line_per_method_and_budget_and_ties_in_bold(book):
     fill(book)
-    lines = tables.grid(tables.snapshot(load(book.root), "")).splitlines()
+    lines = tables.grid(tables.snapshot(load_results(book.root), "")).splitlines()
     assert lines[0] == "| method | budget | bytes held | other-mini | quiz-mini |"
     assert lines[2] == "| full | 1 | 100.0% | 100.0 | 100.0 |"
     assert lines[3] == "| nacl | 0.5 | 50.0% |  | **100.0** (+0, +0) |"
@@ -32,7 +32,7 @@ def test_a_table_has_a_line_per_method_and_budget_and_ties_in_bold(book):
 
 def test_what_a_paper_claims_stands_in_the_first_line_of_its_method(book):
     fill(book)
-    made = tables.snapshot(load(book.root), "", {"nacl": "half is enough"})
+    made = tables.snapshot(load_results(book.root), "", {"nacl": "half is enough"})
     assert [row["expected"] for row in made["points"] if row["label"] == "nacl"] == ["half is enough"] * 2
     lines = tables.grid(made).splitlines()
     assert lines[0].endswith("| the paper's claim |")
@@ -46,7 +46,7 @@ def test_cells_that_name_their_bits_have_a_line_each(book):
     book.cell("kivi", [1.0] * 13 + [0.0] * 3, config={"key_bits": 4, "value_bits": 2}, share=3 / 16)
     for table, share in (("tables/C3.25.yaml", 0.2), ("C2.25", 0.14), ("C2.50", 0.15)):
         book.cell("kvtuner", [1.0] * 16, config={"table": table}, share=share)
-    lines = tables.grid(tables.snapshot(load(book.root), "")).splitlines()
+    lines = tables.grid(tables.snapshot(load_results(book.root), "")).splitlines()
     assert [line.split(" (")[0] for line in lines[3:]] == [
         "| kivi | 4 bits | 25.0% | **100.0**",
         "| kivi | K4V2 | 18.8% | **81.2**",
@@ -59,7 +59,7 @@ def test_cells_that_name_their_bits_have_a_line_each(book):
 
 def test_a_page_is_filled_between_its_marks(book, tmp_path):
     fill(book)
-    (tmp_path / "quiz.json").write_text(json.dumps(tables.snapshot(load(book.root), "python run.py")))
+    (tmp_path / "quiz.json").write_text(json.dumps(tables.snapshot(load_results(book.root), "python run.py")))
     text = "before\n<!-- table: quiz -->\nold\n<!-- end -->\nafter\n"
     made = tables.fill(text, tmp_path)
     assert "old" not in made and made.startswith("before\n") and made.endswith("\nafter\n")
@@ -95,7 +95,7 @@ def test_a_figure_is_shown_with_its_command_once_it_is_there(book, tmp_path):
     text = "<!-- figure: quiz -->\n<!-- end -->\n"
     assert tables.fill(text, tmp_path) == text
     fill(book)
-    (tmp_path / "quiz.json").write_text(json.dumps(tables.snapshot(load(book.root), "python run.py")))
+    (tmp_path / "quiz.json").write_text(json.dumps(tables.snapshot(load_results(book.root), "python run.py")))
     made = tables.fill(text, tmp_path)
     assert (
         "(benchmarks/results/quiz.png)" in made and "`python run.py`, n = 8 (other-mini), 8 (quiz-mini); every" in made
@@ -160,7 +160,7 @@ def test_the_command_writes_the_points_and_the_samples_behind_them(book, tmp_pat
     monkeypatch.setattr(tables, "HOME", tmp_path)
     assert tables.main([str(book.root), "--name", "quiz", "--command", "python run.py"]) == 0
     made = json.loads((tmp_path / "benchmarks" / "results" / "quiz.json").read_text())
-    again = tables.snapshot(load(tmp_path / "benchmarks" / "results" / "quiz.parquet"), "python run.py")
+    again = tables.snapshot(load_results(tmp_path / "benchmarks" / "results" / "quiz.parquet"), "python run.py")
     assert made == again and made["points"] and "quiz.parquet" in capsys.readouterr().out
 
 

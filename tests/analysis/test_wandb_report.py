@@ -5,7 +5,7 @@ import json
 import pytest
 
 from analysis import report
-from analysis.load import load
+from analysis.load import load_results
 from analysis.pages import wandb_report
 from analysis.report import main
 
@@ -99,4 +99,4 @@ def test_a_client_that_fails_costs_no_report(results, capsys, monkeypatch):
 def test_no_report_is_made_unless_it_is_asked_for(results, monkeypatch):
     monkeypatch.setattr(report, "page", lambda results: "")
     assert main([str(results)]) == 0
-    assert not (results / "report.wandb.json").exists() and load(results).problems == []
+    assert not (results / "report.wandb.json").exists() and load_results(results).problems == []

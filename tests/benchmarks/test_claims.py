@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from analysis.load import NothingToRead, load
+from analysis.load import NothingToRead, load_results
 from analysis.stats import Estimate
 from benchmarks import claims, tables
 from benchmarks.claims import Records
@@ -20,7 +20,7 @@ def book(tmp_path):
 
 
 def records(book) -> Records:
-    return Records(load(book.root))
+    return Records(load_results(book.root))
 
 
 def test_an_interval_has_three_verdicts_and_a_tie_is_no_win():

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from methods import method_names
 from methods.core import allocate, capped, contract, eviction, store
-from runners.settings.check import check
+from runners.settings.check import check_config
 from runners.settings.trainers import for_trainer
 from runners.settings.words import read as setting
 from tests.docs.pages import PAGES, README, ROOT, blocks, read, rows, without_blocks
@@ -116,7 +116,7 @@ def test_a_command_of_the_pages_can_be_given(page, line):
         targets = re.findall(r"^(\w[\w-]*):", read(ROOT / "Makefile"), re.M)
         assert {word for word in words[1:] if "=" not in word} <= set(targets)
     elif words[1] == "run.py":
-        check(composed(*settings(for_trainer(words[2:]))))
+        check_config(composed(*settings(for_trainer(words[2:]))))
     elif words[1] != "-c":
         path = ROOT / words[1] if words[1] != "-m" else ROOT.joinpath(*words[2].split("."))
         main = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")

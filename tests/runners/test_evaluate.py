@@ -8,7 +8,7 @@ import pytest
 from analysis.records import of_sample
 from runners.evaluate import cost_rows
 from runners.report import run_table as show
-from runners.report.compare import compare
+from runners.report.compare import compare_scores
 from tasks.base import Example, Task
 from tasks.needle import Needle
 from tasks.ruler.task import Ruler
@@ -43,20 +43,20 @@ def scored(**subsets: tuple[str, list[float], list[float]]) -> list[tuple[Exampl
 
 
 def test_rows_are_the_tasks_own_and_differences_are_theirs():
-    rows = compare(Toy(), scored(a=("x", [1, 0], [1, 1]), b=("x", [0.5], [0.25])), resamples=50, seed=0)
+    rows = compare_scores(Toy(), scored(a=("x", [1, 0], [1, 1]), b=("x", [0.5], [0.25])), resamples=50, seed=0)
     found = {one.row.name: (one.row.score, one.full.score, one.difference) for one in rows}
     assert found == {"a": (50.0, 100.0, -50.0), "b": (50.0, 25.0, 25.0), "x": (50.0, 62.5, -12.5)}
 
 
 def test_equal_scores_have_an_interval_of_nothing():
     ours = [0.0, 1.0, 0.5, 0.25]
-    (row, _) = compare(Toy(), scored(a=("x", ours, ours)), resamples=200, seed=0)
+    (row, _) = compare_scores(Toy(), scored(a=("x", ours, ours)), resamples=200, seed=0)
     assert row.interval == (0.0, 0.0)
 
 
 def test_one_sample_of_a_subset_has_no_interval_and_gives_its_category_none():
     samples = scored(a=("x", [1.0], [0.5]), b=("x", [1.0, 0.0], [0.5, 0.5]))
-    found = {one.row.name: one.interval for one in compare(Toy(), samples, resamples=200, seed=0)}
+    found = {one.row.name: one.interval for one in compare_scores(Toy(), samples, resamples=200, seed=0)}
     assert found["a"] is None and found["x"] is None and found["b"] == (-50.0, 50.0)
 
 
@@ -64,7 +64,7 @@ def test_the_interval_is_the_percentile_one_of_paired_differences():
     rng = np.random.default_rng(1)
     full = rng.random(400)
     ours = np.clip(full - 0.1 + 0.05 * rng.standard_normal(400), 0, 1)
-    low, high = compare(Toy(), scored(a=("x", list(ours), list(full))), resamples=2000, seed=0)[0].interval
+    low, high = compare_scores(Toy(), scored(a=("x", list(ours), list(full))), resamples=2000, seed=0)[0].interval
     differences = 100 * (ours - full)
     half = 1.96 * differences.std() / np.sqrt(400)  # pairing makes it narrow: unpaired it would be four points wide
     assert low == pytest.approx(differences.mean() - half, abs=0.1)
@@ -74,15 +74,15 @@ def test_the_interval_is_the_percentile_one_of_paired_differences():
 def test_a_categorys_interval_weighs_subsets_and_not_samples():
     # the large subset never changes, the small one always loses everything: the category loses half, for certain
     samples = scored(a=("x", [1.0] * 50, [1.0] * 50), b=("x", [0.0] * 2, [1.0] * 2))
-    category = next(one for one in compare(Toy(), samples, resamples=100, seed=0) if one.row.name == "x")
+    category = next(one for one in compare_scores(Toy(), samples, resamples=100, seed=0) if one.row.name == "x")
     assert category.difference == -50 and category.interval == (-50.0, -50.0)
 
 
 def test_intervals_do_not_depend_on_what_else_is_in_the_table():
     alone = scored(a=("x", [1.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 0.0]))
     more = alone + scored(b=("y", [1.0, 0.0], [0.0, 0.0]))
-    found = {one.row.name: one.interval for one in compare(Toy(), more, 300, 0)}
-    assert compare(Toy(), alone, 300, 0)[0].interval == found["a"] == found["x"] != found["b"]
+    found = {one.row.name: one.interval for one in compare_scores(Toy(), more, 300, 0)}
+    assert compare_scores(Toy(), alone, 300, 0)[0].interval == found["a"] == found["x"] != found["b"]
 
 
 def place(kind: str, group: str, i: int) -> Example:
@@ -95,7 +95,7 @@ def test_a_subset_called_like_its_category_counts_every_sample_once(task):
     lost, kept, n = 5, 35, 40
     samples = [(place("passkey", "passkey", i), float(i >= lost), 1.0) for i in range(n)]
     assert kept == n - lost
-    found = {one.row.name: one.interval for one in compare(task, samples, resamples=4000, seed=0)}
+    found = {one.row.name: one.interval for one in compare_scores(task, samples, resamples=4000, seed=0)}
     half = 100 * 1.96 * (lost / n * kept / n / n) ** 0.5  # twice the samples would give 0.7 of it
     low, high = found["passkey"]
     assert low == pytest.approx(-12.5 - half, abs=2.5) and high == pytest.approx(-12.5 + half, abs=2.5)
@@ -103,21 +103,21 @@ def test_a_subset_called_like_its_category_counts_every_sample_once(task):
 
 def test_one_lost_sample_of_eight_is_a_tie_and_one_of_one_has_no_interval():
     samples = [(place("passkey", "passkey", i), float(i > 0), 1.0) for i in range(8)]
-    assert compare(Needle(), samples, 4000, 0)[0].interval[1] == 0.0
-    assert {one.interval for one in compare(Needle(), samples[:1], 4000, 0)} == {None}
+    assert compare_scores(Needle(), samples, 4000, 0)[0].interval[1] == 0.0
+    assert {one.interval for one in compare_scores(Needle(), samples[:1], 4000, 0)} == {None}
 
 
 def test_a_category_called_like_one_of_its_subsets_has_a_row_and_an_interval_of_its_own():
     samples = [(place("vt", "vt", i), 0.0, 1.0) for i in range(4)]
     samples += [(place("vt_long", "vt", i), 1.0, 1.0) for i in range(4)]
-    rows = {one.row.kind: one for one in reversed(compare(Toy(), samples, 100, 0))}
+    rows = {one.row.kind: one for one in reversed(compare_scores(Toy(), samples, 100, 0))}
     assert (rows["subset"].difference, rows["subset"].interval) == (-100.0, (-100.0, -100.0))
     assert (rows["category"].difference, rows["category"].interval) == (-50.0, (-50.0, -50.0))
 
 
 def test_means_are_taken_of_exact_scores_and_rounded_on_screen_only():
     third = [1.0, 0.0, 0.0]
-    rows = compare(Toy(), scored(a=("x", third, third), b=("x", third, third), c=("x", [1.0], [1.0])), 50, 0)
+    rows = compare_scores(Toy(), scored(a=("x", third, third), b=("x", third, third), c=("x", [1.0], [1.0])), 50, 0)
     category = next(one.row for one in rows if one.row.name == "x")
     assert category.score == pytest.approx(500 / 9, abs=1e-9)
     assert show.points(category.score, 2) == "55.56"

@@ -13,7 +13,7 @@ from methods import load_method
 from methods.core.errors import UserError
 from runners.engine.answer import answer, answer_together
 from runners.engine.prompt import Encoder
-from runners.engine.setting import Setting, check
+from runners.engine.setting import Setting, check_protocol
 from tasks.base import Choice, Example, Turn
 from tests.conftest import WORDS
 from tests.runners.engine.test_answer import Echo
@@ -99,14 +99,14 @@ def test_members_of_a_group_find_what_they_find_alone(settings, kind):
 
 
 def test_what_cannot_hold_its_last_token_says_so():
-    check(asked(), "aware", [], "held")
+    check_protocol(asked(), "aware", [], "held")
     for batch, protocol, why in (
         (asked(), "agnostic", "last_token=held: with protocol=query_agnostic"),
         (asked(beams=2), "aware", "task.beams=1"),
         (asked(choices=(Choice("", "a"),)), "aware", "no sample of this task has an answer that is generated"),
     ):
         with pytest.raises(UserError, match=why):
-            check(batch, protocol, [], "held")
+            check_protocol(batch, protocol, [], "held")
 
 
 def test_the_screen_counts_such_answers_and_the_setting_is_part_of_the_cell(

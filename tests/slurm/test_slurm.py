@@ -1,6 +1,6 @@
 """Sweeps on a real SLURM: one array per sweep, jobs that are interrupted in the middle and go on, their logs.
 
-A job stays in the middle of its work for as long as the test itself holds the claims on its last samples: nothing here
+A job stays in the middle of its work for as long as the test itself holds the locks on its last samples: nothing here
 depends on how fast a job is, or on when the test looks.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import run
-from runners.records.sample_locks import Claims
+from runners.records.sample_locks import SampleLocks
 from tests.test_run import write_split
 from tests.test_sweep import comparable, records
 
@@ -71,24 +71,24 @@ def here(settings, tmp_path, monkeypatch) -> Callable[..., Path]:
 
 
 class Held:
-    """The claims on the last samples of some groups of the undisturbed records, in the folder of another sweep."""
+    """The locks on the last samples of some groups of the undisturbed records, in the folder of another sweep."""
 
     def __init__(self, undisturbed: Path, results: Path, groups: int):
         folders = sorted(undisturbed.glob("*/*/full-*"))[:groups]
         self.results = results
-        self.claims = {}
+        self.locks = {}
         for folder in folders:
             ids = [row["id"] for row in records(undisturbed)[folder.name]][-LEFT:]
-            claims = Claims(results / folder.relative_to(undisturbed))
-            held = claims.claim(ids)
+            locks = SampleLocks(results / folder.relative_to(undisturbed))
+            held = locks.hold(ids)
             assert held.__enter__()
-            self.claims[results / folder.relative_to(undisturbed)] = (claims, held)
+            self.locks[results / folder.relative_to(undisturbed)] = (locks, held)
 
     def waits(self) -> tuple[str, Path]:
         """Waits for a job that runs and has recorded all samples but the held ones: its id and the group's folder."""
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
-            for folder in self.claims:
+            for folder in self.locks:
                 logs = list(folder.glob("*_0_log.out"))
                 done = all(
                     path.read_bytes().count(b"\n") == SAMPLES - LEFT for path in folder.glob("samples.jsonl")
@@ -101,9 +101,9 @@ class Held:
         pytest.fail(f"no job was seen in the middle of its work:\n{told(self.results)}")
 
     def let_go(self, folder: Path) -> None:
-        claims, held = self.claims.pop(folder)
+        locks, held = self.locks.pop(folder)
         held.__exit__(None, None, None)
-        claims.close()
+        locks.close()
 
 
 def job(id: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from methods.core.errors import UserError
-from runners.report.compare import compare
+from runners.report.compare import compare_scores
 from tasks.base import as_parts
 from tasks.perplexity import Perplexity, mean_loss, one_pass
 from tasks.tokens import Tokens
@@ -72,7 +72,7 @@ def test_the_table_weighs_pieces_by_their_tokens_too(tmp_path):
     assert (a.weight, b.weight) == (19, 11)
     (row,) = task.summarize([(a, 1.0), (b, 2.0)])
     assert row.score == pytest.approx((19 + 22) / 30, abs=1e-4)
-    (one,) = compare(task, [(a, 1.0, 0.5), (b, 2.0, 1.5)], 50, 0)
+    (one,) = compare_scores(task, [(a, 1.0, 0.5), (b, 2.0, 1.5)], 50, 0)
     assert one.difference == pytest.approx(0.5) and one.interval == pytest.approx((0.5, 0.5))
 
 

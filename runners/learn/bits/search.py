@@ -39,7 +39,7 @@ def tables(groups: Sequence[Group], choices: Sequence[int]) -> Table:
     return tuple(by_layer[layer] for layer in sorted(by_layer))
 
 
-def search(
+def search_tables(
     groups: Sequence[Group],
     score: Score,
     limit: float,

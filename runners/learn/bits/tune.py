@@ -28,7 +28,7 @@ from runners.engine.rows import REASONS
 from runners.engine.setting import check_last_token
 from runners.learn.bits.bit_pairs import Group, group_layers
 from runners.learn.bits.pareto_figure import draw_front
-from runners.learn.bits.search import SAMPLERS, Trial, best_under, front, search
+from runners.learn.bits.search import SAMPLERS, Trial, best_under, front, search_tables
 from runners.learn.bits.sensitivity import RELATIVE, Shift, profile
 from runners.model_setup import ModelSetup, plain
 from runners.records.record import check_writable, digest
@@ -153,7 +153,7 @@ class Tune(Runner):
         tried: list[Trial] = []
         best: dict[float, Trial] = {}
         for limit in self.limits:
-            own = search(groups, rate, limit, self.trials, self.sampler, seed_of(cfg.seed, limit), self.at_once)
+            own = search_tables(groups, rate, limit, self.trials, self.sampler, seed_of(cfg.seed, limit), self.at_once)
             tried += own
             if best_under(own, limit) is None:
                 show.note(f"at most {limit:g} bits: none of the {len(own)} tables searched is within; "
@@ -181,7 +181,7 @@ class Tune(Runner):
             "made_with": {package: metadata.version(package) for package in ("torch", "transformers", "optuna")},
         }
         out = Path(self.out).expanduser() if self.out else artefacts.folders("kvtuner", model)[0] / method.mode
-        write(out, model, method, facts, shifts, groups, tried, alike, worth, best)
+        write_tables(out, model, method, facts, shifts, groups, tried, alike, worth, best)
         for limit, trial in best.items():
             show.say(f"at most {limit:g} bits: {table_name(trial)}, score {trial.score:.4f}")
         for trial in alike:
@@ -263,7 +263,7 @@ class _Errors:
         return [-sum(layer[pair].output for layer, pair in zip(self.shifts, table, strict=True)) for table in tables]
 
 
-def write(
+def write_tables(
     out: Path,
     model: PreTrainedModel,
     method: KVTuner,

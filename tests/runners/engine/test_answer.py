@@ -15,7 +15,7 @@ from runners.engine.answer import answer
 from runners.engine.conversation import dialogue
 from runners.engine.generation import Prompt, generate
 from runners.engine.prompt import Encoder
-from runners.engine.setting import Setting, check
+from runners.engine.setting import Setting, check_protocol
 from tasks.base import Choice, Example, Forced, Task, Timed, Turn
 from tests.bounds import half_digit, near
 
@@ -167,7 +167,7 @@ def test_one_beam_is_greedy_and_four_have_rows_of_their_own(setting):
     assert abs(four["ledger"]["held_prompt"] / greedy["ledger"]["held_prompt"] - 4) < 0.2
     assert 2 <= four["tokens_out"] <= NEW
     with pytest.raises(UserError, match="beam search"):
-        check([replace(plain, beams=4)], "agnostic", [])
+        check_protocol([replace(plain, beams=4)], "agnostic", [])
 
 
 CHOICES = (Choice("\n\nwho?", " the cat"), Choice("\n\nwho?", " nobody"))
@@ -209,12 +209,12 @@ def test_a_failing_sample_does_not_cost_the_others(setting, kind, monkeypatch, t
 def test_one_pass_is_for_the_full_cache_and_says_why():
     forced = Forced("x", "one_pass", 0, 8, 2, 8, range(1, 8))
     example = Example("t/0", "", "", [], 0, forced=forced)
-    check([example], "aware", [load_method("full")])
+    check_protocol([example], "aware", [load_method("full")])
     with pytest.raises(UserError, match=r"before anything is dropped.*task\.through=prefix"):
-        check([example], "aware", [load_method("full"), snapkv()])
+        check_protocol([example], "aware", [load_method("full"), snapkv()])
 
 
 def test_requests_need_the_agnostic_protocol():
     with pytest.raises(UserError, match="give protocol=query_agnostic"):
-        check([talk(history="none")], "aware", [])
-    check([talk(history="none")], "agnostic", [])
+        check_protocol([talk(history="none")], "aware", [])
+    check_protocol([talk(history="none")], "agnostic", [])

@@ -11,10 +11,10 @@ from methods import load_method
 from methods.core.bind import unbound
 from methods.core.errors import UserError
 from runners.engine.answer import answer
-from runners.engine.choices import EncodedChoice, compare, encode
+from runners.engine.choices import EncodedChoice, compare_choices, encode
 from runners.engine.prompt import Encoder
 from runners.engine.session import Session
-from runners.engine.setting import Setting, check
+from runners.engine.setting import Setting, check_protocol
 from tasks.base import Choice, Example
 from tasks.lm_eval.task import LmEval
 from tests.bounds import losses_off, near
@@ -41,7 +41,7 @@ TOKENS = 32  # the longest choice
 
 
 def scores(model, method, asked: list[list[EncodedChoice]], **how: Any) -> list[list[tuple[float, bool]]]:
-    return compare(model, method, asked, list(range(len(asked))), **how)[0]
+    return compare_choices(model, method, asked, list(range(len(asked))), **how)[0]
 
 
 def snapkv(budget: float | int):
@@ -144,8 +144,8 @@ def test_choices_do_not_see_each_other_and_leave_their_start_as_it_is(model, enc
 def test_rows_of_a_batch_have_their_own_scores(model, encoder, tmp_path):
     task = LmEval(TASKS, write(tmp_path), shots=1)
     asked = asked_of(encoder, task)
-    alone = [compare(model, snapkv(8), [own], [i]) for i, own in enumerate(asked)]
-    together, ledgers, _ = compare(model, snapkv(8), asked, list(range(len(asked))))
+    alone = [compare_choices(model, snapkv(8), [own], [i]) for i, own in enumerate(asked)]
+    together, ledgers, _ = compare_choices(model, snapkv(8), asked, list(range(len(asked))))
     for (a, *_), b in zip(alone, together):
         near([x for x, _ in a[0]], [x for x, _ in b], losses_off(TOKENS))
     for (_, (a,), _), b in zip(alone, ledgers, strict=True):
@@ -175,8 +175,8 @@ def test_agnostic_compresses_the_examples_and_reads_the_item_exactly(model, enco
 def test_nothing_before_the_item_is_refused_where_only_that_would_be_compressed(tmp_path):
     examples = LmEval("piqa", write(tmp_path), shots=0).examples()
     with pytest.raises(UserError, match=r"task\.shots"):
-        check(examples, "agnostic", [])
-    check(examples, "aware", [])
+        check_protocol(examples, "agnostic", [])
+    check_protocol(examples, "aware", [])
 
 
 def test_blanks_before_the_text_belong_to_it(encoder, tiny_tokenizer):

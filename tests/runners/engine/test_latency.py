@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from methods import load_method
 from methods.core.errors import UserError
 from runners.engine import latency
-from runners.engine.latency import check, measure, random_tokens
-from runners.report.latency_report import against, curves, draw, ratios, read, table
+from runners.engine.latency import check_lengths, measure, random_tokens
+from runners.report.latency_report import against, curves, draw_latency, latency_table, ratios, read
 from tasks.base import Timed
 from tasks.latency import Latency
 
@@ -99,10 +99,10 @@ def test_the_prompt_is_the_same_for_all_methods_and_follows_the_seed(model):
 
 def test_a_prompt_that_the_model_has_no_positions_for_is_refused_beforehand():
     examples = Latency(lengths=[90, 100], new_tokens=8).examples()
-    check(examples, None)
-    check(examples, 108)
+    check_lengths(examples, None)
+    check_lengths(examples, 108)
     with pytest.raises(UserError, match=r"task.lengths=100: .* give 99 or less"):
-        check(examples, 107)
+        check_lengths(examples, 107)
 
 
 def test_ratios_are_formed_inside_a_round():
@@ -112,7 +112,7 @@ def test_ratios_are_formed_inside_a_round():
 
 
 def test_the_table_has_tokens_per_second_of_all_rows():
-    shown = table([("snapkv 0.25", [row()])])
+    shown = latency_table([("snapkv 0.25", [row()])])
     cells = [next(iter(column.cells)) for column in shown.columns]
     # 2 rows in the median step of 0.03 s
     assert cells[:4] == ["snapkv 0.25", "64", "2", "150.0"] and cells[5] == "30.00" and cells[7] == "67"
@@ -127,7 +127,7 @@ def test_the_full_caches_curve_is_drawn_once_and_from_the_same_rounds(tmp_path, 
     assert [point.length for point in found["snapkv 0.25"]] == [32, 64]
     shown, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (shown.extend(self.axes), save(self, *a, **k)))
-    draw(cells, tmp_path / "latency.png")
+    draw_latency(cells, tmp_path / "latency.png")
     for axis in shown:  # every point is inside its panel
         highest = max(max(line.get_ydata()) for line in axis.get_lines())
         assert axis.get_ylim()[0] == 0 and axis.get_ylim()[1] >= highest
@@ -138,7 +138,7 @@ def test_a_curve_has_one_colour_in_all_panels_whichever_curves_these_have(tmp_pa
     cells = [("kivi 0.25", [row(batch=1)]), ("snapkv 0.25", [row(batch=1), row(batch=2)]), ("full", [row(batch=2)])]
     shown, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (shown.extend(self.axes), save(self, *a, **k)))
-    draw(cells, tmp_path / "latency.png")
+    draw_latency(cells, tmp_path / "latency.png")
     colours = [
         {line.get_label(): line.get_color() for line in axis.get_lines() if len(line.get_xdata())} for axis in shown
     ]

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from kernels.noise import uniform
 from methods import load_method
 from runners.engine.generation import Prompt, generate, together
-from runners.engine.new_tokens import Draw, Limits, NewTokens, Stops, draw
+from runners.engine.new_tokens import Draw, Limits, NewTokens, Stops, draw_tokens
 from runners.engine.prompt import Encoder
 from runners.engine.rows import row_of
 from runners.engine.session import LOOK_EVERY, behind
@@ -161,7 +161,7 @@ def test_probabilities_are_cut_and_drawn_as_worked_by_hand():
 
     def drawn(u: float, top_p: float = 1.0, top_k: int = 0, temperature: float = 0.6) -> int:
         knobs = (torch.tensor([x]) for x in (temperature, top_k, top_p, u))
-        return int(draw(logits, *knobs))
+        return int(draw_tokens(logits, *knobs))
 
     edges = {1.0: [0.631786, 0.90145, 0.986389], 0.95: [0.640504, 0.913889], 0.9: [0.70086], 0.6: []}
     for top_p, at in edges.items():
@@ -242,8 +242,8 @@ def test_two_words_of_a_float16_vocabulary_are_drawn_by_float32_numbers():
     edge = float((logits / 0.7).double().softmax(-1)[0, 0])
     near(edge, 0.806679, half_digit(6))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert int(draw(logits.to(dtype), *knobs, torch.tensor([edge - 1e-4]))) == 0
-        assert int(draw(logits.to(dtype), *knobs, torch.tensor([edge + 1e-4]))) == 1
+        assert int(draw_tokens(logits.to(dtype), *knobs, torch.tensor([edge - 1e-4]))) == 0
+        assert int(draw_tokens(logits.to(dtype), *knobs, torch.tensor([edge + 1e-4]))) == 1
 
 
 def test_a_sample_is_found_under_the_key_that_it_had_before_strings_ended_answers():

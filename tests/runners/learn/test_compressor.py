@@ -14,7 +14,7 @@ from methods.core import artefacts
 from methods.core.errors import UserError
 from runners.engine.loading import find, load_model, load_tokenizer
 from runners.learn import compressor
-from runners.learn.compressor import TrainCompressor, compare, losses, predicted, rows_of, texts
+from runners.learn.compressor import TrainCompressor, compare_with_dropping, losses, predicted, rows_of, split_text
 from tests.bounds import half_digit, losses_off, near
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "read", "about", "long", "rivers", "in", "northern", "woods"]
@@ -180,7 +180,7 @@ def test_rows_cover_the_text_once_and_begin_with_bos(tiny_tokenizer):
 
 
 def test_the_held_out_end_of_a_text_is_not_trained_on(text):
-    trained, held_out = texts(str(text))
+    trained, held_out = split_text(str(text))
     assert trained + held_out == text.read_text()
     assert abs(len(held_out) - len(text.read_text()) / 20) <= 1
 
@@ -188,8 +188,8 @@ def test_the_held_out_end_of_a_text_is_not_trained_on(text):
 def test_rivals_hold_the_same_slots_and_differences_are_of_the_same_rows(made, tiny_model_dir, text):
     model, at = made("one")
     method = small(artefact=str(at / f"{NAME}.safetensors"))
-    rows = rows_of(load_tokenizer(find(str(tiny_model_dir))), texts(str(text))[1], 96)[:4]
-    found = compare(model, method, rows, batch=4)
+    rows = rows_of(load_tokenizer(find(str(tiny_model_dir))), split_text(str(text))[1], 96)[:4]
+    found = compare_with_dropping(model, method, rows, batch=4)
     means = found["nll"]
     for name in ("eta=0", "h2o"):
         gain, low, high = found["gain"][name]

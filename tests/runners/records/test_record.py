@@ -142,24 +142,24 @@ def test_a_folder_that_cannot_be_written_is_a_users_error(tmp_path):
 def test_other_conditions_are_refused_by_name_unless_forced(record):
     write(record, "a/0")
     later = NOW | {"torch": "2.14"}
-    record.check(NOW, force=False)
+    record.check_conditions(NOW, force=False)
     with pytest.raises(UserError, match=r"torch was 2\.13, is 2\.14.*resume=force"):
-        record.check(later, force=False)
-    record.check(later, force=True)
+        record.check_conditions(later, force=False)
+    record.check_conditions(later, force=True)
     with record.begin(later) as writer:
         writer.append(done("a/1"))
     assert [one["conditions"] for one in record.runs()] == [NOW, later]
     assert {row["id"]: row["run"] for row in record.read().values()} == {"a/0": 0, "a/1": 1}
-    record.check(later, force=False)  # forced once, it goes on under the newer ones
+    record.check_conditions(later, force=False)  # forced once, it goes on under the newer ones
 
 
 def test_where_every_sample_had_failed_nothing_can_be_mixed_and_nothing_is_refused(record):
     with record.begin(NOW) as writer:
         writer.append({"id": "a/0", "error": "out of memory"})
-    record.check(NOW | {"torch": "2.14"}, force=False)
+    record.check_conditions(NOW | {"torch": "2.14"}, force=False)
     write(record, "a/1")
     with pytest.raises(UserError, match=r"torch was 2\.13"):
-        record.check(NOW | {"torch": "2.14"}, force=False)
+        record.check_conditions(NOW | {"torch": "2.14"}, force=False)
 
 
 def test_another_code_has_another_folder(tmp_path):

@@ -1,4 +1,4 @@
-"""Claims and shared records between processes."""
+"""Locks on samples and shared records between processes."""
 
 import json
 import multiprocessing
@@ -10,7 +10,7 @@ import pytest
 
 from methods.core.errors import UserError
 from runners.records.record import Record
-from runners.records.sample_locks import Claims
+from runners.records.sample_locks import SampleLocks
 from runners.records.shared_record import SharedRecord
 from tests.rows import done
 
@@ -19,13 +19,13 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def hold(folder, ids, ready, release):
-    with Claims(folder).claim(ids) as got:
+    with SampleLocks(folder).hold(ids) as got:
         ready.put(got)
         release.wait(30)
 
 
 def held_elsewhere(folder, ids):
-    """A process that holds these claims: (process, event that lets it go)."""
+    """A process that holds these locks: (process, event that lets it go)."""
     ready, release = SPAWN.Queue(), SPAWN.Event()
     process = SPAWN.Process(target=hold, args=(folder, ids, ready, release))
     process.start()
@@ -35,14 +35,14 @@ def held_elsewhere(folder, ids):
 
 def test_a_sample_that_another_process_has_cannot_be_claimed_until_it_lets_go(tmp_path):
     process, release = held_elsewhere(tmp_path, ["a", "b"])
-    claims = Claims(tmp_path)
-    with claims.claim(["c"]) as got:
+    locks = SampleLocks(tmp_path)
+    with locks.hold(["c"]) as got:
         assert got
-    with claims.claim(["c", "b"]) as got:
+    with locks.hold(["c", "b"]) as got:
         assert not got
     release.set()
     process.join()
-    with claims.claim(["c", "b"]) as got:
+    with locks.hold(["c", "b"]) as got:
         assert got
 
 
@@ -50,7 +50,7 @@ def test_a_killed_process_gives_its_claims_back(tmp_path):
     process, _ = held_elsewhere(tmp_path, ["a"])
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    with Claims(tmp_path).claim(["a"]) as got:
+    with SampleLocks(tmp_path).hold(["a"]) as got:
         assert got
 
 
@@ -58,7 +58,7 @@ def test_who_waits_gets_the_claim_when_the_other_is_done(tmp_path):
     process, release = held_elsewhere(tmp_path, ["a"])
     release.set()
     began = time.monotonic()
-    with Claims(tmp_path).claim(["a"], wait=True) as got:
+    with SampleLocks(tmp_path).hold(["a"], wait=True) as got:
         assert got and time.monotonic() - began < 30
     process.join()
 
@@ -66,7 +66,7 @@ def test_who_waits_gets_the_claim_when_the_other_is_done(tmp_path):
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        Claims(tmp_path / "file" / "below")
+        SampleLocks(tmp_path / "file" / "below")
 
 
 def record(folder) -> SharedRecord:

@@ -87,7 +87,7 @@ def test_a_wrong_field_of_a_cell_file_hides_that_record_at_most(record):
         runs = record.runs()
         assert isinstance(runs, list) and all(isinstance(run["conditions"], dict) for run in runs)
         if runs:
-            record.check(runs[-1]["conditions"], force=False)
+            record.check_conditions(runs[-1]["conditions"], force=False)
     assert hidden > 50
 
 
@@ -110,7 +110,7 @@ def test_a_record_with_a_wrong_field_is_drawn_or_refused_in_one_line(record):
 
 def timed(folder) -> None:
     label, rows, _ = latency_report.read(folder)
-    latency_report.table([(label, rows)])
+    latency_report.latency_table([(label, rows)])
     latency_report.curves([(label, rows)], 1)
 
 

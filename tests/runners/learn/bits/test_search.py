@@ -6,7 +6,7 @@ import pytest
 
 from methods.kvtuner import Pair, nominal_bits
 from runners.learn.bits.bit_pairs import Group
-from runners.learn.bits.search import SAMPLERS, Trial, best_under, front, population_of, search, tables
+from runners.learn.bits.search import SAMPLERS, Trial, best_under, front, population_of, search_tables, tables
 
 PAIRS = (Pair(8, 8), Pair(8, 4), Pair(4, 4), Pair(4, 2), Pair(2, 2))
 FEW = [Group((0, 3), PAIRS), Group((1,), PAIRS), Group((2,), PAIRS[2:])]  # 75 tables
@@ -57,7 +57,7 @@ def test_the_front_holds_what_nothing_beats_and_nothing_else():
 
 
 def test_where_trials_suffice_every_table_is_tried_once():
-    tried = search(FEW, score, limit=4, trials=200)
+    tried = search_tables(FEW, score, limit=4, trials=200)
     assert len(tried) == len({trial.table for trial in tried}) == 75
     assert points(front(tried)) == points(front(every(FEW)))
 
@@ -69,13 +69,13 @@ def test_tables_are_scored_together_and_none_is_lost():
         sizes.append(len(several))
         return score(several)
 
-    assert len(search(MANY, counting, limit=4, trials=140, at_once=16)) == 140
+    assert len(search_tables(MANY, counting, limit=4, trials=140, at_once=16)) == 140
     assert sizes == [16] * 8 + [12]
-    assert points(search(FEW, counting, limit=4, trials=75, at_once=16)) == points(every(FEW))
+    assert points(search_tables(FEW, counting, limit=4, trials=75, at_once=16)) == points(every(FEW))
 
 
 def test_a_search_of_a_larger_space_comes_close_to_the_known_front():
-    tried = search(MANY, score, limit=8, trials=600)
+    tried = search_tables(MANY, score, limit=8, trials=600)
     known = points(front(every(MANY)))
     assert len({trial.table for trial in tried}) < 400  # it was searched, not tried whole
     assert len(points(front(tried)) & known) >= 0.7 * len(known)
@@ -83,14 +83,14 @@ def test_a_search_of_a_larger_space_comes_close_to_the_known_front():
 
 @pytest.mark.parametrize("limit", [4, 6])
 def test_the_best_table_under_a_limit_comes_close_to_the_known_one(limit):
-    best = best_under(search(MANY, score, limit=limit, trials=200), limit)
+    best = best_under(search_tables(MANY, score, limit=limit, trials=200), limit)
     within = sorted((t.score for t in every(MANY) if t.bits <= limit), reverse=True)
     assert best is not None and best.bits <= limit
     assert best.score >= within[len(within) // 50]
 
 
 def test_a_limit_draws_the_search_towards_fewer_bits():
-    tight, loose = (search(MANY, score, limit=limit, trials=200) for limit in (3, 8))
+    tight, loose = (search_tables(MANY, score, limit=limit, trials=200) for limit in (3, 8))
 
     def share(tried):
         return sum(trial.bits <= 3 for trial in tried[100:]) / 100
@@ -103,7 +103,7 @@ def test_few_trials_are_several_generations_and_not_one_of_random_draws():
 
     def within(seed):
         # all in one go, as long as that asks for no more than a generation at once
-        return [trial.bits <= 3 for trial in search(MANY, score, limit=3, trials=48, seed=seed, at_once=48)]
+        return [trial.bits <= 3 for trial in search_tables(MANY, score, limit=3, trials=48, seed=seed, at_once=48)]
 
     shares = [within(seed) for seed in range(8)]
     first, last = (sum(sum(own[part]) for own in shares) / 8 / 16 for part in (slice(16), slice(32, 48)))
@@ -112,7 +112,7 @@ def test_few_trials_are_several_generations_and_not_one_of_random_draws():
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_one_seed_one_search(sampler):
-    runs = [search(MANY, score, limit=4, trials=30, sampler=sampler, seed=seed) for seed in (1, 1, 2)]
+    runs = [search_tables(MANY, score, limit=4, trials=30, sampler=sampler, seed=seed) for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
 

@@ -17,7 +17,7 @@ from methods.core import artefacts
 from methods.core.errors import UserError
 from methods.kvtuner import Pair, read_table
 from runners.learn.bits import tune
-from runners.learn.bits.search import Trial, search
+from runners.learn.bits.search import Trial, search_tables
 from runners.learn.bits.tune import Tune, table_name
 from tasks.longbench.task import LongBench
 from tests.bounds import bound, near
@@ -160,7 +160,7 @@ def test_every_limit_is_searched_with_a_seed_of_its_own(command, monkeypatch):
 
     def noted(groups, rate, limit, trials, sampler, seed, at_once):
         asked.append((limit, seed))
-        return search(groups, rate, limit, trials, sampler, seed, at_once)
+        return search_tables(groups, rate, limit, trials, sampler, seed, at_once)
 
     monkeypatch.setattr(tune, "search", noted)
     options = ("runner.profile_prompts=1", "runner.objective=output_error", "runner.trials=2", "runner.limits=[4,6]")

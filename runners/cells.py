@@ -28,7 +28,7 @@ from runners.engine.prompt import Encoder
 from runners.engine.rows import failed, row_of
 from runners.engine.setting import Setting, check_protocol
 from runners.model_setup import Loads, ModelSetup, plain
-from runners.records.generations import Found, Shelf, check_found, say_what_changed
+from runners.records.generations import Shelf, StoredRecord, check_recorded, say_what_changed
 from runners.records.provenance import Code, code_of, commit
 from runners.records.record import Record, digest
 from runners.report import run_table as show
@@ -51,7 +51,7 @@ class Cell:
     record: Record
     conditions: dict[str, Any]
     notes: dict[str, Any]
-    older: Found | None = None
+    older: StoredRecord | None = None
 
     @property
     def label(self) -> str:
@@ -194,7 +194,7 @@ class Run(ModelSetup):
         With resume=old nothing is computed. Raises UserError then if there is no record.
         """
         if self.only_shows:
-            check_found(cell)
+            check_recorded(cell)
             return
 
         if len(self.finished(cell)) == len(self.examples):

@@ -26,7 +26,7 @@ from runners.engine.problem import problem
 from runners.engine.rows import failed, row_of
 from runners.jobs import NUMBERS, announced, unpack
 from runners.memory import GroupSizes
-from runners.records.generations import check_found, say_what_changed
+from runners.records.generations import check_recorded, say_what_changed
 from runners.records.sample_locks import SampleLocks
 from runners.records.shared_record import SharedRecord
 from runners.report import run_table as show
@@ -162,7 +162,7 @@ class Sweep:
             with self._stops(member):
                 member.record.refresh()
                 if self.run.only_shows:
-                    check_found(member.cell)
+                    check_recorded(member.cell)
                 elif self.lacking(member, self.run.examples):
                     member.record.check_conditions()
                     lacking.append(member.cell)

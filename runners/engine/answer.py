@@ -28,7 +28,7 @@ from runners.engine.teacher_forcing import Text
 from runners.engine.time_limit import within
 from tasks.base import Example
 
-Found = list[dict[str, Any]] | Exception  # of one method: a row per example, or what went wrong with it alone
+RowsOrError = list[dict[str, Any]] | Exception  # of one method: a row per example, or what went wrong with it alone
 
 
 def answer(
@@ -44,19 +44,19 @@ def answer(
 
 def answer_together(
     setting: Setting, methods: Sequence[Method], batch: Sequence[Example], limit: float | None = None
-) -> list[Found]:
+) -> list[RowsOrError]:
     """For each method the rows of a batch, as `answer` records them, marked with the group's size.
 
     An exception in a method's place concerns that method. Raises what concerns all of them, such as OutOfMemoryError.
     """
     go = Pass(setting, methods, shared=True, limit=limit)
-    found: list[Found] = [[] for _ in methods]
+    by_method: list[RowsOrError] = [[] for _ in methods]
     for _, members in groupby(batch, _alike):
         for i, more in enumerate(go.run(list(members))):
-            before = found[i]
+            before = by_method[i]
             if not isinstance(before, Exception):
-                found[i] = more if isinstance(more, Exception) else [*before, *more]
-    return found
+                by_method[i] = more if isinstance(more, Exception) else [*before, *more]
+    return by_method
 
 
 def why_alone(example: Example) -> str | None:
@@ -89,9 +89,9 @@ def _answer(
 ) -> None:
     try:
         with within(setting.model, setting.limit):
-            (found,) = Pass(setting, [method]).run(batch)
-        if isinstance(found, Exception):
-            raise found
+            (rows_or_error,) = Pass(setting, [method]).run(batch)
+        if isinstance(rows_or_error, Exception):
+            raise rows_or_error
     except UserError:
         raise
     except BudgetMiss as miss:
@@ -109,7 +109,7 @@ def _answer(
         for example in batch:
             _answer(setting, method, [example], record)
         return
-    for row in found:
+    for row in rows_or_error:
         record(row)
 
 
@@ -125,7 +125,7 @@ class Pass:
     shared: bool = False
     limit: float | None = None
 
-    def run(self, batch: Sequence[Example]) -> list[Found]:
+    def run(self, batch: Sequence[Example]) -> list[RowsOrError]:
         """What each method makes of a batch of examples that are alike."""
         return _BY_KIND[_alike(batch[0])[0]](self, batch)
 
@@ -136,58 +136,60 @@ class Pass:
         state, took = through(model, self.methods, plan, chunk, pad_id, self.limit, self.shared)
         return state.members, took
 
-    def each(self, members: Sequence[Member], made: Callable[[int, Member], list[dict[str, Any]]]) -> list[Found]:
-        """What is made of each cache, by its place: its rows, or why there are none."""
-        return [self._kept(i, member, made) for i, member in enumerate(members)]
+    def each(
+        self, members: Sequence[Member], rows_of: Callable[[int, Member], list[dict[str, Any]]]
+    ) -> list[RowsOrError]:
+        """The rows of each cache, or why there are none; rows_of: from its index."""
+        return [self._kept(i, member, rows_of) for i, member in enumerate(members)]
 
-    def _kept(self, i: int, member: Member, made: Callable[[int, Member], list[dict[str, Any]]]) -> Found:
+    def _kept(self, i: int, member: Member, rows_of: Callable[[int, Member], list[dict[str, Any]]]) -> RowsOrError:
         if member.error is not None:
             return member.error
         try:
-            return made(i, member)
+            return rows_of(i, member)
         except BudgetMiss as miss:
             return miss
 
-    def spent(self, place: int, ledgers: Sequence[Report], timings: Timings) -> list[dict[str, Any]]:
+    def spent(self, index: int, ledgers: Sequence[Report], timings: Timings) -> list[dict[str, Any]]:
         """What every sample of a batch took, as its row records it: its own ledger, the batch's seconds.
 
-        place: of the method.  Raises BudgetMiss where a sample that holds too much is to fail.
+        index: of the method.  Raises BudgetMiss where a sample that holds too much is to fail.
         """
         if self.setting.budget_miss == "fail":
             for ledger in ledgers:
-                ledger.check_budget(self.methods[place].name)
+                ledger.check_budget(self.methods[index].name)
         seconds = {key: round(value, 6) if isinstance(value, float) else value for key, value in vars(timings).items()}
         shared = {"batch": len(ledgers), "threads": self.setting.threads, "timings": seconds}
         group = {"group": len(self.methods)} if self.shared else {}
         return [{**shared, **group, "ledger": ledger.to_dict()} for ledger in ledgers]
 
 
-def _answers(go: Pass, batch: Sequence[Example]) -> list[Found]:
+def _answers(go: Pass, batch: Sequence[Example]) -> list[RowsOrError]:
     """One question each: the prompt, then an answer, or several of them."""
     setting = go.setting
     encoded = [setting.encoder(example) for example in batch]
     asked = Prompts([one.prompt for one in encoded], setting.protocol, setting.encoder.sampling.repeats)
     members, took = go.through(asked)
 
-    def made(i: int, _: Member) -> list[dict[str, Any]]:
+    def rows_of(i: int, _: Member) -> list[dict[str, Any]]:
         heard = asked.of(i)
         answers, ledgers = zip(*(one.answers for one in heard)), list(zip(*(one.reports for one in heard)))
         costs = go.spent(i, list(map(rows.mean_ledger, ledgers)), asked.timings(took.prompt, i))
         return [rows.repeated(setting, *one) for one in zip(batch, encoded, answers, ledgers, costs, strict=True)]
 
-    return go.each(members, made)
+    return go.each(members, rows_of)
 
 
-def _beams(go: Pass, batch: Sequence[Example]) -> list[Found]:
+def _beams(go: Pass, batch: Sequence[Example]) -> list[RowsOrError]:
     """One question each, answered by beam search, which a method does alone."""
     setting, ((method,), (example,)) = go.setting, (go.methods, batch)
     encoded = setting.encoder(example)
-    found, cache, timings = search_beams(setting.model, method, encoded.prompt, example.beams, setting.pad_id)
+    best, cache, timings = search_beams(setting.model, method, encoded.prompt, example.beams, setting.pad_id)
     (costs,) = go.spent(0, [cache.report()], timings)  # of all beams together
-    return [[rows.answered(setting, example, encoded, found, costs)]]
+    return [[rows.answered(setting, example, encoded, best, costs)]]
 
 
-def _talks(go: Pass, batch: Sequence[Example]) -> list[Found]:
+def _talks(go: Pass, batch: Sequence[Example]) -> list[RowsOrError]:
     """Several questions on one compressed context."""
     setting = go.setting
     talks = [dialogue(setting.encoder, example) for example in batch]
@@ -195,15 +197,15 @@ def _talks(go: Pass, batch: Sequence[Example]) -> list[Found]:
     talk = Conversation(talks, batch[0].history, batch[0].recompress, setting.protocol, end, setting.model.device)
     members, took = go.through(talk)
 
-    def made(i: int, _: Member) -> list[dict[str, Any]]:
+    def rows_of(i: int, _: Member) -> list[dict[str, Any]]:
         heard = [one for question in talk.heard if isinstance(one := question[i], Generation)]
         costs = go.spent(i, heard[-1].reports, talk.timings(took.prompt))
         return [rows.talked(setting, *one, row, heard) for row, one in enumerate(zip(batch, talks, costs, strict=True))]
 
-    return go.each(members, made)
+    return go.each(members, rows_of)
 
 
-def _texts(go: Pass, batch: Sequence[Example]) -> list[Found]:
+def _texts(go: Pass, batch: Sequence[Example]) -> list[RowsOrError]:
     """Texts that are fed as they stand: the mean loss of the tokens that count, in nats."""
     setting = go.setting
     plans = [example.forced for example in batch if example.forced is not None]
@@ -212,14 +214,14 @@ def _texts(go: Pass, batch: Sequence[Example]) -> list[Found]:
     members, took = go.through(text)
     timings = text.timings(*took)
 
-    def made(i: int, member: Member) -> list[dict[str, Any]]:
+    def rows_of(i: int, member: Member) -> list[dict[str, Any]]:
         costs = go.spent(i, member.cache.reports(), timings)
         return rows.predicted(setting, batch, pieces, text.losses[member], timings.n_prompt, costs)
 
-    return go.each(members, made)
+    return go.each(members, rows_of)
 
 
-def _choices(go: Pass, batch: Sequence[Example]) -> list[Found]:
+def _choices(go: Pass, batch: Sequence[Example]) -> list[RowsOrError]:
     """Ways to go on, compared by their likelihood after the compressed prompt."""
     setting = go.setting
     asked = [[encode(setting.encoder, example, choice) for choice in example.choices] for example in batch]
@@ -228,15 +230,15 @@ def _choices(go: Pass, batch: Sequence[Example]) -> list[Found]:
     )
     members, took = go.through(choices)
 
-    def made(i: int, member: Member) -> list[dict[str, Any]]:
+    def rows_of(i: int, member: Member) -> list[dict[str, Any]]:
         costs = go.spent(i, choices.reports(member.cache), choices.timings(*took))
-        found = choices.likelihoods[member]
-        return [rows.compared(setting, *one) for one in zip(batch, asked, found, costs, strict=True)]
+        likelihoods = choices.likelihoods[member]
+        return [rows.compared(setting, *one) for one in zip(batch, asked, likelihoods, costs, strict=True)]
 
-    return go.each(members, made)
+    return go.each(members, rows_of)
 
 
-def _timed(go: Pass, batch: Sequence[Example]) -> list[Found]:
+def _timed(go: Pass, batch: Sequence[Example]) -> list[RowsOrError]:
     """Random tokens that are read and decoded with a method alone and, in turns, with the full cache."""
     setting, ((method,), (example,)) = go.setting, (go.methods, batch)
     what = example.timed
@@ -250,7 +252,7 @@ def _timed(go: Pass, batch: Sequence[Example]) -> list[Found]:
     return [[rows.timed(example, ours, others[0] if others else None, costs)]]
 
 
-_BY_KIND: dict[str, Callable[[Pass, Sequence[Example]], list[Found]]] = {
+_BY_KIND: dict[str, Callable[[Pass, Sequence[Example]], list[RowsOrError]]] = {
     "answer": _answers,
     "beams": _beams,
     "turns": _talks,

@@ -57,18 +57,18 @@ def encode(encoder: Encoder, example: Example, choice: Choice) -> EncodedChoice:
         bare = prompt.rstrip()  # white space before the text is part of its first token
         ids = [*opening, *encoder.plain(bare)]
         whole = [*opening, *encoder.plain(prompt + text)]
-        own = whole[len(ids) :]
+        text_ids = whole[len(ids) :]
     else:
         tokenizer = encoder.tokenizer
         prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        own = encoder.plain(text)
-        ids, own = ([prefix], own) if own[:1] != [prefix] else (own[:1], own[1:])
-    if not ids or not own:
+        text_ids = encoder.plain(text)
+        ids, text_ids = ([prefix], text_ids) if text_ids[:1] != [prefix] else (text_ids[:1], text_ids[1:])
+    if not ids or not text_ids:
         raise ValueError("a choice needs a token, and one before it")
     context = [*opening, *encoder.plain(start)]
     n_context = next((i for i, (a, b) in enumerate(zip(ids, context)) if a != b), min(len(ids), len(context)))
     limit = min((n for n in (encoder.max_length, encoder.window) if n is not None), default=None)
-    return fit(ids, n_context, own, limit)
+    return fit(ids, n_context, text_ids, limit)
 
 
 def fit(prompt: Sequence[int], n_context: int, text: Sequence[int], limit: int | None) -> EncodedChoice:
@@ -142,31 +142,31 @@ class Choices:
     def reading(self, chunk: int | None) -> Reading:
         return in_chunks(self.firsts, chunk)
 
-    def go_on(self, state: State, found: Tensor) -> None:
-        """Compare them; found [caches * rows, V]: logits after the prompts."""
-        self.likelihoods = dict(zip(state.active, self._rate(state, found), strict=True))
+    def go_on(self, state: State, outputs: Tensor) -> None:
+        """Compare them; outputs [caches * rows, V]: the logits after the prompts."""
+        self.likelihoods = dict(zip(state.active, self._rate(state, outputs), strict=True))
 
     def _rate(self, state: State, after: Tensor) -> list[Likelihoods]:
         rows = self.rows
         if any(len(row.rest) > 1 for row in rows):
             state.feed([row.rest[:-1] for row in rows])
         after = after.unflatten(0, (-1, len(rows)))  # [caches, rows, V]
-        found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # each [caches]
+        scores: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # each [caches]
         turns = max(len(row.members) for row in rows)
         for turn in range(turns):
             members = [row.members[min(turn, len(row.members) - 1)] for row in rows]
             texts = [self.asked[i][j].text for i, j in members]
             # what the next choice starts from stays as it is
             fed = self._feed(state if turn + 1 == turns else state.fork(), texts, after)
-            for i, (place, text, row) in enumerate(zip(members, texts, rows)):
+            for i, (choice, text, row) in enumerate(zip(members, texts, rows)):
                 logits = fed[:, i, : len(text) - (not row.rest)]
                 if not row.rest:  # a prompt of one token, which could not be held back
                     logits = torch.cat((after[:, i, None], logits), dim=1)
-                found[place] = _likelihood(logits, torch.tensor(text, device=logits.device))
-        sums = torch.stack([total for total, _ in found.values()], dim=1).tolist()
-        likeliest = torch.stack([best for _, best in found.values()], dim=1).tolist()
-        by_cache = [dict(zip(found, zip(*own))) for own in zip(sums, likeliest)]
-        return [[[done[i, j] for j in range(len(own))] for i, own in enumerate(self.asked)] for done in by_cache]
+                scores[choice] = _likelihood(logits, torch.tensor(text, device=logits.device))
+        sums = torch.stack([total for total, _ in scores.values()], dim=1).tolist()
+        likeliest = torch.stack([best for _, best in scores.values()], dim=1).tolist()
+        by_cache = [dict(zip(scores, zip(*rated))) for rated in zip(sums, likeliest)]
+        return [[[rated[i, j] for j in range(len(asked))] for i, asked in enumerate(self.asked)] for rated in by_cache]
 
     def _feed(self, state: State, texts: Sequence[Sequence[int]], after: Tensor) -> Tensor:
         """Logits [caches, rows, T, V] behind every token of a choice per row, its last one left out."""
@@ -183,11 +183,11 @@ class Choices:
 
     def reports(self, cache: Any) -> list[Report]:
         """Of every example the ledger of its prompts together, by when the choices begin: they are filled up."""
-        own: list[list[int]] = [[] for _ in self.asked]
-        for place, row in enumerate(self.rows):
-            own[row.members[0][0]].append(place)
+        by_example: list[list[int]] = [[] for _ in self.asked]
+        for i, row in enumerate(self.rows):
+            by_example[row.members[0][0]].append(i)
         behind = [self.passes] * len(self.rows)
-        return [cache.meter.report(rows, behind) for rows in own]
+        return [cache.meter.report(rows, behind) for rows in by_example]
 
     def timings(self, prompt: float, choices: float) -> Timings:
         return Timings(prompt, 0.0, choices, n_prompt=sum(map(len, self.firsts)), steps=self.steps)
@@ -195,15 +195,15 @@ class Choices:
 
 def _rows(asked: Sequence[Sequence[EncodedChoice]], samples: Sequence[int], protocol: str) -> list[_Row]:
     """One row for every prompt that is different inside its example."""
-    found: dict[tuple[int, tuple[int, ...]], _Row] = {}
+    rows: dict[tuple[int, tuple[int, ...]], _Row] = {}
     for i, choices in enumerate(asked):
         for j, one in enumerate(choices):
             first, rest = one.parts(protocol)
-            found.setdefault((i, one.prompt), _Row(first, rest, samples[i], [])).members.append((i, j))
-    return list(found.values())
+            rows.setdefault((i, one.prompt), _Row(first, rest, samples[i], [])).members.append((i, j))
+    return list(rows.values())
 
 
 def _likelihood(logits: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of the log-probabilities of tokens [T] from logits [n, T, V], and whether each is the likeliest; [n]."""
-    own = logits.float().log_softmax(-1).gather(-1, text[None, :, None].expand(len(logits), -1, 1))  # [n, T, 1]
-    return own.sum((1, 2)), (logits.argmax(-1) == text).all(-1)
+    logprobs = logits.float().log_softmax(-1).gather(-1, text[None, :, None].expand(len(logits), -1, 1))  # [n, T, 1]
+    return logprobs.sum((1, 2)), (logits.argmax(-1) == text).all(-1)

@@ -16,7 +16,7 @@ from runners.engine.prompt import Encoded, Encoder
 from runners.engine.session import Generation, State, now
 from tasks.base import Example, Turn
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ class Conversation:
     def reading(self, chunk: int | None) -> Reading:
         return in_chunks(self.firsts, chunk)
 
-    def go_on(self, state: State, found: Tensor) -> None:
-        """Ask all questions of a state behind the prompts; found: the logits after these. Then none can be asked."""
-        logits = found
+    def go_on(self, state: State, outputs: Tensor) -> None:
+        """Ask all questions of a state behind the prompts; outputs: the logits after these. Then none can be asked."""
+        logits = outputs
         later = list(zip(*(talk.later for talk in self.talks)))
         if self.history == "none":
             for i, asked in enumerate(later):
@@ -163,8 +163,8 @@ class Conversation:
         own = self.history == "own"
         self.heard.append(self._timed("decode", lambda: state.answer(logits, limits, exact=own)))
 
-    def _timed(self, what: str, call: Callable[[], Found]) -> Found:
+    def _timed(self, what: str, call: Callable[[], Result]) -> Result:
         began = now(self.device)
-        found = call()
+        result = call()
         self._seconds[what] += now(self.device) - began
-        return found
+        return result

@@ -119,8 +119,8 @@ class Plan(Protocol):
 
     def reading(self, chunk: int | None) -> Reading: ...
 
-    def go_on(self, state: State, found: Tensor) -> None:
-        """All that follows behind the prompts; found: what reading them gave, once for every cache."""
+    def go_on(self, state: State, outputs: Tensor) -> None:
+        """All that follows behind the prompts; outputs: what reading them gave, once for every cache."""
         ...
 
 
@@ -154,13 +154,13 @@ def through(
     reading = plan.reading(chunk)
     state: State
     if shared:
-        state, found = Group.begin(model, methods, plan.samples, reading.read, reading.prompt_len, pad_id)
+        state, outputs = Group.begin(model, methods, plan.samples, reading.read, reading.prompt_len, pad_id)
     else:
-        state, found = _alone(model, methods[0], plan.samples, reading, pad_id)
+        state, outputs = _alone(model, methods[0], plan.samples, reading, pad_id)
     prompt_done = now(model.device)
     with _limited(state, limit, prompt_done - began):
         if state.active:
-            plan.go_on(state, found)
+            plan.go_on(state, outputs)
     return state, Took(prompt_done - began, now(model.device) - prompt_done)
 
 
@@ -169,9 +169,9 @@ def _alone(
 ) -> tuple[Session, Tensor]:
     cache = method.cache_for(model, prompt_len=reading.prompt_len, samples=samples)
     session = Session(model, cache, len(samples), pad_id)
-    found = reading.read(session)
+    outputs = reading.read(session)
     method.after_prompt(model, cache)
-    return session, found
+    return session, outputs
 
 
 @contextlib.contextmanager
@@ -203,14 +203,14 @@ class Prompts:
     def reading(self, chunk: int | None) -> Reading:
         return in_chunks(self.firsts, chunk)
 
-    def go_on(self, state: State, found: Tensor) -> None:
+    def go_on(self, state: State, outputs: Tensor) -> None:
         began = now(state.model.device)
         if any(self._rests):
-            found = state.feed(self._rests)
+            outputs = state.feed(self._rests)
         self._question = now(state.model.device) - began
         for repeat in range(self.repeats):
-            own = state if repeat + 1 == self.repeats else state.fork()
-            self.heard.append(own.answer(found, [prompt.limits_of(repeat) for prompt in self.prompts]))
+            branch = state if repeat + 1 == self.repeats else state.fork()
+            self.heard.append(branch.answer(outputs, [prompt.limits_of(repeat) for prompt in self.prompts]))
 
     def of(self, member: int) -> list[Generation]:
         """What one cache has answered, per repeat."""

@@ -33,14 +33,14 @@ def cached_lm(method: Method, *args: Any, stride: int | None = None, **kwargs: A
             for i, (_, prompt, text) in enumerate(requests):
                 asked = fit(prompt, len(prompt), text, self.max_length)
                 groups.setdefault(asked.prompt, []).append((i, asked))
-            found: dict[int, tuple[float, bool]] = {}
+            by_request: dict[int, tuple[float, bool]] = {}
             for sample, members in enumerate(tqdm(groups.values(), disable=disable_tqdm)):
                 choices = [asked for _, asked in members]
                 (scores,), _, _ = compare_choices(self.model, method, [choices], [sample], stride=stride)
                 for (i, _), score in zip(members, scores, strict=True):
-                    found[i] = score
+                    by_request[i] = score
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], score)
-            return [found[i] for i in range(len(requests))]
+            return [by_request[i] for i in range(len(requests))]
 
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
             cache = method.cache_for(self.model)

@@ -63,9 +63,9 @@ class Times:
 
     def to_dict(self) -> dict[str, Any]:
         """All but the ledger, ready for JSON; seconds to the tenth of a microsecond."""
-        found = dataclasses.asdict(dataclasses.replace(self, ledger=None))
-        del found["ledger"]
-        return found | {key: [round(value, 7) for value in found[key]] for key in ("prompts", "steps")}
+        fields = dataclasses.asdict(dataclasses.replace(self, ledger=None))
+        del fields["ledger"]
+        return fields | {key: [round(value, 7) for value in fields[key]] for key in ("prompts", "steps")}
 
 
 def check_lengths(examples: Sequence[Example], window: int | None) -> None:
@@ -81,7 +81,7 @@ def check_lengths(examples: Sequence[Example], window: int | None) -> None:
 @torch.inference_mode()
 def measure(model: PreTrainedModel, methods: Sequence[Method], timed: Timed, chunk: int | None = None) -> list[Times]:
     """The times of each method."""
-    prompts, found = random_tokens(model, timed), [Times() for _ in methods]
+    prompts, times = random_tokens(model, timed), [Times() for _ in methods]
     for round_ in range(-1, timed.rounds):
         warming = round_ < 0
         order = [*range(len(methods))][:: -1 if round_ % 2 else 1]
@@ -98,9 +98,9 @@ def measure(model: PreTrainedModel, methods: Sequence[Method], timed: Timed, chu
         while running:  # taken out one by one: the next round needs their room
             i, one = running.popitem()
             if not warming:
-                found[i].add(one, median(turns[i]))
+                times[i].add(one, median(turns[i]))
             del one
-    return found
+    return times
 
 
 def random_tokens(model: PreTrainedModel, timed: Timed) -> list[list[int]]:

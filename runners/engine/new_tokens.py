@@ -131,15 +131,15 @@ class NewTokens:
         tokens, broken = torch.stack(self.tokens, dim=1).tolist(), self.broken.tolist()
         answers = []
         for ids, at, limit, reader in zip(tokens, broken, self.limits, self.readers, strict=True):
-            own = ids[: limit.most]
+            kept = ids[: limit.most]
             stop = "length"
-            end = next((i + 1 for i, token in enumerate(own) if token in limit.ends), None)
+            end = next((i + 1 for i, token in enumerate(kept) if token in limit.ends), None)
             if end is not None:
-                own, stop = own[:end], "end"
-            if reader is not None and 0 < reader.end <= len(own):
-                own, stop = own[: reader.end], "string"
-            error = "the logits hold a NaN" if 0 <= at < len(own) else None
-            answers.append(Answer(own, stop, error))
+                kept, stop = kept[:end], "end"
+            if reader is not None and 0 < reader.end <= len(kept):
+                kept, stop = kept[: reader.end], "string"
+            error = "the logits hold a NaN" if 0 <= at < len(kept) else None
+            answers.append(Answer(kept, stop, error))
         return answers
 
     def keep(self, rows: Sequence[int]) -> Tensor:
@@ -241,8 +241,8 @@ def draw_tokens(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tenso
     """
     heat = torch.where(temperature > 0, temperature, 1.0)
     scores, order = (logits.float() / heat[:, None]).sort(dim=-1, descending=True, stable=True)
-    place = torch.arange(logits.shape[-1], device=logits.device)
-    left_out = (top_k[:, None] > 0) & (place >= top_k[:, None])
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    left_out = (top_k[:, None] > 0) & (rank >= top_k[:, None])
     # sums over a whole vocabulary: in single precision they would depend on how a device adds
     p = scores.masked_fill(left_out, -torch.inf).double().softmax(-1)
     before = p.cumsum(-1) - p

@@ -24,28 +24,28 @@ class Problem(NamedTuple):
 
 
 def problem(error: BaseException) -> Problem:
-    """What is worth keeping of an exception; from the second call on what the first one found.
+    """What is kept of an exception; from the second call on what the first one returned.
 
     The traceback itself holds the tensors of the failed pass: with this said, it can be let go.
     """
-    found = error.__dict__.get("_kvfrontier_problem")
-    if found is None:
+    described = error.__dict__.get("_kvfrontier_problem")
+    if described is None:
         text = str(error).strip()
         line = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
         if place := _place(error):
             line += f" ({place})"
-        found = Problem(line, "".join(traceback.format_exception(error))[-LONGEST:])
-        error.__dict__["_kvfrontier_problem"] = found
-    return found
+        described = Problem(line, "".join(traceback.format_exception(error))[-LONGEST:])
+        error.__dict__["_kvfrontier_problem"] = described
+    return described
 
 
 def _place(error: BaseException) -> str:
     """File, line and function of the innermost frame in a method's or a task's file; "" where there is none."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((*INSTALLED, *SHARED, "<"))]
-    if not own:
+    frames_of_ours = [frame for frame in frames if not frame.filename.startswith((*INSTALLED, *SHARED, "<"))]
+    if not frames_of_ours:
         return ""
-    frame = own[-1]
+    frame = frames_of_ours[-1]
     path = Path(frame.filename)
     shown = path.relative_to(HOME) if path.is_relative_to(HOME) else path
     return f"{shown}, line {frame.lineno}, in {frame.name}"

@@ -110,23 +110,23 @@ def repeated(
 
     What there is of a single answer, such as `prediction`, is of the first one.
     """
-    own = [answered(setting, example, encoded, one, costs) for one in answers]
-    if len(own) == 1:
-        return own[0]
-    broken = next((row for row in own if "error" in row), None)
+    rows = [answered(setting, example, encoded, one, costs) for one in answers]
+    if len(rows) == 1:
+        return rows[0]
+    broken = next((row for row in rows if "error" in row), None)
     if broken is not None:
         return broken
     kept = ("prediction", "thoughts", "by_prefill", "score", "parts", "stop", "tokens_out")
     repeats = [
         {**{key: row[key] for key in kept if key in row}, "held": ledger.held_end, "full": ledger.full}
-        for row, ledger in zip(own, ledgers, strict=True)
+        for row, ledger in zip(rows, ledgers, strict=True)
     ]
     return {
-        **{key: value for key, value in own[0].items() if key != "thoughts"},
-        "by_prefill": all(row["by_prefill"] for row in own),
-        "score": fmean(row["score"] for row in own),
-        **_parts({name: fmean(row["parts"][name] for row in own) for name in own[0].get("parts", {})}),
-        "tokens_out": round(fmean(row["tokens_out"] for row in own)),
+        **{key: value for key, value in rows[0].items() if key != "thoughts"},
+        "by_prefill": all(row["by_prefill"] for row in rows),
+        "score": fmean(row["score"] for row in rows),
+        **_parts({name: fmean(row["parts"][name] for row in rows) for name in rows[0].get("parts", {})}),
+        "tokens_out": round(fmean(row["tokens_out"] for row in rows)),
         "repeats": repeats,
     }
 
@@ -172,12 +172,12 @@ def talked(
             return failed(example, REASONS)
         blocks += [thoughts] * bool(thoughts)
         tags = example.tags | turn.tags
-        own = replace(example, question=turn.question, answers=turn.answers, tags=tags, turns=())
+        turn_example = replace(example, question=turn.question, answers=turn.answers, tags=tags, turns=())
         turns.append(
             {
                 "prediction": prediction,
                 "by_prefill": exact and not turns and _first_alone(setting, example, answer, prediction, thoughts),
-                "score": setting.task.score(own, prediction),
+                "score": setting.task.score(turn_example, prediction),
                 "stop": answer.stop,
                 "tokens_out": len(answer.ids),
                 "held": question.reports[i].held_end,
@@ -215,9 +215,9 @@ def predicted(
 ) -> list[dict[str, Any]]:
     """The rows of texts with these losses [B, L]; n_prompt: tokens of all prompts."""
     rows = []
-    for example, piece, own, spent_ in zip(batch, pieces, losses.tolist(), costs, strict=True):
+    for example, piece, row_losses, spent_ in zip(batch, pieces, losses.tolist(), costs, strict=True):
         assert example.forced is not None
-        curve = _curve(own, example.forced.counted)
+        curve = _curve(row_losses, example.forced.counted)
         n, total = sum(n for _, n, _ in curve), sum(s for _, _, s in curve)
         if not math.isfinite(total):
             rows.append(failed(example, "the losses are not finite"))
@@ -247,14 +247,14 @@ def compared(
     setting: Setting,
     example: Example,
     asked: Sequence[EncodedChoice],
-    found: Sequence[tuple[float, bool]],
+    likelihoods: Sequence[tuple[float, bool]],
     costs: dict[str, Any],
 ) -> dict[str, Any]:
     """The row of one example's choices; costs: its ledger, the batch's size and times."""
-    sums = [total for total, _ in found]
+    sums = [total for total, _ in likelihoods]
     if not all(map(math.isfinite, sums)):
         return failed(example, "the log-likelihoods are not finite")
-    rated = setting.task.rate(example, found)
+    rated = setting.task.rate(example, likelihoods)
     return {
         **about(example),
         "prediction": example.choices[sums.index(max(sums))].text,
@@ -293,12 +293,12 @@ def timed(example: Example, ours: Times, full: Times | None, costs: dict[str, An
 
 
 def _curve(losses: Sequence[float], counted: Sequence[int]) -> list[tuple[int, int, float]]:
-    """Per bin of places with any that count: its first place, how many count, and the sum of their losses."""
+    """Per bin of positions with any that count: its first one, how many count, and the sum of their losses."""
     bins: dict[int, list[float]] = {}
-    for place in counted:
-        if place < len(losses):
-            bins.setdefault(place // BIN * BIN, []).append(losses[place])
-    return [(a, len(own), math.fsum(own)) for a, own in sorted(bins.items())]
+    for position in counted:
+        if position < len(losses):
+            bins.setdefault(position // BIN * BIN, []).append(losses[position])
+    return [(a, len(bin_losses), math.fsum(bin_losses)) for a, bin_losses in sorted(bins.items())]
 
 
 def _parts(parts: dict[str, float]) -> dict[str, Any]:

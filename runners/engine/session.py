@@ -133,11 +133,11 @@ class Session:
         self.counts = self.counts + mask.sum(-1, keepdim=True)
         if ends_prompt:
             self.cache.compress_next()
-        found = []
+        logits = []
         for a in range(0, n, width):
             b = min(a + width, n)
-            found.append(self._forward(ids[:, a:b], pos[:, a:b], self.mask[:, : before + b], every))
-        return torch.cat(found, dim=1) if every else found[-1][:, -1]
+            logits.append(self._forward(ids[:, a:b], pos[:, a:b], self.mask[:, : before + b], every))
+        return torch.cat(logits, dim=1) if every else logits[-1][:, -1]
 
     def decode(self, logits: Tensor, limits: Sequence[Limits], exact: bool = False) -> list[Answer]:
         """Answers of all rows from the logits [B, V] after what was fed; the last token is not fed.

@@ -65,12 +65,12 @@ class Group:
             followers = [member.layers[i] for member in members if member.error is None]
             layer.inner = Shared(lead[i], followers, leader_stays=False)
         session = Session(model, shared, len(samples), pad_id)
-        found = read(session)
+        outputs = read(session)
         for member in members:
             member.resume_from(shared, model)
         active = sum(member.error is None for member in members)
         group = cls(model, members, _RowsSession(session, active), shared, len(samples))
-        return group, found.repeat(active, *[1] * (found.dim() - 1))
+        return group, outputs.repeat(active, *[1] * (outputs.dim() - 1))
 
     def feed(self, parts: Sequence[Sequence[int]], ends_prompt: bool = False) -> Tensor:
         """As Session.feed, one part per prompt for all members; [active * B, V]."""
@@ -97,7 +97,7 @@ class Group:
         """
         assert not exact, "rows that end apart from each other cannot go on together"
         self._decode(logits, limits)
-        return [found for member in self.members if (found := member.heard or member.error) is not None]
+        return [one for member in self.members if (one := member.heard or member.error) is not None]
 
     def _decode(self, logits: Tensor, limits: Sequence[Limits]) -> None:
         if not self.active:

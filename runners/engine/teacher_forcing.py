@@ -64,15 +64,15 @@ class Text:
             losses[:, 1 : n + 1] = _losses(logits, self.ids[:, 1 : n + 1])
         return losses
 
-    def go_on(self, state: State, found: Tensor) -> None:
+    def go_on(self, state: State, outputs: Tensor) -> None:
         """Feed the rest, and fill in its losses [caches * B, L]."""
-        targets = self.ids.repeat(len(found) // len(self.ids), 1)
+        targets = self.ids.repeat(len(outputs) // len(self.ids), 1)
         again = self.forced.through == "chunk"
         for a in range(self.first, self.last, self.forced.stride):
             b = min(a + self.forced.stride, self.last)
             logits = state.run(self.ids[:, a:b], ends_prompt=again, every=True)
-            found[:, a + 1 : b + 1] = _losses(logits, targets[:, a + 1 : b + 1])
-        self.losses = dict(zip(state.active, found.split(len(self.ids)), strict=True))
+            outputs[:, a + 1 : b + 1] = _losses(logits, targets[:, a + 1 : b + 1])
+        self.losses = dict(zip(state.active, outputs.split(len(self.ids)), strict=True))
 
     def timings(self, prompt: float, decode: float) -> Timings:
         return Timings(prompt, 0.0, decode, n_prompt=self.first * len(self.ids), steps=self.last - self.first)
@@ -80,9 +80,9 @@ class Text:
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Losses [B, T] of targets [B, T] from logits [B, T or more, V]; float32, a few hundred places at a time."""
-    found = []
+    losses = []
     for a in range(0, targets.shape[1], 256):
         to = targets[:, a : a + 256]
         scores = logits[:, a : a + to.shape[1]].float().log_softmax(-1)
-        found.append(-scores.gather(-1, to[..., None])[..., 0])
-    return torch.cat(found, dim=1) if found else torch.empty_like(targets, dtype=torch.float32)
+        losses.append(-scores.gather(-1, to[..., None])[..., 0])
+    return torch.cat(losses, dim=1) if losses else torch.empty_like(targets, dtype=torch.float32)

@@ -40,7 +40,7 @@ def _without(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Found:
+class StoredRecord:
     """A record on disk. identity, runs: of its cell.json.  age: of two records of a cell the newer has the larger."""
 
     folder: Path
@@ -57,16 +57,16 @@ class Found:
 
         modules: of the present code.
         """
-        own, code = self.runs[-1].get("modules"), self.generation.get("code")
-        if not isinstance(own, dict) or not all(isinstance(digest, str) for digest in own.values()):
+        modules_then, code = self.runs[-1].get("modules"), self.generation.get("code")
+        if not isinstance(modules_then, dict) or not all(isinstance(digest, str) for digest in modules_then.values()):
             return conditions
-        return {**conditions, "code": code} if same_but_for_names(own, modules) else conditions
+        return {**conditions, "code": code} if same_but_for_names(modules_then, modules) else conditions
 
-    def answers(self, identity: dict[str, Any], weights: str, place: str) -> bool:
-        """Whether it is a record of what `identity` asks for; other weights are so in the same place only."""
+    def answers(self, identity: dict[str, Any], weights: str, location: str) -> bool:
+        """Whether it is a record of what `identity` asks for; other weights are so at the same location only."""
         if _without(asked(self.identity), identity) != asked(identity):
             return False
-        return self.generation.get("weights") == weights or self.runs[-1].get("place") == place
+        return self.generation.get("weights") == weights or self.runs[-1].get("place") == location
 
     def record(self, results: Path) -> Record:
         return Record(results, self.identity, folder=self.folder)
@@ -78,30 +78,30 @@ class Shelf:
     def __init__(self, results: Path, model: str, task: str):
         self.results = results
         self.folder = results / plain_name(model) / plain_name(task)
-        self._read: dict[str, Found | None] = {}
+        self._read: dict[str, StoredRecord | None] = {}
 
     @cached_property
     def _names(self) -> dict[str, list[str]]:
         """Folders by their name without its last part, which is a hash."""
-        found: dict[str, list[str]] = {}
+        by_label: dict[str, list[str]] = {}
         try:
             for path in self.folder.iterdir():
-                found.setdefault(path.name.rpartition("-")[0], []).append(path.name)
+                by_label.setdefault(path.name.rpartition("-")[0], []).append(path.name)
         except OSError:  # there is none yet, or it cannot be read, which writing will say
             return {}
-        return found
+        return by_label
 
     def record_for(
-        self, identity: dict[str, Any], conditions: dict[str, Any], modules: dict[str, str], place: str, resume: str
-    ) -> tuple[Record, Found | None, dict[str, Any]]:
+        self, identity: dict[str, Any], conditions: dict[str, Any], modules: dict[str, str], location: str, resume: str
+    ) -> tuple[Record, StoredRecord | None, dict[str, Any]]:
         """The record that a cell is read from and written to, and the newest one that is older than the present code.
 
         And the conditions under which its samples are computed: those given, or with the code's earlier name.
-        modules: of the present code.  place: where its model lies.
+        modules: of the present code.  location: where its model lies.
         """
-        own = Record(self.results, identity, generation_of(identity, {"conditions": conditions}))
+        new = Record(self.results, identity, generation_of(identity, {"conditions": conditions}))
         current, older = [], []
-        for one in self.of(own, conditions["weights"], place):
+        for one in self.of(new, conditions["weights"], location):
             named = one.as_named_then(conditions, modules)
             if one.generation == generation_of(identity, {"conditions": named}):
                 current.append((one, named))
@@ -111,23 +111,25 @@ class Shelf:
         if before and (resume == "old" or (resume == "force" and not current)):
             return before.record(self.results), before, conditions
         if not current:
-            return own, before, conditions
+            return new, before, conditions
         one, named = current[-1]
         return one.record(self.results), before, named
 
-    def of(self, record: Record, weights: str, place: str) -> list[Found]:
+    def of(self, record: Record, weights: str, location: str) -> list[StoredRecord]:
         """The records that answer the same question, oldest first."""
         names = self._names.get(record.folder.name.rpartition("-")[0], [])
-        found = [one for name in names if (one := self._open(name)) and one.answers(record.identity, weights, place)]
-        return sorted(found, key=lambda one: one.age)
+        stored = [
+            one for name in names if (one := self._open(name)) and one.answers(record.identity, weights, location)
+        ]
+        return sorted(stored, key=lambda one: one.age)
 
-    def _open(self, name: str) -> Found | None:
+    def _open(self, name: str) -> StoredRecord | None:
         if name not in self._read:
             self._read[name] = _open(self.folder / name)
         return self._read[name]
 
 
-def _open(folder: Path) -> Found | None:
+def _open(folder: Path) -> StoredRecord | None:
     """A record; None for one that cannot be read, which is said when it is asked for itself."""
     try:
         book = read_cell(folder, FOUND)
@@ -135,7 +137,7 @@ def _open(folder: Path) -> Found | None:
         written = samples.stat().st_mtime if samples.exists() else 0.0
     except (UserError, OSError):
         return None
-    return Found(folder, book["identity"], book["runs"], (str(began), written))
+    return StoredRecord(folder, book["identity"], book["runs"], (str(began), written))
 
 
 def say_what_changed(cells: Sequence[Cell]) -> None:
@@ -144,15 +146,15 @@ def say_what_changed(cells: Sequence[Cell]) -> None:
     for cell in cells:
         if cell.older is not None and not cell.record.cell_path.exists():
             alike.setdefault(what_changed(cell.older, cell.conditions, cell.notes), []).append(cell)
-    for what, own in alike.items():
-        assert own[0].older is not None
-        who = own[0].label if len(own) == 1 else f"{len(own)} cells"
-        since = own[0].older.folder.name if len(own) == 1 else "their records on disk"
-        new = "a new record" if len(own) == 1 else "new records"
+    for what, changed_cells in alike.items():
+        assert changed_cells[0].older is not None
+        who = changed_cells[0].label if len(changed_cells) == 1 else f"{len(changed_cells)} cells"
+        since = changed_cells[0].older.folder.name if len(changed_cells) == 1 else "their records on disk"
+        new = "a new record" if len(changed_cells) == 1 else "new records"
         show.note(f"{who}: changed since {since} ({what}); computed into {new}, resume=old shows the old")
 
 
-def check_found(cell: Cell) -> None:
+def check_recorded(cell: Cell) -> None:
     """Raises UserError if nothing was recorded of a cell."""
     if not cell.record.samples_path.exists():
         where = cell.record.folder.parent
@@ -161,7 +163,7 @@ def check_found(cell: Cell) -> None:
         )
 
 
-def what_changed(old: Found, conditions: dict[str, Any], notes: dict[str, Any]) -> str:
+def what_changed(old: StoredRecord, conditions: dict[str, Any], notes: dict[str, Any]) -> str:
     """What of the code and the model's files is not as it was for a record, in a few words."""
     said = []
     for kind, what in (("modules", "code"), ("files", "the model's files")):

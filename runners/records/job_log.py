@@ -18,6 +18,6 @@ def link_log(folder: Path) -> None:
     log = os.environ.get(LOG)
     if log is None:
         return
-    # there already, or a file system without links: the samples are worth more
+    # best effort: a link that is there already, or cannot be made here, must not fail the run
     with contextlib.suppress(OSError):
         (folder / Path(log).name).symlink_to(os.path.relpath(log, folder.resolve()))

@@ -48,14 +48,14 @@ def code_of(names: Iterable[str]) -> Code:
 @cache
 def _code(names: tuple[str, ...]) -> Code:
     todo = [module for name in names for module in _holding(name)]
-    found: dict[str, frozenset[str]] = {}
+    by_module: dict[str, frozenset[str]] = {}
     while todo:
         name = todo.pop()
-        if name not in found:
-            found[name], imported = _read(name)
+        if name not in by_module:
+            by_module[name], imported = _read(name)
             todo += imported
-    every = frozenset[str]().union(*found.values())
-    return Code(_digest(every, 12), {name: _digest(own, 8) for name, own in sorted(found.items()) if own})
+    every = frozenset[str]().union(*by_module.values())
+    return Code(_digest(every, 12), {name: _digest(hashes, 8) for name, hashes in sorted(by_module.items()) if hashes})
 
 
 def changed(old: dict[str, str], new: dict[str, str]) -> list[str]:
@@ -93,11 +93,11 @@ def _read(name: str) -> tuple[frozenset[str], tuple[str, ...]]:
     assert path is not None
     tree = ast.parse(path.read_bytes(), filename=str(path))
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    found = {hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest() for text in _definitions(tree)}
+    hashes = {hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest() for text in _definitions(tree)}
     compiled = path.with_suffix(".cpp")  # the C++ form that a module calls lies beside it
     if compiled.is_file():
-        found.add(hashlib.sha256(_without_comments(compiled.read_text(encoding="utf-8")).encode()).hexdigest())
-    return frozenset(found), tuple(dict.fromkeys(_imported(tree.body, package)))
+        hashes.add(hashlib.sha256(_without_comments(compiled.read_text(encoding="utf-8")).encode()).hexdigest())
+    return frozenset(hashes), tuple(dict.fromkeys(_imported(tree.body, package)))
 
 
 def _definitions(tree: ast.Module) -> Iterator[str]:
@@ -182,8 +182,8 @@ def _holding(name: str) -> list[str]:
 @cache
 def _source(name: str) -> Path | None:
     """The file of a module; None where it is none, or an installed package's, or not written in Python."""
-    found = _lies(name)
-    path = found[0] if found else None
+    lies = _lies(name)
+    path = lies[0] if lies else None
     return path if path and (name.partition(".")[0] in OURS or not home.installed(path)) else None
 
 

@@ -80,7 +80,7 @@ def main() -> int:
     if "--version" in sys.argv[1:]:
         print(f"kvfrontier {metadata.version('kvfrontier')}, commit {commit() or 'unknown'}")
         return 0
-    # Hydra passes errors on instead of printing them in its own way; `report` asks for the user's own setting
+    # Hydra passes errors on instead of printing them in its own way; `report_error` asks for the user's own setting
     os.environ.setdefault("KVFRONTIER_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra's parser wants its flags before the overrides; this is the one that people type anywhere

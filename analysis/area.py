@@ -19,35 +19,35 @@ def areas(results: Results, table: pd.DataFrame, x: str = "held", low: float | N
     """
     counted = (table["category"] == WHOLE) & (table["method"] != "full")
     left_out = table["near_chance"] | table["simulated"] | table["partial"]
-    places = dict(list(table[counted & ~left_out].groupby(KEYS)))
+    groups = dict(list(table[counted & ~left_out].groupby(KEYS)))
     rows = []
     for task in gathered(results, x):
-        group = places.get(tuple(task.key.values()))
+        group = groups.get(tuple(task.key.values()))
         if group is None:
             continue
         start = low or max(SMALLEST, float(group["share"].min()))
         higher = group["better"].iloc[0] == "higher"
         for label in sorted(set(group["label"])):
-            own = [one for one in task.cells if one.first["label"] == label and not one.partial]
-            ids = own[0].samples.index
-            for one in own[1:]:
+            cells = [one for one in task.cells if one.first["label"] == label and not one.partial]
+            ids = cells[0].samples.index
+            for one in cells[1:]:
                 ids = ids.intersection(one.samples.index)
             if ids.empty:
                 continue
-            parts = [one.samples.loc[ids] for one in own]
-            first = own[0].first
+            parts = [one.samples.loc[ids] for one in cells]
+            first = cells[0].first
             scores = first["metric"]["scale"] * np.stack([part["score"] for part in parts], axis=1)  # [n, k]
             shares = np.stack([part["share"] for part in parts], axis=1)  # [n, k]
             both = subset_means(parts[0], np.hstack([scores, shares]), first["mean_over"]).average()  # [1 + R, 2k]
-            found = stats.area(both[0, len(own) :], both[:, : len(own)], start, higher)  # [1 + R]
-            value = stats.estimate(found)
+            area = stats.area(both[0, len(cells) :], both[:, : len(cells)], start, higher)  # [1 + R]
+            value = stats.estimate(area)
             rows.append(
                 {
                     **task.key,
                     "method": label,
                     "family": first["family"],
                     "from": start,
-                    "points": len(own),
+                    "points": len(cells),
                     "n": len(ids),
                     "area": value.value,
                     "area_low": value.low,

@@ -70,17 +70,17 @@ class Command:
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m analysis COMMAND ...`: run a command; the exit code is its own."""
-    own = sys.argv[1:] if arguments is None else arguments
-    if own and own[0] in NAMES:
-        code: int = importlib.import_module(f".{own[0]}", __package__).main(own[1:])
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and words[0] in NAMES:
+        code: int = importlib.import_module(f".{words[0]}", __package__).main(words[1:])
         return code
-    if own and own[0] in ("-h", "--help"):
+    if words and words[0] in ("-h", "--help"):
         print(f"usage: python -m {__package__} COMMAND ...\n")
         for name in NAMES:
             about = importlib.import_module(f".{name}", __package__).__doc__ or ""
             print(f"  {name:12} {about.partition(chr(10))[0]}")
         print("\nCOMMAND --help says what each takes")
         return 0
-    what = f"no command {own[0]}" if own else "no command is given"
+    what = f"no command {words[0]}" if words else "no command is given"
     print(f"analysis: {what}; give one of {', '.join(NAMES)}, or --help", file=sys.stderr)
     return 2

@@ -35,12 +35,12 @@ class Pair:
     samples: pd.DataFrame
 
 
-def pairs(a: Results, b: Results, names: tuple[str, str] | None = None) -> tuple[list[Pair], list[str]]:
+def pair_cells(a: Results, b: Results, names: tuple[str, str] | None = None) -> tuple[list[Pair], list[str]]:
     """Cells of both sides at the same settings, and what kept others from being compared, one line each.
 
     names: compare these two curves; None compares each curve with itself.
     """
-    made, problems = [], []
+    paired, problems = [], []
     left, right = _named(a, b)
     for key, group in left.groupby([*SETTINGS, "label", "config"], sort=True):
         settings = dict(zip([*SETTINGS, "label"], key))
@@ -64,10 +64,10 @@ def pairs(a: Results, b: Results, names: tuple[str, str] | None = None) -> tuple
         if others:
             problems.append(f"{where}: {others} samples left out, their contents are not the same on both sides")
         if len(both):
-            made.append(Pair(settings, first, both))
+            paired.append(Pair(settings, first, both))
         else:
             problems.append(f"{where}: left out, no sample is finished on both sides")
-    return made, problems
+    return paired, problems
 
 
 def _named(a: Results, b: Results) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -78,21 +78,21 @@ def _named(a: Results, b: Results) -> tuple[pd.DataFrame, pd.DataFrame]:
     return both[both["side"] == 0], both[both["side"] == 1]
 
 
-def table(found: list[Pair]) -> pd.DataFrame:
+def comparison(paired: list[Pair]) -> pd.DataFrame:
     """One row per pair and measure: scores, difference with interval, flips, p."""
     rows = []
-    for pair in found:
+    for pair in paired:
         for measure, both in pair.samples.groupby("measure", sort=False):
             several = pair.samples["measure"].nunique() > 1
             rows.append(_row(pair, both[["a", "b", *PLACE]], f", {measure}" if several else ""))
-    made = pd.DataFrame(rows)
-    if len(made):
-        p = np.array(holm(list(made.pop("p"))))
-        made["p (Holm)"] = [stats.p_text(one) for one in p]
-        made.loc[p >= stats.SURE, "verdict"] = "tie"
-        if not made["bits"].any():
-            made = made.drop(columns="bits")
-    return made
+    frame = pd.DataFrame(rows)
+    if len(frame):
+        p = np.array(holm(list(frame.pop("p"))))
+        frame["p (Holm)"] = [stats.p_text(one) for one in p]
+        frame.loc[p >= stats.SURE, "verdict"] = "tie"
+        if not frame["bits"].any():
+            frame = frame.drop(columns="bits")
+    return frame
 
 
 def _row(pair: Pair, both: pd.DataFrame, measure: str) -> dict[str, Any]:
@@ -100,18 +100,18 @@ def _row(pair: Pair, both: pd.DataFrame, measure: str) -> dict[str, Any]:
     scale, digits = metric["scale"], metric["digits"]
     a, b = scale * both["a"].to_numpy(), scale * both["b"].to_numpy()
     means = subset_means(both, np.stack([a, b, b - a], axis=1), over)
-    found = means.average()
+    averages = means.average()
     signed = subset_means(both, (b - a)[:, None], over, stats.signed).average()[:, 0]
     squares = float(((means.sample_weights() * (b - a)) ** 2).sum())
-    gain = stats.estimate(found[:, 2])
+    gain = stats.estimate(averages[:, 2])
     higher = metric["better"] == "higher"
     lost, won, _ = stats.flips(both["b"].to_numpy(), both["a"].to_numpy())
     return {
         **pair.settings,
         "task": pair.settings["task"] + measure,
         "n": len(both),
-        "A": f"{found[0, 0]:.{digits}f}",
-        "B": f"{found[0, 1]:.{digits}f}",
+        "A": f"{averages[0, 0]:.{digits}f}",
+        "B": f"{averages[0, 1]:.{digits}f}",
         "B - A": f"{gain.value:+.{digits}f} [{gain.low:+.{digits}f}, {gain.high:+.{digits}f}]",
         "lost/won": f"{lost}/{won}" if higher else "",
         "p": stats.p_value(signed, squares),
@@ -138,14 +138,14 @@ def run(given: argparse.Namespace) -> int:
         for name in names:
             if name not in known:
                 raise NothingToRead(f"{name}: neither a folder nor a method in {given.results}; {', '.join(known)}")
-    found, problems = pairs(sides[0], sides[1], names)
+    paired, problems = pair_cells(sides[0], sides[1], names)
     for problem in dict.fromkeys([p for side in sides for p in side.problems] + problems):
         print(problem, file=sys.stderr)
-    made = table(found)
-    if made.empty:
+    frame = comparison(paired)
+    if frame.empty:
         raise NothingToRead("no cell at the same model, task, protocol and budget has samples on both sides")
     print(f"A = {given.a}, B = {given.b}\n")
-    show(made, given.markdown)
+    show(frame, given.markdown)
     return 0
 
 

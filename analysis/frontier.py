@@ -59,14 +59,14 @@ def draw_frontier(table: pd.DataFrame, x: str, log: bool = True, columns: int = 
         named, several = "", table["model"].nunique() > 1
         if not several:
             figure.suptitle(table["model"].iloc[0], fontsize=style.RC["axes.titlesize"])
-        for place, (axis, ((model, task, protocol, category), group)) in enumerate(zip(axes.flat, panels)):
+        for panel, (axis, ((model, task, protocol, category), group)) in enumerate(zip(axes.flat, panels)):
             _panel(axis, group, looks, log)
             title = f"{task} ({protocol})" + ("" if category == WHOLE else f": {category}")
             if several:
                 title = f"{model}\n{title}"
             axis.set_title("\n".join(textwrap.fill(part, 48) for part in title.split("\n")))
             measured = f"{group['metric'].iloc[0]}, {group['unit'].iloc[0]}"
-            if place % columns == 0 or measured != named:
+            if panel % columns == 0 or measured != named:
                 axis.set_ylabel(textwrap.fill(measured, 30))
             named = measured
         for axis in list(axes.flat)[len(panels) :]:
@@ -214,9 +214,9 @@ def run(given: argparse.Namespace) -> int:
         print(problem, file=sys.stderr)
     figure = draw_frontier(table, given.x, not given.linear, max(1, given.columns), given.by == "category")
     out = given.out or (given.results if given.results.is_dir() else given.results.parent)
-    fronts = table.assign(front=on_front(table), family_front=on_front(table, "family"))
+    marked = table.assign(front=on_front(table), family_front=on_front(table, "family"))
     style.save(figure, out / "frontier")
-    write_csv(out / "frontier.csv", fronts.drop(columns=["cells", "full_cells"]))
+    write_csv(out / "frontier.csv", marked.drop(columns=["cells", "full_cells"]))
     write(out / "frontier.md", page(table, areas(results, table, given.x)))
     write(out / "frontier.tex", latex.tables(table))
     print(f"{len(table[table['category'] == WHOLE])} points of {table['task'].nunique()} tasks in {out}/frontier.*")

@@ -30,8 +30,8 @@ def chosen(cells: pd.DataFrame, every: bool) -> tuple[pd.DataFrame, str]:
     every: none is left out. Of cells that differ in their code only, the older ones' method has the code in its name.
     """
     cells = _as_now(cells)
-    place = _filled(cells, "place")
-    cells = cells.assign(files=_filled(cells, "files"), where=place.where(place != "", cells["weights"]))
+    location = _filled(cells, "place")
+    cells = cells.assign(files=_filled(cells, "files"), where=location.where(location != "", cells["weights"]))
     cells["ask"] += cells["fingerprint"]
     by_age = cells.sort_values("age", kind="stable")
     newest = by_age[by_age["answered"]].groupby(["ask", "where"])["cell"].last()
@@ -56,25 +56,25 @@ def _as_now(cells: pd.DataFrame) -> pd.DataFrame:
     A record of format 1 has a hash of all its samples there, and no name: if it says all that a newer record of a task
     says, it is of that one.
     """
-    made = {}
+    fingerprints = {}
     for _, group in cells.groupby(["model", "task"]):
         settings = {cell: json.loads(text) for cell, text in group["fingerprint"].items()}
         newer = [(settings[cell], data) for cell, data in group.loc[group["format"] > 1, "data"].items()]
-        for cell, own in settings.items():
+        for cell, asked in settings.items():
             data = group.at[cell, "data"]
             if group.at[cell, "format"] == 1:
-                own, data = next((new for new in newer if new[0].items() <= own.items()), (own, data))
-            made[cell] = json.dumps({**own, **({"data": data} if data else {})}, sort_keys=True)
-    return cells.assign(fingerprint=pd.Series(made))
+                asked, data = next((new for new in newer if new[0].items() <= asked.items()), (asked, data))
+            fingerprints[cell] = json.dumps({**asked, **({"data": data} if data else {})}, sort_keys=True)
+    return cells.assign(fingerprint=pd.Series(fingerprints))
 
 
 def _filled(cells: pd.DataFrame, column: str) -> pd.Series:
     """A column; a record of format 1, which lacks it, has that of the others with its weights, where they are alike."""
     filled = cells[column].copy()
-    for _, own in filled.groupby([cells["model"], cells["weights"]]):
-        known = set(own) - {""}
+    for _, values in filled.groupby([cells["model"], cells["weights"]]):
+        known = set(values) - {""}
         if len(known) == 1:
-            filled[own.index] = known.pop()
+            filled[values.index] = known.pop()
     return filled
 
 

@@ -47,22 +47,26 @@ def ranking(tasks: Sequence[Compared], model: str, protocol: str, budget: float)
             apart.append(task.key["task"])
         for name, share in (shares or {}).items():
             kept.setdefault(name, {})[task.key["task"]] = share
-    wanted = max(map(frozenset, kept.values()), key=lambda own: (len(own), sorted(own)), default=frozenset())
+    wanted = max(
+        map(frozenset, kept.values()), key=lambda retained: (len(retained), sorted(retained)), default=frozenset()
+    )
     complete = {
-        name: np.mean([own[task] for task in sorted(wanted)], axis=0)
-        for name, own in kept.items()
-        if wanted <= own.keys()
+        name: np.mean([retained[task] for task in sorted(wanted)], axis=0)
+        for name, retained in kept.items()
+        if wanted <= retained.keys()
     }
-    lacking = {name: sorted(wanted - own.keys()) for name, own in kept.items() if not wanted <= own.keys()}
+    lacking = {
+        name: sorted(wanted - retained.keys()) for name, retained in kept.items() if not wanted <= retained.keys()
+    }
     order = sorted(complete, key=lambda name: -complete[name][0])
     behind = _behind([complete[name] for name in order])
     rows = []
-    for place, name in enumerate(order):
+    for i, name in enumerate(order):
         low, high = stats.interval(complete[name][1:])
         worst = min(sorted(wanted), key=lambda task: kept[name][task][0])
         rows.append(
             {
-                "rank": place + 1 if behind[place] else 1,
+                "rank": i + 1 if behind[i] else 1,
                 "method": name,
                 "retained": f"{complete[name][0]:.1%}",
                 "95 % interval": f"{low:.1%} to {high:.1%}",
@@ -83,14 +87,14 @@ def _retained(cells: Sequence[Cells]) -> tuple[dict[str, np.ndarray] | None, int
         return {}, 0
     first = cells[0].samples.loc[shared]
     columns = [one.samples.loc[shared, "score"] for one in cells] + [first["full"], first["chance"]]
-    found = subset_means(first, np.stack(columns, axis=1), cells[0].first["mean_over"]).average()  # [1 + R, k + 2]
-    full, chance = found[:, -2], found[0, -1]
+    means = subset_means(first, np.stack(columns, axis=1), cells[0].first["mean_over"]).average()  # [1 + R, k + 2]
+    full, chance = means[:, -2], means[0, -1]
     metric = cells[0].first["metric"]
     if near_chance(stats.estimate(metric["scale"] * full), metric["scale"] * chance, metric):
         return None, 0
     whole = np.maximum(full, 1e-9)
     names = [" ".join(filter(None, (one.first["label"], one.first["bits"]))) for one in cells]
-    return {name: found[:, i] / whole for i, name in enumerate(names)}, len(shared)
+    return {name: means[:, i] / whole for i, name in enumerate(names)}, len(shared)
 
 
 def _behind(shares: Sequence[np.ndarray]) -> list[bool]:
@@ -108,9 +112,9 @@ def run(given: argparse.Namespace) -> int:
     tasks = list(gathered(results))
     for problem in results.problems:
         print(problem, file=sys.stderr)
-    found = results.cells[results.cells["method"] != "full"][["model", "protocol", "budget"]].drop_duplicates()
+    settings = results.cells[results.cells["method"] != "full"][["model", "protocol", "budget"]].drop_duplicates()
     shown = 0
-    for model, protocol, budget in sorted(found.itertuples(index=False, name=None)):
+    for model, protocol, budget in sorted(settings.itertuples(index=False, name=None)):
         found_here = ranking(tasks, model, protocol, budget)
         if len(found_here.rows) or found_here.apart:
             shown += 1

@@ -2,7 +2,7 @@
 
 A record is read once: what was read is kept in `RESULTS/.analysis.parquet` and read again only where a file has
 changed. What cannot be read is named in `problems`, and the rest is given. `Results.pack` writes both tables as one
-file that `load` reads like a folder: records for committing, without their texts.
+file that `load_results` reads like a folder: records for committing, without their texts.
 """
 
 import base64
@@ -56,7 +56,7 @@ class Results:
     @cached_property
     def by_cell(self) -> dict[str, pd.DataFrame]:
         """The finished samples of every cell that has one, by id in order."""
-        return {cell: own.set_index("id").sort_index() for cell, own in _slices(self.finished)}
+        return {cell: rows.set_index("id").sort_index() for cell, rows in _slices(self.finished)}
 
     @cached_property
     def failed(self) -> dict[str, int]:
@@ -67,7 +67,7 @@ class Results:
     def errors(self) -> dict[str, list[str]]:
         """The first few different errors of failed samples, by cell."""
         wrong = self.samples[self.samples["error"] != ""]
-        return {str(cell): list(own.unique()[:3]) for cell, own in wrong.groupby("cell")["error"]}
+        return {str(cell): list(rows.unique()[:3]) for cell, rows in wrong.groupby("cell")["error"]}
 
     def pack(self, path: Path) -> None:
         """Both tables as one parquet file; shares to five places, and no times of passes that were shared."""
@@ -88,12 +88,12 @@ def load_results(results: str | Path, all_generations: bool = False) -> Results:
         return _unpack(root)
     if not root.is_dir():
         raise NothingToRead(f"{root}: no such folder; give the folder that results=... named (default: results)")
-    found = sorted({path.parent for name in ("cell.json", "samples.jsonl") for path in root.rglob(name)})
-    if not found:
+    folders = sorted({path.parent for name in ("cell.json", "samples.jsonl") for path in root.rglob(name)})
+    if not folders:
         raise NothingToRead(f"{root}: holds no cell.json; run {RUN} results={root} first")
     kept, books = _cache(root)
     cells, tables, problems, new_books = [], [], [], {}
-    for folder in found:
+    for folder in folders:
         name = folder.relative_to(root).as_posix()
         try:
             cell = cell_of(name, folder)
@@ -120,8 +120,8 @@ def load_results(results: str | Path, all_generations: bool = False) -> Results:
     if new_books != books:
         _keep(root, samples, new_books)
     drawn, said = chosen(pd.DataFrame(cells).set_index("cell", drop=False), all_generations)
-    own = samples[samples["cell"].isin(drawn.index)].reset_index(drop=True)
-    return Results(root, drawn, own, problems + [said] * bool(said))
+    remaining = samples[samples["cell"].isin(drawn.index)].reset_index(drop=True)
+    return Results(root, drawn, remaining, problems + [said] * bool(said))
 
 
 def sample_texts(results: Results, cell: str, ids: set[str]) -> dict[str, dict[str, Any]]:
@@ -129,16 +129,16 @@ def sample_texts(results: Results, cell: str, ids: set[str]) -> dict[str, dict[s
 
     A packed file has none.
     """
-    own = results.by_cell.get(cell)
-    if own is None or results.root.is_file() or not ids:
+    rows = results.by_cell.get(cell)
+    if rows is None or results.root.is_file() or not ids:
         return {}
-    found = {}
+    texts = {}
     with (results.root / cell / "samples.jsonl").open("rb") as file:
-        for name, at, size in zip(own.index, own["at"], own["size"]):
+        for name, at, size in zip(rows.index, rows["at"], rows["size"]):
             if name in ids:
                 file.seek(at)
-                found[name] = json.loads(file.read(size))
-    return found
+                texts[name] = json.loads(file.read(size))
+    return texts
 
 
 def _slices(samples: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:

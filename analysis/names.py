@@ -26,10 +26,10 @@ def told_apart(cells: pd.DataFrame) -> pd.DataFrame:
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested knobs under dotted names."""
-    made: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, value in config.items():
-        made |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return made
+        settings |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return settings
 
 
 def varied(knobs: list[dict[str, Any]]) -> list[str]:
@@ -44,13 +44,13 @@ def _model(row: pd.Series) -> dict[str, Any]:
 
 
 def _renamed(cells: pd.DataFrame, column: str, settings: Callable[[pd.Series], dict[str, Any]]) -> pd.Series:
-    made = cells[column].copy()
+    renamed = cells[column].copy()
     for name, group in cells.groupby(column):
-        own = {cell: settings(row) for cell, row in group.iterrows()}
-        differ = varied(list(own.values()))
-        for cell, knobs in own.items() if differ else ():
-            made[cell] = f"{name} ({', '.join(f'{knob}={_short(knobs.get(knob))}' for knob in differ)})"
-    return made
+        by_cell = {cell: settings(row) for cell, row in group.iterrows()}
+        differ = varied(list(by_cell.values()))
+        for cell, knobs in by_cell.items() if differ else ():
+            renamed[cell] = f"{name} ({', '.join(f'{knob}={_short(knobs.get(knob))}' for knob in differ)})"
+    return renamed
 
 
 def _without(knobs: dict[str, Any], names: set[str]) -> dict[str, Any]:
@@ -67,13 +67,13 @@ def _short(value: Any) -> str:
 
 def labels(cells: pd.DataFrame) -> pd.Series:
     """Each cell's curve: the method's name, and the knobs in which its cells differ where they do."""
-    made = {}
+    by_cell = {}
     for (method, _), group in cells.groupby(["method", "model"]):
         configs = [flat(json.loads(c)) for c in group["config"]]
         differ = [name for name in varied(configs) if name.rpartition(".")[2] not in ALONG]
         for cell, config in zip(group.index, configs):
-            made[cell] = " ".join([str(method), *(f"{name}={config.get(name)}" for name in differ)])
-    return pd.Series(made).reindex(cells.index)
+            by_cell[cell] = " ".join([str(method), *(f"{name}={config.get(name)}" for name in differ)])
+    return pd.Series(by_cell).reindex(cells.index)
 
 
 def bits(config: str) -> str:

@@ -60,15 +60,15 @@ def gathered(results: Results, x: str = "held") -> Iterator[Compared]:
     cells = results.cells.assign(label=labels(results.cells), bits=results.cells["config"].map(bits))
     for values, group in cells.groupby(KEYS, sort=True):
         key = dict(zip(KEYS, values))
-        found = _beside_full(results, key, group, x)
-        measures = list(dict.fromkeys(m for one in found for m in one.samples["measure"].unique()))
+        compared = _beside_full(results, key, group, x)
+        measures = list(dict.fromkeys(m for one in compared for m in one.samples["measure"].unique()))
         for measure in measures:
-            own = {**key, "task": f"{key['task']}, {measure}"} if len(measures) > 1 else key
-            yield Compared(own, list(_of_measure(found, measure)))
+            key_of_measure = {**key, "task": f"{key['task']}, {measure}"} if len(measures) > 1 else key
+            yield Compared(key_of_measure, list(_of_measure(compared, measure)))
 
 
-def _of_measure(found: Sequence[Cells], measure: str) -> Iterator[Cells]:
-    for one in found:
+def _of_measure(compared: Sequence[Cells], measure: str) -> Iterator[Cells]:
+    for one in compared:
         samples = one.samples[one.samples["measure"] == measure]
         if len(samples):
             wanted = one.wanted * len(samples) // len(one.samples)
@@ -77,8 +77,8 @@ def _of_measure(found: Sequence[Cells], measure: str) -> Iterator[Cells]:
 
 def _beside_full(results: Results, key: dict[str, str], cells: pd.DataFrame, x: str) -> list[Cells]:
     where, problems = f"{key['model']}, {key['task']}, {key['protocol']}", list[str]()
-    fulls = {paired: _full(results, own) for paired, own in cells[cells["method"] == "full"].groupby("paired")}
-    found, others = [], {}
+    fulls = {paired: _full(results, rows) for paired, rows in cells[cells["method"] == "full"].groupby("paired")}
+    compared, others = [], {}
     for _, group in cells.groupby(["label", "budget", "bits", "config", "paired"], sort=True):
         first = group.iloc[0]
         name = f"{first['label']} at {at(first)}"
@@ -98,20 +98,20 @@ def _beside_full(results: Results, key: dict[str, str], cells: pd.DataFrame, x: 
             continue
         if said := _differs(first, results.cells.loc[full_cells[0]]):
             others[name] = said
-        found.append(Cells(first, list(group["cell"]), group["seed"].nunique(), full_cells, samples, len(full)))
+        compared.append(Cells(first, list(group["cell"]), group["seed"].nunique(), full_cells, samples, len(full)))
     if not fulls:
         problems = [f"{where}: no full cache to compare with; {len(cells)} cells left out"]
     for said in dict.fromkeys(others.values()):
-        own = [name for name, why in others.items() if why == said]
-        problems.append(f"{where}: {', '.join(own)}: other conditions than the full cache's, {said}")
+        rows = [name for name, why in others.items() if why == said]
+        problems.append(f"{where}: {', '.join(rows)}: other conditions than the full cache's, {said}")
     results.problems += [problem for problem in problems if problem not in results.problems]
-    return found
+    return compared
 
 
 def _full(results: Results, cells: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The full cache's scores by id, whichever of its cells has them, and the names of its cells."""
-    own = [results.by_cell[cell][["score", *CONTENT]] for cell in cells["cell"] if cell in results.by_cell]
-    grouped = pd.concat(own or [results.finished.iloc[:0][["score", *CONTENT]]]).groupby(level=0)
+    tables = [results.by_cell[cell][["score", *CONTENT]] for cell in cells["cell"] if cell in results.by_cell]
+    grouped = pd.concat(tables or [results.finished.iloc[:0][["score", *CONTENT]]]).groupby(level=0)
     return grouped["score"].mean().rename("full").to_frame().join(grouped[CONTENT].first()), list(cells["cell"])
 
 
@@ -141,12 +141,12 @@ def by_sample(results: Results, cells: Sequence[str], columns: Sequence[str] = (
     Only samples that all of the cells have; with what tells where they belong.
     """
     told = [*PLACE, *CONTENT]
-    own = [results.by_cell[cell][[*columns, *told]] for cell in cells if cell in results.by_cell]
-    if len(own) < len(cells):
+    tables = [results.by_cell[cell][[*columns, *told]] for cell in cells if cell in results.by_cell]
+    if len(tables) < len(cells):
         return results.finished.set_index("id")[[*columns, *told]].iloc[:0]
-    if len(own) == 1:
-        return own[0]
-    grouped = pd.concat(own).groupby(level=0, sort=True)
+    if len(tables) == 1:
+        return tables[0]
+    grouped = pd.concat(tables).groupby(level=0, sort=True)
     table = grouped[list(columns)].mean().join(grouped[told].first())
     return table[(grouped.size() == len(cells)) & (grouped["key"].nunique() == 1)]
 
@@ -173,11 +173,11 @@ class Means:
 
     def weights(self, category: str = WHOLE) -> np.ndarray:
         """What each subset counts in that average, [subsets]; they add up to 1."""
-        chosen, made = self.chosen(category), np.zeros(len(self.subsets))
+        chosen, weights = self.chosen(category), np.zeros(len(self.subsets))
         if chosen.any():
             over = self.over if category == WHOLE else "subsets"
-            made[chosen] = stats.subset_weights(self.categories[chosen], over)
-        return made
+            weights[chosen] = stats.subset_weights(self.categories[chosen], over)
+        return weights
 
     def sample_weights(self, category: str = WHOLE) -> np.ndarray:
         """What each sample counts in that average, [n]; they add up to 1."""
@@ -193,16 +193,16 @@ def subset_means(
     resamples: int = stats.RESAMPLES,
 ) -> Means:  # fmt: skip
     """Means of values [n, k] of samples (a table with PLACE, by id), drawn inside each subset by `draw`."""
-    weights, ids, made = samples["weight"].to_numpy(), samples.index.to_numpy(), []
+    weights, ids, draws = samples["weight"].to_numpy(), samples.index.to_numpy(), []
     grouped = samples.groupby(["category", "subset"], sort=False)
-    place = grouped.ngroup().to_numpy()  # [n]
+    subset_of = grouped.ngroup().to_numpy()  # [n]
     first = grouped[["control"]].first().reset_index()
     for i, (category, subset) in enumerate(zip(first["category"], first["subset"])):
-        rows = place == i
-        made.append(draw(values[rows], weights[rows], ids[rows], stats.stratum(category, subset), resamples))
+        rows = subset_of == i
+        draws.append(draw(values[rows], weights[rows], ids[rows], stats.stratum(category, subset), resamples))
     return Means(
-        np.stack(made, axis=1), first["subset"].to_numpy(), first["category"].to_numpy(),
-        ~first["control"].to_numpy(dtype=bool), over, place, weights / np.bincount(place, weights)[place],
+        np.stack(draws, axis=1), first["subset"].to_numpy(), first["category"].to_numpy(),
+        ~first["control"].to_numpy(dtype=bool), over, subset_of, weights / np.bincount(subset_of, weights)[subset_of],
     )  # fmt: skip
 
 

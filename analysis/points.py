@@ -94,16 +94,16 @@ def _rows(key: dict[str, str], cells: Sequence[Cells], resamples: int) -> Iterat
     names = list(dict.fromkeys(means.categories))
     for category in [*([WHOLE] if means.counts.any() else []), *(names if len(names) > 1 else [])]:
         chosen = means.chosen(category)
-        own, here = means.sample_weights(category), chosen[means.place]  # [n]
-        found = means.average(category)
+        weights, here = means.sample_weights(category), chosen[means.place]  # [n]
+        averages = means.average(category)
         of_signs = signed.average(category)
-        chance = float(scale * own @ samples["chance"].to_numpy())
-        low, high = stats.interval(found[1:])  # [2k + 1]
-        whole = stats.Estimate(found[0, -1], low[-1], high[-1])
+        chance = float(scale * weights @ samples["chance"].to_numpy())
+        low, high = stats.interval(averages[1:])  # [2k + 1]
+        whole = stats.Estimate(averages[0, -1], low[-1], high[-1])
         guessed = near_chance(whole, chance, metric)
         for i, one in enumerate(cells):
-            gain = stats.Estimate(found[0, k + i], low[k + i], high[k + i])
-            kept = stats.retained(found[:, i], found[:, -1]) if sign > 0 else None
+            gain = stats.Estimate(averages[0, k + i], low[k + i], high[k + i])
+            kept = stats.retained(averages[:, i], averages[:, -1]) if sign > 0 else None
             flips = stats.flips(scores[here, i], full[here, 0]) if sign > 0 else (0, 0, np.nan)
             by_subset = means.values[0, chosen, k + i]
             yield {
@@ -123,10 +123,10 @@ def _rows(key: dict[str, str], cells: Sequence[Cells], resamples: int) -> Iterat
                 "metric": metric["name"],
                 "digits": metric["digits"],
                 "n": int(here.sum()),
-                "share": float(own @ shares[:, i]),
-                "bytes": float(own @ sizes[:, i]),
+                "share": float(weights @ shares[:, i]),
+                "bytes": float(weights @ sizes[:, i]),
                 "above": int(np.ceil(above[here, i].sum())),
-                "score": found[0, i],
+                "score": averages[0, i],
                 "score_low": low[i],
                 "score_high": high[i],
                 "full": whole.value,
@@ -140,10 +140,10 @@ def _rows(key: dict[str, str], cells: Sequence[Cells], resamples: int) -> Iterat
                 "retained_low": kept.low if kept else np.nan,
                 "retained_high": kept.high if kept else np.nan,
                 **dict(zip(("lost", "won", "p_flips"), flips)),
-                "p": stats.p_value(of_signs[:, i], float(((own * gains[:, i]) ** 2).sum())),
+                "p": stats.p_value(of_signs[:, i], float(((weights * gains[:, i]) ** 2).sum())),
                 "worst": means.subsets[chosen][by_subset.argmin()],
                 "worst_difference": float(by_subset.min()),
                 "near_chance": guessed,
-                "at_chance": near_chance(stats.Estimate(found[0, i], low[i], high[i]), chance, metric),
+                "at_chance": near_chance(stats.Estimate(averages[0, i], low[i], high[i]), chance, metric),
                 "partial": one.partial,
             }

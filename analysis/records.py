@@ -149,8 +149,8 @@ def read_cell(folder: Path, fields: Mapping[str, Kind]) -> dict[str, Any]:
         raise Unreadable(f"{path}: not a record that can be read ({error.strerror})") from error
     except ValueError as error:
         raise Unreadable(f"{path}: not a record that can be read ({error})") from error
-    found: dict[str, Any] = book
-    return found
+    cell: dict[str, Any] = book
+    return cell
 
 
 def lines(path: Path, fields: Mapping[str, Kind]) -> Iterator[Line]:
@@ -159,11 +159,11 @@ def lines(path: Path, fields: Mapping[str, Kind]) -> Iterator[Line]:
     every = _bytes(path).split(b"\n")
     for number, line in enumerate(every, 1):
         if line:
-            place = number, at, len(line)
+            where = number, at, len(line)
             try:
-                yield Line(*place, parse_sample(line, fields))
+                yield Line(*where, parse_sample(line, fields))
             except ValueError as error:
-                yield Line(*place, {}, str(error), number == len(every) and not _is_json(line))
+                yield Line(*where, {}, str(error), number == len(every) and not _is_json(line))
         at += len(line) + 1
 
 
@@ -199,12 +199,12 @@ def of_sample(row: dict[str, Any]) -> dict[str, Any]:
     book, batch = row.get("ledger"), row.get("batch", 1)
     if not isinstance(book, dict) or "padding" in book or batch == 1:
         return row
-    own = {
+    ledger = {
         name: value if name in NOT_SHARED or value is None
         else [n / batch for n in value] if isinstance(value, list) else value / batch
         for name, value in book.items()
     }  # fmt: skip
-    return {**row, "ledger": own}
+    return {**row, "ledger": ledger}
 
 
 def above(row: Mapping[str, Any]) -> bool:
@@ -255,7 +255,7 @@ def check_fields(book: Any, fields: Mapping[str, Kind]) -> None:
 
 
 def check_sample(row: Any, fields: Mapping[str, Kind]) -> None:
-    """As `check`, for the line of a sample, which may have failed; fields: of one that has not."""
+    """As `check_fields`, for the line of a sample, which may have failed; fields: of one that has not."""
     check_fields(row, FAILED if isinstance(row, dict) and "error" in row else fields)
     if "times" in row and "error" not in row:
         check_fields(

@@ -85,8 +85,8 @@ def _rounded(column: pd.Series) -> list[float | None]:
 def _cell(results: Results, cell: str) -> dict[str, Any]:
     """The command and fingerprints of one cell, its ledger in all and by layer, its speeds, its heat map."""
     book = results.cells.loc[cell]
-    own = results.by_cell.get(cell, results.finished.iloc[:0])
-    alone = own[own["alone"] & (own["prompt_s"] > 0)]
+    rows = results.by_cell.get(cell, results.finished.iloc[:0])
+    alone = rows[rows["alone"] & (rows["prompt_s"] > 0)]
     steps = alone[alone["steps"] > 0]
     told = ("command", "commit", "weights", "dtype", "passes", "fingerprint", "config")
     return {
@@ -100,13 +100,13 @@ def _cell(results: Results, cell: str) -> dict[str, Any]:
         "prompt": None if alone.empty else round(float((alone["n_prompt"] / alone["prompt_s"]).median()), 1),
         "decode": None if steps.empty else round(float((1000 * steps["decode_s"] / steps["steps"]).median()), 3),
         "timed": len(alone),
-        "maps": _maps(own),
+        "maps": _maps(rows),
     }
 
 
-def _maps(own: pd.DataFrame) -> dict[str, dict[str, Any]]:
+def _maps(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Mean score by length and depth of all samples and of each category, where they have both."""
-    placed = own.dropna(subset=["length", "depth"])
+    placed = rows.dropna(subset=["length", "depth"])
     if placed.empty:
         return {}
     return {WHOLE: _map(placed)} | {str(name): _map(part) for name, part in placed.groupby("category")}
@@ -128,19 +128,21 @@ def _flips(results: Results, table: pd.DataFrame) -> dict[str, Any]:
     `samples` has by the full cache's cell what they share: prompt end, references, the full cache's answer and score.
     """
     whole = table[(table["category"] == WHOLE) & (table["better"] == "higher") & (table["method"] != "full")]
-    found: dict[str, tuple[str, list[str]]] = {}
+    by_cell: dict[str, tuple[str, list[str]]] = {}
     counts: dict[str, dict[str, int]] = {}
     for _, row in whole.iterrows():
         full = next(cell for cell in row["full_cells"] if cell in results.by_cell)
         theirs = results.by_cell[full]["score"]
         for cell in row["cells"]:
-            own = results.by_cell[cell]
-            both = theirs.reindex(own.index)
-            flipped = own[both.notna() & ((own["score"] >= RIGHT) != (both >= RIGHT))]
-            found[cell] = (full, [str(i) for i in spread(flipped).index])
+            scores = results.by_cell[cell]
+            both = theirs.reindex(scores.index)
+            flipped = scores[both.notna() & ((scores["score"] >= RIGHT) != (both >= RIGHT))]
+            by_cell[cell] = (full, [str(i) for i in spread(flipped).index])
             counts[cell] = {str(name): len(part) for name, part in flipped.groupby("category")}
-    shared = {full: {i for other, ids in found.values() if other == full for i in ids} for full, _ in found.values()}
-    count = sum(len(ids) for _, ids in found.values()) + 3 * sum(map(len, shared.values()))
+    shared = {
+        full: {i for other, ids in by_cell.values() if other == full for i in ids} for full, _ in by_cell.values()
+    }
+    count = sum(len(ids) for _, ids in by_cell.values()) + 3 * sum(map(len, shared.values()))
     each = min(TEXT_CHARACTERS, TEXT_BYTES // max(1, count))
     flips, samples = {}, {}
     for full, ids in shared.items():
@@ -153,7 +155,7 @@ def _flips(results: Results, table: pd.DataFrame) -> dict[str, Any]:
             }
             for i, row in sample_texts(results, full, ids).items()
         }
-    for cell, (full, names) in found.items():
+    for cell, (full, names) in by_cell.items():
         ours = sample_texts(results, cell, set(names))
         categories = results.by_cell[cell]["category"]
         flips[cell] = {

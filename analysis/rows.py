@@ -12,7 +12,7 @@ from analysis.generations import asked
 
 FORMATS = (1, 2)  # of records that can be read
 METRIC = {"name": "score", "unit": "points of 100", "better": "higher", "scale": 100.0, "digits": 2}
-#: columns of `Results.samples` that hold no text; the texts are read by `texts`, from byte `at` on, `size` bytes
+#: columns of `Results.samples` that hold no text; `load.sample_texts` reads the texts, `size` bytes from byte `at` on
 SAMPLE = {
     "id": "", "key": "", "end": "", "subset": "", "category": "", "measure": "", "weight": 1.0, "chance": 0.0,
     "control": False,
@@ -53,7 +53,7 @@ def cell_of(name: str, folder: Path) -> dict[str, Any]:
     method, model, task, notes = identity["method"], identity["model"], identity["task"], runs[-1]
     latest = notes["conditions"]
     passes = {name: value for name, value in model.items() if name not in ("name", "weights")}
-    found = {
+    fields = {
         "cell": name,
         "model": model["name"],
         "task": task["name"],
@@ -81,7 +81,7 @@ def cell_of(name: str, folder: Path) -> dict[str, Any]:
         "commit": notes.get("commit") or "",
         "command": notes.get("command", ""),
     }
-    return _whole(found)
+    return _whole(fields)
 
 
 def samples_of(name: str, path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -109,13 +109,13 @@ def samples_of(name: str, path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         problems.append(f"{name}: {len(again)} samples, such as {min(again)}, hold two contents; the later one counts")
     table = table_of(list(rows.values()))
     table.insert(0, "cell", name)
-    own = [ledger for ledger in ledgers.values() if ledger]
-    layers = [ledger["layers"] for ledger in own]
+    kept = [ledger for ledger in ledgers.values() if ledger]
+    layers = [ledger["layers"] for ledger in kept]
     alike = len({len(one) for one in layers}) == 1
     return table, {
         "problems": problems,
         "runs": len({runs[id] for id, ledger in ledgers.items() if ledger}),
-        "ledger": {key: round(sum(one[key] for one in own) / len(own)) for key in LEDGER} if own else {},
+        "ledger": {key: round(sum(one[key] for one in kept) / len(kept)) for key in LEDGER} if kept else {},
         "layers": [round(sum(layer) / len(layers)) for layer in zip(*layers)] if alike else [],
     }
 

@@ -26,47 +26,47 @@ def any_text() -> None:
 
 def new_table(*names: str, left: Sequence[str] = (), title: str | None = None) -> Table:
     """An empty table; the first column and those named in `left` are flush left, numbers flush right."""
-    made = _empty(title)
+    table = _empty(title)
     for i, name in enumerate(names):
-        made.add_column(name, justify="left" if i == 0 or name in left else "right", overflow="fold")
-    return made
+        table.add_column(name, justify="left" if i == 0 or name in left else "right", overflow="fold")
+    return table
 
 
-def print_table(made: Table, file: TextIO | None = None) -> None:
+def print_table(table: Table, file: TextIO | None = None) -> None:
     """Print a table as wide as the screen is: its terminal, or COLUMNS, or 80 where there is neither."""
     console = Console(file=file, highlight=False)
-    console.print(fitted(made, console))
+    console.print(fitted(table, console))
 
 
-def fitted(made: Table, console: Console) -> Table:
+def fitted(table: Table, console: Console) -> Table:
     """The table itself where it fits, else the same cells with several lines to a row, in as few as will do."""
-    for lines in range(1, len(made.columns)):
-        shown = _stacked(made, lines)
+    for lines in range(1, len(table.columns)):
+        shown = _stacked(table, lines)
         if _natural(shown, console) <= console.width:
             return shown
-    narrow = _stacked(made, max(1, len(made.columns) - 1))
-    rest = _natural(narrow, console) - _widest(made, console)
+    narrow = _stacked(table, max(1, len(table.columns) - 1))
+    rest = _natural(narrow, console) - _widest(table, console)
     # only the names are left to fold
     narrow.columns[0].max_width = max(NARROWEST, console.width - rest)
     return narrow
 
 
-def _stacked(made: Table, lines: int) -> Table:
+def _stacked(table: Table, lines: int) -> Table:
     """The cells behind the first column dealt out over so many lines; the header is dealt out in the same way."""
     if lines == 1:
-        return made
-    first, *others = made.columns
+        return table
+    first, *others = table.columns
     width = ceil(len(others) / lines)
-    shown = _empty(made.title)
+    shown = _empty(table.title)
     shown.add_column(_lined([str(first.header)], lines), justify=first.justify, overflow="fold")
-    for place in range(width):
-        mine = others[place::width]
+    for at in range(width):
+        mine = others[at::width]
         header = _lined([str(column.header) for column in mine], lines)
         shown.add_column(header, justify=mine[0].justify, overflow="fold")
-    cells = [list(column.cells) for column in made.columns]
-    for row in range(made.row_count):
-        texts = [str(own[row]) for own in cells]
-        shown.add_row(texts[0], *(_lined(texts[1:][place::width], lines) for place in range(width)), end_section=True)
+    cells = [list(column.cells) for column in table.columns]
+    for row in range(table.row_count):
+        texts = [str(column_cells[row]) for column_cells in cells]
+        shown.add_row(texts[0], *(_lined(texts[1:][at::width], lines) for at in range(width)), end_section=True)
     return shown
 
 
@@ -83,7 +83,7 @@ def _natural(shown: Table, console: Console) -> int:
     return Measurement.get(console, console.options.update(max_width=10_000), shown).maximum
 
 
-def _widest(made: Table, console: Console) -> int:
+def _widest(table: Table, console: Console) -> int:
     """Columns that the longest name takes."""
-    names: list[Any] = [made.columns[0].header, *made.columns[0].cells]
+    names: list[Any] = [table.columns[0].header, *table.columns[0].cells]
     return max(Measurement.get(console, console.options.update(max_width=10_000), name).maximum for name in names)

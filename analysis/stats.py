@@ -38,8 +38,8 @@ def subset_weights(categories: Sequence[str], over: str = "categories") -> np.nd
     """Each subset's share in the average, [subsets], from their categories: of category means, or of `subsets`."""
     if over == "subsets":
         return np.full(len(categories), 1 / len(categories))
-    names, place, size = np.unique(np.asarray(categories), return_inverse=True, return_counts=True)
-    return 1 / (size[place] * len(names))
+    names, category_of, size = np.unique(np.asarray(categories), return_inverse=True, return_counts=True)
+    return 1 / (size[category_of] * len(names))
 
 
 def stratum(category: str, subset: str) -> str:
@@ -58,11 +58,11 @@ def bootstrap(
     """
     order = _order(ids)
     values, weights = values[order], weights[order]
-    found = [(weights @ values / weights.sum())[None]]
+    means = [(weights @ values / weights.sum())[None]]
     for counts in _counts(len(values), key, resamples, seed):  # [r, n]
-        own = counts * weights
-        found.append(own @ values / own.sum(axis=1, keepdims=True))
-    return np.concatenate(found)
+        drawn_weights = counts * weights
+        means.append(drawn_weights @ values / drawn_weights.sum(axis=1, keepdims=True))
+    return np.concatenate(means)
 
 
 def _order(ids: Sequence[str]) -> list[int]:
@@ -97,9 +97,9 @@ def row(
     for i in np.flatnonzero(weights).tolist():
         groups.setdefault((strata[i], parts[i] if parts else ""), []).append(i)
     total = np.zeros((1 + resamples, values.shape[1]))
-    for (key, _), own in groups.items():
-        inside = weights[own]
-        total += inside.sum() * bootstrap(values[own], inside, [ids[i] for i in own], key, resamples, seed)
+    for (key, _), indices in groups.items():
+        inside = weights[indices]
+        total += inside.sum() * bootstrap(values[indices], inside, [ids[i] for i in indices], key, resamples, seed)
     return total
 
 
@@ -132,11 +132,11 @@ def signed(
     """  # fmt: skip
     parts = (weights[:, None] * differences / weights.sum())[_order(ids)]
     rng = np.random.default_rng([seed, zlib.crc32(key.encode("utf-8", "replace")), 1])
-    found, step = [parts.sum(axis=0)[None]], max(1, ROOM // len(parts))
+    sums, step = [parts.sum(axis=0)[None]], max(1, ROOM // len(parts))
     for at in range(0, resamples, step):
         signs = rng.integers(2, size=(min(step, resamples - at), len(parts)), dtype=np.int8)
-        found.append((2.0 * signs - 1.0) @ parts)
-    return np.concatenate(found)
+        sums.append((2.0 * signs - 1.0) @ parts)
+    return np.concatenate(sums)
 
 
 def exact(value: np.ndarray) -> np.ndarray:

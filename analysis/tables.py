@@ -78,17 +78,17 @@ def grid(book: dict[str, Any]) -> str:
     methods = sorted(set(table["label"]) - {"full"})
     for label in (["full"] if "full" in set(table["label"]) else []) + methods:
         of_label = table[table["label"] == label]
-        places = of_label.groupby(["budget", "bits"])["share"].mean().sort_index(ascending=False)
-        for i, (budget, bits) in enumerate(places.sort_values(ascending=False, kind="stable").index):
-            own = of_label[(of_label["budget"] == budget) & (of_label["bits"] == bits)].set_index("column")
+        budgets = of_label.groupby(["budget", "bits"])["share"].mean().sort_index(ascending=False)
+        for i, (budget, bits) in enumerate(budgets.sort_values(ascending=False, kind="stable").index):
+            point = of_label[(of_label["budget"] == budget) & (of_label["bits"] == bits)].set_index("column")
             line = {
-                "method": label + (" (simulated)" if own["simulated"].any() else ""),
+                "method": label + (" (simulated)" if point["simulated"].any() else ""),
                 "budget": bits or f"{budget:g}",
-                "bytes held": f"{own['share'].mean():.1%}",
+                "bytes held": f"{point['share'].mean():.1%}",
             }
-            line |= {c: _entry(own.loc[c], most[c]) if c in own.index else "" for c in columns}
-            if "expected" in own:
-                line["the paper's claim"] = own["expected"].iloc[0] if i == 0 else ""
+            line |= {c: _entry(point.loc[c], most[c]) if c in point.index else "" for c in columns}
+            if "expected" in point:
+                line["the paper's claim"] = point["expected"].iloc[0] if i == 0 else ""
             lines.append(line)
     return markdown(pd.DataFrame(lines))
 
@@ -137,7 +137,7 @@ def fill(text: str, folder: Path, page_folder: Path = HOME) -> str:
     A figure's picture and source are named once its file is there; its link leads from page_folder to the picture.
     """
 
-    def table(match: re.Match[str]) -> str:
+    def filled_table(match: re.Match[str]) -> str:
         name, head, end = match["name"], match["head"], match["end"]
         if name == "methods":
             return f"{head}\n{methods(HOME)}\n{end}"
@@ -157,7 +157,7 @@ def fill(text: str, folder: Path, page_folder: Path = HOME) -> str:
             return f"{head}\n{picture}\n\n{said}\n{end}"
         return f"{head}\n{grid(book)}\n{said}\n{end}"
 
-    return BLOCK.sub(table, text)
+    return BLOCK.sub(filled_table, text)
 
 
 def methods(home: Path) -> str:
@@ -189,9 +189,9 @@ def _target(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if allocator := re.search(r"^allocator:[\s{]*_target_: *([^\s,}]+)", text, re.M):
         return allocator[1]  # a paper of its own, on top of another's scores
-    if own := re.search(r"^_target_: *(\S+)", text, re.M):
+    if target := re.search(r"^_target_: *(\S+)", text, re.M):
         store = re.search(r"^store: *\{_target_: *([^\s,]+)", text, re.M)
-        return store[1] if store and own[1].startswith("methods.core.") else own[1]
+        return store[1] if store and target[1].startswith("methods.core.") else target[1]
     base = re.search(r"^defaults: *\[(\S+),", text, re.M)
     assert base, f"{path} names no class"
     return _target(path.with_name(f"{base[1]}.yaml"))
@@ -232,10 +232,10 @@ def run(given: argparse.Namespace) -> int:
         print(f"{len(book['points'])} points in {path}, and the samples behind them in {path.stem}.parquet")
     if given.pages:
         texts = {page: page.read_text(encoding="utf-8") for page in pages()}
-        made = {page: fill(text, folder, page.parent) for page, text in texts.items()}  # all, or none is touched
+        filled = {page: fill(text, folder, page.parent) for page, text in texts.items()}  # all, or none is touched
         for page in pages():
-            if made[page] != texts[page]:
-                write(page, made[page], advice=ADVICE)
+            if filled[page] != texts[page]:
+                write(page, filled[page], advice=ADVICE)
     return 0
 
 

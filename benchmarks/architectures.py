@@ -124,8 +124,8 @@ def outcome(name: str) -> Outcome:
 
 
 def _refused(name: str, reason: str) -> Outcome:
-    if found := re.match(r"no small copy of it could be tried out \((.*)\);", reason):
-        return Outcome(name, "no copy", re.sub(r"\w+\.forward", "forward", found[1]))
+    if match := re.match(r"no small copy of it could be tried out \((.*)\);", reason):
+        return Outcome(name, "no copy", re.sub(r"\w+\.forward", "forward", match[1]))
     # classes, shapes, numbers of layers and sizes of a difference are this model's own
     reason = re.sub(r" \(.*| by [\d.e+-]+ of the logits' spread.*", "", reason)
     return Outcome(name, "refused", re.sub(r"^\d+ of its \d+ layers", "not all of its layers", reason))
@@ -143,8 +143,10 @@ def _made(name: str) -> PreTrainedModel:
 def _kind(decoder: Decoder) -> str:
     """What an attention that is equal does, in the words of the page."""
     config = decoder.config
-    heads, own = config.num_attention_heads, bind.n_kv_heads(config)
-    shared = "one key head" if own == 1 else "grouped heads" if own < heads else "as many key heads as query heads"
+    heads, kv_heads = config.num_attention_heads, bind.n_kv_heads(config)
+    shared = (
+        "one key head" if kv_heads == 1 else "grouped heads" if kv_heads < heads else "as many key heads as query heads"
+    )
     kinds = set(getattr(config, "layer_types", None) or ())
     window = "sliding" in str(kinds) or (not kinds and getattr(config, "sliding_window", None))
     sees = "windows" if window and "full_attention" not in kinds else "windows and all" if window else "all"
@@ -154,14 +156,14 @@ def _kind(decoder: Decoder) -> str:
 
 def page(outcomes: Iterable[Outcome]) -> str:
     """docs/architectures.md."""
-    found = list(outcomes)
+    listed = list(outcomes)
     groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for one in found:
+    for one in listed:
         groups[one.verdict][one.row].append(one.name)
     lines = [
         "# Architectures",
         "",
-        f"The {len(found)} entries of the causal-LM and image-text-to-text mappings of transformers "
+        f"The {len(listed)} entries of the causal-LM and image-text-to-text mappings of transformers "
         f"{transformers.__version__}, each tried on a small random copy of its default configuration, texts only. What "
         "decides is what the attention does, not what the architecture is called, so that another configuration of "
         "the same name may fare otherwise. Your own is tried the same way when it is first used (`model.check=auto`), "
@@ -172,7 +174,7 @@ def page(outcomes: Iterable[Outcome]) -> str:
         rows = groups[verdict]
         if rows:
             names = sum(map(len, rows.values()))
-            lines += ["", f"## {title}", f"{names} of {len(found)}.", "", f"| {head} | architectures |", "|---|---|"]
+            lines += ["", f"## {title}", f"{names} of {len(listed)}.", "", f"| {head} | architectures |", "|---|---|"]
             lines += [f"| {row.replace('|', '/')} | {', '.join(sorted(rows[row]))} |" for row in sorted(rows)]
     return "\n".join(lines) + "\n"
 
@@ -180,15 +182,15 @@ def page(outcomes: Iterable[Outcome]) -> str:
 def main() -> None:
     names = sys.argv[1:] or entries()
     transformers.logging.set_verbosity_error()
-    found = []
+    outcomes = []
     with tempfile.TemporaryDirectory() as fresh:
         os.environ[self_check.FOLDER] = fresh
         for name in names:
-            found.append(outcome(name))
-            print(found[-1], flush=True)
+            outcomes.append(outcome(name))
+            print(outcomes[-1], flush=True)
     if not sys.argv[1:]:
         PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page(found), encoding="utf-8")
+        PAGE.write_text(page(outcomes), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -78,20 +78,20 @@ class Records:
         cells = self.results.cells
         same = cells[(cells["task"] == task) & (cells["method"] == method) & (cells["protocol"] == protocol)]
         where = f"{method} at budget {budget:g} {knobs or ''} on {task}, {protocol}"
-        found: dict[int, pd.DataFrame] = {}
+        by_seed: dict[int, pd.DataFrame] = {}
         for cell, row in same.iterrows():
             config = json.loads(row["config"])
             asked = math.isclose(row["budget"], budget) and all(config.get(k) == v for k, v in knobs.items())
             if asked and not _extra(config, knobs):
-                own = self.results.finished[self.results.finished["cell"] == cell].set_index("id")
-                found.setdefault(int(row["seed"]), own)
+                rows = self.results.finished[self.results.finished["cell"] == cell].set_index("id")
+                by_seed.setdefault(int(row["seed"]), rows)
                 if method not in RANDOM:  # its seeds are the same run again
                     break
-        if not found:
+        if not by_seed:
             raise NothingToRead(f"no cell of {where}")
-        if method in RANDOM and len(found) < len(SEEDS):
-            raise NothingToRead(f"{where} draws at random and has {len(found)} of {len(SEEDS)} seeds")
-        return Scores([found[seed] for seed in sorted(found)], row["metric"], row["mean_over"], method)
+        if method in RANDOM and len(by_seed) < len(SEEDS):
+            raise NothingToRead(f"{where} draws at random and has {len(by_seed)} of {len(SEEDS)} seeds")
+        return Scores([by_seed[seed] for seed in sorted(by_seed)], row["metric"], row["mean_over"], method)
 
 
 def _extra(config: dict, knobs: dict) -> bool:
@@ -109,11 +109,11 @@ class Scores:
     method: str
 
     def only(self, ids: set[str]) -> Scores:
-        return Scores([own[own.index.isin(ids)] for own in self.seeds], self.metric, self.mean_over, self.method)
+        return Scores([seed[seed.index.isin(ids)] for seed in self.seeds], self.metric, self.mean_over, self.method)
 
     @property
     def bytes(self) -> float:
-        return float(np.mean([own["bytes"].mean() for own in self.seeds]))
+        return float(np.mean([seed["bytes"].mean() for seed in self.seeds]))
 
 
 def both(a: Scores, b: Scores) -> tuple[np.ndarray, np.ndarray, int]:
@@ -121,7 +121,7 @@ def both(a: Scores, b: Scores) -> tuple[np.ndarray, np.ndarray, int]:
 
     Seeds are drawn for the whole task, and for each side by itself.
     """
-    columns = [own["score"].rename(i) for i, own in enumerate([*a.seeds, *b.seeds])]
+    columns = [scores["score"].rename(i) for i, scores in enumerate([*a.seeds, *b.seeds])]
     joined = a.seeds[0][["category", "subset"]].join(columns, how="inner").sort_index()
     if joined.empty:
         raise NothingToRead("two cells have no sample in common")
@@ -134,35 +134,35 @@ def both(a: Scores, b: Scores) -> tuple[np.ndarray, np.ndarray, int]:
         total += weight * stats.bootstrap(values, np.ones(len(part)), list(part.index), key)
     sides = np.split(total, [len(a.seeds)], axis=1)
     ours, theirs = (
-        (side * stats.seed_weights(side.shape[1], own.method)).sum(axis=1) for side, own in zip(sides, (a, b))
+        (side * stats.seed_weights(side.shape[1], scores.method)).sum(axis=1) for side, scores in zip(sides, (a, b))
     )
     return ours, theirs, len(joined)
 
 
-def verdict(found: stats.Estimate, border: float = 0.0, strict: bool = True) -> str:
+def verdict(estimate: stats.Estimate, border: float = 0.0, strict: bool = True) -> str:
     """What an interval says of "above the border"; strict: on the border is not above it, so that a tie is no win."""
-    if found.low > border or (found.low == border and not strict):
+    if estimate.low > border or (estimate.low == border and not strict):
         return HELD
-    return NOT_HELD if found.high < border else OPEN
+    return NOT_HELD if estimate.high < border else OPEN
 
 
 def difference(what: str, ours: Scores, theirs: Scores, border: float = 0.0, strict: bool = True) -> Row:
     """Ours less theirs, above 0 where ours is better, and whether it is above the border."""
     a, b, n = both(ours, theirs)
     sign = 1 if ours.metric["better"] == "higher" else -1
-    found = stats.estimate(sign * ours.metric["scale"] * (a - b))
-    said = verdict(found, border, strict)
-    return Row(what, found.value, found.low, found.high, ours.metric["unit"], n, said, len(ours.seeds))
+    estimate = stats.estimate(sign * ours.metric["scale"] * (a - b))
+    said = verdict(estimate, border, strict)
+    return Row(what, estimate.value, estimate.low, estimate.high, ours.metric["unit"], n, said, len(ours.seeds))
 
 
 def left(what: str, ours: Scores, full: Scores, least: float) -> Row:
     """The share of the full cache's score that is left, in percent."""
     a, b, n = both(ours, full)
-    found = stats.retained(a, b)
-    if found is None:
+    estimate = stats.retained(a, b)
+    if estimate is None:
         raise NothingToRead(f"{what}: the full cache scores nothing")
-    said = verdict(found, least, strict=False)
-    return Row(what, 100 * found.value, 100 * found.low, 100 * found.high, "%", n, said, len(ours.seeds))
+    said = verdict(estimate, least, strict=False)
+    return Row(what, 100 * estimate.value, 100 * estimate.low, 100 * estimate.high, "%", n, said, len(ours.seeds))
 
 
 def nacl(core: Records) -> Claim:
@@ -190,26 +190,26 @@ def qfilters() -> Iterator[Callable[[Records], Claim]]:
     yield needles_at_equal_bytes
 
 
-def needles(skip: list[int], said: str, own: Records) -> Claim:
+def needles(skip: list[int], said: str, records: Records) -> Claim:
     rows = []
     for protocol in PROTOCOLS:
         for rate in RATES:
-            theirs = own.samples("needle-mini", "streaming_llm", 1 / rate, protocol)
-            ours = own.samples("needle-mini", "qfilters", 1 / rate, protocol, **({"skip": skip} if skip else {}))
+            theirs = records.samples("needle-mini", "streaming_llm", 1 / rate, protocol)
+            ours = records.samples("needle-mini", "qfilters", 1 / rate, protocol, **({"skip": skip} if skip else {}))
             rows.append(difference(f"{rate}x, {protocol}", ours, theirs))
     return Claim("qfilters", f"above StreamingLLM on needles at 8x to 32x{said}", rows)
 
 
-def needles_at_equal_bytes(own: Records) -> Claim:
+def needles_at_equal_bytes(records: Records) -> Claim:
     rows = []
     for protocol in PROTOCOLS:
-        theirs = own.samples("needle-mini", "streaming_llm", LEFT_WHOLE, protocol)
-        ours = own.samples("needle-mini", "qfilters", 1 / RATES[0], protocol, skip=[0, 1])
+        theirs = records.samples("needle-mini", "streaming_llm", LEFT_WHOLE, protocol)
+        ours = records.samples("needle-mini", "qfilters", 1 / RATES[0], protocol, skip=[0, 1])
         rows.append(difference(f"{ours.bytes / theirs.bytes:.2f} of its bytes, {protocol}", ours, theirs))
     return Claim("qfilters", "the same against StreamingLLM at equal bytes (two layers whole, two at 8x)", rows)
 
 
-def kvtuner(method: str, mode: str, own: Records) -> Claim:
+def kvtuner(method: str, mode: str, records: Records) -> Claim:
     """Searched tables against the same bits everywhere, on samples that the search has not seen.
 
     Of the tables as small as KV4 or KV2 the one that the search scored best is taken. It dominates where it scores no
@@ -217,20 +217,20 @@ def kvtuner(method: str, mode: str, own: Records) -> Claim:
     """
     folder = ASSETS / "kvtuner" / "reference" / mode
     card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-    everything = own.samples("reasoning-mini", "full")
+    everything = records.samples("reasoning-mini", "full")
     unseen = set(everything.seeds[0].index) - set(card["samples"])
     rows = []
     for bits in (4, 2):
-        alike = own.samples("reasoning-mini", method, key_bits=bits, value_bits=bits).only(unseen)
-        found = []
+        alike = records.samples("reasoning-mini", method, key_bits=bits, value_bits=bits).only(unseen)
+        candidates = []
         for entry in card["tables"]:
             if len(set(entry["table"].split())) == 1:  # all layers alike, and no find of the search
                 continue
-            ours = own.samples("reasoning-mini", method, table=entry["name"]).only(unseen)
+            ours = records.samples("reasoning-mini", method, table=entry["name"]).only(unseen)
             if ours.bytes <= (1 + SAME_BYTES) * alike.bytes:
-                found.append((entry["score"], -ours.bytes, entry["name"], ours))
-        if found:
-            _, _, name, ours = max(found, key=lambda one: one[:2])
+                candidates.append((entry["score"], -ours.bytes, entry["name"], ours))
+        if candidates:
+            _, _, name, ours = max(candidates, key=lambda one: one[:2])
             part = ours.bytes / alike.bytes
             what = f"{name} with {part:.2f} of the bytes of KV{bits}"
             rows.append(difference(what, ours, alike, strict=part > 1 - SAME_BYTES))
@@ -247,11 +247,11 @@ def lococo() -> Claim:
     rows = []
     cards = [json.loads(path.read_text(encoding="utf-8")) for path in (ASSETS / "lococo" / "reference").glob("*.json")]
     for card in sorted(cards, key=lambda card: card["slots"]):
-        for text, found in card["held_out"].items():
-            for rival, (value, low, high) in found["gain"].items():
-                what = f"{card['slots']} slots against {rival}, {text}"
+        for text, measured in card["held_out"].items():
+            for baseline, (value, low, high) in measured["gain"].items():
+                what = f"{card['slots']} slots against {baseline}, {text}"
                 said = verdict(stats.Estimate(value, low, high))
-                rows.append(Row(what, value, low, high, "nats per token", found["rows"], said))
+                rows.append(Row(what, value, low, high, "nats per token", measured["rows"], said))
     return Claim("lococo", "fused slots predict held-out text better than dropping at equal slots", rows)
 
 
@@ -259,12 +259,14 @@ def sweeps() -> list[list[str]]:
     """The overrides of what is run besides the core table."""
     rates = ",".join(f"{1 / rate:g}" for rate in RATES)
     needle = ["task=needle", f"protocol={','.join(PROTOCOLS)}"]
-    made = [
+    commands = [
         [*needle, "method=streaming_llm", f"budget={rates},{LEFT_WHOLE:g}"],
         [*needle, "method=qfilters", f"budget={rates}", "method.skip=[],[0,1]"],
     ]
-    made += [["task=reasoning", f"method={method}", "method.bits=8,4,2"] for method in ("kvtuner", "kvtuner_per_token")]
-    return made + searched("task=reasoning")
+    commands += [
+        ["task=reasoning", f"method={method}", "method.bits=8,4,2"] for method in ("kvtuner", "kvtuner_per_token")
+    ]
+    return commands + searched("task=reasoning")
 
 
 def show(claim: Claim) -> None:
@@ -274,21 +276,21 @@ def show(claim: Claim) -> None:
         print(f"  {row.what}: {row.value:.3f} ({row.low:.3f} to {row.high:.3f}) {row.unit}{seeds}: {row.verdict}")
 
 
-def gather(folder: Path, made: Sequence[Callable[[Records], Claim]]) -> tuple[list[Claim | None], Results | None]:
+def gather(folder: Path, makers: Sequence[Callable[[Records], Claim]]) -> tuple[list[Claim | None], Results | None]:
     """The claims that the folder's records can test, None for those they cannot; what is missing is named."""
-    found: list[Claim | None] = []
+    claims: list[Claim | None] = []
     try:
         results = load_results(folder)
     except NothingToRead as error:
         print(f"claims: {error}", file=sys.stderr)
-        return [None] * len(made), None
-    for make in made:
+        return [None] * len(makers), None
+    for make in makers:
         try:
-            found.append(make(Records(results)))
+            claims.append(make(Records(results)))
         except NothingToRead as error:
             print(f"claims: {error}", file=sys.stderr)
-            found.append(None)
-    return found, results
+            claims.append(None)
+    return claims, results
 
 
 def main() -> int:
@@ -308,8 +310,8 @@ def main() -> int:
     cells = [part.cells for _, part in parts if part]
     if not cells:
         return 2
-    claims = [claim for found, _ in parts for claim in found if claim] + [lococo()]
-    left_out = any(claim is None for found, _ in parts for claim in found)
+    claims = [claim for read, _ in parts for claim in read if claim] + [lococo()]
+    left_out = any(claim is None for read, _ in parts for claim in read)
     for claim in claims:
         show(claim)
     book = {

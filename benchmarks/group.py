@@ -164,19 +164,19 @@ def by_budget(overrides: Sequence[str]) -> dict[str, Any]:
     prompts = [
         dataclasses.replace(run.encoder(example).prompt, max_new_tokens=NEW_TOKENS, ends=()) for example in run.examples
     ]
-    found: dict[float, list[Seconds]] = {budget: [] for budget in BUDGETS}
+    by_budget: dict[float, list[Seconds]] = {budget: [] for budget in BUDGETS}
     for turn in range(ROUNDS + 1):
         for budget in BUDGETS if turn % 2 else reversed(BUDGETS):
             methods = [load_method("full"), *(load_method(name, budget=budget) for name in METHODS)]
             spent = [clock(partial(together, run.model, methods, [prompt])) for prompt in prompts]
             if turn:  # the first round warms up
-                found[budget].append(sum(spent, Seconds(0, 0)))
-    print("by budget:", {b: round(median(one.processor for one in own), 2) for b, own in found.items()})
+                by_budget[budget].append(sum(spent, Seconds(0, 0)))
+    print("by budget:", {b: round(median(one.processor for one in times), 2) for b, times in by_budget.items()})
     threads = torch.get_num_threads()
     return {
         "prompts": len(prompts), "new_tokens": NEW_TOKENS, "methods": ["full", *METHODS], "threads": threads,
         "tokens": round(fmean(len(prompt.ids) for prompt in prompts)),
-        "seconds": {str(budget): [vars(one) for one in own] for budget, own in found.items()},
+        "seconds": {str(budget): [vars(one) for one in times] for budget, times in by_budget.items()},
     }  # fmt: skip
 
 
@@ -188,14 +188,14 @@ def clock(act: Callable[[], Any]) -> Seconds:
 
 def differences(a: Path, b: Path) -> tuple[int, int]:
     """Samples whose predictions differ between two folders of records, and how many both have."""
-    found = []
+    differ = []
     for path in sorted(a.rglob("samples.jsonl")):
         other = b / path.relative_to(a)
         if not other.exists():  # not every cell need have run by itself
             continue
         ours, theirs = ({row["id"]: row["prediction"] for row in samples(p)} for p in (path, other))
-        found += [ours[id] != theirs[id] for id in ours]
-    return sum(found), len(found)
+        differ += [ours[id] != theirs[id] for id in ours]
+    return sum(differ), len(differ)
 
 
 def device() -> str:

@@ -104,8 +104,8 @@ def masked(plain: Any, kept: Any) -> Any:
     """A copy of the model that hides from every head what an eviction method's cache has dropped."""
     model = copy.deepcopy(plain)
     model.set_attn_implementation("masked")
-    for layer, own in zip(model.model.layers, kept.layers, strict=True):
-        pos = own.inner.store.pos  # [1, H, S]
+    for layer, kept_layer in zip(model.model.layers, kept.layers, strict=True):
+        pos = kept_layer.inner.store.pos  # [1, H, S]
         hidden = torch.ones(*pos.shape[:2], int(pos.max()) + 2, dtype=torch.bool)
         hidden.scatter_(2, torch.where(pos < 0, hidden.shape[-1] - 1, pos).long(), False)
         groups = plain.config.num_attention_heads // pos.shape[1]
@@ -184,12 +184,12 @@ def decode(name: str, length: int, rounds: int, steps: int, threads: int) -> dic
 
 def spread(ours: list[float], theirs: list[float]) -> dict[str, float]:
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    found = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-    return {key: round(value, 4) for key, value in found.items()}
+    summary = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    return {key: round(value, 4) for key, value in summary.items()}
 
 
-def verdict(what: str, limit: float, found: dict[str, float]) -> dict[str, Any]:
-    return {"what": what, "goal": round(limit, 4), **found, "met": found["median"] <= limit}
+def verdict(what: str, limit: float, ratio: dict[str, float]) -> dict[str, Any]:
+    return {"what": what, "goal": round(limit, 4), **ratio, "met": ratio["median"] <= limit}
 
 
 def plain_form(run: Callable[[], Any]) -> None:
@@ -290,8 +290,8 @@ def _random(length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _op(what: str, against: str, seconds: dict[str, list[float]], threads: int) -> dict[str, Any]:
     rows = {
-        way: {"ms": round(statistics.median(own) * 1e3, 3), **spread(own, seconds[against])}
-        for way, own in seconds.items()
+        way: {"ms": round(statistics.median(times) * 1e3, 3), **spread(times, seconds[against])}
+        for way, times in seconds.items()
     }
     return {"what": what, "threads": threads, "against": against, "ways": rows}
 
@@ -336,12 +336,12 @@ def main() -> None:
     results, ops = [], []
     for threads in map(int, args.threads.split(",")):
         n = args.length // 64 * 64
-        found = [codes(n, args.rounds, threads), ragged(n // 4, args.rounds, threads)]
-        found += prompt(args.prompt, args.rounds, threads).values()
-        for op in found:
+        measured = [codes(n, args.rounds, threads), ragged(n // 4, args.rounds, threads)]
+        measured += prompt(args.prompt, args.rounds, threads).values()
+        for op in measured:
             show_op(op)
             show_goals(op.get("goals", []))
-        ops += found
+        ops += measured
         results.append(decode(args.model, args.length, args.rounds, args.steps, threads))
         show_steps(results[-1])
         show_goals(results[-1]["goals"])

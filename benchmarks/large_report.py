@@ -62,8 +62,8 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=500)
     parser.add_argument("--samples", type=int, default=200)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        root = Path(place)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
         write(root, given.cells, given.samples)
         began, spent = time.perf_counter(), time.process_time()
 

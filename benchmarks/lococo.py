@@ -64,12 +64,12 @@ def once(model: Any, method: Method, ids: torch.Tensor) -> tuple[float, float, A
 def measure(model: Any, ids: torch.Tensor, card: dict[str, Any], rounds: int) -> dict[str, Any]:
     """Costs per method, and the card's comparison."""
     methods = methods_of(card)
-    found: dict[str, list[tuple[float, float, Any]]] = {name: [] for name in methods}
+    by_method: dict[str, list[tuple[float, float, Any]]] = {name: [] for name in methods}
     for _ in range(rounds):
         for name, method in methods.items():
-            found[name].append(once(model, method, ids))
+            by_method[name].append(once(model, method, ids))
     costs = {}
-    for name, runs in found.items():
+    for name, runs in by_method.items():
         report = runs[-1][2]
         costs[name] = {
             "held_prompt": report.held_prompt,
@@ -86,10 +86,10 @@ def measure(model: Any, ids: torch.Tensor, card: dict[str, Any], rounds: int) ->
 def show(result: dict[str, Any]) -> None:
     """One table per compressor."""
     print(f"\n{result['slots']} slots, chunks of {result['chunk']}")
-    for text, found in result["held_out"].items():
-        print(f"held-out perplexity on {found['tokens']:,} tokens of {text}")
-        for name, nll in found["nll"].items():
-            gain = found["gain"].get(name)
+    for text, measured in result["held_out"].items():
+        print(f"held-out perplexity on {measured['tokens']:,} tokens of {text}")
+        for name, nll in measured["nll"].items():
+            gain = measured["gain"].get(name)
             said = "  {:+.4f} nats above lococo ({:+.4f} to {:+.4f})".format(*gain) if gain else ""
             print(f"  {name:15}{math.exp(nll):8.3f}{said}")
     print(f"{LENGTH:,} tokens of prompt, {NEW} decoded")

@@ -43,13 +43,13 @@ def draw_ops(record: dict[str, Any], out: Path) -> None:
             gridspec_kw={"height_ratios": heights}, layout="constrained",
         )  # fmt: skip
         for axis, setting, rows in zip(axes[:, 0], settings, panels, strict=True):
-            places = range(len(rows), 0, -1)
-            axis.barh(places, [row["share_of_ceiling"] for row in rows], color=COLOURS[5], label="started from Python")
-            graphs = [(at, captured_share(row)) for at, row in zip(places, rows) if "captured_seconds" in row]
+            levels = range(len(rows), 0, -1)
+            axis.barh(levels, [row["share_of_ceiling"] for row in rows], color=COLOURS[5], label="started from Python")
+            graphs = [(at, captured_share(row)) for at, row in zip(levels, rows) if "captured_seconds" in row]
             if graphs:
                 at, share = zip(*graphs, strict=True)
                 axis.barh(at, share, height=0.35, color=COLOURS[0], label="in a CUDA graph")
-            axis.set_yticks(list(places), [row["op"] for row in rows])
+            axis.set_yticks(list(levels), [row["op"] for row in rows])
             axis.axvline(1, color="black", lw=0.6)
             axis.set_title(setting, loc="left")
         if any("captured_seconds" in row for row in record["rows"]):

@@ -135,11 +135,11 @@ def main() -> None:
     print(f"one layer, {args.heads} heads on {args.kv_heads} KV heads of {args.dim}, {args.length} tokens, 1 thread")
     seconds = times(args.length, *shape, args.rounds, args.budget)
     rows = {}
-    for variant, own in seconds.items():
-        over = [(a - b) / b for a, b in zip(own, seconds["full"], strict=True)]
+    for variant, variant_times in seconds.items():
+        over = [(a - b) / b for a, b in zip(variant_times, seconds["full"], strict=True)]
         goal = GOALS.get(variant)
         rows[variant] = {
-            "seconds": own,
+            "seconds": variant_times,
             "overhead": statistics.median(over),
             "low": min(over),
             "high": max(over),
@@ -148,7 +148,7 @@ def main() -> None:
         }
         verdict = "" if goal is None else f"  goal <= {goal:g} {'met' if rows[variant]['met'] else 'MISSED'}"
         print(
-            f"  {variant:13} {statistics.median(own):7.3f} s  overhead {rows[variant]['overhead']:6.2f}"
+            f"  {variant:13} {statistics.median(variant_times):7.3f} s  overhead {rows[variant]['overhead']:6.2f}"
             f"  ({min(over):.2f} to {max(over):.2f}){verdict}"
         )
 

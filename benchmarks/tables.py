@@ -38,18 +38,18 @@ def reseeded(sweep: str) -> list[str]:
         (HOME / "conf" / "experiment" / f"{sweep.partition('=')[2]}.yaml").read_text(encoding="utf-8")
     )
     methods = grid["hydra"]["sweeper"]["params"]["method"].split(",")
-    own = [method for method in RANDOM if method in methods or methods == ["glob(*)"]]
-    return [sweep, f"method={','.join(own)}", f"seed={','.join(map(str, SEEDS[1:]))}"]
+    random = [method for method in RANDOM if method in methods or methods == ["glob(*)"]]
+    return [sweep, f"method={','.join(random)}", f"seed={','.join(map(str, SEEDS[1:]))}"]
 
 
 def searched(sweep: str) -> list[list[str]]:
     """The same sweep with the tables that were searched for the reference model instead of bits."""
-    found = []
+    commands = []
     for method, mode in (("kvtuner", "kivi"), ("kvtuner_per_token", "per_token")):
         folder = HOME / "assets" / "kvtuner" / "reference" / mode
         if tables := sorted(path.stem for path in folder.glob("*.yaml")):
-            found.append([sweep, f"method={method}", f"method.table={','.join(tables)}", "method.bits=null"])
-    return found
+            commands.append([sweep, f"method={method}", f"method.table={','.join(tables)}", "method.bits=null"])
+    return commands
 
 
 def main() -> int:

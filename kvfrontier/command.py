@@ -71,8 +71,8 @@ def _install(package: str, command: str) -> str:
     extras: dict[str, list[str]] = {}
     for line in metadata.requires(NAME) or []:
         need, _, when = line.partition(";")
-        if found := re.fullmatch(r"extra == ['\"](\w+)['\"]", when.strip()):
-            extras.setdefault(found[1], []).append(need.strip())
+        if match := re.fullmatch(r"extra == ['\"](\w+)['\"]", when.strip()):
+            extras.setdefault(match[1], []).append(need.strip())
     holds = [extra for extra, needs in extras.items() if extra != "dev" and package in map(_module, needs)]
     extra = next(iter(holds), "analysis" if command in ANALYSES else None)
     return f"pip install {shlex.join(extras[extra])}" if extra else f"pip install {NAME} brings it"

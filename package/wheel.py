@@ -49,12 +49,12 @@ def lay_out(folder: Path) -> None:
     is_ours = imports.held(ROOT, tops)
     for path in sources():
         inside = path.relative_to(ROOT)
-        made = folder / (inside if inside.parts[0] == PACKAGE else PACKAGE / inside)
-        made.parent.mkdir(parents=True, exist_ok=True)
+        target = folder / (inside if inside.parts[0] == PACKAGE else PACKAGE / inside)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".py":
-            made.write_text(imports.mapped(path.read_text(encoding="utf-8"), is_ours), encoding="utf-8")
+            target.write_text(imports.mapped(path.read_text(encoding="utf-8"), is_ours), encoding="utf-8")
         else:
-            copyfile(path, made)
+            copyfile(path, target)
     if said := commit():
         (folder / PACKAGE / COMMIT).write_text(f"{said}\n", encoding="utf-8")
 
@@ -62,12 +62,12 @@ def lay_out(folder: Path) -> None:
 def sources() -> Iterator[Path]:
     """The files that are installed."""
     for top in (PACKAGE, *CODE, *FILES):
-        place = ROOT / top
-        for path in [place] if place.is_file() else sorted(place.rglob("*")):
+        folder = ROOT / top
+        for path in [folder] if folder.is_file() else sorted(folder.rglob("*")):
             inside = path.relative_to(ROOT)
-            made = any(part == "__pycache__" or part.startswith(".") for part in inside.parts)
+            generated = any(part == "__pycache__" or part.startswith(".") for part in inside.parts)
             tool = any(inside.is_relative_to(one) for one in TOOLS)
-            if path.is_file() and not made and not tool and path.suffix not in (".pyc", ".tmp", ".log"):
+            if path.is_file() and not generated and not tool and path.suffix not in (".pyc", ".tmp", ".log"):
                 yield path
 
 

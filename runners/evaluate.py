@@ -147,10 +147,10 @@ class Evaluate(Runner):
             screen.print_table(show.costs(cost_rows(pairs), label))
             cut = sum(row["cut"] for row, _ in pairs)
             show.say(f"{run.settings(pairs)}; {cut} of {len(both)} samples cut in the middle")
-            own = [row for row, _ in pairs]
-            if run.cell is not run.full and (exact := remarks.by_prefill(own)):
+            samples = [row for row, _ in pairs]
+            if run.cell is not run.full and (exact := remarks.by_prefill(samples)):
                 show.say(f"{exact}, which no method changes; last_token=held lets the compressed cache answer")
-            for line in remarks.reasoning(own, run.reasoning):
+            for line in remarks.reasoning(samples, run.reasoning):
                 show.say(line)
             draw_all(run.examples, [cell.record.folder for cell in run.cells])
 
@@ -188,23 +188,23 @@ def cost_rows(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[tu
 
 def _costs(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     """One column of the table: what was measured, and its mean or median over samples."""
-    found = {}
+    costs = {}
     for what, key, whole in (
         ("KV bytes, end of prompt", "held_prompt", "full_prompt"),
         ("KV bytes, end of generation", "held_end", "full"),
     ):
         held, of = (fmean(row["ledger"][name] for row in rows) for name in (key, whole))
-        found[what] = f"{show.size(held)} ({show.share(held, of)})"
+        costs[what] = f"{show.size(held)} ({show.share(held, of)})"
     if n := sum(map(above, rows)):
-        found["samples above the budget"] = f"{n} of {len(rows)}"
+        costs["samples above the budget"] = f"{n} of {len(rows)}"
     coded = [row["ledger"] for row in rows if row["ledger"].get("nominal_bits") is not None]
     if coded:
         nominal, effective = (fmean(ledger[name] for ledger in coded) for name in ("nominal_bits", "effective_bits"))
-        found["bits per number, as codes / in all"] = f"{nominal:.2f} / {effective:.2f}"
+        costs["bits per number, as codes / in all"] = f"{nominal:.2f} / {effective:.2f}"
     # a group's times are not those of any of its members
     times = [row["timings"] for row in rows if "group" not in row]
     reads = [time["n_prompt"] / time["prompt"] for time in times if time["prompt"]]
-    found["prefill, tokens/s"] = f"{median(reads):,.0f}" if reads else "-"
+    costs["prefill, tokens/s"] = f"{median(reads):,.0f}" if reads else "-"
     steps = [1000 * time["decode"] / time["steps"] for time in times if time["steps"]]
-    found["decode, ms/token"] = f"{median(steps):.2f}" if steps else "-"
-    return found
+    costs["decode, ms/token"] = f"{median(steps):.2f}" if steps else "-"
+    return costs

@@ -57,17 +57,17 @@ def spread(words: Sequence[str]) -> list[str]:
         one.key_or_group == "experiment" or (one.key_or_group == "method" and one.is_sweep_override())
         for one in typed.values()
     )
-    found = []
+    written = []
     for word in words:
         key, _, value = word.partition("=")
         alone = word in typed and not typed[word].is_sweep_override()
-        found.append(f"{key}=choice({value})" if several and alone and key.startswith("method.") else word)
-    return found
+        written.append(f"{key}=choice({value})" if several and alone and key.startswith("method.") else word)
+    return written
 
 
 def tidy(cell: Sequence[str]) -> list[str]:
     """Numbers as typed: range(0.1,0.5,0.1) gives 0.30000000000000004."""
-    found = []
+    overrides = []
     for override in cell:
         key, _, value = override.partition("=")
         try:
@@ -75,8 +75,8 @@ def tidy(cell: Sequence[str]) -> list[str]:
         except ValueError:
             number = None
         short = f"{number:.12g}" if number is not None else value
-        found.append(f"{key}={short}" if len(short) < len(value) else override)
-    return found
+        overrides.append(f"{key}={short}" if len(short) < len(value) else override)
+    return overrides
 
 
 def group(
@@ -89,16 +89,16 @@ def group(
     jobs: dict[tuple[str, ...], list[list[str]]] = {}
     by_prompt: dict[tuple[str, ...], bool] = {}
     for cell in cells:
-        shared, own = apart(cell)
+        shared, overrides = apart(cell)
         if shared not in by_prompt:
             by_prompt[shared] = capped(cell)
         if by_prompt[shared]:
-            shared += tuple(override for override in own if override.startswith("budget="))
-            own = [override for override in own if override not in shared]
+            shared += tuple(override for override in overrides if override.startswith("budget="))
+            overrides = [override for override in overrides if override not in shared]
         members = jobs.setdefault(shared, [])
-        if own not in members:
-            members.append(own)
-    return [[*shared, f"cells=[{','.join(quote(' '.join(map(escape, own))) for own in members)}]"]
+        if overrides not in members:
+            members.append(overrides)
+    return [[*shared, f"cells=[{','.join(quote(' '.join(map(escape, overrides))) for overrides in members)}]"]
             for shared, members in jobs.items()]  # fmt: skip
 
 
@@ -142,4 +142,4 @@ def quote(text: str) -> str:
 
 def _own(override: str) -> bool:
     key = override.partition("=")[0]
-    return any(key == own or (own.endswith(".") and key.startswith(own)) for own in OWN)
+    return any(key == setting or (setting.endswith(".") and key.startswith(setting)) for setting in OWN)

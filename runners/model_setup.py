@@ -132,8 +132,8 @@ def pick_threads(asked: int | None) -> int:
 def pick_dtype(dtype: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """`dtype` as typed; for auto float32 on a CPU and the checkpoint's own elsewhere."""
     if dtype == "auto":
-        own = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
-        dtype = "float32" if device.type == "cpu" else own
+        configured = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+        dtype = "float32" if device.type == "cpu" else configured
     if dtype not in DTYPES:
         raise UserError(f"model.path={checkpoint.path}: its dtype is {shown(dtype)}; give dtype={', '.join(DTYPES)}")
     return getattr(torch, dtype)

@@ -21,41 +21,41 @@ def tables(table: pd.DataFrame) -> str:
     """
     whole = table[(table["category"] == WHOLE) & ~table["near_chance"]]
     columns = whole[["model", "task", "protocol"]].drop_duplicates().sort_values(["model", "task", "protocol"])
-    places = list(columns.itertuples(index=False, name=None))
-    parts = [_tabular(whole, places[at : at + ACROSS]) for at in range(0, len(places), ACROSS)]
+    keys = list(columns.itertuples(index=False, name=None))
+    parts = [_tabular(whole, keys[at : at + ACROSS]) for at in range(0, len(keys), ACROSS)]
     if whole["simulated"].any():
         parts.append("% * the saving is simulated\n")
     return "\n".join(parts)
 
 
-def _tabular(whole: pd.DataFrame, places: Sequence[tuple[str, str, str]]) -> str:
+def _tabular(whole: pd.DataFrame, keys: Sequence[tuple[str, str, str]]) -> str:
     several = whole["model"].nunique() > 1
-    heads = [_heading(f"{m}, {t}" if several else t, p) for m, t, p in places]
+    heads = [_heading(f"{m}, {t}" if several else t, p) for m, t, p in keys]
     layout = f"@{{}}p{{{NAME}}}rr{'r' * len(heads)}@{{}}"
     lines = [
         r"{\footnotesize\setlength{\tabcolsep}{2pt}" + rf"\begin{{tabular}}{{{layout}}}",
         r"\toprule",
         " & ".join(["method", "budget", "bytes", *heads]) + r" \\",
         r"\midrule",
-        *_lines(whole, places),
+        *_lines(whole, keys),
         r"\bottomrule",
         r"\end{tabular}}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _lines(whole: pd.DataFrame, places: Sequence[tuple[str, str, str]]) -> Iterator[str]:
+def _lines(whole: pd.DataFrame, shown: Sequence[tuple[str, str, str]]) -> Iterator[str]:
     keys = pd.Series(list(zip(whole["model"], whole["task"], whole["protocol"])), index=whole.index)
-    here = whole[keys.isin(places)]
+    here = whole[keys.isin(shown)]
     order = here.assign(first=here["method"] != "full").sort_values(["first", "label", "share"])
     for (label, _, _), group in order.groupby(["label", "budget", "bits"], sort=False):
         p = group.iloc[0]
         entries = {(row["model"], row["task"], row["protocol"]): _entry(row) for _, row in group.iterrows()}
         name = r"\raggedright " + escaped(label) + (r"\textsuperscript{*}" if p["simulated"] else "")
         cells = [name, escaped(p["bits"] or f"{p['budget']:g}"), escaped(f"{group['share'].mean():.1%}")]
-        yield " & ".join([*cells, *(entries.get(key, ("", ""))[0] for key in places)]) + r" \\"
+        yield " & ".join([*cells, *(entries.get(key, ("", ""))[0] for key in shown)]) + r" \\"
         if p["method"] != "full":
-            yield " & ".join(["", "", "", *(entries.get(key, ("", ""))[1] for key in places)]) + r" \\"
+            yield " & ".join(["", "", "", *(entries.get(key, ("", ""))[1] for key in shown)]) + r" \\"
 
 
 def _entry(p: pd.Series) -> tuple[str, str]:

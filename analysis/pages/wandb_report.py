@@ -27,12 +27,12 @@ def build(results: Results, project: str, entity: str = "") -> Any:
     if table.empty:
         raise NothingToRead("no finished cell with a full cache beside it")
     blocks: list[Any] = [wr.TableOfContents()]
-    for place, group in table.groupby(PLACE, sort=True):
-        own = dict(zip(PLACE, place))
+    for values, group in table.groupby(PLACE, sort=True):
+        settings = dict(zip(PLACE, values))
         maps = heat_maps(results, group)
         blocks += [
-            wr.H2(f"{own['task']}, {own['protocol']}: {own['model']}"),
-            _panels(own, group.iloc[0], bool(maps)),
+            wr.H2(f"{settings['task']}, {settings['protocol']}: {settings['model']}"),
+            _panels(settings, group.iloc[0], bool(maps)),
             wr.MarkdownBlock(markdown(summary(group).drop(columns=["task", "protocol"]))),
         ]
         for name, grid in maps.items():
@@ -41,12 +41,12 @@ def build(results: Results, project: str, entity: str = "") -> Any:
     return wr.Report(project=project, entity=entity, title=title[:128], blocks=blocks)
 
 
-def _panels(own: dict[str, str], first: pd.Series, mapped: bool) -> Any:
+def _panels(settings: dict[str, str], first: pd.Series, mapped: bool) -> Any:
     """Panels over the runs of one task; they name no project of their own, so that no server is asked about it."""
     import wandb_workspaces.reports.v2 as wr
     from wandb_workspaces import expr
 
-    runs = wr.Runset(name=own["task"], filters=[expr.Config(name) == value for name, value in own.items()])
+    runs = wr.Runset(name=settings["task"], filters=[expr.Config(name) == value for name, value in settings.items()])
     score, share = wr.SummaryMetric("score"), wr.SummaryMetric("ledger.share")
     panels: list[Any] = [
         wr.ScatterPlot(title=f"{first['metric']} against share of the bytes", x=share, y=score, log_x=True),
@@ -63,17 +63,17 @@ def _panels(own: dict[str, str], first: pd.Series, mapped: bool) -> Any:
 
 def heat_maps(results: Results, group: pd.DataFrame) -> dict[str, str]:
     """By method and budget, a table with a line per depth and a column per length, where samples have both."""
-    found = {}
+    maps = {}
     for _, point in group[group["category"] == WHOLE].sort_values(["label", "budget"]).iterrows():
-        own = results.finished[results.finished["cell"].isin(point["cells"])].dropna(subset=["length", "depth"])
-        if own.empty:
+        rows = results.finished[results.finished["cell"].isin(point["cells"])].dropna(subset=["length", "depth"])
+        if rows.empty:
             continue
-        grid = own.pivot_table(index="depth", columns="length", values="score", aggfunc="mean")
+        grid = rows.pivot_table(index="depth", columns="length", values="score", aggfunc="mean")
         text = grid.map(lambda score: "" if pd.isna(score) else f"{score:.2f}")
         text.columns = pd.Index([f"{length:g}" for length in text.columns])
         text.insert(0, "depth", [f"{depth:g}" for depth in text.index])
-        found[f"{point['label']} at budget {point['budget']:g}"] = markdown(text)
-    return found
+        maps[f"{point['label']} at budget {point['budget']:g}"] = markdown(text)
+    return maps
 
 
 def send(report: Any) -> str:
@@ -94,6 +94,6 @@ def make(results: Results, path: Path, project: str, entity: str = "") -> str:
     write(path, report._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=1))
     try:
         return f"{path}, and {send(report)}"
-    except Exception as error:  # the client has many; none of them is worth the report that was written
+    except Exception as error:  # the client has many kinds; none may fail a run whose report is already written
         text = str(error).strip()
         return f"{path}; not sent: {text.splitlines()[0] if text else type(error).__name__}"

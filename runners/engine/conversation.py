@@ -125,8 +125,8 @@ class Conversation:
         later = list(zip(*(talk.later for talk in self.talks)))
         if self.history == "none":
             for i, asked in enumerate(later):
-                own = state if i + 1 == len(later) else state.fork()
-                self._answer(own, self._feed(own, [one.golden for one in asked]), [one.limits for one in asked])
+                branch = state if i + 1 == len(later) else state.fork()
+                self._answer(branch, self._feed(branch, [one.golden for one in asked]), [one.limits for one in asked])
             return
         if any(self._rests):
             logits = self._timed("question", lambda: state.feed(self._rests))
@@ -160,8 +160,8 @@ class Conversation:
 
     def _answer(self, state: State, logits: Tensor, limits: Sequence[Limits]) -> None:
         # behind an answer that stays nothing may be fed that is no part of it
-        own = self.history == "own"
-        self.heard.append(self._timed("decode", lambda: state.answer(logits, limits, exact=own)))
+        exact = self.history == "own"
+        self.heard.append(self._timed("decode", lambda: state.answer(logits, limits, exact=exact)))
 
     def _timed(self, what: str, call: Callable[[], Result]) -> Result:
         began = now(self.device)

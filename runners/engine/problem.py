@@ -32,8 +32,8 @@ def problem(error: BaseException) -> Problem:
     if described is None:
         text = str(error).strip()
         line = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
-        if place := _place(error):
-            line += f" ({place})"
+        if where := _place(error):
+            line += f" ({where})"
         described = Problem(line, "".join(traceback.format_exception(error))[-LONGEST:])
         error.__dict__["_kvfrontier_problem"] = described
     return described

@@ -45,7 +45,7 @@ class Text:
         self.losses: dict[Member, Tensor] = {}
         self.ids = torch.tensor([list(piece) for piece in pieces], device=device)
         self.forced, n = forced, self.ids.shape[1]
-        # the last token's own prediction is nobody's loss; a block of `chunk` is still compressed with it
+        # what is predicted behind the last token has no target; a block of `chunk` is still compressed with it
         self.last = n if forced.through == "chunk" else n - 1
         begins = forced.stride if forced.through in ("chunk", "one_pass") else forced.prompt - 1
         self.first = min(begins, self.last)

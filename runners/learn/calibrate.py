@@ -71,9 +71,9 @@ class Calibrate(Runner):
         rows, source = self.rows(setup.tokenizer, length, cfg.seed)
         model = setup.model
         show.say(f"{name}: {len(rows)} rows of {length} tokens, {source['text']}")
-        made = method.calibrate(model, rows, seed=cfg.seed, **options)
+        calibration = method.calibrate(model, rows, seed=cfg.seed, **options)
         facts = {
-            **made.facts,
+            **calibration.facts,
             **source,
             "documents": len(rows),
             "tokens": length,
@@ -83,13 +83,13 @@ class Calibrate(Runner):
             "made_with": {package: metadata.version(package) for package in ("torch", "transformers")},
         }
         try:
-            path = artefacts.save(made.method, made.name, model, made.tensors, facts, at=at)
+            path = artefacts.save(calibration.method, calibration.name, model, calibration.tensors, facts, at=at)
         except OSError as error:
             raise UserError(
                 f"runner.out={self.out or 'null'}: {error.filename or at} cannot be written ({error.strerror}); "
                 "give a folder that can"
             ) from error
-        for line in made.report:
+        for line in calibration.report:
             show.say(line)
         show.say(f"artefact: {artefacts.shown(path)}")
         return 0

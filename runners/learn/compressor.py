@@ -214,7 +214,7 @@ class TrainCompressor(Runner):
         ids: Tensor,
     ) -> float:
         """Train on rows of tokens [B, length], chunk by chunk; the mean loss of the chunks behind a compression."""
-        cache, found = student.cache_for(model, prompt_len=ids.shape[1]), []
+        cache, chunk_losses = student.cache_for(model, prompt_len=ids.shape[1]), []
         wanted = predicted(model, ids).split(student.chunk, dim=1) if self.loss == "full" else None
         for i, chunk in enumerate(ids.split(student.chunk, dim=1)):
             layers = [layer.inner for layer in cache.layers]
@@ -231,12 +231,12 @@ class TrainCompressor(Runner):
                 ours, theirs = logits.float().log_softmax(-1).flatten(0, 1), wanted[i].flatten(0, 1)
                 loss = F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
             (loss / self.accumulate).backward()
-            found.append(loss.item())
-            if len(found) % self.accumulate == 0:
+            chunk_losses.append(loss.item())
+            if len(chunk_losses) % self.accumulate == 0:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 decay.step()
-        return sum(found) / len(found)
+        return sum(chunk_losses) / len(chunk_losses)
 
     def _finish(
         self,
@@ -272,9 +272,9 @@ class TrainCompressor(Runner):
         }
         artefacts.save("lococo", method.artefact_name, model, tensors, facts, export)
         draw_training(at / "log.jsonl", facts["held_out"], path.with_suffix(".png"))
-        for text, found in facts["held_out"].items():
-            for name, nll in found["nll"].items():
-                gain, low, high = found["gain"].get(name, (math.nan,) * 3)
+        for text, measured in facts["held_out"].items():
+            for name, nll in measured["nll"].items():
+                gain, low, high = measured["gain"].get(name, (math.nan,) * 3)
                 said = "" if math.isnan(gain) else f", {gain:+.4f} nats above lococo ({low:+.4f} to {high:+.4f})"
                 show.say(f"{text}, {name:>16}: held-out perplexity {math.e**nll:.3f}{said}")
         show.say(f"{state['batch'] * self.batch * self.length:,} tokens in {state['seconds'] / 60:.1f} minutes: "
@@ -297,16 +297,16 @@ def baselines(method: LoCoCo) -> dict[str, Method]:
 def compare_with_dropping(model: PreTrainedModel, method: LoCoCo, rows: Tensor, batch: int) -> dict[str, Any]:
     """Mean losses in nats per token on rows [N, L]: {"nll": {name: mean}, "gain": {name: [mean, low, high]}, …}.
 
-    gain: a rival's loss less the method's on the same rows, above 0 where the method is better, with the 95 % interval
-    of a bootstrap over rows.
+    gain: a baseline's loss less the method's on the same rows, above 0 where the method is better, with the 95 %
+    interval of a bootstrap over rows.
     """
     each = {name: losses(model, one, rows, batch).mean(1) for name, one in baselines(method).items()}  # [N]
     ids = [f"{i:08}" for i in range(len(rows))]
     gain: dict[str, list[float]] = {}
     for name in set(each) - {"full", "lococo"}:
         gap = (each[name] - each["lococo"]).double().cpu().numpy()[:, None]
-        found = stats.estimate(stats.bootstrap(gap, np.ones(len(ids)), ids, "held-out rows")[:, 0])
-        gain[name] = [round(x, 5) for x in (found.value, found.low, found.high)]
+        estimate = stats.estimate(stats.bootstrap(gap, np.ones(len(ids)), ids, "held-out rows")[:, 0])
+        gain[name] = [round(x, 5) for x in (estimate.value, estimate.low, estimate.high)]
     nll = {name: round(means.mean().item(), 5) for name, means in each.items()}
     return {"rows": len(rows), "tokens": rows[:, 1:].numel(), "nll": nll, "gain": dict(sorted(gain.items()))}
 
@@ -321,12 +321,12 @@ def predicted(model: PreTrainedModel, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def losses(model: PreTrainedModel, method: Method, rows: Tensor, batch: int) -> Tensor:
     """Next-token losses [N, L - 1] in nats of rows [N, L], each read through the method's cache."""
-    found = []
+    parts = []
     for ids in rows.split(batch):
         logits = model(ids, past_key_values=method.cache_for(model), use_cache=True).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-        found.append(loss.view(len(ids), -1))
-    return torch.cat(found)
+        parts.append(loss.view(len(ids), -1))
+    return torch.cat(parts)
 
 
 def split_text(file: str) -> tuple[str, str]:
@@ -363,11 +363,11 @@ def draw_training(log: Path, held_out: dict[str, Any], picture: Path) -> None:
     left.set(xlabel="batches", ylabel="loss, nats per token")
     left.plot(*zip(*((e["batch"], e["chosen_on"]) for e in entries if "chosen_on" in e)), marker=".", label="held out")
     left.legend(fontsize=8)
-    for i, (text, found) in enumerate(held_out.items()):
-        names = list(found["gain"])
-        gain, low, high = torch.tensor([found["gain"][name] for name in names]).T
-        places = torch.arange(len(names)) + 0.2 * i
-        right.errorbar(gain, places, xerr=torch.stack((gain - low, high - gain)), fmt="o", capsize=3, label=text)
+    for i, (text, measured) in enumerate(held_out.items()):
+        names = list(measured["gain"])
+        gain, low, high = torch.tensor([measured["gain"][name] for name in names]).T
+        heights = torch.arange(len(names)) + 0.2 * i
+        right.errorbar(gain, heights, xerr=torch.stack((gain - low, high - gain)), fmt="o", capsize=3, label=text)
         right.set_yticks(range(len(names)), names)
     right.axvline(0, color="black", linewidth=0.8)
     right.set(xlabel="loss above the trained compressor's, nats per token")
@@ -381,11 +381,11 @@ def draw_training(log: Path, held_out: dict[str, Any], picture: Path) -> None:
 
 def _pick(rows: Tensor, seed: int, batch: int, size: int) -> Tensor:
     """The rows of one batch: every row once, in an order drawn anew, before any comes again."""
-    places = torch.arange(batch * size, (batch + 1) * size)
+    indices = torch.arange(batch * size, (batch + 1) * size)
     orders: dict[int, Tensor] = {}
-    for epoch in (places // len(rows)).unique().tolist():
+    for epoch in (indices // len(rows)).unique().tolist():
         orders[epoch] = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1009 + epoch))
-    return rows[[int(orders[place // len(rows)][place % len(rows)]) for place in places.tolist()]]
+    return rows[[int(orders[index // len(rows)][index % len(rows)]) for index in indices.tolist()]]
 
 
 def _hash(rows: Tensor) -> str:

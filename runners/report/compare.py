@@ -50,7 +50,7 @@ def compare_scores(task: Task, samples: Samples, resamples: int, seed: int) -> l
 
 
 def whole(task: Task, samples: Samples, resamples: int, seed: int) -> Compared:
-    """The row that stands for the whole task; samples: as in `compare`, each once, with its own score."""
+    """The row that stands for the whole task; samples: as in `compare_scores`, each once, with its own score."""
     mean = task.whole([example for example, _, _ in samples])
     ours, full = (np.array(scores, dtype=float) for scores in zip(*((a, b) for _, a, b in samples)))
     row, of_full = (mean.row(scores, task.metric.scale) for scores in (ours, full))
@@ -59,8 +59,11 @@ def whole(task: Task, samples: Samples, resamples: int, seed: int) -> Compared:
 
 def _interval(task: Task, mean: Mean, samples: Samples, resamples: int, seed: int) -> tuple[float, float] | None:
     tags = [example.tags for example, _, _ in samples]
-    parts = [own["subset"] for own in tags]
-    strata = [stats.stratum(own["category"], own.get("stratum", own["subset"])) for own in tags]
+    parts = [sample_tags["subset"] for sample_tags in tags]
+    strata = [
+        stats.stratum(sample_tags["category"], sample_tags.get("stratum", sample_tags["subset"]))
+        for sample_tags in tags
+    ]
     if stats.rests_on_one(mean.weights, [f"{stratum}/{part}" for stratum, part in zip(strata, parts)]):
         return None
     gains = task.metric.scale * np.array([[ours - full] for _, ours, full in samples])  # [n, 1]

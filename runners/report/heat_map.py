@@ -41,11 +41,11 @@ def cells(rows: Iterable[Sample]) -> dict[tuple[int, float], tuple[float, float 
     members: dict[tuple[int, float], list[Sample]] = {}
     for row in rows:
         members.setdefault((row.length, row.depth), []).append(row)
-    found = {}
-    for place, own in members.items():
-        full = [row.full for row in own if row.full is not None]
-        found[place] = fmean(row.score for row in own), fmean(full) if full else None
-    return found
+    means = {}
+    for cell, cell_rows in members.items():
+        full = [row.full for row in cell_rows if row.full is not None]
+        means[cell] = fmean(row.score for row in cell_rows), fmean(full) if full else None
+    return means
 
 
 def heat_map(rows: Sequence[Sample], path: Path, title: str = "") -> None:
@@ -69,14 +69,14 @@ def heat_map(rows: Sequence[Sample], path: Path, title: str = "") -> None:
         ax.set_visible(False)
     image, crossed = None, False
     for ax, (kind, which) in zip(axes.flat, panels):
-        own = [row for row in rows if row.kind == kind]
-        found = cells(own)
-        lengths, depths = sorted({row.length for row in own}), sorted({row.depth for row in own})
-        value = {place: pair[which == "full"] for place, pair in found.items()}
+        kind_rows = [row for row in rows if row.kind == kind]
+        means = cells(kind_rows)
+        lengths, depths = sorted({row.length for row in kind_rows}), sorted({row.depth for row in kind_rows})
+        value = {cell: pair[which == "full"] for cell, pair in means.items()}
         grid = [[_number(value.get((length, depth))) for length in lengths] for depth in depths]
         image = ax.imshow(grid, cmap=colours, vmin=0, vmax=1, aspect="auto")
         if which == "method":
-            for (length, depth), (_, full) in found.items():
+            for (length, depth), (_, full) in means.items():
                 if full is not None and full < FAILED:
                     dark = (value[length, depth] or 0.0) < FAILED
                     ax.text(
@@ -86,7 +86,7 @@ def heat_map(rows: Sequence[Sample], path: Path, title: str = "") -> None:
                     crossed = True
         known = [one for one in value.values() if one is not None]
         mean = f", mean {fmean(known):.2f}" if known else ""
-        ax.set_title(f"{kind}{', full cache' if which == 'full' else ''}{mean}, n={len(own)}", fontsize=9)
+        ax.set_title(f"{kind}{', full cache' if which == 'full' else ''}{mean}, n={len(kind_rows)}", fontsize=9)
         ax.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, fontsize=7)
         ax.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize=7)
         ax.set_xlabel("length, tokens", fontsize=8)
@@ -116,12 +116,12 @@ def read_record(folder: Path) -> tuple[list[Sample], str]:
     full: dict[str, float] = {}
     for other in sorted(folder.parent.glob("full-*")):
         try:
-            theirs, found = _read(other)
+            theirs, their_scores = _read(other)
         except UserError as error:  # of one generation of several
             show.note(f"drawn without the full cache of {error}")
             continue
         if all(theirs[key] == identity[key] for key in ("model", "task", "protocol", "dtype")):
-            full = found
+            full = their_scores
     rows = []
     for id, score in scores.items():
         try:
@@ -141,7 +141,7 @@ def draw_all(examples: Iterable[Example], folders: Iterable[Path]) -> None:
             for folder in folders:
                 with contextlib.suppress(UserError):  # samples that have a place and no name of a cell
                     draw_heat_map(folder)
-        except (CannotWrite, OSError) as error:  # the table is worth more
+        except (CannotWrite, OSError) as error:  # best effort: a missing picture must not fail the run
             why = getattr(error, "strerror", None) or error
             show.note(f"no heat maps: {why}; python -m {__name__} RECORD draws them later")
 

@@ -69,7 +69,7 @@ def show_times(cells: Sequence[tuple[str, Rows, Path]], title: str) -> None:
         if rows:
             try:
                 draw_latency([(label, rows)], folder / "latency.png", f"{title}, {label}")
-            except CannotWrite as error:  # the table is worth more
+            except CannotWrite as error:  # best effort: a missing picture must not fail the run
                 show.note(f"no pictures: {error}; python -m {__name__} RECORD draws them later")
                 return
 
@@ -78,8 +78,8 @@ def against(row: Mapping[str, Any], what: str) -> str:
     """The method's time over the full cache's, of "prompts" or "steps": median (lowest to highest) of the rounds."""
     if "full_times" not in row:
         return "-"
-    found = ratios(row, what)
-    return f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+    per_round = ratios(row, what)
+    return f"{median(per_round):.2f} ({min(per_round):.2f} to {max(per_round):.2f})"
 
 
 def ratios(row: Mapping[str, Any], what: str) -> list[float]:
@@ -127,12 +127,12 @@ def draw_latency(cells: Sequence[tuple[str, Rows]], path: Path, title: str = "")
 
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """How each curve is drawn, the same in all panels and all pictures, whichever curves they have."""
-    found = {}
+    styles = {}
     for label in dict.fromkeys(labels):
         drawn = style.line(style.look(label, "other"), hollow=False)
-        found[label] = {**drawn, "marker": "o", "markersize": 3, "label": label}
+        styles[label] = {**drawn, "marker": "o", "markersize": 3, "label": label}
     full = {"marker": "o", "markersize": 3, "label": "full", "color": "black", "linestyle": "--"}
-    return {**found, "full": full}
+    return {**styles, "full": full}
 
 
 def _bars(axis: Any, lengths: Sequence[int], rounds: Sequence[Sequence[float]], look: Mapping[str, Any]) -> None:
@@ -148,20 +148,20 @@ def curves(cells: Sequence[tuple[str, Rows]], batch: int) -> dict[str, list[Poin
 
     Only lengths that no such cell has are taken from the full cache's own.
     """
-    found: dict[str, dict[int, Point]] = {}
+    by_label: dict[str, dict[int, Point]] = {}
     for label, rows in sorted(cells, key=lambda cell: cell[0] == "full"):
         for row in rows:
             if row["batch"] != batch:
                 continue
             length, book = row["tokens_in"], row["ledger"]
             held = batch * (book["held_prompt"] + book.get("padding", 0))
-            own = Point(length, row["times"]["prompts"], row["times"]["steps"], held)
-            found.setdefault(label, {}).setdefault(length, own)
+            point = Point(length, row["times"]["prompts"], row["times"]["steps"], held)
+            by_label.setdefault(label, {}).setdefault(length, point)
             if "full_times" in row:
                 held = batch * book["full_prompt"]
                 full = Point(length, row["full_times"]["prompts"], row["full_times"]["steps"], held)
-                found.setdefault("full", {}).setdefault(length, full)
-    return {label: sorted(points.values()) for label, points in found.items()}
+                by_label.setdefault("full", {}).setdefault(length, full)
+    return {label: sorted(points.values()) for label, points in by_label.items()}
 
 
 def read(folder: Path) -> tuple[str, Rows, str]:
@@ -192,10 +192,10 @@ def main() -> None:
     given = parser.parse_args()
     try:
         path = picture(given.out) or given.records[0] / "latency.png"
-        found = [read(folder) for folder in given.records]
-        if len({model for *_, model in found}) > 1:
-            raise UserError(f"{', '.join(sorted({model for *_, model in found}))}: give records of one model")
-        draw_latency([(label, rows) for label, rows, _ in found], path, found[0][2])
+        records = [read(folder) for folder in given.records]
+        if len({model for *_, model in records}) > 1:
+            raise UserError(f"{', '.join(sorted({model for *_, model in records}))}: give records of one model")
+        draw_latency([(label, rows) for label, rows, _ in records], path, records[0][2])
     except (UserError, CannotWrite) as error:
         parser.exit(2, f"error: {error}\n")
     print(path)

@@ -11,13 +11,13 @@ from runners.engine.thoughts import CLOSE
 
 def each_answer(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A sample's row once for every answer to its prompt, which has what that answer's own is."""
-    return [{**row, **own} for own in row["repeats"]] if "repeats" in row else [row]
+    return [{**row, **answer} for answer in row["repeats"]] if "repeats" in row else [row]
 
 
 def by_prefill(rows: Iterable[Mapping[str, Any]]) -> str | None:
     """How many generated answers are the first token's alone, which the exact prefill gave; None where none is."""
-    own = [one for row in rows for one in each_answer(row)]
-    answers = [one for row in own for one in row.get("turns", [row]) if "by_prefill" in one]
+    answered = [one for row in rows for one in each_answer(row)]
+    answers = [one for row in answered for one in row.get("turns", [row]) if "by_prefill" in one]
     n = sum(one["by_prefill"] for one in answers)
     return f"{n} of {len(answers)} answered by the exact prefill" if n else None
 
@@ -27,12 +27,12 @@ def reasoning(rows: Iterable[Mapping[str, Any]], how: str) -> list[str]:
 
     how: model.reasoning.
     """
-    own = [one for row in rows for one in each_answer(row)]
-    held = [row["thoughts"] for row in own if row.get("thoughts")]
+    answered = [one for row in rows for one in each_answer(row)]
+    held = [row["thoughts"] for row in answered if row.get("thoughts")]
     if not held and how != "keep":
         return []
-    what = "answers" if any("repeats" in row for row in own) else "samples"
-    line = f"model.reasoning={how}: {len(held)} of {len(own)} {what} hold a <think> block, "
+    what = "answers" if any("repeats" in row for row in answered) else "samples"
+    line = f"model.reasoning={how}: {len(held)} of {len(answered)} {what} hold a <think> block, "
     if how == "keep":
         return [f"{line}which is scored too"]
     open_ends = sum(not thoughts.rstrip().endswith(CLOSE) for thoughts in held)

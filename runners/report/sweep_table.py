@@ -47,13 +47,13 @@ def report_sweep(sweep: Sweep, resamples: int) -> int:
         rows = compare_scores(run.task, paired, resamples, seed=0) if paired else []
         if line := remarks.misses(list(ours.values())):
             missed.append(f"{_name(member)} {member.cell.method.budget:g}: {line}")
-        for name, found in _lines(rows, list(ours.values()), lower):
-            lines.append((name, [_name(member), f"{member.cell.method.budget:g}", *found]))
+        for name, cells in _lines(rows, list(ours.values()), lower):
+            lines.append((name, [_name(member), f"{member.cell.method.budget:g}", *cells]))
     several = len({name for name, _ in lines if name}) > 1
     columns = ["n", "score", "difference", "95 % interval", "KV bytes", "worst"]
     table = screen.new_table("method", "budget", *["row"] * several, *columns, left=("row", "worst"))
-    for name, found in lines:
-        table.add_row(*found[:2], *[name] * several, *found[2:])
+    for name, cells in lines:
+        table.add_row(*cells[:2], *[name] * several, *cells[2:])
     screen.print_table(table)
     for line in show.about(run.task.metric):
         show.say(line)

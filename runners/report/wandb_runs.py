@@ -76,14 +76,14 @@ class Tracker:
 
         with FileLock(upload.folder / ".wandb.lock"):
             while self.mode != "disabled" and self.lacks(upload):
-                state, place = self._state(upload.folder), self._place(upload)
-                known = set(state.get(place, {"samples": []})["samples"])
+                state, where = self._state(upload.folder), self._place(upload)
+                known = set(state.get(where, {"samples": []})["samples"])
                 try:
                     self._send(upload, known)
                 except Exception as error:  # whatever it is, the run's own result is safe on disk
                     self._fall_back(error)
                     continue
-                state[place] = {"digest": upload.digest, "samples": sorted(known | set(upload.series))}
+                state[where] = {"digest": upload.digest, "samples": sorted(known | set(upload.series))}
                 (upload.folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
     def _send(self, upload: Upload, known: set[str]) -> None:
@@ -263,14 +263,14 @@ def of_frontier(run: Run, group: str | None, scratch: Path) -> Upload | None:
 
 def ledger(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means per sample: bytes of each moment, bytes by layer, `share` of the full cache's, bits where there are any."""
-    found: dict[str, Any] = {}
+    means: dict[str, Any] = {}
     for name, first in rows[0]["ledger"].items():
         values = [row["ledger"].get(name) for row in rows]
         if isinstance(first, list):
-            found[name] = [fmean(column) for column in zip(*values)]
+            means[name] = [fmean(column) for column in zip(*values)]
         elif all(isinstance(value, int | float) for value in values):
-            found[name] = fmean(values)
-    return found
+            means[name] = fmean(values)
+    return means
 
 
 def speeds(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -300,17 +300,17 @@ def _scores(scores: Sequence[Compared], all_of_it: Compared | None) -> dict[str,
 def _series(row: dict[str, Any]) -> dict[str, float]:
     """What is drawn over the samples; a group's times are not those of any of its members."""
     book, times = row["ledger"], row["timings"]
-    found = {
+    series = {
         "sample_score": row["score"],
         "held_prompt": book["held_prompt"],
         "held_end": book["held_end"],
     }
     if "group" not in row:
         if times["prompt"]:
-            found["prompt_tokens_per_s"] = times["n_prompt"] / times["prompt"]
+            series["prompt_tokens_per_s"] = times["n_prompt"] / times["prompt"]
         if times["steps"]:
-            found["decode_ms_per_token"] = 1000 * times["decode"] / times["steps"]
-    return found
+            series["decode_ms_per_token"] = 1000 * times["decode"] / times["steps"]
+    return series
 
 
 def _line(row: dict[str, Any]) -> list[Any]:
@@ -318,8 +318,8 @@ def _line(row: dict[str, Any]) -> list[Any]:
     book, times = row.get("ledger", {}), row.get("timings", {})
     alone = {} if "group" in row else {"prompt_s": times.get("prompt"), "decode_s": times.get("decode")}
     answers = "; ".join(map(str, row["answers"])) if "answers" in row else None
-    found = {**row.get("tags", {}), **row, **book, **alone, "steps": times.get("steps"), "answers": answers}
-    return [found.get(name) for name in COLUMNS]
+    fields = {**row.get("tags", {}), **row, **book, **alone, "steps": times.get("steps"), "answers": answers}
+    return [fields.get(name) for name in COLUMNS]
 
 
 def _map(cell: Cell, rows: dict[str, dict[str, Any]], path: Path) -> Path | None:

@@ -39,17 +39,17 @@ def settle(cfg: DictConfig) -> None:
             raise UserError(f"{group}: nothing is chosen; give {group}=NAME")
     if "budget" in given:
         check_budget(given["budget"])
-    found = settings(given, Config, "")
-    found["protocol"] = found["protocol"].removeprefix("query_")  # as records have it
+    checked = settings(given, Config, "")
+    checked["protocol"] = checked["protocol"].removeprefix("query_")  # as records have it
     for key, value in given.items():
         if key not in PARTS:
             no_target(value, key)
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", found["device"]):
-        raise UserError(f"device={found['device']}: give auto, cpu, cuda, or one of several such as cuda:1")
-    if found["wandb"].mode != "disabled" and not _has("wandb"):
-        raise UserError(f"wandb={found['wandb'].mode}: needs the package wandb; {pip_install('wandb')}")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", checked["device"]):
+        raise UserError(f"device={checked['device']}: give auto, cpu, cuda, or one of several such as cuda:1")
+    if checked["wandb"].mode != "disabled" and not _has("wandb"):
+        raise UserError(f"wandb={checked['wandb'].mode}: needs the package wandb; {pip_install('wandb')}")
     with open_dict(cfg):
-        for key, value in found.items():
+        for key, value in checked.items():
             settled = dataclasses.asdict(value) if isinstance(value, SEVERAL) else value
             if key not in PARTS and settled != given.get(key):
                 cfg[key] = settled
@@ -65,10 +65,10 @@ def _has(distribution: str) -> bool:
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as plain containers, without Hydra's own."""
-    found = {}
+    values = {}
     for key in cfg:
         if key != "hydra":
             node = cfg[key]
             config = OmegaConf.is_config(node)
-            found[str(key)] = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if config else node
-    return found
+            values[str(key)] = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if config else node
+    return values

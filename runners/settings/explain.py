@@ -37,17 +37,17 @@ def explain(error: Exception) -> str:
     text = str(cause)
     if isinstance(cause, OverrideParseException):
         return unread(cause.override)
-    if found := UNKNOWN_CHOICE.search(text):
-        group, name, options = found[1], found[2], found[3].split()
+    if match := UNKNOWN_CHOICE.search(text):
+        group, name, options = match[1], match[2], match[3].split()
         if (group, name) == ("hydra/launcher", "submitit_slurm"):
             return f"hydra/launcher=slurm: needs hydra-submitit-launcher; {pip_install('slurm')}"
         close = difflib.get_close_matches(name, options, 1)
         hint = f"did you mean {close[0]}? " if close else ""
         return f"{group}={name}: unknown; {hint}{group} is one of {', '.join(options)}"
-    if found := re.search(r"Could not override '([^']*)'", text):
-        return f"{found[1]}: no such setting{_nearby(cause, found[1])}"
-    if found := re.search(r"Ambiguous value for argument '([^']*)'", text):
-        return f"{found[1]}: several values need -m in front of them, and a list is written [a,b]"
+    if match := re.search(r"Could not override '([^']*)'", text):
+        return f"{match[1]}: no such setting{_nearby(cause, match[1])}"
+    if match := re.search(r"Ambiguous value for argument '([^']*)'", text):
+        return f"{match[1]}: several values need -m in front of them, and a list is written [a,b]"
     return one_line(text)
 
 

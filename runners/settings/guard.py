@@ -44,34 +44,34 @@ def _guarded(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
     return loaded
 
 
-def check_hydra(own: DictConfig) -> None:
+def check_hydra(hydra: DictConfig) -> None:
     """Raises UserError for what Hydra would call, by its part of a configuration, and is no part of Hydra."""
     from hydra.experimental.callback import Callback
 
-    for name, node in _plain(own.get("callbacks"), "hydra.callbacks").items():
+    for name, node in _plain(hydra.get("callbacks"), "hydra.callbacks").items():
         key = f"hydra.callbacks.{name}"
         given = _plain(node, key)
         resolve(given.pop(TARGET, None), Callback, key)
         no_target(given, key)
     for plugin in PLUGINS:
         key = f"hydra.{plugin}"
-        given = _plain(own.get(plugin), key)
+        given = _plain(hydra.get(plugin), key)
         target = given.pop(TARGET, None)
         if not str(target).startswith(("hydra_plugins.", "hydra._internal.core_plugins.")):
             raise UserError(f"{key}.{TARGET}={shown(target)}: is no {plugin}; give hydra/{plugin}=NAME")
         no_target(given, key)
     for name in LOGGING:
-        _no_call(_plain(own.get(name), f"hydra.{name}"), f"hydra.{name}")
+        _no_call(_plain(hydra.get(name), f"hydra.{name}"), f"hydra.{name}")
 
 
 def _plain(node: Any, key: str) -> dict[str, Any]:
     """A mapping as plain containers; interpolations stay as they are."""
-    found = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
-    if found is None:
+    mapping = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
+    if mapping is None:
         return {}
-    if not isinstance(found, dict):
-        raise UserError(f"{key}={shown(found)}: give a mapping")
-    return {str(name): value for name, value in found.items()}
+    if not isinstance(mapping, dict):
+        raise UserError(f"{key}={shown(mapping)}: give a mapping")
+    return {str(name): value for name, value in mapping.items()}
 
 
 def _no_call(node: Any, key: str) -> None:

@@ -16,8 +16,8 @@ def sampling_of(task: Task, given: Mapping[str, Any]) -> Sampling:
     Raises UserError where they say how to draw and nothing is drawn.
     """
     typed = {str(key): value for key, value in given.items() if value is not None}
-    found = dataclasses.replace(task.sampling, **typed)
-    if not found.temperature:
+    sampling = dataclasses.replace(task.sampling, **typed)
+    if not sampling.temperature:
         for key, value in typed.items():
             if value != getattr(GREEDY, key):
                 raise UserError(
@@ -25,20 +25,22 @@ def sampling_of(task: Task, given: Mapping[str, Any]) -> Sampling:
                     "drawn; give a temperature above 0, such as 0.6, or leave it out"
                 )
         return GREEDY
-    return found
+    return sampling
 
 
-def check_sampling(found: Sampling, examples: Sequence[Example]) -> None:
+def check_sampling(sampling: Sampling, examples: Sequence[Example]) -> None:
     """Raises UserError where these examples have no answers that can be drawn."""
-    if not found.temperature:
+    if not sampling.temperature:
         return
-    key = f"sampling.temperature={found.temperature:g}"
+    key = f"sampling.temperature={sampling.temperature:g}"
     if not any(example.kind in ("answer", "turns") for example in examples):
         raise UserError(f"{key}: no sample of this task has an answer that is generated; leave it out")
     if any(example.beams > 1 for example in examples):
         raise UserError(f"{key}: a beam search draws nothing; give task.beams=1, or leave it out")
-    if found.repeats > 1 and any(example.kind == "turns" for example in examples):
-        raise UserError(f"sampling.repeats={found.repeats}: several questions on one context are answered once; give 1")
+    if sampling.repeats > 1 and any(example.kind == "turns" for example in examples):
+        raise UserError(
+            f"sampling.repeats={sampling.repeats}: several questions on one context are answered once; give 1"
+        )
 
 
 def told(sampling: Sampling) -> dict[str, Any]:

@@ -41,15 +41,15 @@ def for_trainer(words: Sequence[str]) -> list[str]:
             f"method={method or 'nothing'}: has nothing to train; runner=train makes what these need: {have}; without "
             "method= it trains the reference model"
         )
-    found = []
+    written = []
     for word in words:
         key, _, value = word.partition("=")
         name = key.removeprefix("runner.")
         if word == f"runner={OLD}":
-            found.append(f"runner={TRAIN}")
+            written.append(f"runner={TRAIN}")
         else:
-            found.append(f"method.{BLOCK}.{name}={value}" if key != name and name in block else word)
-    return found
+            written.append(f"method.{BLOCK}.{name}={value}" if key != name and name in block else word)
+    return written
 
 
 def check_block(cfg: DictConfig) -> None:
@@ -76,5 +76,5 @@ def trainer_of(method: DictConfig, runner: DictConfig, default: Any) -> Part | N
 
 
 def _plain(node: DictConfig) -> dict[str, Any]:
-    found = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {"_target_": found}
+    values = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {"_target_": values}

@@ -42,12 +42,12 @@ def check_words(words: Sequence[str]) -> None:
 
 def folders_of(words: Sequence[str]) -> list[str]:
     """The folders that --config-dir names."""
-    found = []
+    folders = []
     for word, behind in zip(words, [*words[1:], ""]):
         flag, _, value = word.partition("=")
         if flag in ("--config-dir", "-cd"):
-            found.append(value or behind)
-    return [folder for folder in found if folder]
+            folders.append(value or behind)
+    return [folder for folder in folders if folder]
 
 
 def read(word: str) -> Override:
@@ -55,16 +55,16 @@ def read(word: str) -> Override:
     if "=" in word and not KEY.fullmatch(word.partition("=")[0]):
         raise UserError(unread(word))
     try:
-        found = OverridesParser.create().parse_override(word)
-        value = found.value()
+        override = OverridesParser.create().parse_override(word)
+        value = override.value()
     except (HydraException, RecursionError) as error:
         raise UserError(unread(word)) from error
     # Hydra itself says nothing useful of a group whose choice is no name
     several = value if isinstance(value, list) else [value]
-    group = "/" in found.key_or_group or found.key_or_group == "experiment"
+    group = "/" in override.key_or_group or override.key_or_group == "experiment"
     if group and any(isinstance(one, bool | int | float | dict) for one in several):
-        raise UserError(f"{shown(word)}: unknown; give {found.key_or_group}=NAME")
-    return found
+        raise UserError(f"{shown(word)}: unknown; give {override.key_or_group}=NAME")
+    return override
 
 
 def unread(word: str) -> str:
@@ -83,5 +83,5 @@ def quoted(text: str) -> str:
     if '"' not in text and not text.endswith("\\"):
         return f'"{text}"'
     # backslashes count only before a quote
-    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
+    escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), text)
     return f"'{escaped}'"

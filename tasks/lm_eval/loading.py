@@ -120,7 +120,7 @@ class Loader:
         trouble = hub_trouble() if self.data == "hub" else None
         try:
             with cached_only(trouble is not None), self._revisions():
-                # what `load` does with a name, but with settings of our own
+                # what its `load` does with a name, but with settings of our own
                 built = manager._factory.build(
                     manager.task_index[name], overrides=overrides, registry=manager.task_index
                 )

@@ -41,9 +41,9 @@ def test_p_values_are_corrected_for_as_many_comparisons(book):
         book.cell("nacl", [1.0] * 8, budget)
         book.cell("snapkv", [0.0] * 5 + [1.0] * 3, budget)
     one = load_results(book.root)
-    found, _ = compare.pairs(one, one, ("nacl", "snapkv"))
-    single = [float(compare.table([pair])["p (Holm)"].iloc[0]) for pair in found]
-    both = [float(p) for p in compare.table(found)["p (Holm)"]]
+    found, _ = compare.pair_cells(one, one, ("nacl", "snapkv"))
+    single = [float(compare.comparison([pair])["p (Holm)"].iloc[0]) for pair in found]
+    both = [float(p) for p in compare.comparison(found)["p (Holm)"]]
     assert single[0] == single[1] == pytest.approx(2 / 32, abs=0.02)
     assert both == pytest.approx([2 * p for p in single], abs=0.001)
 
@@ -52,7 +52,7 @@ def test_no_side_is_better_where_p_is_no_sign_of_it_however_narrow_the_interval(
     book.cell("nacl", [1.0], 0.5)
     book.cell("snapkv", [0.0], 0.5)
     one = load_results(book.root)
-    row = compare.table(compare.pairs(one, one, ("nacl", "snapkv"))[0]).iloc[0]
+    row = compare.comparison(compare.pair_cells(one, one, ("nacl", "snapkv"))[0]).iloc[0]
     assert float(row["p (Holm)"]) == 1.0 and row["verdict"] == "tie"
 
 
@@ -110,6 +110,6 @@ def test_samples_are_compared_where_both_sides_chose_them_and_hold_the_same(tmp_
     b.cell(
         "nacl", [1.0, 1.0, 0.0, 0.0], 0.5, rows=[*keys[:2], {"key": "mended"}, keys[3]], began="2026-01-01T00:00:00Z"
     )
-    (pair,), problems = compare.pairs(load_results(a.root), load_results(b.root))
+    (pair,), problems = compare.pair_cells(load_results(a.root), load_results(b.root))
     assert pair.samples["a"].tolist() == [1.0, 0.0] and pair.samples["b"].tolist() == [1.0, 1.0]
     assert "1 samples left out, their contents are not the same on both sides" in problems[0]

@@ -19,7 +19,7 @@ class Group:
     pairs: tuple[Pair, ...]
 
 
-def worth_trying(errors: Errors) -> tuple[Pair, ...]:
+def pareto_pairs(errors: Errors) -> tuple[Pair, ...]:
     """The pairs that no other pair beats in bits and error, most bits first.
 
     Where two need the same bits and err the same, the one with more bits for keys stays.
@@ -43,12 +43,12 @@ def group_layers(
 
     members: dict[tuple[Pair, ...], list[int]] = {}
     for layer, errors in enumerate(profile):
-        members.setdefault(worth_trying(errors), []).append(layer)
+        members.setdefault(pareto_pairs(errors), []).append(layer)
     groups = []
     for pairs, layers in members.items():
         points = [[profile[layer][pair] for pair in pairs] for layer in layers]
-        found: dict[tuple[int, int], list[int]] = {}
+        alike: dict[tuple[int, int], list[int]] = {}
         for layer, label in zip(layers, DBSCAN(eps=eps, min_samples=min_samples).fit_predict(points).tolist()):
-            found.setdefault((label, layer if label < 0 and outliers == "apart" else -1), []).append(layer)
-        groups += [Group(tuple(own), pairs) for own in found.values()]
+            alike.setdefault((label, layer if label < 0 and outliers == "apart" else -1), []).append(layer)
+        groups += [Group(tuple(layers_alike), pairs) for layers_alike in alike.values()]
     return sorted(groups, key=lambda group: group.layers)

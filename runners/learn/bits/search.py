@@ -68,19 +68,19 @@ def search_tables(
     }
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    found: list[Trial] = []
+    results: list[Trial] = []
     try:
         study = optuna.create_study(directions=["maximize", "minimize"], sampler=makers[sampler](seed=seed))
-        while len(found) < trials:
-            asked = [study.ask() for _ in range(min(at_once, trials - len(found)))]
+        while len(results) < trials:
+            asked = [study.ask() for _ in range(min(at_once, trials - len(results)))]
             chosen = [_choose(trial, groups) for trial in asked]
             for trial, result in zip(asked, _tried(chosen, score), strict=True):
                 trial.set_constraint("limit", result.bits - limit)  # above zero: the limit is broken
                 study.tell(trial, (result.score, result.bits))
-                found.append(result)
+                results.append(result)
     finally:
         optuna.logging.set_verbosity(verbosity)
-    return found
+    return results
 
 
 def population_of(trials: int) -> int:

@@ -55,12 +55,12 @@ def profile(
 
     Each prompt is run once, whole, by the full model. relative: see `shifts`.
     """
-    found: dict[int, list[Tensor]] = {}  # per layer, one [pairs, 4] per prompt
+    by_layer: dict[int, list[Tensor]] = {}  # per layer, one [pairs, 4] per prompt
     for ids in prompts:
         for layer, step in enumerate(capture_steps(model, torch.tensor([list(ids)]))):
-            found.setdefault(layer, []).append(shifts(step, packs, bits, relative))
+            by_layer.setdefault(layer, []).append(shifts(step, packs, bits, relative))
     pairs = [Pair(key, value) for key, value in product(bits, bits)]
-    means = [torch.stack(found[layer]).mean(0).tolist() for layer in sorted(found)]
+    means = [torch.stack(by_layer[layer]).mean(0).tolist() for layer in sorted(by_layer)]
     return [{pair: Shift(*row) for pair, row in zip(pairs, rows, strict=True)} for rows in means]
 
 

@@ -153,15 +153,17 @@ class Tune(Runner):
         tried: list[Trial] = []
         best: dict[float, Trial] = {}
         for limit in self.limits:
-            own = search_tables(groups, rate, limit, self.trials, self.sampler, seed_of(cfg.seed, limit), self.at_once)
-            tried += own
-            if best_under(own, limit) is None:
-                show.note(f"at most {limit:g} bits: none of the {len(own)} tables searched is within; "
+            searched = search_tables(
+                groups, rate, limit, self.trials, self.sampler, seed_of(cfg.seed, limit), self.at_once
+            )
+            tried += searched
+            if best_under(searched, limit) is None:
+                show.note(f"at most {limit:g} bits: none of the {len(searched)} tables searched is within; "
                           "give more runner.trials, or a higher limit")  # fmt: skip
             # tables of one pair for all layers were measured as well, and some are always within
-            if found := best_under([*own, *alike], limit):
-                best[limit] = found
-        worth = front(trial for trial in [*tried, *alike] if trial.bits <= max(self.limits))
+            if winner := best_under([*searched, *alike], limit):
+                best[limit] = winner
+        pareto = front(trial for trial in [*tried, *alike] if trial.bits <= max(self.limits))
         facts = {
             "objective": self.objective,
             "mode": method.mode,
@@ -181,13 +183,13 @@ class Tune(Runner):
             "made_with": {package: metadata.version(package) for package in ("torch", "transformers", "optuna")},
         }
         out = Path(self.out).expanduser() if self.out else artefacts.folders("kvtuner", model)[0] / method.mode
-        write_tables(out, model, method, facts, shifts, groups, tried, alike, worth, best)
+        write_tables(out, model, method, facts, shifts, groups, tried, alike, pareto, best)
         for limit, trial in best.items():
             show.say(f"at most {limit:g} bits: {table_name(trial)}, score {trial.score:.4f}")
         for trial in alike:
             show.say(f"all layers {trial.table[0]}: score {trial.score:.4f}")
         n = len({trial.table for trial in [*tried, *alike]})
-        show.say(f"{len(worth)} tables on the front of {n} tried: {artefacts.shown(out)}")
+        show.say(f"{len(pareto)} tables on the front of {n} tried: {artefacts.shown(out)}")
         return 0
 
 
@@ -244,8 +246,8 @@ class Scores:
             "pad_id": self.encoder.tokenizer.pad_token_id or 0,
         }
         if self.method.changes_prompt:
-            found = [generate(self.model, method, prompts, **how)[0] for method in methods]
-            return [[answer.ids for answer in answers] for answers in found]
+            by_method = [generate(self.model, method, prompts, **how)[0] for method in methods]
+            return [[answer.ids for answer in answers] for answers in by_method]
         outcomes = together(self.model, methods, prompts, **how)
         for outcome in outcomes:
             if outcome.error is not None:
@@ -272,10 +274,10 @@ def write_tables(
     groups: Sequence[Group],
     tried: Sequence[Trial],
     alike: Sequence[Trial],
-    worth: Sequence[Trial],
+    pareto: Sequence[Trial],
     best: dict[float, Trial],
 ) -> None:
-    """The tables of the front (`worth`), a card and a figure, in place of what the folder held."""
+    """The tables of the Pareto front (`pareto`), a card and a figure, in place of what the folder held."""
     width = bind(model).head_dim
 
     def row(trial: Trial, name: str) -> dict[str, Any]:
@@ -286,13 +288,13 @@ def write_tables(
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.yaml"):
         old.unlink()
-    for trial in worth:
+    for trial in pareto:
         (out / f"{table_name(trial)}.yaml").write_text(table_yaml(trial.table), encoding="utf-8")
     card = {
         "method": "kvtuner",
         **facts,
         "groups": [{"layers": list(group.layers), "pairs": list(map(str, group.pairs))} for group in groups],
-        "tables": [row(trial, table_name(trial)) for trial in worth],
+        "tables": [row(trial, table_name(trial)) for trial in pareto],
         "best": {f"{limit:g} bits": table_name(trial) for limit, trial in best.items()},
         "uniform": [row(trial, str(trial.table[0])) for trial in alike],
         "tables_tried": len({trial.table for trial in [*tried, *alike]}),
@@ -302,7 +304,7 @@ def write_tables(
     part = out / f"{CARD}.{os.getpid()}.tmp"
     part.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     part.replace(out / CARD)
-    draw_front(tried, alike, worth, facts["mode"], out / "front.png")
+    draw_front(tried, alike, pareto, facts["mode"], out / "front.png")
 
 
 def seed_of(seed: int, limit: float) -> int:

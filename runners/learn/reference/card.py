@@ -31,11 +31,11 @@ ASSETS = Path(__file__).resolve().parents[3] / "assets" / "reference"
 
 def measure_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, documents: int) -> dict[str, Any]:
     """By length and ability, [right, asked]; four questions per document, one where a document holds one only."""
-    found = {}
+    by_length = {}
     for length in LENGTHS:
-        found[str(length)] = {k: list(v) for k, v in recall(model, tokenizer, length, documents, 4, SEED).items()}
-        print(length, {k: f"{a}/{b}" for k, (a, b) in found[str(length)].items()}, flush=True)
-    return found
+        by_length[str(length)] = {k: list(v) for k, v in recall(model, tokenizer, length, documents, 4, SEED).items()}
+        print(length, {k: f"{a}/{b}" for k, (a, b) in by_length[str(length)].items()}, flush=True)
+    return by_length
 
 
 def measure_needles(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, documents: int) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def measure_needles(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
 @torch.no_grad()
 def measure_bundle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """By subset of longbench-mini: score, share of answers that ended by EOS, score of the context's first words."""
-    found = {}
+    by_subset = {}
     for name, subset in yaml.safe_load((BUNDLED / "subsets.yaml").read_text(encoding="utf-8")).items():
         scores, leads, ended = [], [], 0
         samples = [json.loads(line) for line in (BUNDLED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -72,10 +72,10 @@ def measure_bundle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -
                 text = first_line(text) if subset["first_line"] else text
                 kept.append(best_score(subset["metric"], text, sample["answers"], sample["all_classes"]))
         n = len(samples)
-        found[name] = {"n": n, "score": 100 * sum(scores) / n, "lead": 100 * sum(leads) / n, "ended": ended / n}
-        found[name] |= {"category": subset["category"], "metric": subset["metric"]}
-        print(name, found[name], flush=True)
-    return found
+        by_subset[name] = {"n": n, "score": 100 * sum(scores) / n, "lead": 100 * sum(leads) / n, "ended": ended / n}
+        by_subset[name] |= {"category": subset["category"], "metric": subset["metric"]}
+        print(name, by_subset[name], flush=True)
+    return by_subset
 
 
 @torch.no_grad()
@@ -135,9 +135,9 @@ def measure_attention(
         ids = torch.tensor([prompt + answer])
         layers = model(input_ids=ids, output_attentions=True, use_cache=False).attentions
         probs = torch.stack([layer[0] for layer in layers])  # [L, Hq, S, S]
-        place = torch.arange(ids.shape[1])
-        near = probs * (place[:, None] - place < 16)
-        heavy = probs.sort(dim=-1, descending=True).values * (place < (0.05 * (place[:, None] + 1)).round())
+        position = torch.arange(ids.shape[1])
+        near = probs * (position[:, None] - position < 16)
+        heavy = probs.sort(dim=-1, descending=True).values * (position < (0.05 * (position[:, None] + 1)).round())
         asked = torch.arange(len(prompt) - 1, ids.shape[1] - 1)
         source = torch.arange(len(answer)) + _said_at(prompt, answer)
         kinds["first token"].append(probs[:, :, 64:, 0].mean(2))  # [L, Hq], as all of them

@@ -51,13 +51,13 @@ def write_circuit(model: LlamaForCausalLM, seed: int) -> None:
     for name, weight in model.named_parameters():
         if "norm" not in name:
             weight.copy_(STD * normal(*weight.shape))
-    own, *earlier, recent = (slice(1 + i * size, 1 + (i + 1) * size) for i in range(REACH + 2))
+    current, *earlier, recent = (slice(1 + i * size, 1 + (i + 1) * size) for i in range(REACH + 2))
     embedding = model.model.embed_tokens.weight  # [V, M]
     embedding[:, 0] = 1.0
-    embedding[:, own] = normal(embedding.shape[0], size) / math.sqrt(size)
+    embedding[:, current] = normal(embedding.shape[0], size) / math.sqrt(size)
     flag = recent.stop
     embedding[:, earlier[0].start : flag + 1] = 0.0
-    embedding[config.bos_token_id, own] = 0.0
+    embedding[config.bos_token_id, current] = 0.0
     embedding[config.bos_token_id, flag] = 1.0
 
     first, second = (layer.self_attn for layer in model.model.layers[:2])
@@ -79,7 +79,7 @@ def write_circuit(model: LlamaForCausalLM, seed: int) -> None:
         first.k_proj.weight[shared : shared + d] = 0.0
         first.k_proj.weight[shared : shared + d, 0] = rms[0] * torch.cat([sharp.sqrt(), torch.zeros(d // 2)])
         first.v_proj.weight[shared : shared + d] = 0.0
-        first.v_proj.weight[shared : shared + size, own] = torch.eye(size)
+        first.v_proj.weight[shared : shared + size, current] = torch.eye(size)
         first.o_proj.weight[:, rows] = 0.0
         first.o_proj.weight[target, rows] = gain * rms[0] * torch.eye(d)[:size]
 
@@ -88,7 +88,7 @@ def write_circuit(model: LlamaForCausalLM, seed: int) -> None:
     slow = torch.cat([slow, slow + d // 2])
     second.q_proj.weight[: 2 * d] = 0.0
     second.k_proj.weight[:d] = 0.0
-    matches = [(asked, held, MATCH * FADE**i) for i, (asked, held) in enumerate(zip([own, *earlier], earlier))]
+    matches = [(asked, held, MATCH * FADE**i) for i, (asked, held) in enumerate(zip([current, *earlier], earlier))]
     for i, (asked, held, logit) in enumerate([*matches, (recent, recent, RECENT_MATCH)]):
         projection = normal(len(slow), size) / math.sqrt(len(slow))
         projection *= math.sqrt(logit * math.sqrt(d)) * rms[1]
@@ -97,10 +97,10 @@ def write_circuit(model: LlamaForCausalLM, seed: int) -> None:
         if i == 0:
             second.q_proj.weight[d + slow, asked] = projection
     second.v_proj.weight[:d] = 0.0
-    second.v_proj.weight[:size, own] = torch.eye(size)
+    second.v_proj.weight[:size, current] = torch.eye(size)
     second.o_proj.weight[:, : 2 * d] = 0.0
     for head, share in enumerate((0.8, 0.2)):
-        second.o_proj.weight[own, head * d : (head + 1) * d] = GAIN * share * rms[1] * torch.eye(d)[:size]
+        second.o_proj.weight[current, head * d : (head + 1) * d] = GAIN * share * rms[1] * torch.eye(d)[:size]
 
     still = d // 2 - 1
     for index, layer in enumerate(model.model.layers[1:], start=1):

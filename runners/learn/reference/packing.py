@@ -47,10 +47,10 @@ class Packer:
         self._prose, self._sentences = prose("train"), sentences("train")
         self._chars = {kind: self._chars_per_token(kind) for kind in KINDS}
 
-    def row(self, step: int, row: int, length: int, diet: DataMix | None = None) -> Row:
+    def row(self, step: int, row: int, length: int, mix: DataMix | None = None) -> Row:
         """One document of nearly the whole length, or several shorter ones; `length` tokens exactly."""
-        diet = diet or DataMix()
-        kinds, edges = list(diet.mixture), np.cumsum(list(diet.mixture.values()))
+        mix = mix or DataMix()
+        kinds, edges = list(mix.mixture), np.cumsum(list(mix.mixture.values()))
         rng = np.random.default_rng([self.seed, step, row])
         whole = rng.random() < 0.6
         ids: list[int] = []
@@ -59,11 +59,11 @@ class Packer:
             kind = kinds[int(np.searchsorted(edges, rng.random() * edges[-1]))]
             wanted = room if whole else max(SHORTEST, int(room * (0.2 + 0.4 * rng.random())))
             if room < SHORTEST or kind == "prose":
-                made = self._prose_tokens(rng, min(room, 256))
+                tokens = self._prose_tokens(rng, min(room, 256))
             else:
-                made = self._document_tokens(rng, kind, min(wanted, room), diet)
-            ids += made[0]
-            weights += made[1]
+                tokens = self._document_tokens(rng, kind, min(wanted, room), mix)
+            ids += tokens[0]
+            weights += tokens[1]
         return Row(np.array(ids, dtype=np.int64), np.array(weights, dtype=np.float32))
 
     def encode(self, text: str) -> list[int]:
@@ -71,24 +71,24 @@ class Packer:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def _document_tokens(
-        self, rng: np.random.Generator, kind: str, room: int, diet: DataMix
+        self, rng: np.random.Generator, kind: str, room: int, mix: DataMix
     ) -> tuple[list[int], list[float]]:
-        least, most = diet.context
+        least, most = mix.context
         for attempt in range(4):
             share = (least + (most - least) * rng.random()) * 0.7**attempt
             document = make_training_document(
-                rng, kind, int(room * share * self._chars[kind]), self._sentences, diet.knobs
+                rng, kind, int(room * share * self._chars[kind]), self._sentences, mix.knobs
             )
             opening = document.opening if rng.random() < 0.8 else document.context
             ids = [self.tokenizer.bos_token_id, *self.encode(opening)]
-            weights = [diet.text_weight] * len(ids)
+            weights = [mix.text_weight] * len(ids)
             answered = not document.turns
             for turn in document.turns:
                 question, answer = self.encode(f"\n\n{turn.question}"), self.encode(turn.answer)
                 if len(ids) + len(question) + len(answer) + 1 > room:
                     break
                 ids += [*question, *answer, self.tokenizer.eos_token_id]
-                weights += [diet.text_weight] * len(question) + [1.0] * (len(answer) + 1)
+                weights += [mix.text_weight] * len(question) + [1.0] * (len(answer) + 1)
                 answered = True
             if answered and len(ids) <= room:
                 return ids, weights

@@ -65,7 +65,7 @@ def recall(
 ) -> dict[str, tuple[int, int]]:
     """By ability, (questions answered exactly and ended, questions asked), in documents of `length` tokens."""
     model.eval()
-    found = {}
+    counts = {}
     for ability in abilities:
         right = asked = 0
         for i in range(documents):
@@ -74,8 +74,8 @@ def recall(
             hits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].argmax(-1).cpu()
             asked += len(spans)
             right += sum(hits[a - 1 : b - 1].tolist() == ids[a:b] for a, b in spans)
-        found[ability] = (right, asked)
-    return found
+        counts[ability] = (right, asked)
+    return counts
 
 
 def _encode(tokenizer, document: Document, turns: int) -> tuple[list[int], list[tuple[int, int]]]:

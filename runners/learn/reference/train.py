@@ -185,8 +185,8 @@ class Train(Runner):
         step, tokens = state["step"], state["tokens"]
         stage = self.stage_at(tokens)
         length = pick_length(np.random.default_rng([self.seed, step]), stage.lengths)
-        diet = DataMix(**stage.diet)
-        rows = [packer.row(step, r, length, diet) for r in range(stage.batch // length)]
+        mix = DataMix(**stage.diet)
+        rows = [packer.row(step, r, length, mix) for r in range(stage.batch // length)]
         ids = torch.from_numpy(np.stack([r.ids for r in rows])).to(self.device)  # [B, L]
         weights = torch.from_numpy(np.stack([r.weights for r in rows])).to(self.device)  # [B, L]
         rate = self.learning_rate(step, tokens)
@@ -221,8 +221,8 @@ class Train(Runner):
     def _measure(self, model, tokenizer, state, out) -> None:
         length = max(self.stage_at(state["tokens"]).lengths)
         with self._autocast():
-            found = recall(model, tokenizer, length, documents=self.recall_documents, turns=4, seed=self.seed)
-        shares = {kind: right / asked for kind, (right, asked) in found.items()}
+            counts = recall(model, tokenizer, length, documents=self.recall_documents, turns=4, seed=self.seed)
+        shares = {kind: right / asked for kind, (right, asked) in counts.items()}
         _append(
             out / "log.jsonl", {"step": state["step"], "tokens": state["tokens"], "length": length, "recall": shares}
         )
@@ -244,9 +244,9 @@ class Train(Runner):
     def _tokenizer(self, out: Path) -> PreTrainedTokenizerFast:
         folder = out / "tokenizer"
         if not (folder / "tokenizer.json").exists():
-            made = train_tokenizer(self.vocabulary, self.seed, self.tokenizer_documents, self.window)
+            tokenizer = train_tokenizer(self.vocabulary, self.seed, self.tokenizer_documents, self.window)
             fresh = out / "tokenizer.new"
-            made.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
             os.replace(fresh, folder)
         return PreTrainedTokenizerFast.from_pretrained(folder)
 

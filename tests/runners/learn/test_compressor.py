@@ -185,7 +185,7 @@ def test_the_held_out_end_of_a_text_is_not_trained_on(text):
     assert abs(len(held_out) - len(text.read_text()) / 20) <= 1
 
 
-def test_rivals_hold_the_same_slots_and_differences_are_of_the_same_rows(made, tiny_model_dir, text):
+def test_baselines_hold_the_same_slots_and_differences_are_of_the_same_rows(made, tiny_model_dir, text):
     model, at = made("one")
     method = small(artefact=str(at / f"{NAME}.safetensors"))
     rows = rows_of(load_tokenizer(find(str(tiny_model_dir))), split_text(str(text))[1], 96)[:4]

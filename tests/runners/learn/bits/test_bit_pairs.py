@@ -3,7 +3,7 @@
 import pytest
 
 from methods.kvtuner import Pair
-from runners.learn.bits.bit_pairs import Group, group_layers, worth_trying
+from runners.learn.bits.bit_pairs import Group, group_layers, pareto_pairs
 
 ORDER = [Pair(k, v) for k in (8, 4, 2) for v in (8, 4, 2)]
 # relative output errors of Llama-3.1-8B, per-token mode: the paper's Table 3
@@ -15,23 +15,23 @@ def names(pairs) -> list[str]:
 
 
 def test_the_published_errors_leave_the_published_pairs():
-    assert names(worth_trying(TABLE_3)) == ["KV8", "K8V4", "KV4", "K4V2", "KV2"]
+    assert names(pareto_pairs(TABLE_3)) == ["KV8", "K8V4", "KV4", "K4V2", "KV2"]
 
 
 def test_a_layer_whose_values_matter_more_than_its_keys_keeps_another_set():
     # the first layer of Llama-3.1-8B in the paper's Table 4: cheap keys, dear values
     errors = dict(zip(ORDER, [0.01, 0.30, 0.70, 0.02, 0.10, 0.60, 0.63, 0.65, 0.80]))
-    assert names(worth_trying(errors)) == ["KV8", "K4V8", "KV4", "K4V2", "KV2"]
+    assert names(pareto_pairs(errors)) == ["KV8", "K4V8", "KV4", "K4V2", "KV2"]
 
 
 def test_a_pair_with_more_bits_and_no_less_error_is_never_tried():
     flat = dict.fromkeys(ORDER, 0.5)
-    assert names(worth_trying(flat)) == ["KV2"]
+    assert names(pareto_pairs(flat)) == ["KV2"]
 
 
 def test_of_two_equal_pairs_the_one_with_more_key_bits_stays():
     errors = {Pair(8, 4): 0.1, Pair(4, 8): 0.1, Pair(2, 2): 0.9}
-    assert names(worth_trying(errors)) == ["K8V4", "KV2"]
+    assert names(pareto_pairs(errors)) == ["K8V4", "KV2"]
 
 
 def scaled(factor: float, swap: bool = False) -> dict[Pair, float]:
@@ -66,4 +66,4 @@ def test_chains_of_near_layers_are_one_group_and_a_wider_radius_joins_more():
     profile = [scaled(1), scaled(1.03), scaled(1.06), scaled(1.3)]  # 0.05 apart: 1.03 is 0.052 away in all errors
     assert len(group_layers(profile, eps=0.06)) == 2
     assert len(group_layers(profile, eps=0.6)) == 1
-    assert group_layers(profile, eps=0.6)[0] == Group((0, 1, 2, 3), worth_trying(TABLE_3))
+    assert group_layers(profile, eps=0.6)[0] == Group((0, 1, 2, 3), pareto_pairs(TABLE_3))

@@ -180,6 +180,7 @@ def page(outcomes: Iterable[Outcome]) -> str:
 
 
 def main() -> None:
+    """Try every architecture and write the page; prints each outcome."""
     names = sys.argv[1:] or entries()
     transformers.logging.set_verbosity_error()
     outcomes = []

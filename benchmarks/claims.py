@@ -109,10 +109,12 @@ class Scores:
     method: str
 
     def only(self, ids: set[str]) -> Scores:
+        """The scores of these samples alone."""
         return Scores([seed[seed.index.isin(ids)] for seed in self.seeds], self.metric, self.mean_over, self.method)
 
     @property
     def bytes(self) -> float:
+        """Mean bytes held per sample, over seeds."""
         return float(np.mean([seed["bytes"].mean() for seed in self.seeds]))
 
 
@@ -166,16 +168,19 @@ def left(what: str, ours: Scores, full: Scores, least: float) -> Row:
 
 
 def nacl(core: Records) -> Claim:
+    """NACL's claim, on every task."""
     rows = [left(task, core.samples(task, "nacl", 0.5), core.samples(task, "full"), NACL_LEFT) for task in TASKS]
     return Claim("nacl", "with half of the cache at least 95 % of the score is left", rows)
 
 
 def keyformer(core: Records) -> Claim:
+    """Keyformer's claim against H2O, on every task."""
     rows = [difference(task, core.samples(task, "keyformer", 0.5), core.samples(task, "h2o", 0.5)) for task in TASKS]
     return Claim("keyformer", "above H2O at equal slots (half of the prompt's)", rows)
 
 
 def kivi(core: Records) -> Claim:
+    """KIVI's claim against the full cache, on every task."""
     rows = []
     for task in TASKS:
         ours = core.samples(task, "kivi", key_bits=4, value_bits=4)
@@ -191,6 +196,7 @@ def qfilters() -> Iterator[Callable[[Records], Claim]]:
 
 
 def needles(skip: list[int], said: str, records: Records) -> Claim:
+    """Q-Filters against StreamingLLM at the same rates. skip: layers left whole.  said: behind the claim."""
     rows = []
     for protocol in PROTOCOLS:
         for rate in RATES:
@@ -201,6 +207,7 @@ def needles(skip: list[int], said: str, records: Records) -> Claim:
 
 
 def needles_at_equal_bytes(records: Records) -> Claim:
+    """Q-Filters at its lowest rate against StreamingLLM at the budget that holds as many bytes."""
     rows = []
     for protocol in PROTOCOLS:
         theirs = records.samples("needle-mini", "streaming_llm", LEFT_WHOLE, protocol)
@@ -270,6 +277,7 @@ def sweeps() -> list[list[str]]:
 
 
 def show(claim: Claim) -> None:
+    """Print a claim and what was measured for it."""
     print(f"\n{claim.method}: {claim.claim}")
     for row in claim.rows:
         seeds = f", {row.seeds} seeds" if row.seeds > 1 else ""

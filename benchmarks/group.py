@@ -46,13 +46,16 @@ class Seconds:
         return Seconds(self.clock + other.clock, self.processor + other.processor)
 
     def times(self, n: float) -> Seconds:
+        """n times as many."""
         return Seconds(self.clock * n, self.processor * n)
 
     def over(self, other: Seconds) -> dict[str, float]:
+        """Ratios to another's."""
         return {"clock": self.clock / other.clock, "processor": self.processor / other.processor}
 
 
 def main() -> int:
+    """Time one sweep as a group and as single runs, and write both; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=int, default=4, help="samples per subset; there are six subsets")
     parser.add_argument("--sweeps", type=int, default=3, help="how often the sweep is run")
@@ -181,6 +184,7 @@ def by_budget(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def clock(act: Callable[[], Any]) -> Seconds:
+    """The seconds that a call takes."""
     began, worked = time.perf_counter(), time.process_time()
     act()
     return Seconds(time.perf_counter() - began, time.process_time() - worked)
@@ -199,6 +203,7 @@ def differences(a: Path, b: Path) -> tuple[int, int]:
 
 
 def device() -> str:
+    """Where the models run: cuda or cpu."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

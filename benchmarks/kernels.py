@@ -83,6 +83,7 @@ class InPyTorch(Sequence):
     """A sequence whose ops take their plain forms."""
 
     def step(self) -> float:
+        """Seconds of one decode step, taken by the plain forms."""
         backend.use("reference")
         try:
             return super().step()
@@ -183,16 +184,19 @@ def decode(name: str, length: int, rounds: int, steps: int, threads: int) -> dic
 
 
 def spread(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Median, lowest and highest of the ratios of two lists of seconds, round by round."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     summary = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
     return {key: round(value, 4) for key, value in summary.items()}
 
 
 def verdict(what: str, limit: float, ratio: dict[str, float]) -> dict[str, Any]:
+    """A goal, the ratios measured for it, and whether it is met."""
     return {"what": what, "goal": round(limit, 4), **ratio, "met": ratio["median"] <= limit}
 
 
 def plain_form(run: Callable[[], Any]) -> None:
+    """Call it with the ops' plain forms."""
     backend.use("reference")
     run()
     backend.use("auto")
@@ -297,12 +301,14 @@ def _op(what: str, against: str, seconds: dict[str, list[float]], threads: int) 
 
 
 def show_op(op: dict[str, Any]) -> None:
+    """Print the ways of one op and their ratios."""
     print(f"\n{op['what']}, {op['threads']} thread(s)")
     for way, row in op["ways"].items():
         print(f"  {way:34} {row['ms']:9.3f} ms   {row['median']:6.3f} of {op['against']}", flush=True)
 
 
 def show_steps(result: dict[str, Any]) -> None:
+    """Print the decode steps of every variant."""
     print(f"\n{result['model']}, {result['tokens']} tokens, {result['threads']} thread(s), {result['rounds']} rounds")
     for variant, ratio in result["against_full"].items():
         ms = statistics.median(result["seconds"][variant]) * 1e3
@@ -314,6 +320,7 @@ def show_steps(result: dict[str, Any]) -> None:
 
 
 def show_goals(goals: list[dict[str, Any]]) -> None:
+    """Print goals, and whether they are met."""
     for row in goals:
         met = "met" if row["met"] else "MISSED"
         print(
@@ -323,6 +330,7 @@ def show_goals(goals: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    """Time the ops and the decode steps; prints tables and writes the JSON."""
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--model", default="llama-100m", choices=list(MODELS))
     ask.add_argument("--threads", default="2,1", help="thread counts, in the order of their turns")

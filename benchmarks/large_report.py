@@ -58,6 +58,7 @@ def write(root: Path, cells: int, samples: int) -> None:
 
 
 def main() -> None:
+    """Make the records, time the analysis of them, and print seconds and memory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cells", type=int, default=500)
     parser.add_argument("--samples", type=int, default=200)

@@ -44,6 +44,7 @@ class OneLayer:
 
 
 def prompt(n: int, heads: int, kv_heads: int, dim: int) -> Step:
+    """The step of a prompt of n tokens: random q [1, heads, n, dim], k and v [1, kv_heads, n, dim]."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, n, dim, generator=g) for h in (heads, kv_heads, kv_heads))
     pos = torch.arange(n, dtype=torch.int32)[None]
@@ -120,6 +121,7 @@ def _status(key: str) -> int:
 
 
 def main() -> None:
+    """Time every method's prefill against plain attention; prints a table and writes the JSON."""
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--length", type=int, default=4096, help="prompt tokens of the timing")
     ask.add_argument("--rounds", type=int, default=5)

@@ -56,6 +56,7 @@ class Times:
 
 
 def reference_model() -> Any:
+    """The bundled reference model, float32."""
     return AutoModelForCausalLM.from_pretrained(ROOT / "assets" / "reference", dtype=torch.float32).eval()
 
 
@@ -98,6 +99,7 @@ class Sequence:
         return self.clock() - start
 
     def step(self) -> float:
+        """Seconds of one decode step."""
         return self.feed(self.token)
 
 
@@ -205,6 +207,7 @@ def harness(model_path: str, limit: int) -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
+    """Processor, cores and memory of this machine."""
     cpu = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor() or platform.machine(),
@@ -218,6 +221,7 @@ def _lines(path: str) -> list[str]:
 
 
 def commit() -> str:
+    """The checkout's commit, marked where files differ from it."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
     )
@@ -225,6 +229,7 @@ def commit() -> str:
 
 
 def show(result: dict[str, Any]) -> None:
+    """Print a model's ratios and whether they meet their goals."""
     print(f"\n{result['model']}, {result['tokens']} tokens, {result['threads']} thread(s), {result['rounds']} rounds")
     for row in result["ratios"]:
         verdict = "met" if row["met"] else "MISSED"
@@ -235,6 +240,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    """Time prefill and decoding; prints tables and writes the JSON."""
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--models", default="reference,llama-100m", help=f"any of {', '.join(MODELS)}")
     ask.add_argument("--threads", default="2,1", help="thread counts, in the order of their turns")

@@ -34,6 +34,8 @@ POINTS = "sweep"
 
 @dataclass
 class GroupedSweeperConf:
+    """Its settings, as Hydra's own sweeper has them; shards: jobs that one group is cut into."""
+
     _target_: str = "hydra_plugins.grouped_sweeper.GroupedSweeper"
     max_batch_size: int | None = None
     params: dict[str, str] | None = None

@@ -49,10 +49,12 @@ class ModelSetup:
 
     @property
     def dtype_name(self) -> str:
+        """The data type of the weights, as records have it."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def reasoning(self) -> str:
+        """`model.reasoning` as it is set."""
         return thoughts.named(self.cfg.model.reasoning)
 
     @property
@@ -67,10 +69,12 @@ class ModelSetup:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer, loaded once."""
         return load_tokenizer(self.checkpoint)
 
     @cached_property
     def encoder(self) -> Encoder:
+        """What makes token ids of examples; loads the tokenizer."""
         model = self.cfg.model
         return Encoder(
             self.tokenizer,
@@ -87,6 +91,7 @@ class ModelSetup:
 
     @cached_property
     def model(self) -> PreTrainedModel:
+        """The model on its device, loaded once."""
         torch.set_num_threads(self.threads)
         return self.load(self.checkpoint, self.dtype, self.device)
 

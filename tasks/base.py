@@ -180,6 +180,7 @@ class Example:
 
     @property
     def prompt(self) -> str:
+        """Context, question and prefill, as one string."""
         return self.context + self.question + self.prefill
 
 

@@ -56,6 +56,8 @@ def template(kind: str) -> Template:
 
 @dataclass(frozen=True)
 class Item:
+    """A generated sample, by InfiniteBench's names."""
+
     context: str
     question: str
     answer: str

@@ -140,6 +140,7 @@ class Choices:
         self.passes = 0  # of the choices that were fed last
 
     def reading(self, chunk: int | None) -> Reading:
+        """How the prompts are read; see `Plan`."""
         return in_chunks(self.firsts, chunk)
 
     def go_on(self, state: State, outputs: Tensor) -> None:
@@ -190,6 +191,7 @@ class Choices:
         return [cache.meter.report(rows, behind) for rows in by_example]
 
     def timings(self, prompt: float, choices: float) -> Timings:
+        """Of all choices. prompt, choices: seconds."""
         return Timings(prompt, 0.0, choices, n_prompt=sum(map(len, self.firsts)), steps=self.steps)
 
 

@@ -117,6 +117,7 @@ class Conversation:
         self._seconds = {"question": 0.0, "decode": 0.0}
 
     def reading(self, chunk: int | None) -> Reading:
+        """How the contexts are read; see `Plan`."""
         return in_chunks(self.firsts, chunk)
 
     def go_on(self, state: State, outputs: Tensor) -> None:
@@ -138,6 +139,7 @@ class Conversation:
         self._answer(state, logits, limits)
 
     def timings(self, prompt: float) -> Timings:
+        """Of all questions. prompt: seconds until the contexts were compressed."""
         steps = sum(max((one.steps for one in heard if isinstance(one, Generation)), default=0) for heard in self.heard)
         return Timings(prompt=prompt, n_prompt=sum(map(len, self.firsts)), steps=steps, **self._seconds)
 

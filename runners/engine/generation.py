@@ -45,6 +45,7 @@ class Prompt:
 
     @property
     def limits(self) -> Limits:
+        """When the first of its answers ends."""
         return self.limits_of(0)
 
     def limits_of(self, repeat: int) -> Limits:
@@ -80,15 +81,20 @@ class Timings:
 
     @property
     def total(self) -> float:
+        """Seconds of the batch in all."""
         return self.prompt + self.question + self.decode
 
 
 class MakesCache(Protocol):
     """A method, or anything else that gives a transformers Cache for one batch."""
 
-    def cache_for(self, model: Any, prompt_len: int | None = None, samples: Sequence[int] | None = None) -> Any: ...
+    def cache_for(self, model: Any, prompt_len: int | None = None, samples: Sequence[int] | None = None) -> Any:
+        """As `Method.cache_for`."""
+        ...
 
-    def after_prompt(self, model: Any, cache: Any) -> None: ...
+    def after_prompt(self, model: Any, cache: Any) -> None:
+        """As `Method.after_prompt`."""
+        ...
 
 
 class Reading(NamedTuple):
@@ -115,9 +121,13 @@ class Plan(Protocol):
     """
 
     @property
-    def samples(self) -> Sequence[int]: ...
+    def samples(self) -> Sequence[int]:
+        """Numbers of the samples, one per row of the prompts."""
+        ...
 
-    def reading(self, chunk: int | None) -> Reading: ...
+    def reading(self, chunk: int | None) -> Reading:
+        """How the prompts are read, in passes of `chunk` tokens, None: in one."""
+        ...
 
     def go_on(self, state: State, outputs: Tensor) -> None:
         """All that follows behind the prompts; outputs: what reading them gave, once for every cache."""
@@ -201,9 +211,11 @@ class Prompts:
         self._question = 0.0
 
     def reading(self, chunk: int | None) -> Reading:
+        """How the prompts are read; see `Plan`."""
         return in_chunks(self.firsts, chunk)
 
     def go_on(self, state: State, outputs: Tensor) -> None:
+        """Feed the questions and decode every repeat; outputs [caches * rows, V]: the logits after the prompts."""
         began = now(state.model.device)
         if any(self._rests):
             outputs = state.feed(self._rests)
@@ -217,6 +229,7 @@ class Prompts:
         return [one for every in self.heard if isinstance(one := every[member], Generation)]
 
     def timings(self, prompt: float, member: int) -> Timings:
+        """Of all repeats of one cache. prompt: seconds until the prompts were compressed."""
         heard = self.of(member)
         seconds, steps = sum(one.seconds for one in heard), sum(one.steps for one in heard)
         return Timings(prompt, self._question, seconds, sum(map(len, self.firsts)), steps)

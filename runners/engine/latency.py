@@ -47,10 +47,12 @@ class Times:
 
     @property
     def prompt(self) -> float:
+        """Seconds until the first token is known, median over rounds."""
         return median(self.prompts)
 
     @property
     def step(self) -> float:
+        """Seconds of a decode step, median over rounds."""
         return median(self.steps)
 
     def add(self, round_: _Running, step: float) -> None:

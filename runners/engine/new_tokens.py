@@ -35,6 +35,7 @@ class Stops:
         return 2 * max(len(stop.encode()) for stop in self.strings) + 4
 
     def within(self, text: str) -> bool:
+        """Whether a text holds any of the strings."""
         return any(stop in text for stop in self.strings)
 
 
@@ -207,6 +208,7 @@ class Dice:
 
     @classmethod
     def of(cls, draws: Sequence[Draw | None], device: torch.device) -> Dice:
+        """Those of a batch, one draw per row; None takes the likeliest token."""
         every = [draw or Draw(GREEDY, 0) for draw in draws]
 
         def column(*values: float) -> Tensor:
@@ -223,6 +225,7 @@ class Dice:
         )
 
     def keep(self, rows: Tensor) -> Dice:
+        """Those of the rows that go on; rows: their indices."""
         return Dice(**{name: value[rows] for name, value in vars(self).items()})
 
     def choose(self, logits: Tensor, likeliest: Tensor, step: int) -> Tensor:

@@ -47,7 +47,9 @@ class Member(Protocol):
     cache: Any
 
     @property
-    def error(self) -> Exception | None: ...
+    def error(self) -> Exception | None:
+        """What ended it; None while nothing has."""
+        ...
 
     def late(self, error: TimeLimit) -> None:
         """The time is up: it has failed with this error, unless it has ended before."""
@@ -64,22 +66,30 @@ class State(Protocol):
     model: PreTrainedModel
 
     @property
-    def members(self) -> Sequence[Member]: ...
+    def members(self) -> Sequence[Member]:
+        """All caches."""
+        ...
 
     @property
-    def active(self) -> Sequence[Member]: ...
+    def active(self) -> Sequence[Member]:
+        """Those that neither failed nor ended."""
+        ...
 
-    def feed(self, parts: Sequence[Sequence[int]], *, ends_prompt: bool = False) -> Tensor: ...
+    def feed(self, parts: Sequence[Sequence[int]], *, ends_prompt: bool = False) -> Tensor:
+        """As `Session.feed`."""
+        ...
 
-    def run(
-        self, ids: Tensor, *, chunk: int | None = None, ends_prompt: bool = False, every: bool = False
-    ) -> Tensor: ...
+    def run(self, ids: Tensor, *, chunk: int | None = None, ends_prompt: bool = False, every: bool = False) -> Tensor:
+        """As `Session.run`."""
+        ...
 
     def answer(self, logits: Tensor, limits: Sequence[Limits], *, exact: bool = False) -> list[Generation | Exception]:
         """Answers of every cache, from the logits after what was last fed."""
         ...
 
-    def fork(self) -> Self: ...
+    def fork(self) -> Self:
+        """A state that goes on from here by itself."""
+        ...
 
 
 class Session:
@@ -103,11 +113,13 @@ class Session:
 
     @property
     def members(self) -> Sequence[Session]:
+        """Itself."""
         return [self]
 
     active = members
 
     def late(self, error: TimeLimit) -> None:
+        """The time is up: raises the error."""
         raise error
 
     def feed(

@@ -35,10 +35,12 @@ class Setting:
 
     @property
     def encoder(self) -> Encoder:
+        """The encoder; the tokenizer is loaded when it is first asked for."""
         return self.tokenizes()
 
     @property
     def pad_id(self) -> int:
+        """The token that rows are filled up with."""
         return self.encoder.tokenizer.pad_token_id or 0
 
 

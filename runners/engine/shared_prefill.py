@@ -180,6 +180,7 @@ class PrefillMember:
 
     @property
     def error(self) -> Exception | None:
+        """What ended it; None while nothing has."""
         return self.fate[0] if self.fate else None
 
     def guard(self, act: Callable[[], None]) -> None:
@@ -194,6 +195,7 @@ class PrefillMember:
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
+        """It ends with this error, and lets its cache's tensors go."""
         problem(error)  # the traceback, which is let go next, holds tensors of the failed step
         self.fate.append(error.with_traceback(None))
         for layer in self.layers:
@@ -205,6 +207,7 @@ class PrefillMember:
         self.guard(lambda: self.method.after_prompt(model, self.cache))
 
     def late(self, error: TimeLimit) -> None:
+        """The time is up: it has failed with this error, unless it has ended before."""
         if self.heard is None:
             self.fail(error)
 

@@ -75,6 +75,7 @@ class Text:
         self.losses = dict(zip(state.active, outputs.split(len(self.ids)), strict=True))
 
     def timings(self, prompt: float, decode: float) -> Timings:
+        """Of the batch. prompt, decode: seconds."""
         return Timings(prompt, 0.0, decode, n_prompt=self.first * len(self.ids), steps=self.last - self.first)
 
 

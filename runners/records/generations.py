@@ -50,6 +50,7 @@ class StoredRecord:
 
     @property
     def generation(self) -> dict[str, Any]:
+        """By which code and files its last run answered."""
         return generation_of(self.identity, self.runs[-1])
 
     def as_named_then(self, conditions: dict[str, Any], modules: dict[str, str]) -> dict[str, Any]:
@@ -69,6 +70,7 @@ class StoredRecord:
         return self.generation.get("weights") == weights or self.runs[-1].get("place") == location
 
     def record(self, results: Path) -> Record:
+        """It as a record of this results folder."""
         return Record(results, self.identity, folder=self.folder)
 
 

@@ -203,6 +203,7 @@ class Writer:
             return False
 
     def close(self) -> None:
+        """Close the file; what was appended is on disk."""
         os.close(self.file)
 
     def __enter__(self) -> "Writer":
@@ -264,6 +265,7 @@ def gone(record: Record) -> UserError:
 
 
 def unreadable(path: Path, error: OSError) -> UserError:
+    """What is said of a file that cannot be read, naming it."""
     return UserError(f"{path}: cannot be read ({error.strerror or error}); make it a file that can")
 
 

@@ -56,4 +56,5 @@ class SampleLocks:
             fcntl.lockf(self.file, fcntl.LOCK_UN, 1, offset)
 
     def close(self) -> None:
+        """Close the file; the system frees what this process still holds."""
         os.close(self.file)

@@ -25,6 +25,7 @@ class Compared:
 
     @property
     def difference(self) -> float | None:
+        """The method's score less the full cache's, in the metric's unit; None where either has none."""
         if self.row.score is None or self.full.score is None:
             return None
         return self.row.score - self.full.score

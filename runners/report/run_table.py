@@ -193,12 +193,15 @@ def duration(seconds: float) -> str:
 
 
 def points(score: float | None, digits: int) -> str:
+    """A score to its decimals; "-" for none."""
     return "-" if score is None else f"{score:.{digits}f}"
 
 
 def signed(points: float | None, digits: int) -> str:
+    """A difference with its sign; "-" for none."""
     return "-" if points is None else f"{points:+.{digits}f}"
 
 
 def interval(interval: tuple[float, float] | None, digits: int) -> str:
+    """An interval, signs shown; "-" for none."""
     return "-" if interval is None else f"{interval[0]:+.{digits}f} to {interval[1]:+.{digits}f}"

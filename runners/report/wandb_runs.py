@@ -56,6 +56,7 @@ class Upload:
 
     @property
     def digest(self) -> str:
+        """A hash of all but its pictures: what is sent anew when it changes."""
         return digest([self.config, self.summary, self.series, self.tables], 16)
 
 
@@ -72,6 +73,7 @@ class Tracker:
         return sent["digest"] != upload.digest and not set(sent["samples"]) > set(upload.series)
 
     def send(self, upload: Upload) -> None:
+        """Send what is new of it and remember that; where that fails, go on as the class says."""
         from filelock import FileLock
 
         with FileLock(upload.folder / ".wandb.lock"):

@@ -48,11 +48,15 @@ class Tracking:
 
 @dataclass
 class Kernels:
+    """Which form of the ops is taken; see kernels.backend."""
+
     backend: Literal["auto", "reference", "triton"]
 
 
 @dataclass
 class Group:
+    """The most that a group of a sweep may hold: bytes of its caches, and cells."""
+
     max_bytes: Count | None = None
     max_cells: Count | None = None
 

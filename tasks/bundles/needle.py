@@ -44,6 +44,7 @@ def sentences(document: Document) -> list[str]:
 
 
 def single(pool: Pool, tokens: int, depth: float) -> Calibration:
+    """One code in prose."""
     document = codes(pool, 1)
     return (
         document,
@@ -53,6 +54,7 @@ def single(pool: Pool, tokens: int, depth: float) -> Calibration:
 
 
 def multi_key(pool: Pool, tokens: int, depth: float) -> Calibration:
+    """The code that is asked for among others."""
     document = codes(pool, OTHERS + 1)
     lines = sentences(document)
     depths = [depth, *((i + 0.5) / OTHERS for i in range(OTHERS))]
@@ -61,6 +63,7 @@ def multi_key(pool: Pool, tokens: int, depth: float) -> Calibration:
 
 
 def multi_value(pool: Pool, tokens: int, depth: float) -> Calibration:
+    """Several findings, all of them asked for."""
     document = KINDS["findings"](pool, 0, points=FINDINGS)
     lines = [f"{part.strip()}." for part in document.turns[0].value.split(".") if part.strip()]
     text = place_lines(filler_of(pool, int(PROSE * tokens) - sum(map(len, lines))), lines, spread(depth, FINDINGS))
@@ -68,6 +71,7 @@ def multi_value(pool: Pool, tokens: int, depth: float) -> Calibration:
 
 
 def passkey(pool: Pool, tokens: int, depth: float) -> Calibration:
+    """One code in the same sentences again and again."""
     document = codes(pool, 1)
     return (
         document,
@@ -77,6 +81,7 @@ def passkey(pool: Pool, tokens: int, depth: float) -> Calibration:
 
 
 def kv(pool: Pool, tokens: int, depth: float) -> Calibration:
+    """A long list, one of whose values is asked for."""
     document = KINDS["table"](pool, int(LIST * tokens), 10_000)
     lines = document.context.split("\n")
     key = lines[round(depth * (len(lines) - 1))].partition(":")[0].removeprefix("- ")

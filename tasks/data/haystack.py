@@ -32,6 +32,7 @@ class Haystack:
 
     @cached_property
     def sha256(self) -> str:
+        """Of the text in UTF-8."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def ids(self, tokens: Tokens, n: int) -> Sequence[int]:

@@ -41,6 +41,7 @@ class Loader:
 
     @property
     def bundled(self) -> bool:
+        """Whether tasks and items are those of this repository."""
         return self.data == "bundled" and self.include is None
 
     @property

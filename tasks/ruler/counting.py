@@ -25,6 +25,7 @@ def split(words: Wording, text: str) -> tuple[str, str, str]:
 
 @cache
 def vocabulary() -> tuple[str, ...]:
+    """All words of wonderwords in one shuffled order."""
     words = list(all_words())
     random.Random(SHUFFLE).shuffle(words)
     return tuple(words)
@@ -39,6 +40,7 @@ def common_words(rng: random.Random, n: int, often: int, seldom: int) -> tuple[s
 
 
 def numbered(words: list[str]) -> str:
+    """Words as a numbered list on one line."""
     return " ".join(f"{i}. {word}" for i, word in enumerate(words, start=1))
 
 

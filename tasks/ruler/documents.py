@@ -24,6 +24,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Collection:
+    """A question set's documents, and its questions by their indices."""
+
     documents: list[str]
     questions: list[Question]
 

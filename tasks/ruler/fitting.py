@@ -19,6 +19,7 @@ class Sample:
 
     @property
     def prompt(self) -> str:
+        """Context, question and answer prefix, as one string."""
         return self.context + self.question + self.prefix
 
 

@@ -58,6 +58,7 @@ class Essay:
 
     @cached_property
     def words(self) -> list[str]:
+        """All words of the haystack, in order."""
         return self.haystack.text.split()
 
     def sentences(self, n: int) -> list[str]:

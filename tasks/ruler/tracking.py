@@ -53,6 +53,7 @@ class Example:
         self.positions = line_positions(rng, self.units)
 
     def text(self, rng: random.Random) -> str:
+        """The worked example with names and a value of this sample's."""
         return self._text(names(rng, 3), str(rng.randrange(10_000, 99_999)), self.units, self.positions) + "\n\n"
 
     def _text(self, variables: list[str], value: str, units: int, at: list[int]) -> str:
@@ -60,6 +61,7 @@ class Example:
 
 
 def line_positions(rng: random.Random, units: int) -> list[int]:
+    """Where the lines of a chain stand among `units` groups of noise, sorted."""
     return sorted(rng.sample(range(units), HOPS + 1))
 
 

@@ -17,11 +17,13 @@ def _lists() -> dict[str, list[str]]:
 
 @cache
 def nouns() -> tuple[str, ...]:
+    """wonderwords' nouns, each once, sorted."""
     return tuple(sorted(set(_lists()["noun"])))
 
 
 @cache
 def adjectives() -> tuple[str, ...]:
+    """wonderwords' adjectives, each once, sorted."""
     return tuple(sorted(set(_lists()["adjective"])))
 
 

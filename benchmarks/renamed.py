@@ -18,7 +18,7 @@ import pandas as pd
 
 HOME = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOME))
-from analysis.load import load  # noqa: E402
+from analysis.load import load_results  # noqa: E402
 from runners.records.renamed import TABLE  # noqa: E402
 
 EXPERIMENTS = ("core", "separation", "frontier-mini")
@@ -55,7 +55,7 @@ def earlier(commit: str) -> list[str]:
 
 def samples(results: Path) -> pd.DataFrame:
     """Every sample of some records, known by what was asked."""
-    read = load(results)
+    read = load_results(results)
     table = read.samples.merge(read.cells[["cell", *CELL]], on="cell", validate="many_to_one")
     return table.set_index([*CELL, *SAMPLE], verify_integrity=True)[SAME].round(5).sort_index()
 

@@ -69,8 +69,8 @@ def test_without_a_terminal_or_columns_a_table_is_made_for_80_columns(monkeypatc
 
 def test_a_terminal_without_the_letters_of_a_name_gets_their_escapes():
     code = (
-        "from analysis import screen; screen.any_text(); made = screen.new_table('模型', 'n'); made.add_row('河', '1'); "
-        "screen.print_table(made); print('模型')"
+        "from analysis import screen; screen.any_text(); made = screen.new_table('模型', 'n'); "
+        "made.add_row('河', '1'); screen.print_table(made); print('模型')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, cwd=ROOT

@@ -50,10 +50,10 @@ def sweep(
         k_mask, v_mask = (d < D)[None, :], (dv < DV)[None, :]
         if not EVEN:
             k_mask, v_mask = inside[:, None] & k_mask, inside[:, None] & v_mask
-        place = tl.cast(j, tl.int64)
-        k = tl.load(K + place * k_ss + n[:, None] * k_ss + d[None, :], mask=k_mask, other=0.0)  # [N, D]
+        first = tl.cast(j, tl.int64)
+        k = tl.load(K + first * k_ss + n[:, None] * k_ss + d[None, :], mask=k_mask, other=0.0)  # [N, D]
         if POSITIONS:
-            k_at = tl.load(POS + place + n, mask=inside, other=-1).to(tl.int32)
+            k_at = tl.load(POS + first + n, mask=inside, other=-1).to(tl.int32)
         else:
             k_at = j + n
         x = scores(
@@ -63,7 +63,7 @@ def sweep(
         if not EVEN:
             x = tl.where(inside[None, :], x, -float("inf"))
         if X is not None:
-            tl.store(X + x_row[:, None] + (place + n)[None, :], x * LN2, mask=(x_row >= 0)[:, None] & inside[None, :])
+            tl.store(X + x_row[:, None] + (first + n)[None, :], x * LN2, mask=(x_row >= 0)[:, None] & inside[None, :])
         bigger = tl.maximum(biggest, tl.max(x, 1))
         # a row that has seen nothing yet: any finite number stands for its largest logit
         base = tl.where(bigger == -float("inf"), 0.0, bigger)
@@ -72,7 +72,7 @@ def sweep(
         total = total * shrink + tl.sum(p, 1)
         biggest = bigger
         if V is not None:
-            v = tl.load(V + place * v_ss + n[:, None] * v_ss + dv[None, :], mask=v_mask, other=0.0)  # [N, DV]
+            v = tl.load(V + first * v_ss + n[:, None] * v_ss + dv[None, :], mask=v_mask, other=0.0)  # [N, DV]
             acc = acc * shrink[:, None] + dot(p.to(v.dtype), v, UPCAST)
     return acc, biggest, total
 

@@ -38,13 +38,13 @@ CHECKOUT = Path(__file__).resolve().parents[2] if __package__ == "kernels.bench"
 
 def main(words: Sequence[str]) -> int:
     """Returns the exit code."""
-    asked = _asked(words)
-    device = torch.device(asked.device)
-    dtype = getattr(torch, asked.dtype)
-    if asked.threads:
-        torch.set_num_threads(asked.threads)
+    options = _options(words)
+    device = torch.device(options.device)
+    dtype = getattr(torch, options.dtype)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     try:
-        backend.use(asked.backend)
+        backend.use(options.backend)
         form = compiled.name_on(device)
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,15 +56,15 @@ def main(words: Sequence[str]) -> int:
     if not all(check.holds for check in checks):
         return 1
     torch.manual_seed(seed)
-    ceilings = measure_ceilings(device, dtype, asked.seconds, asked.brief)
+    ceilings = measure_ceilings(device, dtype, options.seconds, options.brief)
     rows = []
-    for title, calls in _settings(asked, dtype, device):
-        rows += _time(console, title, calls, ceilings, device, asked.seconds)
-    out = Path(asked.out or (CHECKOUT or Path()) / "benchmarks" / "results" / f"{machine_slug(device)}.json")
+    for title, calls in _settings(options, dtype, device):
+        rows += _time(console, title, calls, ceilings, device, options.seconds)
+    out = Path(options.out or (CHECKOUT or Path()) / "benchmarks" / "results" / f"{machine_slug(device)}.json")
     record = {
         "machine": _machine(device),
         "form": form,
-        "dtype": asked.dtype,
+        "dtype": options.dtype,
         "ceilings": {"bytes_per_second": ceilings.bytes, "flops": ceilings.flops},
         "agreement": [{"op": c.op, "form": c.form, "error": c.error, "tolerance": c.tolerance} for c in checks],
         "rows": rows,
@@ -74,7 +74,7 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _asked(words: Sequence[str]) -> argparse.Namespace:
+def _options(words: Sequence[str]) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
@@ -88,30 +88,30 @@ def _asked(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.3, help="of calls per median")
     parser.add_argument("--brief", action="store_true", help="tiny sizes")
     parser.add_argument("--out", help="default: benchmarks/results/<machine>.json")
-    asked = parser.parse_args(words)
-    large = asked.device.startswith("cuda")
-    asked.dtype = asked.dtype or ("bfloat16" if large else "float32")
-    asked.shape = asked.shape or ("llama3.1-8b" if large else "small")
-    asked.batches = asked.batches or ([1, 16] if large else [1])
-    asked.contexts = asked.contexts or ([8192, 32_768, 131_072] if large else [2048, 8192])
-    asked.prompts = asked.prompts or ([8192, 32_768] if large else [2048])
-    if asked.brief:
-        asked.batches, asked.contexts, asked.prompts, asked.seconds = [1], [256], [64], 0.001
-    return asked
+    options = parser.parse_args(words)
+    large = options.device.startswith("cuda")
+    options.dtype = options.dtype or ("bfloat16" if large else "float32")
+    options.shape = options.shape or ("llama3.1-8b" if large else "small")
+    options.batches = options.batches or ([1, 16] if large else [1])
+    options.contexts = options.contexts or ([8192, 32_768, 131_072] if large else [2048, 8192])
+    options.prompts = options.prompts or ([8192, 32_768] if large else [2048])
+    if options.brief:
+        options.batches, options.contexts, options.prompts, options.seconds = [1], [256], [64], 0.001
+    return options
 
 
 def _numbers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
 
 
-def _settings(asked: argparse.Namespace, dtype: torch.dtype, device: torch.device):
+def _settings(options: argparse.Namespace, dtype: torch.dtype, device: torch.device):
     """(what is common to the calls, the calls)."""
-    shape = cases.SHAPES[asked.shape]
-    for batch in asked.batches:
-        for S in asked.contexts:
+    shape = cases.SHAPES[options.shape]
+    for batch in options.batches:
+        for S in options.contexts:
             title = f"decode, {S:,} slots, batch {batch}"
             yield title, cases.decoding(shape, batch, S, dtype, device)
-    for T in asked.prompts:
+    for T in options.prompts:
         yield f"prompt, {T:,} tokens, batch 1", cases.reading(shape, 1, T, dtype, device)
 
 

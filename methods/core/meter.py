@@ -202,8 +202,8 @@ class Meter:
             adapter=nbytes(t for x in self.layers for t in x.adapters()),
         )
         total = self._total()
-        touched = nbytes(t for x in self.layers for t in x.read_tensors())
-        report.read_step = report.held_end * touched // total if total else 0
+        read = nbytes(t for x in self.layers for t in x.read_tensors())
+        report.read_step = report.held_end * read // total if total else 0
         if self._device != "cpu":
             on_host = nbytes(t for x in self.layers for t in x.tensors() if t.device.type == "cpu")
             report.host = _part(on_host, chosen, B)

@@ -178,10 +178,10 @@ def test_all_queries_as_proxies_and_no_chance_is_the_heavy_hitter_choice(gqa):
 
 
 def test_window_proxies_without_chance_choose_as_snapkv_without_pooling(gqa):
-    ids, n, window, limit = torch.arange(80)[None] % 97, 80, 8, 40
-    snapkv = load_method("snapkv", budget=limit, window=window, kernel=1).cache_for(gqa)
-    nacl = load_method("nacl", budget=limit / n, by_chance=0.0, proxy=window / n)
-    nacl.sizes = lambda _: Sizes(0, window, limit - window, 0, window)
+    ids, n, window, budget = torch.arange(80)[None] % 97, 80, 8, 40
+    snapkv = load_method("snapkv", budget=budget, window=window, kernel=1).cache_for(gqa)
+    nacl = load_method("nacl", budget=budget / n, by_chance=0.0, proxy=window / n)
+    nacl.sizes = lambda _: Sizes(0, window, budget - window, 0, window)
     ours = nacl.cache_for(gqa)
     run(gqa, snapkv, ids)
     run(gqa, ours, ids)

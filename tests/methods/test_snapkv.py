@@ -12,14 +12,14 @@ from tests.methods.conftest import kept, run
 from tests.methods.layer import context, filled, step_of
 
 
-def keep(scores: list[float], limit: int, **knobs) -> list[int]:
+def keep(scores: list[float], budget: int, **knobs) -> list[int]:
     """What stays of 10 tokens, the last 2 of them the window, when earlier tokens have these scores."""
-    method = load_method("snapkv", budget=limit, window=2, **knobs)
+    method = load_method("snapkv", budget=budget, window=2, **knobs)
     mass = torch.tensor(scores + [9.0, 9.0])[None, None]  # the window's own columns must not count
     store, step = filled(10), step_of(10)
     method.window_scores = lambda *args: mass
-    scores = method.score(store, step, context(store, step, limit))
-    mask = method.allocator.pick(scores, torch.tensor([limit]))
+    scores = method.score(store, step, context(store, step, budget))
+    mask = method.allocator.pick(scores, torch.tensor([budget]))
     return mask[0, 0].nonzero().flatten().tolist()
 
 
@@ -27,7 +27,7 @@ SCORES = [0.50, 0.02, 0.03, 0.30, 0.01, 0.02, 0.40, 0.05]
 
 
 @pytest.mark.parametrize(
-    ("pooling", "kernel", "limit", "expected"),
+    ("pooling", "kernel", "budget", "expected"),
     [
         ("avg", 3, 5, [0, 1, 6, 8, 9]),
         ("max", 3, 4, [0, 1, 8, 9]),
@@ -36,8 +36,8 @@ SCORES = [0.50, 0.02, 0.03, 0.30, 0.01, 0.02, 0.40, 0.05]
         ("max", 1, 5, [0, 3, 6, 8, 9]),
     ],
 )
-def test_hand_worked_scores(pooling, kernel, limit, expected):
-    assert keep(SCORES, limit, pooling=pooling, kernel=kernel) == expected
+def test_hand_worked_scores(pooling, kernel, budget, expected):
+    assert keep(SCORES, budget, pooling=pooling, kernel=kernel) == expected
 
 
 def test_average_pooling_counts_the_missing_neighbour_as_zero():

@@ -62,7 +62,7 @@ class Turning:
 
 
 @dataclass
-class _Asked:
+class _Probe:
     """What one layer showed: keys [P, H, D] at the positions `at` [P], and what it was given there."""
 
     keys: Tensor
@@ -88,7 +88,7 @@ def turnings(model: PreTrainedModel, modules: Sequence[nn.Module]) -> list[Turni
 
 
 @torch.no_grad()
-def _ask(model: PreTrainedModel, modules: Sequence[nn.Module]) -> tuple[list[_Asked | None], bool]:
+def _ask(model: PreTrainedModel, modules: Sequence[nn.Module]) -> tuple[list[_Probe | None], bool]:
     """What each layer shows, None where it showed nothing; and whether the model's input holds positions."""
     config = model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", 0) or 0
@@ -117,44 +117,44 @@ def _ask(model: PreTrainedModel, modules: Sequence[nn.Module]) -> tuple[list[_As
         except Exception:  # whatever a model that cannot be asked does, it is not known how its keys turn
             return [None] * len(modules), True
     chosen = [*NEAR, *([len(at) - 1] if far else [])]
-    asked: list[_Asked | None] = []
+    probes: list[_Probe | None] = []
     for module in modules:
         index = int(module.layer_idx)
         keys = getattr(cache.layers[index], "keys", None) if index < len(cache.layers) else None
         if keys is None or keys.is_meta or module not in given or keys.shape[-2] != len(at):
-            asked.append(None)
+            probes.append(None)
             continue
         unit = torch.finfo(keys.dtype).eps
         chosen_keys = keys[0].transpose(0, 1)[chosen].float().cpu()
-        asked.append(_Asked(chosen_keys, at[chosen], _cut(given[module], chosen), unit))
-    return asked, absolute
+        probes.append(_Probe(chosen_keys, at[chosen], _cut(given[module], chosen), unit))
+    return probes, absolute
 
 
-def _turning(asked: _Asked, frequencies: Sequence[Tensor], last: Turning) -> Turning:
-    if _same(asked, asked.keys, 0, False):
+def _turning(probe: _Probe, frequencies: Sequence[Tensor], last: Turning) -> Turning:
+    if _same(probe, probe.keys, 0, False):
         return Turning(Rope(torch.empty(0)), turns=False, known=True)
-    rope = _rope(asked, frequencies, last.rope)
-    if (back := _back(asked, last)) is not None:
+    rope = _rope(probe, frequencies, last.rope)
+    if (back := _back(probe, last)) is not None:
         return Turning(rope, True, True, *back)
-    if rope is not None and "position_ids" in asked.given:
+    if rope is not None and "position_ids" in probe.given:
         return Turning(rope, known=True, interleaved=rope.interleaved)
     return Turning(rope)
 
 
-def _rope(asked: _Asked, frequencies: Sequence[Tensor], last: Rope | None) -> Rope | None:
+def _rope(probe: _Probe, frequencies: Sequence[Tensor], last: Rope | None) -> Rope | None:
     """The frequencies and the form that turn the keys of all positions to position 0 and make them one key there."""
     forms = (Rope(sign * freq, pairs) for freq, pairs, sign in product(frequencies, (False, True), (1, -1)))
     for rope in (*([last] if last is not None else []), *forms):
-        if 0 < (R := 2 * len(rope.inv_freq)) <= asked.keys.shape[-1]:
-            angle = -asked.at[:, None, None].float() * rope.inv_freq.cpu()  # [P, 1, R / 2]
-            if _same(asked, rotate(asked.keys, angle.cos(), angle.sin(), rope.interleaved), R, rope.interleaved):
+        if 0 < (R := 2 * len(rope.inv_freq)) <= probe.keys.shape[-1]:
+            angle = -probe.at[:, None, None].float() * rope.inv_freq.cpu()  # [P, 1, R / 2]
+            if _same(probe, rotate(probe.keys, angle.cos(), angle.sin(), rope.interleaved), R, rope.interleaved):
                 return rope
     return None
 
 
-def _back(asked: _Asked, last: Turning) -> tuple[str, bool, int] | None:
+def _back(probe: _Probe, last: Turning) -> tuple[str, bool, int] | None:
     """How the factors that were given undo the rotation: as what they are written, which pairs, which direction."""
-    if (given := asked.given.get("position_embeddings")) is None:
+    if (given := probe.given.get("position_embeddings")) is None:
         return None
     for written, pairs, sign in (
         (last.written, last.interleaved, last.sign),
@@ -163,10 +163,10 @@ def _back(asked: _Asked, last: Turning) -> tuple[str, bool, int] | None:
         if written is None:
             continue
         cos, sin = (x.float().cpu().transpose(0, 1) for x in _read(given, written))  # [P, 1, R / 2]
-        if not 0 < (R := 2 * cos.shape[-1]) <= asked.keys.shape[-1]:
+        if not 0 < (R := 2 * cos.shape[-1]) <= probe.keys.shape[-1]:
             continue
         scale = cos.square() + sin.square()
-        if _same(asked, rotate(asked.keys, cos / scale, -sign * sin / scale, pairs), R, pairs):
+        if _same(probe, rotate(probe.keys, cos / scale, -sign * sin / scale, pairs), R, pairs):
             return written, pairs, sign
     return None
 
@@ -177,14 +177,14 @@ def _read(given: Any, written: str) -> tuple[Tensor, Tensor]:
     return _WRITTEN[written](cos), _WRITTEN[written](sin)
 
 
-def _same(asked: _Asked, keys: Tensor, R: int, interleaved: bool) -> bool:
+def _same(probe: _Probe, keys: Tensor, R: int, interleaved: bool) -> bool:
     """Whether keys [P, H, D], of which R channels were turned in pairs, are one key at all positions."""
     head, rest = keys[..., :R], keys[..., R:].abs()
     a, b = (head[..., ::2], head[..., 1::2]) if interleaved else head.chunk(2, dim=-1)
     size = torch.hypot(a, b)
     size = size.repeat_interleave(2, dim=-1) if interleaved else torch.cat((size, size), dim=-1)
     # a turned number is off by rounding of its pair, and by that of the angle at the far position
-    allowed = (4 * asked.unit + 2e-4) * torch.cat((size, rest), dim=-1)
+    allowed = (4 * probe.unit + 2e-4) * torch.cat((size, rest), dim=-1)
     return bool(((keys - keys[:1]).abs() <= allowed + 1e-30).all())
 
 

@@ -163,8 +163,8 @@ class RaggedStore(Store):
         first, total = _first_pages(self.held), sum(-(-n // PAGE) for n in self.counts)
         owners = torch.arange(len(old), device=device)
         self.page_row = torch.repeat_interleave(owners, _n_pages(self.held), output_size=total)
-        take = torch.arange(total, device=device) + (came_from - first)[self.page_row]
-        self.pages = {name: x[take] for name, x in self.pages.items()}
+        order = torch.arange(total, device=device) + (came_from - first)[self.page_row]
+        self.pages = {name: x[order] for name, x in self.pages.items()}
         self.first = first * PAGE
 
     def _fill_free_slot(self, k: Tensor, v: Tensor, pos: Tensor) -> None:

@@ -257,12 +257,12 @@ def test_dropping_after_every_chunk_changes_the_prompt_and_keeps_to_the_cap(name
     assert method.changes_prompt and not load_method(name).changes_prompt
     ids, mask = tokens(60, rows=2), torch.ones(2, 60, dtype=torch.long)
     mask[1, :25] = 0
-    cache, most = method.cache_for(gqa, prompt_len=60, samples=[3, 4]), []
+    cache, counts = method.cache_for(gqa, prompt_len=60, samples=[3, 4]), []
     layer = cache.layers[1].inner
     end_step = layer.end_step
-    layer.end_step = lambda step: (end_step(step), most.append((layer.store.pos >= 0).sum(-1).amax(-1).tolist()))
+    layer.end_step = lambda step: (end_step(step), counts.append((layer.store.pos >= 0).sum(-1).amax(-1).tolist()))
     out = run(gqa, cache, ids, chunks=[10] * 6, mask=mask)
-    assert all(a <= method.capacity(60) and b <= method.capacity(35) for a, b in most)
+    assert all(a <= method.capacity(60) and b <= method.capacity(35) for a, b in counts)
     alone = method.cache_for(gqa, prompt_len=35, samples=[4])
     near(run(gqa, alone, ids[1:, 25:], chunks=[5, 10, 10, 10])[0], out[1], run_off(out[1]))
     assert kept(alone, 1) == kept(cache, 1, 1)
@@ -280,18 +280,18 @@ def test_heads_of_different_numbers_take_a_share():
 
 def test_a_share_of_the_slots_is_cut_as_a_budget_is_at_every_size():
     # 0.53 * 100 is below 53 in float32, where a millionth more changes nothing
-    room = torch.arange(1, 4001)
+    sizes = torch.arange(1, 4001)
     for percent in range(101):
-        exact = room * percent // 100
-        assert torch.equal(whole_slots(percent / 100, room), exact)
+        exact = sizes * percent // 100
+        assert torch.equal(whole_slots(percent / 100, sizes), exact)
         assert all(slots(percent / 100, n) == exact[n - 1] for n in (100, 340, 4000) if percent)
 
 
 @pytest.mark.parametrize(
-    ("name", "knobs", "room", "newest"),
+    ("name", "knobs", "size", "newest"),
     [("h2o", {"heavy": 0.53}, 100, 47), ("keyformer", {"recent": 0.65}, 180, 117)],
 )
-def test_the_newest_slots_are_an_exact_share_of_the_room(name, knobs, room, newest):
+def test_the_newest_slots_are_an_exact_share_of_the_slots(name, knobs, size, newest):
     method, store = load_method(name, **knobs), filled(200)
-    scores = method.score(store, step_of(200), context(store, step_of(200), room))
+    scores = method.score(store, step_of(200), context(store, step_of(200), size))
     assert scores.isinf().sum() == newest

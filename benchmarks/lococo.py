@@ -32,7 +32,7 @@ from methods import load_method  # noqa: E402
 from methods.core.contract import Method  # noqa: E402
 from methods.lococo import LoCoCo  # noqa: E402
 from runners.engine.loading import find, load_model, load_tokenizer  # noqa: E402
-from runners.learn.compressor import row_of  # noqa: E402
+from runners.learn.compression.text_rows import row_of  # noqa: E402
 
 LENGTH, NEW = 3482, 64
 

@@ -22,23 +22,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from analysis import stats
-from methods import build_method, load_method
+from methods import build_method
 from methods.core import artefacts
-from methods.core.contract import Method
 from methods.core.errors import UserError
-from methods.core.reading import read_text
 from methods.core.typed import Count, Positive, Whole
 from methods.lococo import TRAINER, LoCoCo
 from runners.base import Runner
-from runners.learn.calibrate import generated
+from runners.learn.compression.held_out import compare_with_dropping, losses, predicted
+from runners.learn.compression.text_rows import pick_rows, row_of, rows_of, split_text
+from runners.learn.compression.training_figure import draw_training
+from runners.learn.training_log import cut_log, log_entry
 from runners.model_setup import ModelSetup
 from runners.records.record import check_writable
 from runners.report import run_table as show
@@ -48,7 +47,6 @@ from tasks.documents.pools import Split
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HELD_OUT = 0.05  # of a text file: its end
 LOSSES = ("full", "text")
 
 
@@ -171,10 +169,13 @@ class TrainCompressor(Runner):
                 state["batch"] += 1
                 state["steps"] = decay.last_epoch
                 state["seconds"] += time.perf_counter() - began
-                _log(at, {"batch": state["batch"], "loss": loss, "seconds": state["seconds"], "eta": _gates(nets)})
+                log_entry(
+                    at / "log.jsonl",
+                    {"batch": state["batch"], "loss": loss, "seconds": state["seconds"], "eta": _gates(nets)},
+                )
                 if state["batch"] % self.measure_every == 0 or state["batch"] == self.batches:
                     nll = losses(model, student, choice, self.batch).mean().item()
-                    _log(at, {"batch": state["batch"], "chosen_on": nll})
+                    log_entry(at / "log.jsonl", {"batch": state["batch"], "chosen_on": nll})
                     if nll < state["best"]:
                         state |= {"best": nll, "best_batch": state["batch"], "weights": _copy(nets)}
                     _save(at, nets, optimizer, decay, state, recipe)
@@ -196,7 +197,7 @@ class TrainCompressor(Runner):
                 raise UserError(
                     f"train: runner.text={self.text}: has no runner.length={self.length} tokens to train on"
                 )
-            return lambda i: _pick(trained, seed, i, self.batch), {Path(self.text).name: held_out}
+            return lambda i: pick_rows(trained, seed, i, self.batch), {Path(self.text).name: held_out}
 
         def mixed(split: Split, start: int, n: int) -> Tensor:
             return torch.stack([row_of(tokenizer, seed, start + i, self.length, split) for i in range(n)])
@@ -281,113 +282,6 @@ class TrainCompressor(Runner):
                  f"{artefacts.shown(path)}")  # fmt: skip
 
 
-def baselines(method: LoCoCo) -> dict[str, Method]:
-    """What a trained compressor is compared with at equal slots, and the full cache.
-
-    eta=0 drops what the last chunk attends to least; where the newest slots are kept on top, it does so without and,
-    as "eta=0, recent", with them. h2o keeps the newest half and, by attention summed over the whole
-    text, the heaviest half: raw slots with local_len of them the newest, and next-heaviest ones instead of fused.
-    """
-    dropping = replace(method, eta=0.0, artefact=None, local_len=method.local_len or 0)
-    h2o = replace(dropping, hh_keep_rate=0.75, local_len=method.slots // 2, accumulate_scores=True)
-    them = {"full": load_method("full"), "lococo": method, "eta=0": replace(dropping, local_len=0), "h2o": h2o}
-    return {**them, "eta=0, recent": dropping} if dropping.local_len else them
-
-
-def compare_with_dropping(model: PreTrainedModel, method: LoCoCo, rows: Tensor, batch: int) -> dict[str, Any]:
-    """Mean losses in nats per token on rows [N, L]: {"nll": {name: mean}, "gain": {name: [mean, low, high]}, …}.
-
-    gain: a baseline's loss less the method's on the same rows, above 0 where the method is better, with the 95 %
-    interval of a bootstrap over rows.
-    """
-    each = {name: losses(model, one, rows, batch).mean(1) for name, one in baselines(method).items()}  # [N]
-    ids = [f"{i:08}" for i in range(len(rows))]
-    gain: dict[str, list[float]] = {}
-    for name in set(each) - {"full", "lococo"}:
-        gap = (each[name] - each["lococo"]).double().cpu().numpy()[:, None]
-        estimate = stats.estimate(stats.bootstrap(gap, np.ones(len(ids)), ids, "held-out rows")[:, 0])
-        gain[name] = [round(x, 5) for x in (estimate.value, estimate.low, estimate.high)]
-    nll = {name: round(means.mean().item(), 5) for name, means in each.items()}
-    return {"rows": len(rows), "tokens": rows[:, 1:].numel(), "nll": nll, "gain": dict(sorted(gain.items()))}
-
-
-@torch.no_grad()
-def predicted(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logarithms of the full cache's probabilities of the next token, float32, [B, L, vocabulary]."""
-    cache = load_method("full").cache_for(model)
-    return model(ids, past_key_values=cache, use_cache=True).logits.float().log_softmax(-1)
-
-
-@torch.no_grad()
-def losses(model: PreTrainedModel, method: Method, rows: Tensor, batch: int) -> Tensor:
-    """Next-token losses [N, L - 1] in nats of rows [N, L], each read through the method's cache."""
-    parts = []
-    for ids in rows.split(batch):
-        logits = model(ids, past_key_values=method.cache_for(model), use_cache=True).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-        parts.append(loss.view(len(ids), -1))
-    return torch.cat(parts)
-
-
-def split_text(file: str) -> tuple[str, str]:
-    """What is trained on, and what is measured on: the end of the file."""
-    text = read_text(Path(file).expanduser())
-    cut = int(len(text) * (1 - HELD_OUT))
-    return text[:cut], text[cut:]
-
-
-def row_of(tokenizer: PreTrainedTokenizerBase, seed: int, row: int, length: int, split: Split) -> Tensor:
-    """Generated documents in turn with prose, [length], begun by BOS where the tokenizer has one."""
-    return torch.tensor(tokenizer("".join(generated(seed, row, length, split)), verbose=False).input_ids[:length])
-
-
-def rows_of(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Tensor:
-    """The text cut into rows [N, length], each begun by BOS where the tokenizer has one; the rest is left out."""
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    width = length - len(begin)
-    cut = ids[: len(ids) // width * width].view(-1, width)
-    return torch.cat((torch.tensor(begin, dtype=torch.long).expand(len(cut), -1), cut), dim=1)
-
-
-def draw_training(log: Path, held_out: dict[str, Any], picture: Path) -> None:
-    """Write `picture` (PNG): loss while training, held-out perplexity against dropping at equal slots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
-    left.plot(*zip(*((e["batch"], e["loss"]) for e in entries if "loss" in e)), label="read behind a compression")
-    left.set(xlabel="batches", ylabel="loss, nats per token")
-    left.plot(*zip(*((e["batch"], e["chosen_on"]) for e in entries if "chosen_on" in e)), marker=".", label="held out")
-    left.legend(fontsize=8)
-    for i, (text, measured) in enumerate(held_out.items()):
-        names = list(measured["gain"])
-        gain, low, high = torch.tensor([measured["gain"][name] for name in names]).T
-        heights = torch.arange(len(names)) + 0.2 * i
-        right.errorbar(gain, heights, xerr=torch.stack((gain - low, high - gain)), fmt="o", capsize=3, label=text)
-        right.set_yticks(range(len(names)), names)
-    right.axvline(0, color="black", linewidth=0.8)
-    right.set(xlabel="loss above the trained compressor's, nats per token")
-    right.legend(fontsize=8)
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=90)
-    plt.close(figure)
-
-
-def _pick(rows: Tensor, seed: int, batch: int, size: int) -> Tensor:
-    """The rows of one batch: every row once, in an order drawn anew, before any comes again."""
-    indices = torch.arange(batch * size, (batch + 1) * size)
-    orders: dict[int, Tensor] = {}
-    for epoch in (indices // len(rows)).unique().tolist():
-        orders[epoch] = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1009 + epoch))
-    return rows[[int(orders[index // len(rows)][index % len(rows)]) for index in indices.tolist()]]
-
-
 def _hash(rows: Tensor) -> str:
     return hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest()[:16]
 
@@ -398,11 +292,6 @@ def _copy(nets: nn.ModuleList) -> dict[str, Tensor]:
 
 def _gates(nets: nn.ModuleList) -> Sequence[float]:
     return [round(net.eta.item(), 4) for net in nets]
-
-
-def _log(at: Path, entry: dict[str, Any]) -> None:
-    with (at / "log.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
 
 
 def _save(at: Path, nets: Any, optimizer: Any, decay: Any, state: dict[str, Any], recipe: dict[str, Any]) -> None:
@@ -422,11 +311,5 @@ def _resume(at: Path, nets: Any, optimizer: Any, decay: Any, recipe: dict[str, A
     nets.load_state_dict(saved["nets"])
     optimizer.load_state_dict(saved["optimizer"])
     decay.load_state_dict(saved["decay"])
-    done = saved["state"]["batch"]
-    lines = [
-        line
-        for line in log.read_text(encoding="utf-8").splitlines()
-        if line.endswith("}") and json.loads(line)["batch"] <= done
-    ]
-    log.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    cut_log(log, "batch", saved["state"]["batch"])
     return saved["state"]

@@ -6,7 +6,6 @@ than planned is one knob: give `tokens` again, and the learning rate cools down 
 """
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,9 @@ from runners.learn.reference import blockwise
 from runners.learn.reference.induction import write_circuit
 from runners.learn.reference.packing import DataMix, Packer, pick_length
 from runners.learn.reference.recall import recall
+from runners.learn.reference.token_bar import TokenBar
 from runners.learn.reference.vocabulary import train_tokenizer
+from runners.learn.training_log import cut_log, log_entry
 from runners.records.record import check_writable
 from runners.settings.trainers import trainer_of
 from tasks.documents import prose_hash
@@ -133,7 +134,7 @@ class Train(Runner):
         state = self._resume(out, model, optimizer)
         packer = Packer(tokenizer, self.seed)
         stop = state["step"] + self.limit if self.limit else None
-        with _progress(self.tokens, state["tokens"]) as progress:
+        with TokenBar(self.tokens, state["tokens"]) as progress:
             while state["tokens"] < self.tokens and state["step"] != stop:
                 self._step(model, optimizer, packer, state, out, progress)
                 step = state["step"]
@@ -212,7 +213,7 @@ class Train(Runner):
             "loss": loss.item(), "answer_loss": answers.mean().item() if len(answers) else None,
             "seconds": state["seconds"],
         }  # fmt: skip
-        _append(out / "log.jsonl", entry)
+        log_entry(out / "log.jsonl", entry)
         progress.advance(
             ids.numel(),
             f"length {length:4d} loss {entry['loss']:.3f} {ids.numel() / (time.perf_counter() - started):,.0f} tok/s",
@@ -223,7 +224,7 @@ class Train(Runner):
         with self._autocast():
             counts = recall(model, tokenizer, length, documents=self.recall_documents, turns=4, seed=self.seed)
         shares = {kind: right / asked for kind, (right, asked) in counts.items()}
-        _append(
+        log_entry(
             out / "log.jsonl", {"step": state["step"], "tokens": state["tokens"], "length": length, "recall": shares}
         )
         from runners.learn.reference.curves import draw_curves
@@ -285,7 +286,7 @@ class Train(Runner):
             raise UserError(f"train: {path} was made with another {', '.join(other)}; choose another runner.out")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        _cut_log(out / "log.jsonl", saved["state"]["step"])
+        cut_log(out / "log.jsonl", "step", saved["state"]["step"])
         return saved["state"]
 
 
@@ -316,51 +317,3 @@ def _plain(value: Any) -> Any:
 def _begun(plan: list[Any], ends: list[float], seen: int) -> list[Any]:
     """The parts of a plan in use until `seen` tokens were seen: the first, and those after an end that has passed."""
     return [part for i, part in enumerate(plan) if i == 0 or ends[i - 1] < seen]
-
-
-def _append(path: Path, entry: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
-
-
-def _cut_log(path: Path, step: int) -> None:
-    """Drop what a killed run logged after its last checkpoint."""
-    if path.exists():
-        lines = [
-            line
-            for line in path.read_text(encoding="utf-8").splitlines()
-            if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
-class _progress:
-    """A bar of tokens with the time left; plain lines every 50 steps where there is no terminal."""
-
-    def __init__(self, total: int, done: int):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        self.bar, self.calls = Progress(*columns), 0
-        self.task = self.bar.add_task("train", total=total, completed=done, note="")
-
-    def __enter__(self):
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_):
-        self.bar.stop()
-
-    def advance(self, tokens: int, note: str) -> None:
-        self.calls += 1
-        self.bar.update(self.task, advance=tokens, note=note)
-        if not self.bar.console.is_terminal and self.calls % 50 == 0:
-            task = self.bar.tasks[0]
-            left = task.time_remaining
-            print(f"{task.completed:,.0f} of {task.total:,.0f} tokens, {left or 0:,.0f} s left, {note}", flush=True)

@@ -14,7 +14,9 @@ from methods.core import artefacts
 from methods.core.errors import UserError
 from runners.engine.loading import find, load_model, load_tokenizer
 from runners.learn import compressor
-from runners.learn.compressor import TrainCompressor, compare_with_dropping, losses, predicted, rows_of, split_text
+from runners.learn.compression.held_out import compare_with_dropping, losses, predicted
+from runners.learn.compression.text_rows import rows_of, split_text
+from runners.learn.compressor import TrainCompressor
 from tests.bounds import half_digit, losses_off, near
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "read", "about", "long", "rivers", "in", "northern", "woods"]

@@ -162,7 +162,7 @@ def test_every_limit_is_searched_with_a_seed_of_its_own(command, monkeypatch):
         asked.append((limit, seed))
         return search_tables(groups, rate, limit, trials, sampler, seed, at_once)
 
-    monkeypatch.setattr(tune, "search", noted)
+    monkeypatch.setattr(tune, "search_tables", noted)
     options = ("runner.profile_prompts=1", "runner.objective=output_error", "runner.trials=2", "runner.limits=[4,6]")
     for seed in (0, 1):
         assert command("runner=tune", "method=kvtuner_per_token", *options, f"seed={seed}")[0] == 0

@@ -1,4 +1,4 @@
-"""Single ops of a cache's attention on a CPU, each in turns with what it is held to: a part of benchmarks/kernels.py."""
+"""Single ops of attention on a CPU, each in turns with what it is held to: a part of benchmarks/kernels.py."""
 
 from __future__ import annotations
 

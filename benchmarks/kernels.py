@@ -29,14 +29,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-import transformers
-from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, QuantizedCache
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+# run as a file, only its own folder would be on the path, where transformers would take this file for `kernels`
+sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != ROOT / "benchmarks")]
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import transformers  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import AttentionInterface, DynamicCache, QuantizedCache  # noqa: E402
 
 from benchmarks.kernel_ops import codes, prompt, ragged, show_op, spread, verdict  # noqa: E402
 from benchmarks.speed import MODELS, Sequence, commit, hardware  # noqa: E402

@@ -17,7 +17,7 @@ import pandas as pd
 from analysis import stats
 from analysis.command import RESULTS, Command
 from analysis.files import given_path
-from analysis.frontier import show
+from analysis.frontier import brackets, show
 from analysis.load import NothingToRead, Results, load_results
 from analysis.names import at, bits, labels
 from analysis.paired import CONTENT, PLACE, beside, by_sample, holm, subset_means
@@ -104,6 +104,8 @@ def _row(pair: Pair, both: pd.DataFrame, measure: str) -> dict[str, Any]:
     signed = subset_means(both, (b - a)[:, None], over, stats.signed).average()[:, 0]
     squares = float(((means.sample_weights() * (b - a)) ** 2).sum())
     gain = stats.estimate(averages[:, 2])
+    lone = stats.rests_on_one(means.sample_weights(), [str(subset) for subset in means.place])
+    interval = "[-]" if lone else brackets(gain.low, gain.high, digits)
     higher = metric["better"] == "higher"
     lost, won, _ = stats.flips(both["b"].to_numpy(), both["a"].to_numpy())
     return {
@@ -112,10 +114,10 @@ def _row(pair: Pair, both: pd.DataFrame, measure: str) -> dict[str, Any]:
         "n": len(both),
         "A": f"{averages[0, 0]:.{digits}f}",
         "B": f"{averages[0, 1]:.{digits}f}",
-        "B - A": f"{gain.value:+.{digits}f} [{gain.low:+.{digits}f}, {gain.high:+.{digits}f}]",
+        "B - A": f"{gain.value:+.{digits}f} {interval}",
         "lost/won": f"{lost}/{won}" if higher else "",
         "p": stats.p_value(signed, squares),
-        "verdict": "tie" if gain.is_tie else "B is better" if (gain.value > 0) == higher else "A is better",
+        "verdict": "tie" if lone or gain.is_tie else "B is better" if (gain.value > 0) == higher else "A is better",
     }
 
 

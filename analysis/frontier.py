@@ -84,7 +84,8 @@ def _panel(axis: Any, group: pd.DataFrame, looks: dict[str, style.Look], log: bo
     from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
     full = group.iloc[0]
-    axis.axhspan(full["full_low"], full["full_high"], color="black", alpha=0.08, lw=0, zorder=0)
+    if not pd.isna(full["full_low"]):
+        axis.axhspan(full["full_low"], full["full_high"], color="black", alpha=0.08, lw=0, zorder=0)
     axis.axhline(full["full"], color="black", lw=0.9, zorder=1)
     front = group[on_front(group)].sort_values("share")
     axis.step(front["share"], front["score"], where="post", **style.FRONT)
@@ -142,9 +143,13 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _difference(p: pd.Series) -> str:
-    text = f"{p['difference']:+.{p['digits']}f} [{p['difference_low']:+.{p['digits']}f}, "
-    text += f"{p['difference_high']:+.{p['digits']}f}]"
+    text = f"{p['difference']:+.{p['digits']}f} {brackets(p['difference_low'], p['difference_high'], p['digits'])}"
     return text + " tie" if p["tie"] else text
+
+
+def brackets(low: float, high: float, digits: int) -> str:
+    """A difference's interval, signs shown; [-] where there is none, as of a single sample."""
+    return "[-]" if pd.isna(low) else f"[{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -22,11 +22,12 @@ def points(results: Results, x: str = "held", resamples: int = stats.RESAMPLES) 
 
     bits: what a cell that names its bits was given instead of a budget, such as "4 bits", "K4V2" or a table's name.
     share: of the full cache's bytes along `x`, with its mean.  above: samples that held more than their budget.  score,
-    full, difference: in the metric's unit, each with its interval (`_low`, `_high`).  difference is above 0 where the
-    method is better.  lost, won: samples that flipped.  tie: the interval of the difference holds zero, or its p after
-    the correction is no sign of one.  p_holm: corrected for the methods compared on the same task; none for the full
-    cache.  worst, worst_difference: the subset that lost most.  near_chance: the full cache's score is no more than
-    guessing.  at_chance: nor is the point's own.  partial: most of the samples are missing; such a point is on no
+    full, difference: in the metric's unit, each with its interval (`_low`, `_high`); none (NaN) where it would rest on
+    a subset's single sample.  difference is the score less the full cache's, as on screen: where lower is better, above
+    0 is worse.  lost, won: samples that flipped.  tie: the interval of the difference holds zero, or there is none, or
+    its p after the correction is no sign of one.  p_holm: corrected for the methods compared on the same task; none for
+    the full cache.  worst, worst_difference: the subset that lost most.  near_chance: the full cache's score is no more
+    than guessing.  at_chance: nor is the point's own.  partial: most of the samples are missing; such a point is on no
     front.
     """
     rows: list[dict] = []
@@ -84,10 +85,10 @@ def _rows(key: dict[str, str], cells: Sequence[Cells], resamples: int) -> Iterat
     scale, sign = metric["scale"], 1.0 if metric["better"] == "higher" else -1.0
     scores = np.stack([one.samples["score"] for one in cells], axis=1)  # [n, k]
     full = samples["full"].to_numpy()[:, None]  # [n, 1]
-    gains, k = sign * scale * (scores - full), len(cells)
+    gaps, k = scale * (scores - full), len(cells)
     over = first.first["mean_over"]
-    means = subset_means(samples, np.hstack([scale * scores, gains, scale * full]), over, resamples=resamples)
-    signed = subset_means(samples, gains, over, stats.signed, resamples)
+    means = subset_means(samples, np.hstack([scale * scores, gaps, scale * full]), over, resamples=resamples)
+    signed = subset_means(samples, gaps, over, stats.signed, resamples)
     shares, sizes, above = (
         np.stack([one.samples[name] for one in cells], axis=1) for name in ("share", "bytes", "above")
     )
@@ -101,11 +102,13 @@ def _rows(key: dict[str, str], cells: Sequence[Cells], resamples: int) -> Iterat
         low, high = stats.interval(averages[1:])  # [2k + 1]
         whole = stats.Estimate(averages[0, -1], low[-1], high[-1])
         guessed = near_chance(whole, chance, metric)
+        lone = stats.rests_on_one(weights, [str(subset) for subset in means.place])
         for i, one in enumerate(cells):
-            gain = stats.Estimate(averages[0, k + i], low[k + i], high[k + i])
+            gap = stats.Estimate(averages[0, k + i], low[k + i], high[k + i])
             kept = stats.retained(averages[:, i], averages[:, -1]) if sign > 0 else None
             flips = stats.flips(scores[here, i], full[here, 0]) if sign > 0 else (0, 0, np.nan)
             by_subset = means.values[0, chosen, k + i]
+            worst = (sign * by_subset).argmin()
             yield {
                 **key,
                 "category": category,
@@ -127,22 +130,22 @@ def _rows(key: dict[str, str], cells: Sequence[Cells], resamples: int) -> Iterat
                 "bytes": float(weights @ sizes[:, i]),
                 "above": int(np.ceil(above[here, i].sum())),
                 "score": averages[0, i],
-                "score_low": low[i],
-                "score_high": high[i],
+                "score_low": np.nan if lone else low[i],
+                "score_high": np.nan if lone else high[i],
                 "full": whole.value,
-                "full_low": whole.low,
-                "full_high": whole.high,
-                "difference": gain.value,
-                "difference_low": gain.low,
-                "difference_high": gain.high,
-                "tie": gain.is_tie,
+                "full_low": np.nan if lone else whole.low,
+                "full_high": np.nan if lone else whole.high,
+                "difference": gap.value,
+                "difference_low": np.nan if lone else gap.low,
+                "difference_high": np.nan if lone else gap.high,
+                "tie": lone or gap.is_tie,
                 "retained": kept.value if kept else np.nan,
-                "retained_low": kept.low if kept else np.nan,
-                "retained_high": kept.high if kept else np.nan,
+                "retained_low": kept.low if kept and not lone else np.nan,
+                "retained_high": kept.high if kept and not lone else np.nan,
                 **dict(zip(("lost", "won", "p_flips"), flips)),
-                "p": stats.p_value(of_signs[:, i], float(((weights * gains[:, i]) ** 2).sum())),
-                "worst": means.subsets[chosen][by_subset.argmin()],
-                "worst_difference": float(by_subset.min()),
+                "p": stats.p_value(of_signs[:, i], float(((weights * gaps[:, i]) ** 2).sum())),
+                "worst": means.subsets[chosen][worst],
+                "worst_difference": float(by_subset[worst]),
                 "near_chance": guessed,
                 "at_chance": near_chance(stats.Estimate(averages[0, i], low[i], high[i]), chance, metric),
                 "partial": one.partial,

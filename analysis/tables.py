@@ -122,8 +122,9 @@ def _entry(point: pd.Series, most: int) -> str:
     if point["label"] == "full":
         return score + (" (near chance)" if point["near_chance"] else "")
     coarse = max(0, digits - 1)
-    low, high = f"{point['difference_low']:+.{coarse}f}", f"{point['difference_high']:+.{coarse}f}"
-    return f"{f'**{score}**' if point['tie'] else score} ({low}, {high})"
+    ends = [f"{point[end]:+.{coarse}f}" for end in ("difference_low", "difference_high")]
+    interval = "-" if pd.isna(point["difference_low"]) else ", ".join(ends)
+    return f"{f'**{score}**' if point['tie'] else score} ({interval})"
 
 
 def pages() -> list[Path]:

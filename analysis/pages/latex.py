@@ -64,8 +64,9 @@ def _entry(p: pd.Series) -> tuple[str, str]:
     digits = min(1 if higher else 2, int(p["digits"]))
     score = f"{p['score']:.{digits}f}"
     coarse = max(0, digits - 1)
-    ends = (f"{p[end]:+.{coarse}f}".replace("-", "$-$") for end in ("difference_low", "difference_high"))
-    return rf"\textbf{{{score}}}" if p["tie"] else score, rf"{{\scriptsize ({', '.join(ends)})}}"
+    ends = [f"{p[end]:+.{coarse}f}".replace("-", "$-$") for end in ("difference_low", "difference_high")]
+    below = "--" if pd.isna(p["difference_low"]) else f"({', '.join(ends)})"
+    return rf"\textbf{{{score}}}" if p["tie"] else score, rf"{{\scriptsize {below}}}"
 
 
 def _heading(task: str, protocol: str) -> str:

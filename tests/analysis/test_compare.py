@@ -54,6 +54,7 @@ def test_no_side_is_better_where_p_is_no_sign_of_it_however_narrow_the_interval(
     one = load_results(book.root)
     row = compare.comparison(compare.pair_cells(one, one, ("nacl", "snapkv"))[0]).iloc[0]
     assert float(row["p (Holm)"]) == 1.0 and row["verdict"] == "tie"
+    assert row["B - A"] == "-100.00 [-]"  # a single sample has no interval
 
 
 def test_a_table_is_as_wide_as_the_screen(book, capsys, monkeypatch):

@@ -65,8 +65,19 @@ def test_where_lower_is_better_a_higher_value_is_a_loss(book):
     book.cell(scores=[2.0] * 8, metric=metric)
     book.cell("nacl", [2.5] * 8, 0.5, metric=metric)
     p = points(load_results(book.root)).set_index("label").loc["nacl"]
-    assert p["score"] == 2.5 and p["difference"] == pytest.approx(-0.5) and not p["tie"]
+    assert p["score"] == 2.5 and p["difference"] == pytest.approx(0.5) and not p["tie"]
     assert not p["near_chance"] and (p["lost"], p["won"]) == (0, 0) and np.isnan(p["retained"])
+
+
+def test_a_single_sample_has_no_interval_as_on_screen(book):
+    book.cell(scores=[1.0])
+    book.cell("nacl", [0.0], 0.5)
+    table = points(load_results(book.root))
+    p = table.set_index("label").loc["nacl"]
+    ends = [f"{what}_{end}" for what in ("score", "full", "difference", "retained") for end in ("low", "high")]
+    assert p[ends].isna().all() and p["difference"] == -100.0 and p["tie"]
+    (line,) = [row for _, row in frontier.summary(table).iterrows() if row["method"] == "nacl"]
+    assert line["difference"] == "-100.00 [-] tie"
 
 
 def test_a_task_that_the_full_cache_cannot_do_is_listed_apart(book):

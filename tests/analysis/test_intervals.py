@@ -143,10 +143,9 @@ def test_screen_sweep_wandb_and_frontier_print_one_interval(name, book, tmp_path
         record(book, task, method, rows)
     write_csv(tmp_path / "frontier.csv", points(load_results(book.root)))
     drawn = numbers(tmp_path)
-    sign = 1 if task.metric.better == "higher" else -1
 
     def of_frontier(category: str) -> tuple[float, float]:
-        low, high = sorted(sign * float(drawn[category][f"difference_{end}"]) for end in ("low", "high"))
+        low, high = (float(drawn[category][f"difference_{end}"]) for end in ("low", "high"))
         return low, high
 
     run: Any = SimpleNamespace(task=task, examples=examples)
@@ -157,7 +156,7 @@ def test_screen_sweep_wandb_and_frontier_print_one_interval(name, book, tmp_path
     # W&B: the mean over the whole task
     summary = wandb_runs._scores(*wandb_runs._compared(run, ours, full, RESAMPLES))
     assert (summary["difference_low"], summary["difference_high"]) == of_frontier("all")
-    assert summary["difference"] == pytest.approx(sign * float(drawn["all"]["difference"]), abs=1e-9)
+    assert summary["difference"] == pytest.approx(float(drawn["all"]["difference"]), abs=1e-9)
 
     # the screen: the same rows, and what stands for the whole task where its table has a row of it
     places = {category: of_frontier(category) for category in drawn}
@@ -166,7 +165,7 @@ def test_screen_sweep_wandb_and_frontier_print_one_interval(name, book, tmp_path
     assert set(places.values()) <= shown
 
     # a sweep's table: to the digits that it prints
-    lines = {cells[3] for _, cells in sweep_table._lines(rows, list(ours.values()), sign < 0)}
+    lines = {cells[3] for _, cells in sweep_table._lines(rows, list(ours.values()), task.metric.better == "lower")}
     wanted = [places["all"]] if "all" in places else list(places.values())
     printed = {run_table.interval(one, task.metric.digits) for one in wanted}
     assert printed <= lines

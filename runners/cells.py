@@ -55,6 +55,7 @@ class Cell:
 
     @property
     def label(self) -> str:
+        """The method and its budget, as people read them."""
         return f"{self.name} at budget={self.method.budget:g}"
 
 
@@ -106,6 +107,7 @@ class Run(ModelSetup):
 
     @cached_property
     def setting(self) -> Setting:
+        """What its samples are run in; loads the model."""
         return Setting(
             self.model,
             self.task,
@@ -176,6 +178,7 @@ class Run(ModelSetup):
 
     @cached_property
     def shelf(self) -> Shelf:
+        """The records of this model and task."""
         return Shelf(self.results, self.checkpoint.name, self.task.name)
 
     @property

@@ -53,6 +53,7 @@ class SweepCell:
 
     @property
     def label(self) -> str:
+        """The method and its budget, as people read them."""
         return self.cell.label
 
 
@@ -139,6 +140,7 @@ class Sweep:
 
     @property
     def alone(self) -> list[SweepCell]:
+        """Members that read every prompt by themselves."""
         return [member for member in self.members if self.why_alone(member) is not None]
 
     def why_alone(self, member: SweepCell) -> str | None:
@@ -212,6 +214,7 @@ class Sweep:
         return not any(self.lacking(member, self.run.examples) for member in self.members)
 
     def lacking(self, member: SweepCell, examples: Sequence[Example]) -> list[Example]:
+        """The examples that a member has no answer to yet; none for one that has stopped."""
         if member.stopped is not None or self.run.only_shows:
             return []
         found = ((example, row_of(member.record.rows, example)) for example in examples)

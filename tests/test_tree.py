@@ -246,6 +246,59 @@ def test_a_folder_can_be_read_at_a_glance():
     assert len(root) <= 16
 
 
+def undocumented(paths: list[Path]) -> list[str]:
+    """Public classes and functions without a docstring; one that overrides a documented base needs none."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    classes: dict[str, list[ast.ClassDef]] = {}
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                classes.setdefault(node.name, []).append(node)
+
+    def inherited(name: str, owner: ast.ClassDef) -> bool:
+        for base in (ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in owner.bases):
+            if base in ("Protocol", "ABC", "NamedTuple", "Generic", "Exception"):
+                continue
+            if base not in classes:
+                return True  # another package's
+            for above in classes[base]:
+                told = {n.name for n in above.body if isinstance(n, ast.FunctionDef) and ast.get_docstring(n)}
+                told |= {
+                    n.target.id for n in above.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+                }
+                if name in told or (above is not owner and inherited(name, above)):
+                    return True
+        return False
+
+    def inside(body: list[ast.stmt], owner: ast.ClassDef | None) -> list[str]:
+        found = []
+        for node in body:
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            is_class = isinstance(node, ast.ClassDef)
+            if not ast.get_docstring(node) and (is_class or owner is None or not inherited(node.name, owner)):
+                found.append(f"{owner.name + '.' if owner else ''}{node.name}")
+            if is_class:
+                found += inside(node.body, node)
+        return found
+
+    return [f"{path.relative_to(ROOT)}: {name}" for path, tree in trees.items() for name in inside(tree.body, None)]
+
+
+def test_every_public_function_says_what_it_does():
+    assert undocumented([path for path in tracked("*.py") if path.relative_to(ROOT).parts[0] != "tests"]) == []
+
+
+def test_a_function_without_a_docstring_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    file = tmp_path / "x.py"
+    file.write_text(
+        "class A:\n    'x'\n    def told(self):\n        'x'\n    def bare(self): ...\n"
+        "class B(A):\n    'x'\n    def told(self): ...\n    def bare(self): ...\ndef f(): ...\ndef _g(): ...\n"
+    )
+    assert undocumented([file]) == ["x.py: A.bare", "x.py: B.bare", "x.py: f"]
+
+
 def test_heavy_packages_are_imported_only_when_they_are_used():
     heavy = {"datasets", "lm_eval", "wandb", "wandb_workspaces", "submitit", "optuna", "plotly", "statsmodels"}
     eager = [

@@ -1,6 +1,7 @@
 """What every test shares: one thread unless told otherwise, no network, and tiny models made on the spot."""
 
 import os
+import sys
 import tempfile
 
 # before torch: on tiny tensors two OpenMP threads are hundreds of times slower than one, and sum in another order
@@ -14,7 +15,7 @@ os.environ.setdefault("KVFRONTIER_CACHE", os.path.join(tempfile.gettempdir(), "k
 # tables as wide as they are, so that a test may look for a whole row
 os.environ["COLUMNS"] = "160"
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,26 @@ def plain_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """`run.main` in this process notes in the environment how errors are shown; no test sees another's note."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.delenv("KVFRONTIER_TRACEBACK", raising=False)
+
+
+@pytest.fixture
+def run_command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """The command line in this process: run_command("budget=0.5", ...) -> (exit code, stdout, stderr)."""
+    import run
+
+    def run_it(*words: str) -> tuple[int, str, str]:
+        # restored when the test ends, also where run.main changes them
+        monkeypatch.setenv("HYDRA_FULL_ERROR", os.environ["HYDRA_FULL_ERROR"])
+        monkeypatch.delenv("KVFRONTIER_TRACEBACK", raising=False)
+        monkeypatch.setattr(sys, "argv", ["run.py", *words])
+        capfd.readouterr()
+        code = run.main()
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        return code, *capfd.readouterr()
+
+    return run_it
 
 
 @pytest.fixture(scope="session")

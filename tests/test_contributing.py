@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SKIP = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 LIBRARY = """
-import json, sys, torch
+import json, torch
 from transformers import AutoModelForCausalLM
 import methods
 from methods import load_method, method_names
@@ -26,45 +26,55 @@ try:
     refused = "nothing"
 except UserError as error:
     refused = str(error)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+model = AutoModelForCausalLM.from_pretrained({model!r}, dtype=torch.float32).eval()
 ids = torch.randint(3, model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
 ask = dict(attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False)
 stock = model.generate(ids, **ask)
 whole = model.generate(ids, past_key_values=load_method("keepnorm", budget=1.0).cache_for(model), **ask)
 cache = load_method("keepnorm", budget=0.25, recent=4).cache_for(model)
 model.generate(ids, past_key_values=cache, **ask)
-print(json.dumps({
+print(json.dumps({{
     "file": methods.__file__,
     "refused": refused,
     "listed": "keepnorm" in method_names(),
     "same_at_budget_1": stock.tolist() == whole.tolist(),
     "report": cache.report().to_dict(),
-}))
+}}))
 """
 
 
 TASK = """
-import json, sys
+import json
 from methods.core.errors import UserError
 from tasks.facts import Facts
 
-task = Facts(sys.argv[1])
+task = Facts({right!r})
 first, *_ = examples = task.examples()
 try:
-    refused = [example.id for example in Facts(sys.argv[2]).examples()]
+    refused = [example.id for example in Facts({wrong!r}).examples()]
 except UserError as error:
     refused = str(error)
 answers = ("Paris", " It is paris, I think.\\nLyon", "Lyon\\nParis", "")
-print(json.dumps({
+print(json.dumps({{
     "prompt": first.prompt,
     "scores": [task.score(first, answer) for answer in answers],
-    "ids": {example.id: example.key for example in examples},
-    "rivers": {example.id: example.key for example in Facts(sys.argv[1], subset="rivers", limit=1).examples()},
-    "keys": sorted({example.key for example in examples}),
+    "ids": {{example.id: example.key for example in examples}},
+    "rivers": {{example.id: example.key for example in Facts({right!r}, subset="rivers", limit=1).examples()}},
+    "keys": sorted({{example.key for example in examples}}),
     "refused": refused,
     "rows": [[row.name, row.score] for row in task.summarize([(one, float(one is first)) for one in examples])],
-}))
+}}))
 """
+# as `python run.py WORDS`, which ends with its exit code
+COMMAND = """
+import runpy, sys
+sys.argv = ["run.py", *{words!r}]
+try:
+    runpy.run_path("run.py", run_name="__main__")
+except SystemExit as ended:
+    assert not ended.code, ended.code
+"""
+PART = "the next part begins"
 FACTS = {
     "capitals": [
         {
@@ -106,12 +116,6 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def python(tree: Path, *args: str) -> str:
-    done = subprocess.run([sys.executable, *args], cwd=tree, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, f"{args[0][:40]} ended with {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of one's own: two files of those that are right, and one whose third line has a wrong field."""
@@ -121,6 +125,24 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     row = FACTS["capitals"][0]
     write(folder / "wrong.jsonl", row, row | {"answer": ["Paris"]})
     return folder
+
+
+@pytest.fixture(scope="module")
+def told(tree: Path, facts: Path, tiny_model_dir: Path) -> list[str]:
+    """What the added files do, all in one process of that tree: the library's part, the task's, and two commands."""
+    model = str(tiny_model_dir)
+    right, wrong = str(facts / "right"), str(facts / "wrong.jsonl")
+    method = ["method=keepnorm", "method.recent=4", "budget=0.5", "task=longbench", "task.limit=1", "results=out"]
+    task = ["method=random", "budget=0.5", "task=facts", f"task.data={right}", "results=told"]
+    parts = [
+        LIBRARY.format(model=model),
+        TASK.format(right=right, wrong=wrong),
+        *(COMMAND.format(words=[*words, f"model.path={model}"]) for words in (method, task)),
+    ]
+    code = f"\nprint({PART!r}, flush=True)\n".join(parts)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"ended with {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
+    return done.stdout.split(f"{PART}\n")
 
 
 def write(path: Path, *rows: dict) -> None:
@@ -142,8 +164,8 @@ def test_the_page_holds_exactly_two_files_of_a_method_and_two_of_a_task():
     )
 
 
-def test_the_added_method_loads_by_name_and_frees_what_it_drops(tree, tiny_model_dir):
-    answer = json.loads(python(tree, "-c", LIBRARY, str(tiny_model_dir)).splitlines()[-1])
+def test_the_added_method_loads_by_name_and_frees_what_it_drops(tree, told):
+    answer = json.loads(told[0].splitlines()[-1])
     assert Path(answer["file"]).is_relative_to(tree.resolve())
     assert answer["listed"]
     assert "method.recent=-1" in answer["refused"]
@@ -155,25 +177,15 @@ def test_the_added_method_loads_by_name_and_frees_what_it_drops(tree, tiny_model
     assert held < 0.5 * answer["report"]["full_prompt"]
 
 
-def test_the_added_method_runs_from_the_command_line(tree, tiny_model_dir):
-    out = python(
-        tree,
-        "run.py",
-        "method=keepnorm",
-        "method.recent=4",
-        "budget=0.5",
-        "task=longbench",
-        "task.limit=1",
-        f"model.path={tiny_model_dir}",
-        "results=out",
-    )
+def test_the_added_method_runs_from_the_command_line(tree, told):
+    out = told[2]
     assert "keepnorm" in out
     records = list((tree / "out").rglob("*.jsonl"))
     assert any("keepnorm" in str(path) for path in records), records
 
 
-def test_the_added_task_makes_prompts_scores_answers_and_refuses_a_wrong_row_in_one_line(tree, facts):
-    answer = json.loads(python(tree, "-c", TASK, str(facts / "right"), str(facts / "wrong.jsonl")).splitlines()[-1])
+def test_the_added_task_makes_prompts_scores_answers_and_refuses_a_wrong_row_in_one_line(told, facts):
+    answer = json.loads(told[1].splitlines()[-1])
     assert answer["prompt"].endswith("Paris. \n\nQuestion: Which is its capital?\nAnswer:")
     assert answer["scores"] == [1, 1, 0, 0]
     assert list(answer["ids"]) == ["capitals/0", "capitals/1", "rivers/0"] and len(answer["keys"]) == 3
@@ -182,17 +194,8 @@ def test_the_added_task_makes_prompts_scores_answers_and_refuses_a_wrong_row_in_
     assert answer["refused"] == f"{facts / 'wrong.jsonl'}, line 3: `answer` is [Paris]; it is a text or a number"
 
 
-def test_the_added_task_runs_from_the_command_line(tree, facts, tiny_model_dir):
-    out = python(
-        tree,
-        "run.py",
-        "method=random",
-        "budget=0.5",
-        "task=facts",
-        f"task.data={facts / 'right'}",
-        f"model.path={tiny_model_dir}",
-        "results=told",
-    )
+def test_the_added_task_runs_from_the_command_line(tree, told):
+    out = told[3]
     assert "capitals" in out and "rivers" in out and "mean" in out
     records = {path.parent.name.partition("-")[0]: path for path in (tree / "told").rglob("samples.jsonl")}
     assert sorted(records) == ["full", "random"]

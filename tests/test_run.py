@@ -61,22 +61,13 @@ def split(tmp_path) -> Path:
 
 
 @pytest.fixture
-def command(tmp_path, tiny_model_dir, split, monkeypatch, capfd):
-    """Runs the command line in this process: command("budget=0.5", ...) -> (exit code, stdout, stderr)."""
+def command(tmp_path, tiny_model_dir, split, run_command):
+    """The command line on the tiny model and the split: command("budget=0.5", ...) -> (exit code, stdout, stderr)."""
 
     def run_it(*overrides: str, results: Path | str = tmp_path / "results") -> tuple[int, str, str]:
-        # restored afterwards, also where run.main changes them
-        monkeypatch.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0"))
-        monkeypatch.delenv("KVFRONTIER_TRACEBACK", raising=False)
         flags = [word for word in overrides if word.startswith("--")]  # Hydra wants them first
-        argv = ["run.py", *flags, f"model.path={tiny_model_dir}", f"task.data={split}", f"results={results}"]
-        argv += [word for word in overrides if word not in flags]
-        monkeypatch.setattr(sys, "argv", argv)
-        capfd.readouterr()
-        code = run.main()
-        out, err = capfd.readouterr()
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        return code, out, err
+        given = [f"model.path={tiny_model_dir}", f"task.data={split}", f"results={results}"]
+        return run_command(*flags, *given, *(word for word in overrides if word not in flags))
 
     return run_it
 
@@ -472,22 +463,29 @@ def test_ctrl_c_ends_a_whole_sweep(command, tmp_path, monkeypatch):
 
 
 def test_a_killed_run_goes_on_with_nothing_lost_or_done_twice(command, tmp_path, tiny_model_dir):
-    split = write_split(tmp_path / "long", samples=6, new_tokens=64)
+    split = write_split(tmp_path / "long", samples=6, new_tokens=32)
     data = f"task.data={split}"
     assert command(data, results=tmp_path / "undisturbed")[0] == 0
     results = tmp_path / "killed"
-    argv = [sys.executable, "run.py", f"model.path={tiny_model_dir}", data, f"results={results}"]
-    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    child = os.fork()  # which needs no imports any more
+    if not child:
+        try:
+            sys.stdout = sys.stderr = (tmp_path / "said").open("w", buffering=1)
+            sys.argv = ["run.py", f"model.path={tiny_model_dir}", data, f"results={results}"]
+            os._exit(run.main())
+        finally:
+            os._exit(99)
     before: list[str] = []
-    limit = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < limit:
+    ended, limit = (0, 0), time.monotonic() + 120
+    while ended == (0, 0) and len(before) < 3 and time.monotonic() < limit:
         files = list(results.glob("*/*/nacl-b*/samples.jsonl"))
         before = files[0].read_text().splitlines() if files else []
-        if len(before) >= 3:
-            process.send_signal(signal.SIGKILL)
-            break
+        ended = os.waitpid(child, os.WNOHANG)
         time.sleep(0.005)
-    assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        ended = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(ended[1]) == -signal.SIGKILL, (tmp_path / "said").read_text()
     (path,) = results.glob("*/*/nacl-b*/samples.jsonl")
     with path.open("a") as file:
         file.write('{"id": "mat/5", "predic')  # the line that a kill may cut off

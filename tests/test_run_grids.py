@@ -2,33 +2,23 @@
 
 import errno
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-import run
 from runners.report import heat_map
 
 ESSAY = " ".join(f"Sentence {i} tells of a river, a road and a mill." for i in range(60))
 
 
 @pytest.fixture
-def command(tmp_path, tiny_model_dir, monkeypatch, capfd):
+def command(tmp_path, tiny_model_dir, run_command):
     """command(*overrides) -> (exit code, stdout, stderr); essays lie in `tmp_path/essays`."""
     (tmp_path / "essays").mkdir()
     (tmp_path / "essays" / "one.txt").write_text(ESSAY)
-
-    def run_it(*overrides: str) -> tuple[int, str, str]:
-        argv = ["run.py", f"model.path={tiny_model_dir}", "model.max_length=2000", f"results={tmp_path / 'results'}"]
-        monkeypatch.setattr(sys, "argv", [*argv, f"task.data={tmp_path / 'essays'}", *overrides])
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        monkeypatch.delenv("KVFRONTIER_TRACEBACK", raising=False)
-        capfd.readouterr()
-        code = run.main()
-        return code, *capfd.readouterr()
-
-    return run_it
+    given = (f"model.path={tiny_model_dir}", "model.max_length=2000", f"results={tmp_path / 'results'}")
+    return partial(run_command, *given, f"task.data={tmp_path / 'essays'}")
 
 
 def records(folder: Path, method: str) -> list[dict]:

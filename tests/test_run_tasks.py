@@ -1,8 +1,7 @@
 """Perplexity, several turns, reasoning, word problems and summaries from the command line, on a tiny random model."""
 
 import json
-import os
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,20 +12,9 @@ TEXT = "the cat sat on a mat and read about a long river in the north where nobo
 
 
 @pytest.fixture
-def command(tmp_path, tiny_model_dir, monkeypatch, capfd):
-    """Runs the command line in this process: command("task=...", ...) -> (exit code, stdout, stderr)."""
-
-    def run_it(*overrides: str) -> tuple[int, str, str]:
-        monkeypatch.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0"))
-        monkeypatch.delenv("KVFRONTIER_TRACEBACK", raising=False)
-        argv = ["run.py", f"model.path={tiny_model_dir}", f"results={tmp_path / 'results'}", *overrides]
-        monkeypatch.setattr(sys, "argv", argv)
-        capfd.readouterr()
-        code = run.main()
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return run_it
+def command(tmp_path, tiny_model_dir, run_command):
+    """The command line on the tiny model: command("task=...", ...) -> (exit code, stdout, stderr)."""
+    return partial(run_command, f"model.path={tiny_model_dir}", f"results={tmp_path / 'results'}")
 
 
 def write(path: Path, *rows: dict) -> str:

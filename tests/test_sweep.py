@@ -43,17 +43,11 @@ def split(tmp_path) -> Path:
 
 
 @pytest.fixture
-def command(tmp_path, tiny_model_dir, split, monkeypatch, capfd):
-    """Runs the command line in this process: command("-m", "budget=0.5,0.2", ...) -> (exit code, stdout, stderr)."""
+def command(tmp_path, tiny_model_dir, split, run_command):
+    """The command line on the tiny model and the split: command("-m", "budget=0.5,0.2", ...) -> (exit code, ...)."""
 
     def run_it(*overrides: str, results: Path | str = tmp_path / "results") -> tuple[int, str, str]:
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        monkeypatch.delenv("KVFRONTIER_TRACEBACK", raising=False)
-        argv = ["run.py", f"model.path={tiny_model_dir}", f"task.data={split}", f"results={results}", *overrides]
-        monkeypatch.setattr(sys, "argv", argv)
-        capfd.readouterr()
-        code = run.main()
-        return code, *capfd.readouterr()
+        return run_command(f"model.path={tiny_model_dir}", f"task.data={split}", f"results={results}", *overrides)
 
     return run_it
 
@@ -560,7 +554,7 @@ def cell_files(results: Path) -> dict[str, bytes]:
 
 
 def test_two_processes_share_a_sweep_without_duplicates(command, tmp_path, tiny_model_dir):
-    split = write_split(tmp_path / "long", samples=15, new_tokens=24)
+    split = write_split(tmp_path / "long", samples=10, new_tokens=16)
     assert command(*GRID, f"task.data={split}", results=tmp_path / "undisturbed")[0] == 0
     children = [start(tiny_model_dir, split, tmp_path / "shared") for _ in range(2)]
     assert [end(child) for child in children] == [0, 0]

@@ -2,15 +2,13 @@
 
 import hashlib
 import json
-import os
-import sys
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import run
 from methods import load_method
 from methods.core.errors import UserError
 from runners.learn.calibrate import Calibrate
@@ -19,21 +17,10 @@ TEXT = "the cat sat on a mat and read about a long river in the north where nobo
 
 
 @pytest.fixture
-def command(tmp_path, tiny_model_dir, monkeypatch, capfd):
-    """Runs the calibration in this process: command("seed=1", ...) -> (exit code, stdout, stderr)."""
-
-    def run_it(*overrides: str) -> tuple[int, str, str]:
-        monkeypatch.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0"))
-        monkeypatch.delenv("KVFRONTIER_TRACEBACK", raising=False)
-        given = [f"model.path={tiny_model_dir}", f"results={tmp_path / 'results'}", f"runner.out={tmp_path / 'made'}"]
-        monkeypatch.setattr(sys, "argv", ["run.py", "runner=calibrate", "method=qfilters", *given, *overrides])
-        capfd.readouterr()
-        code = run.main()
-        out, err = capfd.readouterr()
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        return code, out, err
-
-    return run_it
+def command(tmp_path, tiny_model_dir, run_command):
+    """The calibration of Q-Filters: command("seed=1", ...) -> (exit code, stdout, stderr)."""
+    given = (f"model.path={tiny_model_dir}", f"results={tmp_path / 'results'}", f"runner.out={tmp_path / 'made'}")
+    return partial(run_command, "runner=calibrate", "method=qfilters", *given)
 
 
 SMALL = ("runner.documents=2", "runner.tokens=64")

@@ -1,14 +1,12 @@
 """Training of LoCoCo's compressors: what it makes, that it goes on where it stopped, and that only they learn."""
 
 import json
-import os
-import sys
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import run
 from methods import load_method
 from methods.core import artefacts
 from methods.core.errors import UserError
@@ -201,22 +199,11 @@ def test_baselines_hold_the_same_slots_and_differences_are_of_the_same_rows(made
 
 
 @pytest.fixture
-def command(tmp_path, tiny_model_dir, text, monkeypatch, capfd):
-    """Runs the training in this process: command("budget=16", ...) -> (exit code, stdout, stderr)."""
-
-    def run_it(*overrides: str) -> tuple[int, str, str]:
-        monkeypatch.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0"))
-        monkeypatch.delenv("KVFRONTIER_TRACEBACK", raising=False)
-        monkeypatch.setattr(artefacts, "PLACES", [tmp_path / "assets"])
-        given = [f"model.path={tiny_model_dir}", f"runner.text={text}", f"runner.out={tmp_path / 'out'}"]
-        monkeypatch.setattr(sys, "argv", ["run.py", "runner=train", *given, *overrides])
-        capfd.readouterr()
-        code = run.main()
-        out, err = capfd.readouterr()
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        return code, out, err
-
-    return run_it
+def command(tmp_path, tiny_model_dir, text, monkeypatch, run_command):
+    """The training: command("budget=16", ...) -> (exit code, stdout, stderr)."""
+    monkeypatch.setattr(artefacts, "PLACES", [tmp_path / "assets"])
+    given = (f"model.path={tiny_model_dir}", f"runner.text={text}", f"runner.out={tmp_path / 'out'}")
+    return partial(run_command, "runner=train", *given)
 
 
 SMALL = (

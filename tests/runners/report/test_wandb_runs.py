@@ -3,14 +3,13 @@
 import json
 import socket
 import struct
-import sys
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
 
-import run
 from runners import model_setup
 from runners.report.wandb_runs import COLUMNS
 from tests.test_run import samples, write_split
@@ -19,21 +18,11 @@ BLOCK = 32768  # of the log that a run is written to
 
 
 @pytest.fixture
-def command(tmp_path, tiny_model_dir, monkeypatch, capfd):
+def command(tmp_path, tiny_model_dir, run_command):
     """command(*overrides) -> (exit code, stdout, stderr), on a small split of its own."""
     split = write_split(tmp_path / "split")
-
-    def run_it(*overrides: str) -> tuple[int, str, str]:
-        results = f"results={tmp_path / 'results'}"
-        argv = ["run.py", f"model.path={tiny_model_dir}", f"task.data={split}", results, *overrides]
-        monkeypatch.setattr(sys, "argv", argv)
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        monkeypatch.delenv("KVFRONTIER_TRACEBACK", raising=False)
-        capfd.readouterr()
-        code = run.main()
-        return code, *capfd.readouterr()
-
-    return run_it
+    given = (f"model.path={tiny_model_dir}", f"task.data={split}", f"results={tmp_path / 'results'}")
+    return partial(run_command, *given)
 
 
 def messages(path: Path) -> list[Any]:

@@ -1,9 +1,8 @@
 """The search from the command line, on a tiny random model: what it writes, and what a method makes of it."""
 
 import json
-import os
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import run
 from methods import load_method
 from methods.core import artefacts
 from methods.core.errors import UserError
@@ -43,7 +41,7 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def command(tmp_path, tiny_model_dir, monkeypatch, capfd, place):
+def command(tmp_path, tiny_model_dir, run_command, place):
     """Runs the command line in this process: command("runner=tune", ...) -> (exit code, stdout, stderr)."""
     split = tmp_path / "split"
     split.mkdir()
@@ -58,18 +56,8 @@ def command(tmp_path, tiny_model_dir, monkeypatch, capfd, place):
     ]  # fmt: skip
     (split / "river.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def run_it(*overrides: str) -> tuple[int, str, str]:
-        monkeypatch.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0"))
-        monkeypatch.delenv("KVFRONTIER_TRACEBACK", raising=False)
-        fixed = [f"model.path={tiny_model_dir}", f"task.data={split}", f"results={tmp_path / 'results'}"]
-        monkeypatch.setattr(sys, "argv", ["run.py", *fixed, *overrides])
-        capfd.readouterr()
-        code = run.main()
-        out, err = capfd.readouterr()
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        return code, out, err
-
-    return run_it
+    given = (f"model.path={tiny_model_dir}", f"task.data={split}", f"results={tmp_path / 'results'}")
+    return partial(run_command, *given)
 
 
 def folder_of(place: Path, model: Path, mode: str) -> Path:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shlex
 import signal
@@ -371,6 +372,7 @@ def test_the_plan_says_cells_groups_bytes_and_time_and_runs_nothing(command, tmp
     sweep.loaded.cache_clear()
     code, out, _ = command(*GRID, "plan=true")
     assert code == 0 and "6 prompts of " in out and "read once for 5 cells" in out and "time: about" in out
+    assert re.search(r"^ *method +budget +done +to run +KV bytes of the longest +runs *$", out, re.M)
     lines = [line.split() for line in out.splitlines()]
     table = {(line[0], line[1]): (line[2], line[3]) for line in lines if len(line) > 6 and line[0] in method_names()}
     assert table[("nacl", "0.5")] == ("2", "4") and table[("snapkv", "0.2")] == ("0", "6")

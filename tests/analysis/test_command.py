@@ -50,3 +50,35 @@ def test_what_several_commands_take_is_declared_once():
     texts = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.rglob("*.py")}
     for option in ('"--all-generations"', '"--out"', '"--markdown"', "ArgumentParser("):
         assert [name for name, text in texts.items() if option in text] == ["command.py"], option
+
+
+def test_a_command_is_given_what_was_typed_or_its_defaults(tmp_path, capsys):
+    given = []
+
+    def run(options) -> int:
+        given.append(vars(options))
+        return 3
+
+    def options(parser) -> None:
+        parser.add_argument("--pairs", type=int)
+
+    one = command.Command("one", "About.\nMore.", run, options, "records", False, command.RESULTS, "a folder", True)
+    typed = [str(tmp_path), "--out", "x", "--markdown", "--all-generations", "--pairs", "4"]
+    assert [one.main([]), one.main(typed)] == [3, 3]
+    refuse, _ = (options.pop("refuse") for options in given)
+    assert given == [
+        {"results": Path("results"), "pairs": None, "out": None, "markdown": False, "all_generations": False},
+        {"results": tmp_path, "pairs": 4, "out": Path("x"), "markdown": True, "all_generations": True},
+    ]
+    needing = command.Command("two", "About.", run, options, "records", True)
+    for wrong in (lambda: refuse("one of them"), lambda: needing.main([]), lambda: needing.main(["x", "--markdown"])):
+        with pytest.raises(SystemExit) as end:
+            wrong()
+        assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "analysis.one: error: one of them" in said and "required: results" in said and "--markdown" in said
+
+
+def test_without_arguments_it_reads_the_command_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.argv", ["analysis", "report", str(tmp_path / "nowhere")])
+    assert command.main() == 2 and "no such folder" in capsys.readouterr().err

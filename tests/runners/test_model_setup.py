@@ -8,7 +8,7 @@ import torch
 
 from methods.core.errors import UserError
 from runners.engine.loading import find
-from runners.model_setup import ModelSetup, pick_device, pick_dtype, pick_threads
+from runners.model_setup import ModelSetup, pick_backend, pick_device, pick_dtype, pick_threads
 from tests.wrong_values import composed
 
 
@@ -45,6 +45,16 @@ def test_a_device_that_is_not_there_is_refused():
         pick_device("cuda:99")
 
 
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+def test_auto_is_a_gpu_where_there_is_one_and_none_is_given_that_is_not_there(gpus, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert pick_device("auto") == torch.device("cuda" if gpus else "cpu")
+    assert [pick_device(f"cuda:{i}").index for i in range(gpus)] == list(range(gpus))
+    with pytest.raises(UserError, match=f"device=cuda:{gpus}: this machine has {gpus} CUDA devices"):
+        pick_device(f"cuda:{gpus}")
+
+
 def test_what_can_be_refused_is_refused_before_anything_is_loaded_and_the_rest_is_loaded_once(tiny_model_dir):
     loads = []
 
@@ -64,3 +74,21 @@ def test_what_can_be_refused_is_refused_before_anything_is_loaded_and_the_rest_i
     with pytest.raises(UserError, match="device=cuda:99"):
         ModelSetup(composed(*words, "device=cuda:99"), load)
     assert len(loads) == 1
+
+
+def test_what_is_not_asked_for_is_left_as_the_checkpoint_has_it(tmp_path, tiny_model_dir, monkeypatch):
+    copy = shutil.copytree(tiny_model_dir, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"dtype": "int8", "eos_token_id": None}))
+    (copy / "generation_config.json").unlink()
+    threads = []
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    setup = ModelSetup(composed(f"model.path={copy}", "device=cpu", "threads=3"), lambda *how: "the model")
+    encoder = setup.encoder
+    assert (encoder.hold_last, encoder.reasoning, setup.date) == (False, "strip", None)
+    assert list(encoder.ends) == [2]  # the tokenizer's, where the checkpoint names none
+    assert threads == [] and setup.model == "the model" and threads == [3]
+    with pytest.raises(UserError, match="its dtype is int8; give dtype=float32, float16, bfloat16"):
+        pick_dtype("auto", setup.checkpoint, torch.device("cuda"))
+    with pytest.raises(UserError, match="fastest"):
+        pick_backend("fastest", torch.device("cpu"))

@@ -51,11 +51,6 @@ class SweepCell:
     record: SharedRecord
     stopped: Exception | None = None
 
-    @property
-    def label(self) -> str:
-        """The method and its budget, as people read them."""
-        return self.cell.label
-
 
 class Sweep:
     """The cells of one (model, task, protocol).
@@ -180,7 +175,7 @@ class Sweep:
                 show.note(f"{len(alone)} cells run alone: {self._examples_alone}")
             for member in alone:
                 if not self._examples_alone:
-                    show.note(f"{member.label}: {self.why_alone(member)}, it runs alone")
+                    show.note(f"{member.cell.label}: {self.why_alone(member)}, it runs alone")
                 with self._stops(member):
                     self._own_run(member).complete(member.cell)
         for member in self.members:
@@ -321,7 +316,7 @@ class Sweep:
 
     def _add(self, member: SweepCell, rows: Sequence[dict[str, Any]]) -> None:
         def say_waiting() -> None:
-            show.note(f"{member.label}: another process writes {member.cell.record.folder}; waiting for it")
+            show.note(f"{member.cell.label}: another process writes {member.cell.record.folder}; waiting for it")
 
         self.failed += sum("error" in row for row in rows)
         with self._stops(member):

@@ -151,11 +151,13 @@ def _failures(sweep: Sweep) -> int:
     for member in sweep.members:
         failed = sweep.failures(member)
         if member.stopped is not None:
-            show.note(f"failed: {member.label}: {member.stopped}")
+            show.note(f"failed: {member.cell.label}: {member.stopped}")
             code = max(code, 1 if isinstance(member.stopped, BudgetMiss) else 2)
         elif failed:
             id, error = next(iter(failed.items()))
-            show.note(f"failed: {member.label}: {len(failed)} of {len(sweep.run.examples)} samples: {id} ({error})")
+            show.note(
+                f"failed: {member.cell.label}: {len(failed)} of {len(sweep.run.examples)} samples: {id} ({error})"
+            )
             code = max(code, 1)
         else:
             continue

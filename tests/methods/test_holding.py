@@ -29,7 +29,7 @@ KNOBS = {
 CASES = {name: (name, {}) for name in method_names()} | KNOBS
 
 
-def made(case: str, budget: float) -> Method:
+def method_of(case: str, budget: float) -> Method:
     name, knobs = CASES[case]
     knobs = {**SIZES.get(name, {}), **knobs}
     if name != "full" and "bits" not in knobs:
@@ -79,12 +79,12 @@ def own(report) -> dict:
 @cache
 def rows_of(case: str, model: PreTrainedModel, lengths: tuple[int, ...]) -> list[dict]:
     """What the ledger has of each row behind whole prompts; computed once for all tests."""
-    return [own(one) for one in read(model, made(case, 0.5), lengths).reports()]
+    return [own(one) for one in read(model, method_of(case, 0.5), lengths).reports()]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_row_holds_the_same_in_every_batch(case, gqa):
-    method = made(case, 0.5)
+    method = method_of(case, 0.5)
     alone = {n: own(read(gqa, method, [n]).report()) for n in LENGTHS}
     for lengths in (LENGTHS, (35, 90, 90, 61, 35, 75, 61, 75)):
         assert rows_of(case, gqa, lengths) == [alone[n] for n in lengths]
@@ -92,7 +92,7 @@ def test_a_row_holds_the_same_in_every_batch(case, gqa):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_row_holds_the_same_however_its_prompt_is_cut(case, gqa):
-    method = made(case, 0.5)
+    method = method_of(case, 0.5)
     if method.changes_prompt and not case.startswith("lococo"):
         pytest.skip("what it reads depends on the pieces")
     parts = read(gqa, method, LENGTHS, [30, 1, 40, 19])
@@ -101,7 +101,7 @@ def test_a_row_holds_the_same_however_its_prompt_is_cut(case, gqa):
 
 @pytest.mark.parametrize("case", CASES)
 def test_sliding_layers_hold_the_same_in_every_batch_when_the_prompt_ends(case, sliding):
-    method = made(case, 0.5)
+    method = method_of(case, 0.5)
     alone = [own(read(sliding, method, [n], new=0).report()) for n in LENGTHS]
     assert [own(one) for one in read(sliding, method, LENGTHS, new=0).reports()] == alone
 
@@ -111,7 +111,7 @@ def test_sliding_layers_hold_the_same_in_every_batch_when_the_prompt_ends(case, 
 def test_what_rows_hold_and_padding_are_all_that_is_held(case, rows, gqa, sliding):
     for model in (gqa, sliding):
         ids, mask, later = prompt(LENGTHS[:rows])
-        cache = made(case, 0.5).cache_for(model)
+        cache = method_of(case, 0.5).cache_for(model)
         for new in range(NEW + 1):
             if new == 0:
                 run(model, cache, ids, mask=mask)
@@ -139,7 +139,7 @@ def test_what_rows_hold_and_padding_are_all_that_is_held(case, rows, gqa, slidin
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("full", "kvtuner", "kvtuner_per_token")])
 def test_decoding_holds_no_more_than_its_tokens_and_an_eighth_for_more(case, n, one_layer):
     """Also where the budget leaves a handful of slots: a free place for each layer, or an eighth of what is held."""
-    cache = read(one_layer, made(case, 60 if case.startswith("lococo") else 0.2), [n], new=0)
+    cache = read(one_layer, method_of(case, 60 if case.startswith("lococo") else 0.2), [n], new=0)
     before = nbytes(tensor for layer in cache.layers for tensor in layer.inner.tensors())
     later = prompt((n,), 3)[2]
     with torch.no_grad():
@@ -156,7 +156,7 @@ def test_decoding_holds_no_more_than_its_tokens_and_an_eighth_for_more(case, n, 
 
 @pytest.mark.parametrize("case", ["nacl", "kivi, 4 bits", "adakv", "full"])
 def test_rows_take_their_ledgers_along(case, gqa):
-    cache = read(gqa, made(case, 0.5), LENGTHS)
+    cache = read(gqa, method_of(case, 0.5), LENGTHS)
     before = [own(one) for one in cache.reports()]
     rows = [3, 1, 1, 0, 2]
     cache.reorder_cache(torch.tensor(rows))

@@ -218,7 +218,7 @@ def model():
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def tables_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(artefacts, "PLACES", [tmp_path])
     return tmp_path
 
@@ -240,25 +240,27 @@ def chosen(cache) -> list[Pair]:
     ("budget", "table"),
     [(1, (Pair(16, 16),) * 2), (0.9, C8), (40 / 128, C8), (0.31, C5), (28 / 128, C5), (0.2, C3), (20 / 128, C3)],
 )
-def test_the_budget_takes_the_most_bits_whose_bytes_fit_the_same_table_in_all_layers(budget, table, model, place):
-    tables_for(model, place, "per_token", C8, C5, C3)
+def test_the_budget_takes_the_most_bits_whose_bytes_fit_the_same_table_in_all_layers(
+    budget, table, model, tables_folder
+):
+    tables_for(model, tables_folder, "per_token", C8, C5, C3)
     cache = load_method("kvtuner_per_token", budget=budget).cache_for(model)
     run(model, cache, tokens(90))
     assert tuple(chosen(cache)) == table
     cache.check_budget()
 
 
-def test_a_table_that_one_layer_alone_could_not_afford_fits_over_all_layers(model, place):
+def test_a_table_that_one_layer_alone_could_not_afford_fits_over_all_layers(model, tables_folder):
     uneven = (Pair(8, 8), Pair(2, 2))  # 40 and 16 of 128 bytes
-    tables_for(model, place, "per_token", uneven)
+    tables_for(model, tables_folder, "per_token", uneven)
     cache = load_method("kvtuner_per_token", budget=0.22).cache_for(model)
     run(model, cache, tokens(90))
     assert tuple(chosen(cache)) == uneven
     cache.check_budget()
 
 
-def test_unpacked_tokens_count_against_the_budget(model, place):
-    tables_for(model, place, "kivi", C8, C3)
+def test_unpacked_tokens_count_against_the_budget(model, tables_folder):
+    tables_for(model, tables_folder, "kivi", C8, C3)
     method = load_method("kvtuner", budget=0.4)
     # of 96 tokens all are packed, of 95 the last 31 are not
     for n, expected in ((96, C8), (95, C3)):
@@ -268,8 +270,8 @@ def test_unpacked_tokens_count_against_the_budget(model, place):
         assert n == 96 or cache.report().held_prompt > cache.report().asked  # no table fits 95, so the smallest
 
 
-def test_rows_of_a_padded_batch_take_the_table_that_fits_them_alone(model, place):
-    tables_for(model, place, "kivi", C8, C3)
+def test_rows_of_a_padded_batch_take_the_table_that_fits_them_alone(model, tables_folder):
+    tables_for(model, tables_folder, "kivi", C8, C3)
     method = load_method("kvtuner", budget=0.45)
     mask = torch.tensor([[1] * 96, [0] * 6 + [1] * 90])
     cache = method.cache_for(model)
@@ -283,23 +285,23 @@ def test_rows_of_a_padded_batch_take_the_table_that_fits_them_alone(model, place
     assert bits == [alone, alone]
 
 
-def test_a_named_table_is_taken_whatever_the_budget_of_a_sweep(model, place):
-    tables_for(model, place, "per_token", C8, C5, C3)
+def test_a_named_table_is_taken_whatever_the_budget_of_a_sweep(model, tables_folder):
+    tables_for(model, tables_folder, "per_token", C8, C5, C3)
     cache = load_method("kvtuner_per_token", budget=0.05, table="C5.00").cache_for(model)
     run(model, cache, tokens(90))
     assert tuple(chosen(cache)) == C5
     cache.check_budget()
 
 
-def test_no_tables_for_a_model_name_the_command_that_makes_them(model, place):
+def test_no_tables_for_a_model_name_the_command_that_makes_them(model, tables_folder):
     for name in ("kvtuner", "kvtuner_per_token"):
         with pytest.raises(UserError, match=f"python run.py runner=tune method={name} model.path="):
             load_method(name, budget=0.2).cache_for(model)
         load_method(name, bits=4).cache_for(model)
 
 
-def test_tables_of_another_checkpoint_or_another_mode_are_refused(model, place):
-    folder = tables_for(model, place, "kivi", C8)
+def test_tables_of_another_checkpoint_or_another_mode_are_refused(model, tables_folder):
+    folder = tables_for(model, tables_folder, "kivi", C8)
     with pytest.raises(UserError, match="no tables"):
         load_method("kvtuner_per_token", budget=0.2).cache_for(model)
     card = json.loads((folder / "card.json").read_text())
@@ -317,8 +319,8 @@ def test_tables_of_another_checkpoint_or_another_mode_are_refused(model, place):
         load_method("kvtuner", budget=0.2).cache_for(model)
 
 
-def test_tables_chosen_by_the_stand_in_for_a_score_are_refused(model, place):
-    tables_for(model, place, "kivi", C8, objective="output_error")
+def test_tables_chosen_by_the_stand_in_for_a_score_are_refused(model, tables_folder):
+    tables_for(model, tables_folder, "kivi", C8, objective="output_error")
     with pytest.raises(UserError, match="chosen by output_error"):
         load_method("kvtuner", budget=0.2).cache_for(model)
 

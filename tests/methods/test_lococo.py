@@ -41,12 +41,12 @@ def slots_of(n: int, width: int = 4, rows: int = 2, heads: int = 3) -> Slots:
 
 def compressor(method: LoCoCo, width: int = 8, zero: bool = False) -> Compressor:
     torch.manual_seed(0)
-    made = Compressor(method, width).requires_grad_(False)
+    compressor = Compressor(method, width).requires_grad_(False)
     if zero:
-        for conv in made.convs:
+        for conv in compressor.convs:
             conv.weight.zero_()
             conv.bias.zero_()
-    return made
+    return compressor
 
 
 def lengths(cache: LoCoCoCache) -> list[int]:
@@ -73,11 +73,11 @@ def test_hand_worked_compression_of_six_slots_into_four():
     k = torch.arange(1.0, 7.0).view(1, 1, 6, 1)
     a = torch.tensor([[[0.9, 0.1, 0.4, 0.8, 0.2, 0.3]]])
     held = Slots(k, 10 * k, torch.arange(6, dtype=torch.int32).view(1, 1, 6), a)
-    made = compress(held, method, compressor(method, width=2, zero=True))
+    compressed = compress(held, method, compressor(method, width=2, zero=True))
     # raw: 0 and 3; of 1, 2, 4, 5 the next heaviest are 2 and 5: weights (1, 5, 1, 1) / 8 and (1, 1, 1, 5) / 8
-    near(made.k.flatten(), [1.0, 4.0, 3.5, 5.0], bound(torch.float32, 6, size=6.0))
-    near(made.v.flatten(), [10.0, 40.0, 35.0, 50.0], bound(torch.float32, 6, size=60.0))
-    assert made.pos.flatten().tolist() == [0, 3, 2, 5]
+    near(compressed.k.flatten(), [1.0, 4.0, 3.5, 5.0], bound(torch.float32, 6, size=6.0))
+    near(compressed.v.flatten(), [10.0, 40.0, 35.0, 50.0], bound(torch.float32, 6, size=60.0))
+    assert compressed.pos.flatten().tolist() == [0, 3, 2, 5]
 
 
 def test_accumulated_scores_are_mixed_as_their_slots_are():
@@ -85,9 +85,9 @@ def test_accumulated_scores_are_mixed_as_their_slots_are():
     k = torch.arange(1.0, 7.0).view(1, 1, 6, 1)
     a = torch.tensor([[[0.9, 0.1, 0.4, 0.8, 0.2, 0.3]]])
     held = Slots(k, 10 * k, torch.arange(6, dtype=torch.int32).view(1, 1, 6), a)
-    made = compress(held, method, compressor(method, width=2, zero=True))
+    compressed = compress(held, method, compressor(method, width=2, zero=True))
     # the mean of 1, 2, 4 and 5 is 1 / 4, and so is half of every fused score
-    near(made.mass.flatten(), [0.9, 0.8, 0.325, 0.275], bound(torch.float32, 6))
+    near(compressed.mass.flatten(), [0.9, 0.8, 0.325, 0.275], bound(torch.float32, 6))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -95,13 +95,13 @@ def test_raw_slots_are_the_originals_and_fused_ones_lie_in_the_hull_of_the_rest(
     method, held = LoCoCo(budget=12), slots_of(40)
     net = compressor(method)
     net.eta.fill_(eta)
-    made = compress(held, method, net)
-    assert made.k.shape == (2, 3, 12, 4)
+    compressed = compress(held, method, net)
+    assert compressed.k.shape == (2, 3, 12, 4)
     for row in range(2):
         for head in range(3):
             best = held.mass[row, head].topk(6).indices.sort().values
             rest = [i for i in range(40) if i not in best.tolist()]
-            for new, old in ((made.k, held.k), (made.v, held.v)):
+            for new, old in ((compressed.k, held.k), (compressed.v, held.v)):
                 assert torch.equal(new[row, head, :6], old[row, head, best])
                 low, high = old[row, head, rest].amin(0), old[row, head, rest].amax(0)
                 fused = new[row, head, 6:]
@@ -130,19 +130,19 @@ def test_a_closed_gate_keeps_what_attention_ranks_highest():
     for method in (LoCoCo(budget=12, eta=0.0), LoCoCo(budget=12)):
         net = compressor(method)
         net.eta.zero_()
-        made = compress(held, method, None if method.eta == 0 else net)
+        compressed = compress(held, method, None if method.eta == 0 else net)
         best = held.mass.topk(12, dim=-1).indices
-        order = made.pos.long().sort(-1)
+        order = compressed.pos.long().sort(-1)
         assert torch.equal(order.values, best.sort(-1).values)
-        by_position = made.k.gather(2, order.indices[..., None].expand(-1, -1, -1, 4))
+        by_position = compressed.k.gather(2, order.indices[..., None].expand(-1, -1, -1, 4))
         assert torch.equal(by_position, held.k.gather(2, order.values[..., None].expand(-1, -1, -1, 4)))
 
 
 def test_at_equal_attention_the_older_slots_stay():
     held = slots_of(20)
     held.mass.fill_(1.0)
-    made = compress(held, LoCoCo(budget=8, eta=0.0), None)
-    assert made.pos[0, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    compressed = compress(held, LoCoCo(budget=8, eta=0.0), None)
+    assert compressed.pos[0, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -161,14 +161,14 @@ def test_a_chunks_scores_are_those_of_its_own_queries(accumulate):
 @pytest.mark.parametrize(("slots", "weights"), [(128, 344_129), (512, 1_376_513)])
 def test_a_layers_weights_are_as_many_as_the_release_has(slots, weights):
     # 128 channels of keys and of values, 21 wide; biases and one gate
-    made = Compressor(LoCoCo(budget=slots), 256)
-    assert sum(parameter.numel() for parameter in made.parameters()) == weights
+    untrained = Compressor(LoCoCo(budget=slots), 256)
+    assert sum(parameter.numel() for parameter in untrained.parameters()) == weights
 
 
 def test_forced_recent_slots_stay_raw_and_in_their_order():
     held = slots_of(20)
-    made = compress(held, LoCoCo(budget=8, eta=0.0, hh_keep_rate=0.75, local_len=4), None)
-    raw = made.pos[0, 0, :6].tolist()
+    compressed = compress(held, LoCoCo(budget=8, eta=0.0, hh_keep_rate=0.75, local_len=4), None)
+    raw = compressed.pos[0, 0, :6].tolist()
     assert raw[-4:] == [16, 17, 18, 19]
     assert raw[:2] == sorted(held.mass[0, 0, :16].topk(2).indices.tolist())
 
@@ -177,9 +177,9 @@ def test_the_papers_form_fuses_every_slot():
     method, held = LoCoCo(budget=12, paper_form=True), slots_of(40)
     assert (method.raw, method.fused) == (0, 12)
     net = compressor(method)
-    made = compress(held, method, net)
+    compressed = compress(held, method, net)
     weights = net(held.k, held.v)
-    near(made.k, weights @ held.k, 2 * bound(torch.float32, 40, size=held.k.abs().max().item()))
+    near(compressed.k, weights @ held.k, 2 * bound(torch.float32, 40, size=held.k.abs().max().item()))
 
 
 def test_the_convolution_looks_at_neighbours_in_the_order_of_the_cache():

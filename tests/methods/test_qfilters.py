@@ -116,13 +116,13 @@ def test_scores_of_a_half_precision_model_are_float32():
 
 def test_a_filter_is_the_mean_of_the_query_heads_that_share_its_kv_head(gqa):
     rows = [tokens(60, seed) for seed in (3, 4)]
-    made = load_method("qfilters").calibrate(gqa, rows, seed=0)
+    calibration = load_method("qfilters").calibrate(gqa, rows, seed=0)
     for layer, x in enumerate(sample_queries(gqa, rows, 3000, seed=0)):  # [4, N, D], two KV heads
         each = [principal(x[head : head + 1]).direction[0] for head in range(4)]
         for kv_head, pair in enumerate((each[:2], each[2:])):
             mean = (pair[0] + pair[1]) / 2
             # a direction errs by what the products do over the gap to the next one, a tenth at least
-            near(made.tensors["filters"][layer, kv_head], mean, bound(torch.float32, 120, size=10.0))
+            near(calibration.tensors["filters"][layer, kv_head], mean, bound(torch.float32, 120, size=10.0))
 
 
 def test_capped_drops_one_token_per_step_and_none_comes_back():
@@ -263,11 +263,13 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def made_for(model, folder, sign: str | None = "high is kept", factor: float = 1.0):
     """Filters that lie in a file of their own; sign: what its card says, None: nothing."""
-    made = load_method("qfilters").calibrate(model, [tokens(60)], seed=0)
-    facts = {**made.facts, "sign_convention": sign}
+    calibration = load_method("qfilters").calibrate(model, [tokens(60)], seed=0)
+    facts = {**calibration.facts, "sign_convention": sign}
     if sign is None:
         del facts["sign_convention"]
-    return artefacts.save("qfilters", "filters", model, {"filters": factor * made.tensors["filters"]}, facts, at=folder)
+    return artefacts.save(
+        "qfilters", "filters", model, {"filters": factor * calibration.tensors["filters"]}, facts, at=folder
+    )
 
 
 def test_filters_stored_with_the_other_sign_keep_the_same_slots(gqa, tmp_path):
@@ -301,13 +303,15 @@ def test_filters_of_another_rope_are_refused(gqa, tmp_path):
 
 
 def test_the_card_says_how_sure_each_head_is(gqa):
-    made = load_method("qfilters").calibrate(gqa, [tokens(60)], seed=0)
-    shares = made.facts["positive_share"]
+    calibration = load_method("qfilters").calibrate(gqa, [tokens(60)], seed=0)
+    shares = calibration.facts["positive_share"]
     assert len(shares) == 2 and all(len(layer) == 4 and all(0.5 <= share <= 1 for share in layer) for layer in shares)
     doubtful = [f"{i}.{h}" for i, layer in enumerate(shares) for h, share in enumerate(layer) if share < 0.6]
-    assert (made.report[-1].startswith("doubtful") and made.report[-1].endswith(", ".join(doubtful))) or not doubtful
-    assert made.tensors["filters"].shape == (2, 2, 16)
-    assert json.dumps(made.facts)
+    assert (
+        calibration.report[-1].startswith("doubtful") and calibration.report[-1].endswith(", ".join(doubtful))
+    ) or not doubtful
+    assert calibration.tensors["filters"].shape == (2, 2, 16)
+    assert json.dumps(calibration.facts)
 
 
 def test_too_few_queries_are_refused(gqa):

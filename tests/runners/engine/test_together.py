@@ -265,12 +265,12 @@ def test_what_members_need_of_a_step_is_there(model):
 def test_the_model_remembers_no_group_that_has_ended(model):
     together(model, [load_method("full")], prompts(1))
     gc.collect()
-    before = len(model.__dict__["_kvfrontier_prepared"].made)
+    before = len(model.__dict__["_kvfrontier_prepared"].prepared)
     method = load_method("snapkv", budget=0.5)
     for _ in range(3):
         together(model, [method], prompts(1))
     gc.collect()
-    assert len(model.__dict__["_kvfrontier_prepared"].made) == before + 1
+    assert len(model.__dict__["_kvfrontier_prepared"].prepared) == before + 1
 
 
 TEXT = "the cat sat on a mat and read about a long river in the north where nobody answers questions. " * 2

@@ -23,7 +23,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from methods.core import bind
+from methods.core import bind, home
 from methods.core.adapters import ADAPTERS
 from methods.core.binding import self_check
 from methods.core.binding.decoder import CannotBind, Decoder, decoder_of
@@ -185,7 +185,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     outcomes = []
     with tempfile.TemporaryDirectory() as fresh:
-        os.environ[self_check.FOLDER] = fresh
+        os.environ[home.CACHE] = fresh
         for name in names:
             outcomes.append(outcome(name))
             print(outcomes[-1], flush=True)

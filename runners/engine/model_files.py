@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from methods.core.errors import UserError
+from methods.core.home.hashes import sha256
 from methods.core.reading import read_json
 
 DATE = "2024-07-26"  # that of Llama 3.1's own template
@@ -16,13 +17,13 @@ INDEX = "model.safetensors.index.json"
 # tokenizers and their merges, added tokens, vocabularies, chat templates, generation defaults, the configuration
 _DECIDE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.bpe")
 # written by trainers and by runners.learn.reference.card; nothing reads them to make a prompt
-_SAID_ONLY = ("*.index.json", "measured.json", "trainer_state.json", "*_results.json", "README*")
+_SAID_ONLY = ("*.index.json", "measured.json", "trainer_state.json", "*_results.json", "README*", "gguf.json")
 _CLOCK = b"strftime_now"  # what a chat template calls for today's date
 
 
 def deciding(folder: Path) -> dict[str, str]:
     """Hashes of the files that decide what prompts look like and where answers end, by their names in the folder."""
-    return {name: _hash(folder / name).hex()[:16] for name in _names(folder)}
+    return {name: sha256(folder / name).hex()[:16] for name in _names(folder)}
 
 
 def weight_files(path: str, folder: Path) -> list[str]:
@@ -52,7 +53,7 @@ def hash_of(folder: Path, names: list[str]) -> str:
     """One hash of files, whatever their order."""
     total = hashlib.sha256()
     for name in sorted(names):
-        total.update(name.encode() + _hash(folder / name))
+        total.update(name.encode() + sha256(folder / name))
     return total.hexdigest()[:16]
 
 
@@ -91,8 +92,3 @@ def _leads_out(name: str) -> bool:
     # Windows' own signs too, since a folder may have been made there
     parts = PurePosixPath(name.replace("\\", "/"))
     return parts.is_absolute() or ".." in parts.parts or ":" in name
-
-
-def _hash(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()

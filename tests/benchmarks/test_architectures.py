@@ -39,7 +39,7 @@ ONE_EACH = (
 @pytest.fixture(autouse=True)
 def nothing_passed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A folder of its own for what has passed, and a process that remembers nothing."""
-    monkeypatch.setenv(self_check.FOLDER, str(tmp_path))
+    monkeypatch.setenv("KVFRONTIER_CACHE", str(tmp_path))
     self_check._passed.cache_clear()
 
 

@@ -32,10 +32,9 @@ from kernels.bounds import bound
 from methods.core.binding.decoder import CannotBind, Decoder, decoder_of
 from methods.core.binding.small_copy import FIRST_WORD, VOCAB, small_model
 from methods.core.contract import ModelSpec
+from methods.core.home import cache_folder
 
 ROOT = Path(__file__).resolve().parents[3]
-#: the folder of what has passed; else below XDG_CACHE_HOME or ~/.cache
-FOLDER = "KVFRONTIER_CACHE"
 #: attribute of a model: whether it is tried out, as model.check says; without it, it is
 CHECK = "_kvfrontier_check"
 #: what the answer hangs on
@@ -267,8 +266,7 @@ def _passed() -> set[str]:
 
 def folder() -> Path:
     """Where what has passed is remembered."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.environ.get(FOLDER) or os.path.join(home, "kvfrontier")) / "checks"
+    return cache_folder() / "checks"
 
 
 def _on_disk(name: str) -> bool:

@@ -28,8 +28,16 @@ def _made() -> Path:
 
 #: the folder of what is made and kept: artefacts, pins
 MADE = _made()
+#: names the folder of what can be made again; else it is below XDG_CACHE_HOME or ~/.cache
+CACHE = "KVFRONTIER_CACHE"
 #: what a user types before settings
 COMMAND = "kvfrontier run" if PREFIX else "python run.py"
+
+
+def cache_folder() -> Path:
+    """The user's folder of what can be made or fetched again: notes, converted and fetched models."""
+    below = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get(CACHE) or os.path.join(below, "kvfrontier")).expanduser()
 
 
 def here(name: str) -> str:

@@ -4,9 +4,10 @@ ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WA
 PYTEST := $(ONE_THREAD) $(PY) -m pytest -n 2 --timeout 300
 CODE = $(wildcard run.py kvfrontier methods tasks runners kernels analysis benchmarks hydra_plugins package)
 
-.PHONY: help setup run test test-slurm test-numeric test-all lint format docs peers
+.PHONY: help setup run model test test-slurm test-numeric test-all lint format docs peers
 help:
 	@echo "make run       python run.py method=nacl budget=0.5 task=longbench; more overrides: make run ARGS='budget=0.25'"
+	@echo "make model     brings SmolLM2-135M-Instruct (98 MB, no account) into the user's cache folder, for model=smollm2-135m"
 	@echo "make test      the tests, without the slow ones and those that need a cluster"
 	@echo "make test-slurm  sweeps on a SLURM of one node, started for the tests; skipped without slurm-wlm and munge"
 	@echo "make test-numeric  kernels, methods and binding again under each choice of instructions and of threads (18)"
@@ -20,6 +21,9 @@ setup:
 
 run: setup
 	$(PY) run.py method=nacl budget=0.5 task=longbench $(ARGS)
+
+model: setup
+	@$(PY) -m runners.engine.sources.fetched
 
 test: setup
 	$(PYTEST) -m "not slow and not slurm" $(ARGS)

@@ -1,6 +1,7 @@
 """The command `kvfrontier`: the checkout's `python run.py` and its analyses, by one name.
 
 kvfrontier run method=nacl budget=0.5 task=longbench
+kvfrontier model
 kvfrontier frontier results
 """
 
@@ -22,6 +23,7 @@ ANALYSES = {
     "leaderboard": "analysis.leaderboard",
 }
 USAGE = f"""usage: {NAME} run SETTING=VALUE ...   as python run.py in a checkout; -m sweeps, --help lists the settings
+       {NAME} model                   brings SmolLM2-135M-Instruct (98 MB, no account), for model=smollm2-135m
        {NAME} {"|".join(ANALYSES)} ...   what records say; --help after each tells more
        {NAME} --version"""
 
@@ -33,6 +35,8 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if first == "run":
             return _run(rest)
+        if first == "model":
+            return int(importlib.import_module(here("runners.engine.sources.fetched")).main(rest))
         if first == "--version":
             return _version()
         if first in ANALYSES:

@@ -27,6 +27,7 @@ from runners.engine.loading import Checkpoint
 from runners.engine.prompt import Encoder
 from runners.engine.rows import failed, row_of
 from runners.engine.setting import Setting, check_protocol
+from runners.engine.sources.gguf_header import told_shares
 from runners.model_setup import Loads, ModelSetup, plain
 from runners.records.generations import Shelf, StoredRecord, check_recorded, say_what_changed
 from runners.records.provenance import Code, code_of, commit
@@ -124,7 +125,7 @@ class Run(ModelSetup):
         threads = sorted({row["threads"] for pair in pairs for row in pair})
         settings = {
             "protocol": PROTOCOLS[self.cfg.protocol],
-            "dtype": self.dtype_name,
+            "dtype": self.dtype_name + (f" (from {told_shares(types)})" if (types := self.checkpoint.types) else ""),
             "device": self.device.type,
             "threads": " and ".join(map(str, threads)),
             "batch_size": self.cfg.batch_size,
@@ -282,6 +283,7 @@ class Run(ModelSetup):
             "command": _command(name, words),
             "samples": {key: said[key] for key in said if key in self.task.of_samples},
             "place": self.checkpoint.location,
+            **({"dequantized_from": types} if (types := self.checkpoint.types) else {}),
             "modules": code.modules,
             "files": self.checkpoint.files,
         }
@@ -315,7 +317,7 @@ class Run(ModelSetup):
         """What may change a number without being part of what was asked."""
         modules = map(home.plain, [type(method).__module__, *_targets(knobs)])
         papers = [name.split(".")[1] for name in modules if name.startswith("methods.")]
-        learned = artefacts.state(papers, str(self.checkpoint.folder), knobs.values())
+        learned = artefacts.state(papers, str(self.checkpoint.source), knobs.values())
         return {
             **{name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
             "python": platform.python_version().rpartition(".")[0],

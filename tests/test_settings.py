@@ -22,7 +22,15 @@ from tests.test_every_task import CASES
 from tests.wrong_values import WRONG, changed, composed, keys, outcome, sample
 
 GROUPS = ("model", "method", "task", "runner", "wandb")
-FILES = [f"{group}/{path.stem}" for group in GROUPS for path in sorted((run.CONF / group).glob("*.yaml"))]
+MODELS = sorted(path.stem for path in (run.CONF / "model").glob("*.yaml"))
+#: of the models, which all have the same settings, a folder, a model that is fetched, a shape, options of a template
+SOME = ("reference", "smollm2-135m", "llama3.1-8b", "qwen3-8b")
+FILES = [
+    f"{group}/{path.stem}"
+    for group in GROUPS
+    for path in sorted((run.CONF / group).glob("*.yaml"))
+    if group != "model" or path.stem in SOME
+]
 A_FEW = 2  # wrong values of each setting in a short test, other ones for every setting
 
 
@@ -88,6 +96,15 @@ def test_a_wrong_value_of_any_setting_ends_in_one_line_or_in_a_run_that_it_allow
 @pytest.mark.parametrize("file", ["", *FILES])
 def test_all_wrong_values_of_all_settings_end_in_one_line_or_in_a_run(file, tmp_path, tiny_model_dir):
     assert not complaints(file, tmp_path, tiny_model_dir, finished, len(WRONG))
+
+
+def test_the_files_of_all_models_have_the_same_settings():
+    found = {name: composed(f"model={name}").model for name in MODELS}
+    assert (
+        len(found) > len(SOME) and {name for name in found if found[name].keys() != found["reference"].keys()} == set()
+    )
+    for name in MODELS:
+        check_config(composed(f"model={name}"))
 
 
 def test_every_setting_of_the_configuration_has_a_type_and_the_other_way_round():

@@ -276,7 +276,7 @@ def _named_by(path: str) -> tuple[str, str | None]:
     if snapshot := re.search(r"models--(.+?)[/\\]snapshots[/\\](\w+)", path):
         return snapshot[1], snapshot[2]
     if path and (Path(path).exists() or (ROOT / path).exists()):
-        return Path(path).resolve().name, None
+        return Path(path).resolve().name.removesuffix(".gguf"), None
     return path.strip("/").replace("/", "--"), None
 
 

@@ -1,4 +1,7 @@
-"""Finding a checkpoint in a folder or on the hub, and loading its model and tokenizer: safetensors, no foreign code."""
+"""Finding a checkpoint in a folder, in a GGUF file or on the hub, and loading its model and tokenizer.
+
+Weights are safetensors, or made into such from a GGUF file; no foreign code runs.
+"""
 
 import hashlib
 import json
@@ -7,27 +10,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods.core.errors import UserError
+from methods.core.home.hashes import sha256
 from methods.core.reading import read_json
 from methods.core.typed import Count, Whole, conform, shown
 from runners.engine.model_files import DATE, asks_for_the_date, dated, deciding, hash_of, weight_files
-from tasks.data.sources import unreachable
+from runners.engine.sources import fetched, first_line, folders, gguf, hub
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROOT = Path(__file__).resolve().parents[2]
-# what a checkpoint needs; some repositories hold their weights twice
-FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-TWICE = ["original/*", "consolidated*", "onnx/*"]
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-# a line of a tokenizer in tiktoken's form: a token in base 64 and its rank; sentencepiece's form is binary
-TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s*$")
 # LongBench leaves about this many tokens of a model's window to the template and the answer
 MARGIN = 500
 INITS = ("pretrained", "random")
@@ -45,6 +42,7 @@ class Checkpoint:
     random: of the folder only the configuration is used, and the weights are drawn; resize: settings of the
     configuration that are changed then, as JSON.  check: whether binding first tries out a small copy; it is no part of
     what the checkpoint is.
+    gguf: the file that `folder` was made of.  convert: whether weights of any size may be written for it.
     """
 
     path: str
@@ -54,6 +52,25 @@ class Checkpoint:
     random: bool = False
     resize: str = "{}"
     check: bool = field(default=True, compare=False)
+    gguf: Path | None = None
+    convert: bool = field(default=False, compare=False)
+
+    @property
+    def source(self) -> Path:
+        """What the user has of it: the folder, or the GGUF file."""
+        return self.gguf or self.folder
+
+    @cached_property
+    def types(self) -> dict[str, float]:
+        """The share of its weights that was stored in each type of GGUF; none of them for safetensors."""
+        return gguf.card_of(self.folder)["types"] if self.gguf else {}
+
+    @property
+    def parameters(self) -> float:
+        """How many weights it has, about: by the size of its files, at two bytes each."""
+        if self.gguf:
+            return float(gguf.card_of(self.folder)["elements"])
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors")) / 2
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -67,6 +84,8 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """The folder or repository, without what stands above it; random weights say so."""
+        if self.gguf:
+            return self.gguf.stem
         name = os.path.basename(os.path.normpath(self.path if self.commit or self.random else self.folder))
         if not self.random:
             return name
@@ -75,7 +94,7 @@ class Checkpoint:
     @property
     def location(self) -> str:
         """A hash of where it was looked for: other weights there are the same model, changed."""
-        where = f"{self.path}@{self.revision}" if self.commit else str(self.folder)
+        where = f"{self.path}@{self.revision}" if self.commit else str(self.source)
         return hashlib.sha256(where.encode()).hexdigest()[:8]
 
     @property
@@ -100,7 +119,13 @@ class Checkpoint:
             return f"random:{hashlib.sha256(drawn).hexdigest()[:16]}"
         if self.commit:
             return self.commit
-        names = [*weight_files(self.path, self.folder), "config.json", *(path.name for path in _tokenizer(self.folder))]
+        if self.gguf:
+            return f"sha256:{sha256(self.gguf).hex()[:16]}"
+        names = [
+            *weight_files(self.path, self.folder),
+            "config.json",
+            *(path.name for path in folders.tokenizers(self.folder)),
+        ]
         return f"sha256:{hash_of(self.folder, names)}"
 
     @cached_property
@@ -128,26 +153,58 @@ class Checkpoint:
         return conform(value, kind, f"model.path={self.path}: {name}: {key}")
 
 
-def find(path: str, revision: str = "main") -> Checkpoint:
-    """The checkpoint in a folder, or the hub's repository of that name, downloaded if need be.
+def find(path: str, revision: str = "main", file: str | None = None) -> Checkpoint:
+    """The checkpoint in a folder or a GGUF file, or the hub's repository of that name, downloaded if need be.
 
-    A relative folder is looked for here, then beside run.py. Raises UserError if it is nowhere or incomplete; an
-    unreachable hub is noticed within seconds.
+    file: a GGUF file's name in the folder. A relative path is looked for here, then beside run.py, then among the
+    models that were fetched. Raises UserError if it is nowhere or incomplete; an unreachable hub is noticed within
+    seconds.
     """
-    for folder in (Path(path).expanduser(), ROOT / path):
-        if folder.is_dir():
-            _check(path, folder)
-            return Checkpoint(path, folder.resolve())
-    if Path(path).expanduser().exists():
-        raise UserError(f"model.path={path}: is a file; give the folder that holds config.json and model.safetensors")
+    for place in (Path(path).expanduser(), ROOT / path, fetched.folder() / path):
+        if place.is_file():
+            return _of_gguf(path, place, file)
+        if place.is_dir():
+            if file or (file := _only_gguf(path, place)):
+                return _of_gguf(path, place / file, None)
+            folders.check(path, place)
+            return Checkpoint(path, place.resolve())
+    fetched.offer(path)
+    if file or path.endswith(gguf.SUFFIX):
+        raise UserError(f"model.path={path}: {'no such folder' if file else 'no such file'}, for model.file={file}")
     # owner/name, unless that owner is a folder here: then the name was mistyped; or one of the first names, like gpt2
     owned = "/" in path and any((at / path).parent.is_dir() for at in (Path(), ROOT))
     if not re.fullmatch(r"([A-Za-z0-9_-][\w.-]*/)?[A-Za-z0-9_][\w.-]*", path, re.ASCII) or owned:
         raise UserError(
-            f"model.path={path}: no such folder; give a folder that holds config.json and model.safetensors, "
-            "or an id of the Hugging Face hub such as model.path=Qwen/Qwen2.5-0.5B-Instruct"
+            f"model.path={path}: no such folder; give a folder that holds config.json and model.safetensors, a GGUF "
+            "file, or an id of the Hugging Face hub such as model.path=Qwen/Qwen2.5-0.5B-Instruct"
         )
     return _from_hub(path, revision)
+
+
+def _of_gguf(path: str, place: Path, file: str | None) -> Checkpoint:
+    """The checkpoint in a GGUF file. Raises UserError if it is none, or cannot be read as what it is."""
+    if file:
+        raise UserError(f"model.file={file}: model.path={path} is a file; give the folder that both are in")
+    if not place.is_file():
+        found = ", ".join(sorted(one.name for one in place.parent.glob(f"*{gguf.SUFFIX}"))) or "none"
+        raise UserError(f"model.file={place.name}: no such file in model.path={path}; GGUF files there: {found}")
+    if not gguf.is_one(place):
+        raise UserError(
+            f"model.path={path}: is a file, and no GGUF file; give one, or the folder that holds config.json and "
+            "model.safetensors"
+        )
+    place = place.resolve()
+    return Checkpoint(path, gguf.checkpoint(path, place), gguf=place)
+
+
+def _only_gguf(path: str, folder: Path) -> str | None:
+    """The name of the GGUF file that is all the weights a folder has. Raises UserError if there are several."""
+    files = sorted(one.name for one in folder.glob(f"*{gguf.SUFFIX}") if one.is_file())
+    if not files or [*folder.glob("*.safetensors")]:
+        return None
+    if len(files) > 1:
+        raise UserError(f"model.path={path}: holds {len(files)} GGUF files; name one, such as model.file={files[0]}")
+    return files[0]
 
 
 def checkpoint_of(model: Mapping[str, Any]) -> Checkpoint:
@@ -159,7 +216,7 @@ def checkpoint_of(model: Mapping[str, Any]) -> Checkpoint:
     check = "off" if check is False else check  # YAML reads off as false
     if check not in CHECKS:
         raise UserError(f"model.check={check}: give one of {', '.join(CHECKS)}")
-    return replace(_named(model), check=check == "auto")
+    return replace(_named(model), check=check == "auto", convert=model.get("convert") == "always")
 
 
 def _named(model: Mapping[str, Any]) -> Checkpoint:
@@ -170,7 +227,7 @@ def _named(model: Mapping[str, Any]) -> Checkpoint:
     if init == "pretrained":
         if resize:
             raise UserError(f"model.resize={resize}: weights that are loaded have their sizes; give model.init=random")
-        return find(path, str(model.get("revision", "main")))
+        return find(path, str(model.get("revision", "main")), model.get("file"))
     shape = str(model.get("shape") or path)
     for folder in (Path(shape).expanduser(), ROOT / shape):
         if (folder / "config.json").is_file():
@@ -195,38 +252,16 @@ def load_tokenizer(checkpoint: Checkpoint) -> "PreTrainedTokenizerBase":
     """Raises UserError if the files are broken, or a shape has none."""
     from transformers import AutoTokenizer
 
-    if checkpoint.random and not _tokenizer(checkpoint.folder):
+    if checkpoint.random and not folders.tokenizers(checkpoint.folder):
         raise UserError(
-            f"model.init=random: {checkpoint.folder} has no tokenizer ({TOKENIZERS[0]}), without which a model takes "
-            "no text; task=latency needs none"
+            f"model.init=random: {checkpoint.folder} has no tokenizer ({folders.TOKENIZERS[0]}), without which a model "
+            "takes no text; task=latency needs none"
         )
-    _check_readable(checkpoint)
+    folders.check_tokenizer(checkpoint.path, checkpoint.folder)
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each tokenizer class fails in its own way
-        raise UserError(
-            f"model.path={checkpoint.path}: the tokenizer cannot be loaded: {_first_line(error)}"
-        ) from error
-
-
-def _check_readable(checkpoint: Checkpoint) -> None:
-    """Raises UserError, naming the package, if the tokenizer has a form that nothing here reads.
-
-    transformers takes a file that it cannot read for one of the other form, and names that form's package.
-    """
-    folder = checkpoint.folder
-    if (folder / "tokenizer.json").is_file():
-        return
-    for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
-        if not (folder / name).is_file():
-            continue
-        with (folder / name).open("rb") as file:
-            package = "tiktoken" if TIKTOKEN.match(file.readline(4096)) else "sentencepiece"
-        if find_spec(package) is None:
-            raise UserError(
-                f"model.path={checkpoint.path}: its tokenizer is {name} alone, and the package that reads it, "
-                f"{package}, is not installed; pip install {package}, or save tokenizer.json beside it"
-            )
+        raise UserError(f"model.path={checkpoint.path}: the tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 def load_model(checkpoint: Checkpoint, dtype: "torch.dtype", device: "torch.device") -> "PreTrainedModel":
@@ -237,9 +272,12 @@ def load_model(checkpoint: Checkpoint, dtype: "torch.dtype", device: "torch.devi
     if checkpoint.random:
         return _noted(_drawn(checkpoint, dtype, device), checkpoint)
     logging.disable_progress_bar()
+    folder = checkpoint.folder
+    if checkpoint.gguf:
+        folder = gguf.weights(checkpoint.path, checkpoint.gguf, folder, dtype, checkpoint.convert)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
+            folder,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
@@ -247,12 +285,13 @@ def load_model(checkpoint: Checkpoint, dtype: "torch.dtype", device: "torch.devi
             output_loading_info=True,
         )
     except Exception as error:  # safetensors, JSON and transformers fail each in its own way
-        raise UserError(f"model.path={checkpoint.path}: cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"model.path={checkpoint.path}: cannot be loaded: {first_line(error)}") from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise UserError(
             f"model.path={checkpoint.path}: the weights lack {len(names)} tensors of the model, such as {names[0]}"
         )
+    model.config._name_or_path = str(checkpoint.source)
     return _noted(model.to(device).eval(), checkpoint)
 
 
@@ -279,69 +318,11 @@ def _drawn(checkpoint: Checkpoint, dtype: "torch.dtype", device: "torch.device")
     except UserError:
         raise
     except Exception as error:  # each configuration class checks its sizes in its own way
-        raise UserError(f"model.init=random: no model of this shape can be made: {_first_line(error)}") from error
+        raise UserError(f"model.init=random: no model of this shape can be made: {first_line(error)}") from error
     return model.to(device).eval()
 
 
-def _check(path: str, folder: Path) -> None:
-    """Raises UserError unless the folder holds what a checkpoint needs."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model.path={path}: no config.json in {folder}; give the folder of a transformers checkpoint")
-    read_json(folder / "config.json")
-    for file in folder.glob("*.safetensors"):
-        if not file.is_file():
-            kind = "a folder" if file.is_dir() else "a link to nothing"
-            raise UserError(f"model.path={path}: {file.name} is {kind}; it holds weights, and is a file")
-    if not weight_files(path, folder):
-        other = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern)]
-        hint = (
-            f"{other[0]} is not read, because only safetensors are; save the model again with save_pretrained"
-            if other
-            else "save_pretrained writes model.safetensors there"
-        )
-        raise UserError(f"model.path={path}: no weights (*.safetensors) in {folder}; {hint}")
-    if not _tokenizer(folder):
-        raise UserError(
-            f"model.path={path}: no tokenizer ({TOKENIZERS[0]}) in {folder}; "
-            "tokenizer.save_pretrained of the model's own tokenizer writes it there"
-        )
-
-
-def _tokenizer(folder: Path) -> list[Path]:
-    return [folder / name for name in TOKENIZERS if (folder / name).is_file()]
-
-
 def _from_hub(repo: str, revision: str) -> Checkpoint:
-    """The repository's files in the hub's cache; its folder is named by the commit."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    # the hub's own client would try for half a minute before it gives up
-    trouble = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else unreachable(ENDPOINT)
-    try:
-        folder = snapshot_download(
-            repo, revision=revision, allow_patterns=FILES, ignore_patterns=TWICE, local_files_only=bool(trouble)
-        )
-    except GatedRepoError as error:
-        raise UserError(
-            f"model.path={repo}: its owners ask for registration; accept the terms at huggingface.co/{repo}, "
-            "then set HF_TOKEN to an access token"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"model.path={repo}: no folder here and no public model of that name on the hub") from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"model.revision={revision}: {repo} has no such branch, tag or commit") from error
-    except OSError as error:
-        raise UserError(
-            f"model.path={repo}: not on this machine, and {ENDPOINT} cannot be used ({trouble or _first_line(error)}); "
-            "offline, model.path=DIR takes a checkpoint's folder, and one that was downloaded before loads as it is, "
-            "at once with HF_HUB_OFFLINE=1"
-        ) from error
-    _check(repo, Path(folder))
-    return Checkpoint(repo, Path(folder), commit=Path(folder).name, revision=revision)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    folder = hub.snapshot(repo, revision)
+    folders.check(repo, folder)
+    return Checkpoint(repo, folder, commit=folder.name, revision=revision)

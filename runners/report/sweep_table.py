@@ -218,7 +218,7 @@ def _estimate(sweep: Sweep, lacking: dict[int, list[Any]]) -> tuple[float, str]:
         per_step = median(time["decode"] / time["steps"] for time in alone)
         source = "by the speed of recorded samples"
     else:
-        per_token = 2 * _parameters(sweep) / _speed(sweep.run.device)
+        per_token = 2 * sweep.run.checkpoint.parameters / _speed(sweep.run.device)
         per_step, source = 2 * per_token, "guessed from the size of the model"
     together: dict[str, tuple[Any, int]] = {}
     seconds = 0.0
@@ -234,12 +234,6 @@ def _estimate(sweep: Sweep, lacking: dict[int, list[Any]]) -> tuple[float, str]:
         seconds += sweep.sizes.tokens(example) * per_token * (1 + 0.02 * members)
         seconds += example.max_new_tokens * per_step * (1 + 0.2 * members)
     return seconds, source
-
-
-def _parameters(sweep: Sweep) -> float:
-    """Parameters of the model, by the size of its files."""
-    size = sum(path.stat().st_size for path in sweep.run.checkpoint.folder.glob("*.safetensors"))
-    return size / 2
 
 
 def _speed(device: torch.device) -> float:

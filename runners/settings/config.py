@@ -23,6 +23,7 @@ class Model:
     """One file of conf/model; see conf/base/model.yaml."""
 
     path: str
+    file: str | None = None
     revision: str = "main"
     max_length: Count | None = None
     chat: bool = True
@@ -31,6 +32,7 @@ class Model:
     shape: str | None = None
     resize: dict[str, Any] | None = None
     date: Annotated[str, "a day such as 2024-07-26"] = DATE
+    convert: Annotated[Literal["ask", "always"], "ask or always"] = "ask"
     check: Annotated[Literal["auto", "off", False], "auto or off"] = "auto"  # YAML reads off as false
     reasoning: Annotated[Literal["strip", "keep", "off", False], "one of strip, keep, off"] = "strip"
 

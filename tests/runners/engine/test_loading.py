@@ -87,7 +87,7 @@ def test_an_unreachable_hub_names_the_ways_without_it(monkeypatch):
     with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set.*model\.path=DIR"):
         find("someone/some-model")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(load, "unreachable", lambda url: "no route")
+    monkeypatch.setattr(load.hub, "unreachable", lambda url: "no route")
     with pytest.raises(UserError, match=r"no route.*model\.path=DIR.*HF_HUB_OFFLINE=1"):
         find("someone/some-model")
 
@@ -301,7 +301,7 @@ def test_a_tokenizer_of_one_file_names_the_package_that_reads_it(
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_dir, folder, ignore=shutil.ignore_patterns("tokenizer*"))
     (folder / name).write_bytes(first)
-    monkeypatch.setattr(load, "find_spec", lambda wanted: None)
+    monkeypatch.setattr(load.folders, "find_spec", lambda wanted: None)
     with pytest.raises(
         UserError, match=rf"its tokenizer is {name} alone.*{package}, is not installed; pip install {package}"
     ):
@@ -309,7 +309,7 @@ def test_a_tokenizer_of_one_file_names_the_package_that_reads_it(
 
 
 def test_a_tokenizer_in_the_library_s_own_form_needs_neither_package(tiny_model_dir, monkeypatch):
-    monkeypatch.setattr(load, "find_spec", lambda wanted: None)
+    monkeypatch.setattr(load.folders, "find_spec", lambda wanted: None)
     assert load.load_tokenizer(load.find(str(tiny_model_dir)))("the cat").input_ids
 
 

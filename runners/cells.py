@@ -30,12 +30,12 @@ from runners.engine.setting import Setting, check_protocol
 from runners.engine.sources.gguf_header import told_shares
 from runners.model_setup import Loads, ModelSetup, plain
 from runners.records.generations import Shelf, StoredRecord, check_recorded, say_what_changed
+from runners.records.origins import command_of, own_data, targets
 from runners.records.provenance import Code, code_of, commit
 from runners.records.record import Record, digest
 from runners.report import run_table as show
 from runners.settings.sampling import check_sampling, sampling_of, told
 from tasks.base import Example, Task, as_parts, as_whole
-from tasks.data.sources import expand
 
 
 @dataclass
@@ -280,7 +280,7 @@ class Run(ModelSetup):
             "family": method.family,
             "simulated": method.simulated,
             "mean_over": self.task.mean_over,
-            "command": _command(name, words),
+            "command": command_of(name, words),
             "samples": {key: said[key] for key in said if key in self.task.of_samples},
             "place": self.checkpoint.location,
             **({"dequantized_from": types} if (types := self.checkpoint.types) else {}),
@@ -311,11 +311,11 @@ class Run(ModelSetup):
         """What computes the cell's samples: the method and its parts, the task, and the runners that answer."""
         # a class of each module that answers stands for the whole module
         parts = [type(method), type(self.task), answer.Pass, Encoder, Checkpoint]
-        return code_of([*(f"{part.__module__}.{part.__qualname__}" for part in parts), *_targets(knobs)])
+        return code_of([*(f"{part.__module__}.{part.__qualname__}" for part in parts), *targets(knobs)])
 
     def _conditions(self, method: Method, knobs: Mapping[str, Any], code: str) -> dict[str, Any]:
         """What may change a number without being part of what was asked."""
-        modules = map(home.plain, [type(method).__module__, *_targets(knobs)])
+        modules = map(home.plain, [type(method).__module__, *targets(knobs)])
         papers = [name.split(".")[1] for name in modules if name.startswith("methods.")]
         learned = artefacts.state(papers, str(self.checkpoint.source), knobs.values())
         return {
@@ -331,33 +331,6 @@ class Run(ModelSetup):
         }
 
 
-def own_data(task: Task) -> str:
-    """The name of the file or folder that a task's samples come from, where that is one of the user's own."""
-    data = str(getattr(task, "data", ""))  # random tokens come from nowhere
-    if data in ("", "bundled", "hub"):
-        return ""
-    path = expand(data)
-    return path.resolve().name if path.exists() else ""
-
-
-def _command(name: str, words: Sequence[str]) -> str:
-    """What computes the samples of one cell again, whether it was asked for alone, in a sweep, or as a reference."""
-    left_out = ["method", "results", "resume", "hydra", "plan", "dry_run", "experiment", "cells", "wandb"]
-    left_out += ["budget"] * (name == "full")
-    kept = [word for word in words if word.lstrip("+~").split("=")[0].split(".")[0].split("/")[0] not in left_out]
-    knobs = [word for word in words if name != "full" and word.lstrip("+").startswith("method.")]
-    # in one order, however they were given
-    return " ".join([home.COMMAND, f"method={name}", *sorted(knobs), *sorted(kept)])
-
-
 def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
     for at in range(0, len(examples), size):
         yield examples[at : at + size]
-
-
-def _targets(node: Any) -> list[str]:
-    """Every `_target_` in a configuration, at any depth."""
-    if not isinstance(node, dict):
-        return []
-    own = [node["_target_"]] if "_target_" in node else []
-    return own + [target for value in node.values() for target in _targets(value)]

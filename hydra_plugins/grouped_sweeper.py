@@ -84,8 +84,9 @@ class GroupedSweeper(BasicSweeper):
         self, overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
         """The grid as jobs; called by Hydra's sweeper with what was typed."""
-        (cells,) = BasicSweeper.split_arguments(overrides, None)
-        cells = [point for cell in cells for point in self._points(tidy(cell))]
+        (typed,) = BasicSweeper.split_arguments(overrides, None)
+        once = dict.fromkeys(tuple(cell) for cell in typed)  # a value that is named twice is one cell
+        cells = [point for cell in once for point in self._points(tidy(cell))]
         first = self._compose(cells[0])
         jobs = group(cells, self._capped) if first.hydra.runtime.choices.get("runner") in RUNNERS else cells
         shards = 1 if first.dry_run else self.shards  # what is only said is said once

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -13,8 +12,6 @@ from hydra.types import RunMode
 
 # what cells of one group may differ in: the prompt's own pass depends on none of them
 OWN = ("method", "method.", "+method.", "++method.", "~method.", "budget", "seed")
-NUMBERS = ("budget", "seed")
-
 
 # set by the sweeper: how many groups there are, and when it began
 GROUPS = "KVFRONTIER_GROUPS"
@@ -49,7 +46,8 @@ class Failed(Exception):
 def spread(words: Sequence[str]) -> list[str]:
     """A command line whose `method.KEY=VALUE` is a sweep of one value where the method is swept, or a named grid's.
 
-    Hydra sets what is not swept before there is a method, in the default one, which may have no such knob.
+    Hydra sets what is not swept before there is a method, in the default one, which may have no such knob. A sweep of
+    one value is the value twice, of which the sweeper makes one cell: choice() takes no null, and loses quotes.
     """
     parse = OverridesParser.create().parse_override
     typed = {word: parse(word) for word in words if "=" in word and not word.startswith("-")}
@@ -61,7 +59,8 @@ def spread(words: Sequence[str]) -> list[str]:
     for word in words:
         key, _, value = word.partition("=")
         alone = word in typed and not typed[word].is_sweep_override()
-        written.append(f"{key}=choice({value})" if several and alone and key.startswith("method.") else word)
+        value = value or "''"
+        written.append(f"{key}={value},{value}" if several and alone and key.startswith("method.") else word)
     return written
 
 
@@ -125,13 +124,6 @@ def escape(override: str) -> str:
 def unpack(cell: str) -> list[str]:
     """The overrides of one cell."""
     return [word.replace("%20", " ").replace("%25", "%") for word in cell.split()]
-
-
-def numbers_apart(cell: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The overrides that choose files and set up a method, and the values of `budget` and `seed`."""
-    plain = tuple(override for override in cell if override.partition("=")[0] not in NUMBERS)
-    rest = [OverridesParser.create().parse_override(override) for override in cell if override not in plain]
-    return plain, {override.key_or_group: override.value() for override in rest}
 
 
 def quote(text: str) -> str:

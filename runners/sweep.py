@@ -24,14 +24,14 @@ from runners.engine.answer import answer_together, why_alone
 from runners.engine.loading import Checkpoint, load_model
 from runners.engine.problem import problem
 from runners.engine.rows import failed, row_of
-from runners.jobs import NUMBERS, announced, unpack
+from runners.jobs import announced, unpack
 from runners.memory import GroupSizes
 from runners.records.generations import check_recorded, say_what_changed
 from runners.records.sample_locks import SampleLocks
 from runners.records.shared_record import SharedRecord
 from runners.report import run_table as show
 from runners.settings.check import check_config
-from runners.settings.composing import composer
+from runners.settings.composing import NUMBERS, composer
 from runners.settings.parts import task_of
 from tasks.base import Example
 

@@ -236,6 +236,16 @@ def test_imports_inside_functions_are_the_ones_that_cannot_be_at_the_top():
 MANY = {"methods", "tests/methods", "conf/method", "conf/task", "conf/experiment", "claims"}
 
 
+#: lines of a file of code that a reader takes in; what is compiled for a GPU is written out
+LINES = 350
+
+
+def test_a_file_can_be_read_in_one_go():
+    code = [path for path in tracked("*.py") if not str(path.relative_to(ROOT)).startswith("tests/")]
+    lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in code}
+    assert {path: n for path, n in lines.items() if n > LINES and "triton" not in path} == {}
+
+
 def test_a_folder_can_be_read_at_a_glance():
     files = Counter(
         str(path.parent.relative_to(ROOT))

@@ -22,8 +22,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from runners.jobs import numbers_apart
-
+#: settings of a cell that choose no file and are set in no method
+NUMBERS = ("budget", "seed")
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 # by the loader of a command, so that they end with it
@@ -72,3 +72,10 @@ def composer(hydra: Sequence[str]) -> Iterator[Composer]:
     begun = GlobalHydra.instance().is_initialized()
     with contextlib.nullcontext() if begun else initialize_config_dir(str(CONF), version_base="1.3"):
         yield Composer(GlobalHydra.instance().config_loader(), hydra)
+
+
+def numbers_apart(cell: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The overrides that choose files and set up a method, and the values of `budget` and `seed`."""
+    plain = tuple(override for override in cell if override.partition("=")[0] not in NUMBERS)
+    rest = [OverridesParser.create().parse_override(override) for override in cell if override not in plain]
+    return plain, {override.key_or_group: override.value() for override in rest}

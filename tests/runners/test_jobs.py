@@ -1,6 +1,7 @@
 """Which cells of a grid become one job, and how they travel."""
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from runners.jobs import group, job_cells, spread, tidy
 
@@ -19,10 +20,21 @@ def test_cells_that_differ_in_the_method_only_are_one_job():
 
 def test_knobs_are_spread_where_the_method_is():
     swept = ["-m", "method=kivi,per_token", "method.bits=4", "method.x=1,2", "+method.y=[1,2]", "budget=1"]
-    assert spread(swept) == [*swept[:2], "method.bits=choice(4)", *swept[3:]]
-    assert spread(["experiment=core", "method.a=b c"]) == ["experiment=core", "method.a=choice(b c)"]
+    assert spread(swept) == [*swept[:2], "method.bits=4,4", *swept[3:]]
+    assert spread(["experiment=core", "method.a=b c"]) == ["experiment=core", "method.a=b c,b c"]
     alone = ["-m", "method=kivi", "method.bits=4", "budget=0.5,1"]
     assert spread(alone) == alone and spread(["--help"]) == ["--help"]
+
+
+@pytest.mark.parametrize(
+    "value", ["null", "'null'", "", "''", "[1,null]", "{a: null}", "${seed}", "1e-3", "true", "b c"]
+)
+def test_a_spread_value_is_what_was_typed_once(value):
+    parse = OverridesParser.create().parse_override
+    _, word = spread(["method=kivi,nacl", f"method.knob={value}"])
+    (only,) = set(parse(word).sweep_string_iterator())  # of equal cells the sweeper makes one
+    typed = parse(f"method.knob={value}").value()
+    assert parse(f"method.knob={only}").value() == typed and type(typed) is type(parse(f"method.knob={only}").value())
 
 
 def test_budgets_that_the_task_takes_too_are_jobs_of_their_own():

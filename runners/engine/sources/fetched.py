@@ -42,6 +42,7 @@ class Fetched:
 
     @property
     def file(self) -> str:
+        """Its name where it is kept."""
         return Path(self.member).name
 
 

@@ -54,6 +54,7 @@ class Header:
 
     @property
     def elements(self) -> int:
+        """How many numbers all tensors hold."""
         return sum(self.tensors.values())
 
     @property

@@ -24,6 +24,8 @@ _PATTERNS = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
 }
 _GPT2 = ("gpt-2", "gpt2", "olmo", "mpt", "jais", "phi-2")
+# older versions of transformers mix them up
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _DIGITS = ("smollm", "starcoder", "refact", "command-r")
 
 
@@ -36,10 +38,14 @@ def unknown(said: Mapping[str, Any]) -> str | None:
 
 
 def settle(tokenizer: PreTrainedTokenizerBase, said: Mapping[str, Any]) -> None:
-    """Make the tokenizer cut text as the file says."""
+    """Make the tokenizer cut text as the file says, and name the file's special tokens."""
     cut = _cut(str(said.get("pre"))) if said.get("model") == "gpt2" else None
     if cut is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = cut
+    for name, key in _SPECIAL.items():
+        token = said.get(f"{key}_token_id")
+        if token is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token))
 
 
 def _cut(name: str) -> PreTokenizer | None:

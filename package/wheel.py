@@ -23,6 +23,7 @@ FILES = ("conf", "assets")
 TOOLS = (
     "tasks/bundle.py",
     "tasks/bundles",
+    "tasks/real",
     "analysis/tables.py",
     "runners/learn/reference/card.py",
     "runners/learn/reference/card.md",

@@ -56,8 +56,8 @@ METRICS = {"contains": PHRASES, "rouge1": [NEEDLE], "rouge_pkg": [NEEDLE]}
 class Needle(Grid):
     """A grid of lengths and depths.
 
-    data: "bundled"; "prose" or "hub" (essays) to hide needles in that text; or a path: .jsonl prompts, InfiniteBench's
-        files, a text, or a folder of texts.
+    data: "bundled"; "prose", "real" (bundled verses) or "hub" (essays) to hide needles in that text; or a path: .jsonl
+        prompts, InfiniteBench's files, a text, or a folder of texts.
     kinds, lengths, depths: what to take, or to make.  lengths: tokens, or shares of the window up to 1.
     repeats: prompts per cell.  needles: of the kinds with several.
     metric_name: of "single": "contains", the share of three phrases; "rouge1", ROUGE-1 F with stems, of which published
@@ -88,6 +88,8 @@ class Needle(Grid):
     def name(self) -> str:
         if self.data == "bundled":
             return "needle-mini"
+        if self.data == "real":
+            return "needle-real"
         return "needle-custom" if self._written and not self._official else "needle"
 
     def source(self) -> str:
@@ -140,7 +142,7 @@ class Needle(Grid):
     @property
     def _official(self) -> bool:
         """Whether the data are InfiniteBench's own files."""
-        return self.data != "bundled" and self._infinite_files != {}
+        return self.data not in ("bundled", "real") and self._infinite_files != {}
 
     @cached_property
     def _infinite_files(self) -> dict[str, Path]:
@@ -153,6 +155,8 @@ class Needle(Grid):
         """Prompts that are written out, and their hash; None where they are made."""
         if self.data == "bundled":
             return grid.read_prompts(BUNDLED, "needle")
+        if self.data == "real":
+            return None
         if self._official:
             rows = {kind: infinite.read(kind, file) for kind, file in self._infinite_files.items()}
             raw = b"".join(file.read_bytes() for file in self._infinite_files.values())

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from methods.core.errors import UserError
 from tasks.base import Apart, Example, Forced
-from tasks.data.files import Files, chosen, hub_rows
+from tasks.data.files import Files, bundled_name, chosen, hub_rows
 from tasks.data.pins import PINNED
 from tasks.rows import FilesTask
 from tasks.scoring import remarks
@@ -46,7 +46,8 @@ class Piece:
 class Perplexity(FilesTask, Apart):
     """Predict texts token by token.
 
-    data: "bundled", "hub" (WikiText-2), or a path: a text file, a .jsonl file with a `text` per line, or a folder.
+    data: "bundled", "real" (bundled real text), "hub" (WikiText-2), or a path: a text file, a .jsonl file with a `text`
+        per line, or a folder.
     subset: names of files; None takes all.
     through: "prefix", "stream" or "chunk" feed the text through the cache; "windows", "strided" and "rolling" are the
         one-pass definitions, for the full cache only.
@@ -214,7 +215,7 @@ class Perplexity(FilesTask, Apart):
         longest = self._reading.longest or MOST
         if self.through in ONE_PASS and self._reading.longest:
             longest += self._reading.special  # no special token is added to a piece, but the opening inside it
-        if self.data != "bundled":
+        if not bundled_name("perplexity", self.data):
             return min(longest, MOST)
         # a large vocabulary needs fewer tokens for the same text
         shortest = min(self._reading.count(text) for texts in self._texts.values() for text in texts)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from methods.core.errors import UserError
 from tasks.base import Example, Task
-from tasks.data.files import Files, check_limit, chosen, hub_rows, read_files
+from tasks.data.files import Files, bundled_name, check_limit, chosen, hub_rows, read_files
 from tasks.data.pins import PINNED
 from tasks.data.rows import empty, wrong
 
@@ -33,7 +33,8 @@ class FilesTask(Task):
     version: goes into every record; raise it when a score could change.
     suffixes: of the files that are read.
 
-    data: "bundled", "hub" if `sets` says where, or a path to a file or a folder of them.
+    data: "bundled", "real" if there is such a split (tasks/data/files.py), "hub" if `sets` says where, or a path to a
+        file or a folder of them.
     subset: names of files; None takes all.
     limit: samples per file; None takes all.
     revision: of the datasets on the hub: a branch, tag or commit, or "pinned" (tasks/data/pins.py).
@@ -59,7 +60,7 @@ class FilesTask(Task):
 
     @property
     def name(self) -> str:
-        return f"{self.title}-mini" if self.data == "bundled" else self.title
+        return bundled_name(self.title, self.data) or self.title
 
     def source(self) -> str:
         return f"{self.name} ({self._files.where}), {self.contents}, sha256 {self._files.digest[:12]}"

@@ -13,7 +13,7 @@ from tasks.data.sources import expand
 def own_data(task: Task) -> str:
     """The name of the file or folder that a task's samples come from, where that is one of the user's own."""
     data = str(getattr(task, "data", ""))  # random tokens come from nowhere
-    if data in ("", "bundled", "hub"):
+    if data in ("", "bundled", "real", "hub"):
         return ""
     path = expand(data)
     return path.resolve().name if path.exists() else ""

@@ -13,6 +13,7 @@ from tasks.data import pins
 from tasks.data.sources import cached_only, expand, hub_trouble, parse_rows
 
 ASSETS = Path(__file__).parents[2] / "assets"
+REAL = {"perplexity": "ppl-real"}  # the bundled split of real text, of tasks that have one
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,11 @@ class Files:
 
 
 def read_files(task: str, data: str, suffixes: Sequence[str] = (".jsonl", ".json")) -> Files:
-    """The files of `data`: "bundled", or a path to a file or to a folder of them.
+    """The files of `data`: "bundled", "real" where the task has such a split, or a path to a file or a folder of them.
 
     Raises UserError that says where it was looked for and what would work.
     """
-    bundled = ASSETS / f"{task}-mini"
-    path = bundled if data == "bundled" else expand(data)
+    path = ASSETS / bundled_name(task, data) if bundled_name(task, data) else expand(data)
     wanted = " or ".join(suffixes)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in suffixes and not file.is_dir())
@@ -81,11 +81,16 @@ def read_files(task: str, data: str, suffixes: Sequence[str] = (".jsonl", ".json
         files = [path] if path.is_file() else []
     if not files:
         what = f"no {wanted} file in" if path.is_dir() else "nothing at"
-        instead = "restore it, or give task.data=PATH" if data == "bundled" else "or use task.data=bundled"
+        instead = "restore it, or give task.data=PATH" if bundled_name(task, data) else "or use task.data=bundled"
         raise UserError(
             f"{task}: task.data={data}: {what} {path.absolute()}; give a {wanted} file or a folder of them, {instead}"
         )
     return Files(data, {file.stem: (file, read_bytes(file)) for file in files})
+
+
+def bundled_name(task: str, data: str) -> str:
+    """The name of the bundled split that `data` means, which is its folder's in assets; "" for what is not bundled."""
+    return f"{task}-mini" if data == "bundled" else REAL.get(task, "") if data == "real" else ""
 
 
 def hub_rows(task: str, repo: str, name: str | None, split: str, revision: str) -> tuple[list[dict[str, Any]], str]:

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from methods.core.errors import UserError
 from methods.core.reading import read_text
-from tasks.data.files import hub_rows
+from tasks.data.files import ASSETS, hub_rows
 from tasks.data.pins import PINNED
 from tasks.data.sources import expand
 from tasks.documents import prose
@@ -21,6 +21,7 @@ from tasks.tokens import Tokens
 BUFFER = 200  # tokens that the original keeps free for instructions, question and answer
 FAR = 0.02  # of the length: a needle that moves farther back to the end of a sentence is reported
 ESSAYS = "baber/paul_graham_essays"
+REAL = ASSETS / "needle-real" / "haystack.txt"
 
 
 class Haystack:
@@ -46,7 +47,8 @@ class Haystack:
 
 
 def read_haystack(data: str, revision: str = PINNED) -> Haystack:
-    """`data`: "prose" (what every Python carries), "hub" (essays), or a path: a text file, or a folder of .txt and .md.
+    """`data`: "prose" (what every Python carries), "real" (bundled verses), "hub" (essays), or a path: a text file,
+    or a folder of .txt and .md.
 
     Raises UserError if there is no text.
     """
@@ -55,7 +57,7 @@ def read_haystack(data: str, revision: str = PINNED) -> Haystack:
     if data == "hub":
         rows, where = hub_rows("essays", ESSAYS, None, "train", revision)
         return Haystack("\n".join(row["text"] for row in rows), where)
-    path = expand(data)
+    path = REAL if data == "real" else expand(data)
     files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md")) if path.is_dir() else [path]
     try:
         text = "\n".join(read_text(file).strip() for file in files)
@@ -63,7 +65,7 @@ def read_haystack(data: str, revision: str = PINNED) -> Haystack:
         raise UserError(f"task.data={data}: cannot be read as text in UTF-8 ({error})") from error
     if not text.strip():
         raise UserError(f"task.data={data}: no text; give a text file, or a folder with .txt or .md files")
-    return Haystack(text, data)
+    return Haystack(text, "bundled real text" if data == "real" else data)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ FOLDERS = {
     "hellaswag": "hellaswag",
 }
 BUNDLED = ASSETS / "lm_eval-mini"
+OURS = {"bundled": BUNDLED, "real": ASSETS / "fewshot-real"}  # by the name that `data` gives
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,19 @@ class Loader:
     @property
     def bundled(self) -> bool:
         """Whether tasks and items are those of this repository."""
-        return self.data == "bundled" and self.include is None
+        return self.data in OURS and self.include is None
 
     @property
     def foreign(self) -> bool:
         """Whether task files are somebody else's."""
         folder = None if self.include is None else expand(self.include)
-        return folder is not None and folder.is_dir() and folder.resolve() != BUNDLED.resolve()
+        return folder is not None and folder.is_dir() and folder.resolve() not in map(Path.resolve, OURS.values())
 
     @property
     def folder(self) -> Path | None:
         """Where the task files are that are not lm_eval's own. Raises UserError if there is nothing."""
         if self.include is None:
-            return BUNDLED if self.bundled else None
+            return OURS[self.data] if self.bundled else None
         folder = expand(self.include)
         if not folder.is_dir():
             raise UserError(f"lm_eval: task.include={self.include}: no folder at {folder.absolute()}")
@@ -116,7 +117,7 @@ class Loader:
             overrides["num_fewshot"] = self.shots
         if self.bundled or self.data not in ("hub", "bundled"):
             # lm_eval looks into its training split even where it draws nothing from it
-            rows = {"train": [], **read_rows(name, BUNDLED if self.bundled else expand(self.data))}
+            rows = {"train": [], **read_rows(name, OURS[self.data] if self.bundled else expand(self.data))}
             overrides |= {"custom_dataset": lambda **_: _data_sets(rows), "dataset_kwargs": None}
         trouble = hub_trouble() if self.data == "hub" else None
         try:

@@ -21,7 +21,7 @@ from tasks.base import Example, Task, cut_at
 from tasks.data import pins
 from tasks.data.files import check_limit
 from tasks.lm_eval.likelihoods import guessed, lengths, moved
-from tasks.lm_eval.loading import Loader
+from tasks.lm_eval.loading import OURS, Loader
 from tasks.lm_eval.requests import example_of, requests_of, stops_of
 from tasks.prompts import lm_eval_version
 from tasks.scoring import remarks
@@ -46,8 +46,8 @@ class LmEval(Task):
     """Tasks of lm_eval: choices compared by likelihood, a continuation's likelihood, or generated answers.
 
     tasks: lm_eval's names; None: all that `include` or the bundled folder have.
-    data: "bundled"; "hub": what lm_eval itself loads; or a folder with <task>.jsonl, with <task>/<split>.jsonl, or with
-        the authors' own files of piqa, copa and openbookqa.
+    data: "bundled"; "real", the bundled split of real text; "hub": what lm_eval itself loads; or a folder with
+        <task>.jsonl, with <task>/<split>.jsonl, or with the authors' own files of piqa, copa and openbookqa.
     shots: solved examples before every item; None: as many as the task says.
     include: a folder with task files of one's own, as lm_eval's include_path; "bundled" data are then what they name.
     trust_include: such files run code of their own (`!function`, Jinja); true says that they may.
@@ -80,7 +80,7 @@ class LmEval(Task):
             if value is not None and (type(value) is not int or value < least):
                 raise UserError(f"lm_eval: task.{key}={value}; give a whole number, {least} or more")
         self.data = str(self.data)
-        if self.tasks is None and self.data != "bundled" and self.include is None:
+        if self.tasks is None and self.data not in OURS and self.include is None:
             raise UserError(f"lm_eval: task.data={self.data}: which tasks? Give task.tasks, such as [piqa,copa]")
         if self._loader.foreign and not self.trust_include:
             raise UserError(
@@ -93,7 +93,8 @@ class LmEval(Task):
     @property
     def name(self) -> str:
         shots = "" if self.shots is None else f"-{self.shots}shot"
-        return f"lm_eval{'-mini' if self._loader.bundled else ''}{shots}{'-chat' if self.chat else ''}"
+        split = OURS[self.data].name if self._loader.bundled else "lm_eval"
+        return f"{split}{shots}{'-chat' if self.chat else ''}"
 
     def source(self) -> str:
         """Which tasks, which of their splits and how many items, from where."""

@@ -30,6 +30,8 @@ class Subset:
     in_e: LongBench-E has this subset as well.
     uses_input: the prompt holds the record's `input`.
     min_new_tokens, stop_at_newline: as in tasks.base.Example.
+    plain: no chat template is put around the prompt, whatever the category.
+    default: taken where no subset is asked for; where none is, all are.
     """
 
     category: str
@@ -41,11 +43,13 @@ class Subset:
     uses_input: bool = True
     min_new_tokens: int = 0
     stop_at_newline: bool = False
+    plain: bool = False
+    default: bool = False
 
     @property
     def chat(self) -> bool:
         """Few-shot and code prompts stay plain text also for chat models."""
-        return self.category not in (FEW_SHOT, CODE)
+        return not self.plain and self.category not in (FEW_SHOT, CODE)
 
 
 _SINGLE, _MULTI, _SUMMARY, _, _SYNTHETIC, _ = CATEGORIES
@@ -120,6 +124,8 @@ def read_catalog(path: Path) -> dict[str, tuple[Subset, Template]]:
                 max_new_tokens=int(entry["max_new_tokens"]),
                 first_line=bool(entry.get("first_line", False)),
                 uses_input="{input}" in entry["prompt"],
+                plain=bool(entry.get("plain", False)),
+                default=bool(entry.get("default", False)),
             )
         except KeyError as error:
             raise UserError(f"{path}: {name} has no {error.args[0]}") from error

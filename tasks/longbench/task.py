@@ -26,7 +26,10 @@ from tasks.prompts import Template, lm_eval_version, longbench_template
 from tasks.scoring import metrics
 from tasks.table import Mean, average_rows, mean_of
 
-BUNDLED = Path(__file__).parents[2] / "assets" / "longbench-mini"
+ASSETS = Path(__file__).parents[2] / "assets"
+BUNDLED = ASSETS / "longbench-mini"
+REAL = ASSETS / "longbench-real"
+ALL = "all"  # as `subset`, also where some subsets are the default
 BINS = ("0-4k", "4-8k", "8k+")
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 
@@ -35,9 +38,11 @@ LANGUAGES = {"en": "English", "zh": "Chinese"}
 class LongBench(Task):
     """Long documents: question answering, summaries, few-shot learning, synthetic tasks and code.
 
-    data: "bundled", "hub", or a path: a folder of <subset>.jsonl files, one such file, or LongBench's data.zip.
-        A folder with a subsets.yaml of its own brings its own prompts, as the bundled one does.
-    subset: names of subsets or categories; None takes all that the data have.
+    data: "bundled" (generated documents), "real" (bundled real text), "hub", or a path: a folder of <subset>.jsonl
+        files, one such file, or LongBench's data.zip.
+        A folder with a subsets.yaml of its own brings its own prompts, as the bundled ones do.
+    subset: names of subsets or categories, or "all"; None takes those that a subsets.yaml calls the default ones, else
+        all that the data have.
     limit: samples per subset, from the start of the file; None takes all.
     e: LongBench-E, whose scores come by length.
     revision: branch, tag or commit of the dataset on the hub; "pinned": the commit in hub-pins.yaml (data/pins.py).
@@ -57,23 +62,25 @@ class LongBench(Task):
         if not isinstance(self.e, bool):
             raise UserError(f"longbench: task.e={self.e}; give true or false")
         self.data = str(self.data)
-        if self.data == "bundled" and not (BUNDLED / "subsets.yaml").is_file():
-            raise UserError(f"longbench: the bundled split is missing at {BUNDLED}; restore it, or use task.data=DIR")
+        ours = self._ours
+        if ours and not (ours / "subsets.yaml").is_file():
+            raise UserError(f"longbench: the bundled split is missing at {ours}; restore it, or use task.data=DIR")
         if self._own_prompts and self.e:
             raise UserError(f"longbench: task.e=true with task.data={self.data}; LongBench-E needs its own data files")
         self._wanted = self._resolve()
 
     @property
     def name(self) -> str:
-        if self.data == "bundled":
-            return "longbench-mini"
+        if self._ours:
+            return "longbench-real" if self.data == "real" else "longbench-mini"
         if self._own_prompts:
             return "longbench-custom"
         return "longbench-e" if self.e else "longbench"
 
     def source(self) -> str:
         """Which data, from where, how much and its hash, one line."""
-        origin = {"bundled": "bundled", "hub": f"hub, revision {self._commit[:12]}"}.get(self.data, self.data)
+        origin = f"hub, revision {self._commit[:12]}" if self.data == "hub" else self.data
+        origin = "bundled" if self._ours else origin
         n = len(self.examples())
         return (
             f"{self.name} ({origin}), {len(self._files)} subset{'s'[: len(self._files) > 1]}, "
@@ -158,7 +165,12 @@ class LongBench(Task):
 
     @cached_property
     def _folder(self) -> Path | None:
-        return {"bundled": BUNDLED, "hub": None}.get(self.data, expand(self.data))
+        return None if self.data == "hub" else self._ours or expand(self.data)
+
+    @property
+    def _ours(self) -> Path | None:
+        """The folder of a bundled split; None for other data."""
+        return {"bundled": BUNDLED, "real": REAL}.get(self.data)
 
     @cached_property
     def _own(self) -> dict[str, tuple[Subset, Template]]:
@@ -177,6 +189,9 @@ class LongBench(Task):
     def _resolve(self) -> dict[str, str] | None:
         """The names asked for, each with what the user typed for it; None for all. Raises UserError for an unknown."""
         if self.subset is None:
+            first = [name for name, subset in self._catalog.items() if subset.default]
+            return dict.fromkeys(first, "") if first else None
+        if self.subset == ALL and ALL not in self._catalog:
             return None
         asked = (
             list(map(str, self.subset))

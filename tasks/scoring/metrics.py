@@ -191,6 +191,14 @@ def edit_sim(prediction: str, reference: str) -> float:
     return round(100 * SequenceMatcher(None, line, reference).ratio()) / 100
 
 
+def contains(prediction: str, reference: str) -> float:
+    """1 if the prediction holds the reference, whatever their case and white space, and not as a part of a longer word
+    or figure: "1,200" is not in "31,200" nor "1,200.5"; of a split's own, no metric of LongBench."""
+    text, wanted = (" ".join(one.lower().split()) for one in (prediction, reference))
+    before, after = r"(?<![\w.,])" if wanted[:1].isdigit() else r"(?<!\w)", r"(?!\w|[.,]\d)"
+    return float(bool(wanted) and re.search(f"{before}{re.escape(wanted)}{after}", text) is not None)
+
+
 METRICS: dict[str, Callable[..., float]] = {
     "f1": f1,
     "f1_zh": f1_zh,
@@ -200,6 +208,7 @@ METRICS: dict[str, Callable[..., float]] = {
     "count": count,
     "retrieval": retrieval,
     "edit_sim": edit_sim,
+    "contains": contains,
 }
 NEEDS_JIEBA = ("f1_zh", "rouge_l_zh")
 

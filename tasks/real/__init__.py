@@ -1,0 +1,1 @@
+"""The bundled splits of real text: what they are cut from, and how."""

@@ -5,7 +5,7 @@ import pandas as pd
 
 from analysis import stats
 from analysis.load import Results
-from analysis.paired import KEYS, WHOLE, gathered, subset_means
+from analysis.paired import KEYS, WHOLE, gathered, seed_scores, subset_means
 
 SMALLEST = 0.01  # share of the bytes: below that none counts
 
@@ -36,9 +36,11 @@ def areas(results: Results, table: pd.DataFrame, x: str = "held", low: float | N
                 continue
             parts = [one.samples.loc[ids] for one in cells]
             first = cells[0].first
-            scores = first["metric"]["scale"] * np.stack([part["score"] for part in parts], axis=1)  # [n, k]
+            scores = [first["metric"]["scale"] * seed_scores(part) for part in parts]  # each [n, seeds]
+            sides = [(str(first["method"]), own.shape[1]) for own in scores] + [("", 1)] * len(parts)
             shares = np.stack([part["share"] for part in parts], axis=1)  # [n, k]
-            both = subset_means(parts[0], np.hstack([scores, shares]), first["mean_over"]).average()  # [1 + R, 2k]
+            means = subset_means(parts[0], np.hstack([*scores, shares]), first["mean_over"])
+            both = means.over_seeds(sides).average()  # [1 + R, 2k]
             area = stats.area(both[0, len(cells) :], both[:, : len(cells)], start, higher)  # [1 + R]
             value = stats.estimate(area)
             rows.append(

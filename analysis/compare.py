@@ -20,7 +20,7 @@ from analysis.files import given_path
 from analysis.frontier import brackets, show
 from analysis.load import NothingToRead, Results, load_results
 from analysis.names import at, bits, labels
-from analysis.paired import CONTENT, PLACE, beside, by_sample, holm, subset_means
+from analysis.paired import CONTENT, beside, by_sample, holm, seed_scores, subset_means
 
 SETTINGS = ["model", "task", "protocol", "budget", "bits"]
 SAME = {"weights": "the model's weights", "dtype": "dtype", "passes": "the passes"}
@@ -28,10 +28,14 @@ SAME = {"weights": "the model's weights", "dtype": "dtype", "passes": "the passe
 
 @dataclass
 class Pair:
-    """What is the same on both sides, and the samples that both have: columns a, b, and where they belong."""
+    """What is the same on both sides, and the samples that both have: columns a, b, and where they belong.
+
+    methods: the names of both sides, by which seeds are drawn.
+    """
 
     settings: dict[str, Any]
     first: pd.Series
+    methods: tuple[str, str]
     samples: pd.DataFrame
 
 
@@ -58,16 +62,22 @@ def pair_cells(a: Results, b: Results, names: tuple[str, str] | None = None) -> 
             continue
         problems += [f"{where}: {what} differ" for column, what in SAME.items() if first[column] != second[column]]
         ours, theirs = by_sample(a, list(group["cell"])), by_sample(b, list(other["cell"]))
-        both, others = beside(
-            ours.rename(columns={"score": "a"}), theirs[["score", *CONTENT]].rename(columns={"score": "b"})
-        )
+        told = [column for column in theirs.columns if column.startswith("score") or column in CONTENT]
+        both, others = beside(_scores_as("a", ours), _scores_as("b", theirs[told]))
         if others:
             problems.append(f"{where}: {others} samples left out, their contents are not the same on both sides")
         if len(both):
-            paired.append(Pair(settings, first, both))
+            paired.append(Pair(settings, first, (str(first["method"]), str(second["method"])), both))
         else:
             problems.append(f"{where}: left out, no sample is finished on both sides")
     return paired, problems
+
+
+def _scores_as(side: str, samples: pd.DataFrame) -> pd.DataFrame:
+    """The samples with `side` for `score` in the names of columns."""
+    return samples.rename(
+        columns={name: name.replace("score", side, 1) for name in samples if name.startswith("score")}
+    )
 
 
 def _named(a: Results, b: Results) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -84,7 +94,7 @@ def comparison(paired: list[Pair]) -> pd.DataFrame:
     for pair in paired:
         for measure, both in pair.samples.groupby("measure", sort=False):
             several = pair.samples["measure"].nunique() > 1
-            rows.append(_row(pair, both[["a", "b", *PLACE]], f", {measure}" if several else ""))
+            rows.append(_row(pair, both, f", {measure}" if several else ""))
     frame = pd.DataFrame(rows)
     if len(frame):
         p = np.array(holm(list(frame.pop("p"))))
@@ -99,11 +109,13 @@ def _row(pair: Pair, both: pd.DataFrame, measure: str) -> dict[str, Any]:
     metric, over = pair.first["metric"], pair.first["mean_over"]
     scale, digits = metric["scale"], metric["digits"]
     a, b = scale * both["a"].to_numpy(), scale * both["b"].to_numpy()
-    means = subset_means(both, np.stack([a, b, b - a], axis=1), over)
-    averages = means.average()
+    seeds = [scale * seed_scores(both, side) for side in "ab"]  # each [n, seeds]
+    sides = [(method, own.shape[1]) for method, own in zip(pair.methods, seeds)]
+    means = subset_means(both, np.hstack(seeds), over).over_seeds(sides)
+    averages = means.average()  # [1 + R, 2]
     signed = subset_means(both, (b - a)[:, None], over, stats.signed).average()[:, 0]
     squares = float(((means.sample_weights() * (b - a)) ** 2).sum())
-    gain = stats.estimate(averages[:, 2])
+    gain = stats.estimate(averages[:, 1] - averages[:, 0])
     lone = stats.rests_on_one(means.sample_weights(), [str(subset) for subset in means.place])
     interval = "[-]" if lone else brackets(gain.low, gain.high, digits)
     higher = metric["better"] == "higher"

@@ -17,7 +17,7 @@ from analysis import stats
 from analysis.command import RESULTS, Command
 from analysis.frontier import show
 from analysis.load import load_results
-from analysis.paired import Cells, Compared, gathered, holm, near_chance, subset_means
+from analysis.paired import Cells, Compared, gathered, holm, near_chance, seed_scores, subset_means
 
 
 @dataclass
@@ -86,8 +86,11 @@ def _retained(cells: Sequence[Cells]) -> tuple[dict[str, np.ndarray] | None, int
     if shared.empty:
         return {}, 0
     first = cells[0].samples.loc[shared]
-    columns = [one.samples.loc[shared, "score"] for one in cells] + [first["full"], first["chance"]]
-    means = subset_means(first, np.stack(columns, axis=1), cells[0].first["mean_over"]).average()  # [1 + R, k + 2]
+    scores = [seed_scores(one.samples.loc[shared]) for one in cells]
+    sides = [(str(one.first["method"]), own.shape[1]) for one, own in zip(cells, scores)]
+    columns = np.hstack([*scores, first[["full", "chance"]].to_numpy()])
+    by_seed = subset_means(first, columns, cells[0].first["mean_over"])
+    means = by_seed.over_seeds([*sides, ("full", 1), ("", 1)]).average()  # [1 + R, k + 2]
     full, chance = means[:, -2], means[0, -1]
     metric = cells[0].first["metric"]
     if near_chance(stats.estimate(metric["scale"] * full), metric["scale"] * chance, metric):

@@ -1,7 +1,7 @@
 """Cells beside the full cache on the same samples: gathered task by task, and the means of their subsets."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ ENOUGH = 0.9  # of the full cache's samples; with fewer a point is on no front a
 OWN = {"code", "artefacts", "weights", "files"}
 COLUMNS = ["score", "bytes", "above"]
 PLACE = ["subset", "category", "measure", "weight", "chance", "control"]
+OF_SEED = " of seed "  # in the name of a column, behind what it is of
 CONTENT = ["key", "end"]  # what tells two samples of one id apart; empty where a record does not say
 
 
@@ -27,7 +28,7 @@ class Cells:
     """The cells of one curve at one point, one per seed, beside the full cache's.
 
     first: a row of `Results.cells`, with `label` and `bits`.  names, full: of the cells.
-    samples: by id, those that all have: score, share, bytes, full (its score), and where they belong.
+    samples: by id, those that all have: score, by seed too, share, bytes, full (its score), and where they belong.
     wanted: samples that the full cache has.
     """
 
@@ -138,17 +139,25 @@ def _differs(cell: pd.Series, full: pd.Series) -> str:
 def by_sample(results: Results, cells: Sequence[str], columns: Sequence[str] = ("score",)) -> pd.DataFrame:
     """Columns of the finished samples of cells that differ in their seed only, averaged over the seeds; by id.
 
-    Only samples that all of the cells have; with what tells where they belong.
+    Only samples that all of the cells have; with what tells where they belong, and the score by seed (`seed_scores`).
     """
     told = [*PLACE, *CONTENT]
-    tables = [results.by_cell[cell][[*columns, *told]] for cell in cells if cell in results.by_cell]
+    by_seed = sorted(cells, key=lambda cell: results.cells.at[cell, "seed"])
+    tables = [results.by_cell[cell][[*columns, *told]] for cell in by_seed if cell in results.by_cell]
     if len(tables) < len(cells):
         return results.finished.set_index("id")[[*columns, *told]].iloc[:0]
     if len(tables) == 1:
         return tables[0]
     grouped = pd.concat(tables).groupby(level=0, sort=True)
     table = grouped[list(columns)].mean().join(grouped[told].first())
+    table = table.assign(**{f"score{OF_SEED}{i}": one["score"] for i, one in enumerate(tables)})
     return table[(grouped.size() == len(cells)) & (grouped["key"].nunique() == 1)]
+
+
+def seed_scores(samples: pd.DataFrame, name: str = "score") -> np.ndarray:
+    """The scores of samples by seed, [n, seeds], seeds in order; one column where there is one seed."""
+    columns = [column for column in samples.columns if str(column).startswith(name + OF_SEED)]
+    return samples[columns or [name]].to_numpy()
 
 
 @dataclass
@@ -182,6 +191,18 @@ class Means:
     def sample_weights(self, category: str = WHOLE) -> np.ndarray:
         """What each sample counts in that average, [n]; they add up to 1."""
         return self.weights(category)[self.place] * self.inside
+
+    def over_seeds(self, sides: Sequence[tuple[str, int]]) -> "Means":
+        """The same of means over seeds, [1 + resamples, subsets, sides]: seeds are drawn again as samples are.
+
+        sides: of each its method's name, by which seeds are drawn, and how many of the columns are its seeds.
+        """
+        merged, at = [], 0
+        for method, seeds in sides:
+            weights = stats.seed_weights(seeds, method, len(self.values) - 1)
+            merged.append(np.einsum("rsk,rk->rs", self.values[..., at : at + seeds], weights))
+            at += seeds
+        return replace(self, values=np.stack(merged, axis=-1))
 
     def average(self, category: str = WHOLE) -> np.ndarray:
         """[1 + resamples, k]."""

@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis import stats
 from analysis.load import Results
-from analysis.paired import KEYS, WHOLE, Cells, alike, gathered, holm, near_chance, subset_means
+from analysis.paired import KEYS, WHOLE, Cells, alike, gathered, holm, near_chance, seed_scores, subset_means
 
 #: what the horizontal axis shows, as shares of the full cache's bytes: held when the prompt has ended, read by the last
 #: decode step, held at the fullest moment
@@ -87,7 +87,10 @@ def _rows(key: dict[str, str], cells: Sequence[Cells], resamples: int) -> Iterat
     full = samples["full"].to_numpy()[:, None]  # [n, 1]
     gaps, k = scale * (scores - full), len(cells)
     over = first.first["mean_over"]
-    means = subset_means(samples, np.hstack([scale * scores, gaps, scale * full]), over, resamples=resamples)
+    seeds = [scale * seed_scores(one.samples) for one in cells]  # each [n, seeds]
+    sides = [(str(one.first["method"]), own.shape[1]) for one, own in zip(cells, seeds)]
+    columns = np.hstack([*seeds, *(own - scale * full for own in seeds), scale * full])
+    means = subset_means(samples, columns, over, resamples=resamples).over_seeds([*sides, *sides, ("full", 1)])
     signed = subset_means(samples, gaps, over, stats.signed, resamples)
     shares, sizes, above = (
         np.stack([one.samples[name] for one in cells], axis=1) for name in ("share", "bytes", "above")

@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from analysis import compare, leaderboard
+from analysis.area import areas
 from analysis.files import write_csv
 from analysis.load import load_results
+from analysis.paired import gathered
 from analysis.points import points
 from runners.cells import Run
 from runners.engine.rows import about
@@ -179,3 +182,31 @@ def test_the_order_of_samples_and_rows_beside_it_leave_an_interval_alone():
     found = {(one.row.kind, one.row.name): one.interval for one in compare_scores(task, samples, 500, 0)}
     turned = [samples[i] for i in draw.permutation(len(samples))]
     assert {(one.row.kind, one.row.name): one.interval for one in compare_scores(task, turned, 500, 0)} == found
+
+
+def test_seeds_are_drawn_again_as_samples_are_in_every_table(book, capsys):
+    """Every sample scores the same by one seed, so that all there is to know of a mean is how seeds differ."""
+    book.cell(scores=[1.0] * 8)
+    book.cell("snapkv", [1.0] * 8, 0.5)
+    for seed, score in ((2, 1.0), (0, 0.0), (1, 0.5)):
+        book.cell("nacl", [score] * 8, 0.5, seed=seed)
+    results = load_results(book.root)
+    table = points(results)
+    p = table.set_index("label").loc["nacl"]
+    assert (p["score"], p["score_low"], p["score_high"], p["seeds"]) == (50.0, 0.0, 100.0, 3)
+    assert (p["difference"], p["difference_low"], p["difference_high"]) == (-50.0, -100.0, 0.0) and p["tie"]
+    assert (p["retained_low"], p["retained_high"]) == (0.0, 1.0)
+    area = areas(results, table).set_index("method").loc["nacl"]
+    assert area["area_low"] < 0.1 * area["area"] and area["area_high"] > 1.9 * area["area"]
+    ranks = leaderboard.ranking(list(gathered(results)), "tiny", "aware", 0.5).rows.set_index("method")
+    assert ranks.loc["nacl", "95 % interval"] == "0.0% to 100.0%" and ranks.loc["nacl", "rank"] == 1
+    assert ranks.loc["snapkv", "95 % interval"] == "100.0% to 100.0%"
+    assert compare.main(["snapkv", "nacl", "--results", str(book.root), "--markdown"]) == 0
+    assert "| 100.00 | 50.00 | -50.00 [-100.00, +0.00] |" in capsys.readouterr().out
+
+
+def test_the_seeds_of_one_method_are_drawn_alike_at_every_budget_and_in_both_folders(book, tmp_path, capsys):
+    for seed, score in ((0, 0.0), (1, 1.0), (2, 0.5)):
+        book.cell("nacl", [score] * 8, 0.5, seed=seed)
+    assert compare.main([str(book.root), str(book.root), "--markdown"]) == 0
+    assert "+0.00 [+0.00, +0.00]" in capsys.readouterr().out

@@ -114,7 +114,6 @@ def _row(pair: Pair, both: pd.DataFrame, measure: str) -> dict[str, Any]:
     means = subset_means(both, np.hstack(seeds), over).over_seeds(sides)
     averages = means.average()  # [1 + R, 2]
     signed = subset_means(both, (b - a)[:, None], over, stats.signed).average()[:, 0]
-    squares = float(((means.sample_weights() * (b - a)) ** 2).sum())
     gain = stats.estimate(averages[:, 1] - averages[:, 0])
     lone = stats.rests_on_one(means.sample_weights(), [str(subset) for subset in means.place])
     interval = "[-]" if lone else brackets(gain.low, gain.high, digits)
@@ -128,7 +127,7 @@ def _row(pair: Pair, both: pd.DataFrame, measure: str) -> dict[str, Any]:
         "B": f"{averages[0, 1]:.{digits}f}",
         "B - A": f"{gain.value:+.{digits}f} {interval}",
         "lost/won": f"{lost}/{won}" if higher else "",
-        "p": stats.p_value(signed, squares),
+        "p": stats.p_value(signed, means.sample_weights() * (b - a)),
         "verdict": "tie" if lone or gain.is_tie else "B is better" if (gain.value > 0) == higher else "A is better",
     }
 

@@ -99,7 +99,7 @@ def _rows(key: dict[str, str], cells: Sequence[Cells], resamples: int) -> Iterat
     for category in [*([WHOLE] if means.counts.any() else []), *(names if len(names) > 1 else [])]:
         chosen = means.chosen(category)
         weights, here = means.sample_weights(category), chosen[means.place]  # [n]
-        averages = means.average(category)
+        averages = stats.exact(means.average(category))
         of_signs = signed.average(category)
         chance = float(scale * weights @ samples["chance"].to_numpy())
         low, high = stats.interval(averages[1:])  # [2k + 1]
@@ -146,7 +146,7 @@ def _rows(key: dict[str, str], cells: Sequence[Cells], resamples: int) -> Iterat
                 "retained_low": kept.low if kept and not lone else np.nan,
                 "retained_high": kept.high if kept and not lone else np.nan,
                 **dict(zip(("lost", "won", "p_flips"), flips)),
-                "p": stats.p_value(of_signs[:, i], float(((weights * gaps[:, i]) ** 2).sum())),
+                "p": stats.p_value(of_signs[:, i], weights * gaps[:, i]),
                 "worst": means.subsets[chosen][worst],
                 "worst_difference": float(by_subset[worst]),
                 "near_chance": guessed,

@@ -17,6 +17,7 @@ LEVEL = 0.95
 SURE = 0.05  # p below which a difference is more than noise
 RIGHT = 0.5  # a sample's score from which on it counts as solved, for flips
 ROOM = 2**22  # numbers that are drawn at once
+FEW = 12  # paired differences of which all signs are tried
 EXACT = 10  # decimals of a mean that the order of its sum leaves alone
 
 
@@ -174,17 +175,22 @@ def flips(ours: np.ndarray, full: np.ndarray) -> tuple[int, int, float]:
     return lost, won, min(1.0, 2 * tail / 2 ** (lost + won))
 
 
-def p_value(signed: np.ndarray, squares: float) -> float:
+def p_value(signed: np.ndarray, parts: np.ndarray) -> float:
     """Two-sided p of "no difference", from [1 + R]: the difference, then with random signs.
 
-    How often random signs of the paired differences give as large a sum. squares: of the differences' parts in the sum.
-    Hoeffding's bound, 2 exp(-d^2 / 2 squares), takes over where it is smaller than the few signs drawn can say.
+    How often random signs of the paired differences give as large a sum. parts [n]: the differences' parts in the sum;
+    of a few all signs are tried. Hoeffding's bound, 2 exp(-d^2 / 2 sum(parts^2)), takes over where it is smaller than
+    the signs drawn can say.
     """
-    if squares == 0:
+    parts = parts[parts != 0]
+    if not len(parts):
         return 1.0
+    if len(parts) <= FEW:
+        signs = 1 - 2 * (np.arange(2 ** len(parts))[:, None] >> np.arange(len(parts)) & 1)  # [2**n, n]
+        return float((np.abs(signs @ parts) >= abs(parts.sum()) - 1e-12).mean())
     at_least = np.abs(signed[1:]) >= abs(signed[0]) - 1e-12
     drawn = (1 + int(at_least.sum())) / len(signed)
-    return float(min(1.0, drawn, 2 * np.exp(-(signed[0] ** 2) / (2 * squares))))
+    return float(min(1.0, drawn, 2 * np.exp(-(signed[0] ** 2) / (2 * (parts**2).sum()))))
 
 
 def area(share: np.ndarray, score: np.ndarray, low: float, higher: bool = True) -> np.ndarray:

@@ -89,8 +89,7 @@ def test_the_p_of_flips_is_scipys(lost, won):
 
 def p_of(differences, resamples=20_000):
     d = column(differences)
-    squares = float(((d / len(d)) ** 2).sum())
-    return stats.p_value(stats.signed(d, ONE(len(d)), ids(len(d)), "a", resamples)[:, 0], squares)
+    return stats.p_value(stats.signed(d, ONE(len(d)), ids(len(d)), "a", resamples)[:, 0], d[:, 0] / len(d))
 
 
 def test_the_sign_test_is_the_exact_one_for_few_samples():
@@ -152,6 +151,15 @@ def test_a_little_more_share_does_not_save_a_point_that_another_beats():
     assert stats.pareto(share, score).tolist() == [True, True, True]
     assert stats.pareto(share, score, slack=0.02).tolist() == [False, True, True]
     assert stats.pareto(np.array([0.1, 0.1005]), np.array([50.0, 50.0]), slack=0.02).tolist() == [True, False]
+
+
+def test_of_a_few_samples_all_signs_are_tried_so_that_twelve_alike_stay_clear_of_many_comparisons():
+    for n in (1, 2, 5, stats.FEW):
+        assert p_of(np.arange(1.0, n + 1), resamples=10) == 2 / 2**n
+    d = np.array([0.3, -0.1, 0.7, 0.2, 0.0, 0.0])  # what does not differ says nothing
+    signs = np.array([[1 - 2 * (i >> j & 1) for j in range(4)] for i in range(16)])
+    assert p_of(d, resamples=10) == np.mean(np.abs(signs @ d[:4]) >= d.sum() - 1e-12)
+    assert 41 * p_of([1.0] * stats.FEW) < stats.SURE
 
 
 def test_no_p_value_is_printed_as_nothing():

@@ -22,7 +22,6 @@ from omegaconf import OmegaConf
 import run
 from runners import evaluate, model_setup, sweep
 from runners.engine import answer
-from runners.engine import loading as load
 from runners.records import provenance as revision
 from runners.records import record
 
@@ -649,7 +648,7 @@ def test_a_run_leaves_nothing_but_its_results_behind(command, tmp_path, monkeypa
 
 def test_an_unreachable_hub_is_said_within_seconds(command, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(load, "unreachable", lambda url: "no answer within 5 s")
+    monkeypatch.setattr("runners.engine.sources.hub.unreachable", lambda url: "no answer within 5 s")
     began = time.monotonic()
     code, _, err = command("model.path=someone/some-model")
     assert code == 2 and time.monotonic() - began < 5

@@ -154,7 +154,7 @@ def test_texts_of_unequal_length_weigh_by_their_tokens(book):
     book.cell("nacl", [2.0, 3.0], 0.5, metric=metric, rows=tokens)
     table = points(load_results(book.root)).set_index("label")
     assert table.loc["nacl", "score"] == pytest.approx(2.75)
-    assert table.loc["nacl", "difference"] == pytest.approx(-0.75)
+    assert table.loc["nacl", "difference"] == pytest.approx(0.75)
 
 
 def test_different_measures_are_not_averaged_but_have_a_task_each(book):

@@ -41,7 +41,7 @@ def test_losses_have_two_decimals_and_the_interval_stands_below(book):
     book.cell(scores=[10.0] * 8, task="text-mini", metric=LOSS)
     book.cell("nacl", [12.3456] * 8, 0.5, task="text-mini", metric=LOSS)
     text = latex.tables(points(load_results(book.root)))
-    assert r" & 12.35 \\" in text and r"{\scriptsize ($-$2.3, $-$2.3)}" in text
+    assert r" & 12.35 \\" in text and r"{\scriptsize (+2.3, +2.3)}" in text
 
 
 def many(book):

@@ -15,13 +15,13 @@ from tests.tiny import tiny_model
 
 
 class Coarse(Store):
-    """Settles to multiples of a step that is the wider the fewer the bits."""
+    """Packs to multiples of a step that is the wider the fewer the bits."""
 
     def __init__(self, key_bits: int, value_bits: int, capacity: int | None = None, unit: float = 1.0):
         super().__init__(capacity)
         self.steps = [unit * 2.0**-bits if bits < 16 else 0.0 for bits in (key_bits, value_bits)]
 
-    def end_step(self, step: Step) -> None:
+    def pack(self, step: Step) -> None:
         for name, width in zip("kv", self.steps):
             if width:
                 self.buffers[name] = (self.buffers[name] / width).round() * width

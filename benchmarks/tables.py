@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, help="folder of the records (default: outputs/NAME)")
     parser.add_argument("--only", metavar="WORD", help="run the sweeps that have this word, and stop there")
     parser.add_argument("overrides", nargs="*", help="for run.py, such as task.limit=5")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()  # overrides may stand behind options
     results = given.results or HOME / "outputs" / given.name  # not below results/, whose analysis would read them too
     refused = 0
     for sweep in sweeps(given.name):

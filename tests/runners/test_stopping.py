@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # a process that works until it is stopped, and says so as run.py does
 WORK = """
-import sys, time
+import signal, sys, time
 from runners import stopping
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a shell runs behind it are started to ignore it
 stopping.listen()
 try:
     print("ready", flush=True)

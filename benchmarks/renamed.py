@@ -54,10 +54,12 @@ def earlier(commit: str) -> list[str]:
 
 
 def samples(results: Path) -> pd.DataFrame:
-    """Every sample of some records, known by what was asked."""
+    """Every sample of some records, known by what was asked; of several cells that answer the same, one."""
     read = load_results(results)
-    table = read.samples.merge(read.cells[["cell", *CELL]], on="cell", validate="many_to_one")
-    return table.set_index([*CELL, *SAMPLE], verify_integrity=True)[SAME].round(5).sort_index()
+    cells = read.cells[["cell", *CELL]].reset_index(drop=True)
+    table = read.samples.merge(cells, on="cell", validate="many_to_one")
+    table = table.drop_duplicates([*CELL, *SAMPLE]).set_index([*CELL, *SAMPLE])
+    return table[SAME].round(5).sort_index()
 
 
 def differing(name: str, results: Path, limit: int) -> tuple[int, pd.DataFrame]:
@@ -65,9 +67,10 @@ def differing(name: str, results: Path, limit: int) -> tuple[int, pd.DataFrame]:
     run = [sys.executable, "benchmarks/tables.py", name, f"--results={results}", "--only=experiment"]
     subprocess.run([*run, f"task.limit={limit}"], cwd=HOME, check=False)
     new, old = samples(results), samples(HOME / "benchmarks" / "results" / f"{name}.parquet")
-    both = new.join(old, how="inner", rsuffix="_committed")
-    differ = [both[f"{column}_committed"].compare(both[column]).index for column in SAME]
-    return len(both), both.loc[differ[0].append(differ[1:]).unique()]
+    both = new.join(old.add_suffix("_committed"), how="inner")
+    committed = both[[f"{column}_committed" for column in SAME]].set_axis(SAME, axis="columns")
+    same = both[SAME].eq(committed) | (both[SAME].isna() & committed.isna())
+    return len(both), both[~same.all(axis="columns")]
 
 
 def main() -> int:

@@ -14,7 +14,8 @@ def areas(results: Results, table: pd.DataFrame, x: str = "held", low: float | N
     """Per curve, the mean best score over shares from `low` (the smallest one measured on the task) to 1.
 
     table: the points of the same results along `x`. In the metric's unit, with the interval of a bootstrap over the
-    samples that all cells of the curve have; shares are taken as measured. Simulated savings, points of few
+    samples that all cells of the curve have (none, NaN, where it would rest on a subset's single sample); shares are
+    taken as measured. Simulated savings, points of few
     samples, the full cache itself and tasks near chance have none.
     """
     counted = (table["category"] == WHOLE) & (table["method"] != "full")
@@ -42,7 +43,7 @@ def areas(results: Results, table: pd.DataFrame, x: str = "held", low: float | N
             means = subset_means(parts[0], np.hstack([*scores, shares]), first["mean_over"])
             both = means.over_seeds(sides).average()  # [1 + R, 2k]
             area = stats.area(both[0, len(cells) :], both[:, : len(cells)], start, higher)  # [1 + R]
-            value = stats.estimate(area)
+            value, lone = stats.estimate(area), means.rests_on_one()
             rows.append(
                 {
                     **task.key,
@@ -52,8 +53,8 @@ def areas(results: Results, table: pd.DataFrame, x: str = "held", low: float | N
                     "points": len(cells),
                     "n": len(ids),
                     "area": value.value,
-                    "area_low": value.low,
-                    "area_high": value.high,
+                    "area_low": np.nan if lone else value.low,
+                    "area_high": np.nan if lone else value.high,
                     "unit": group["unit"].iloc[0],
                     "digits": group["digits"].iloc[0],
                 }

@@ -147,6 +147,11 @@ def _difference(p: pd.Series) -> str:
     return text + " tie" if p["tie"] else text
 
 
+def _area_interval(p: pd.Series) -> str:
+    digits = p["digits"]
+    return "-" if pd.isna(p["area_low"]) else f"{p['area_low']:.{digits}f} to {p['area_high']:.{digits}f}"
+
+
 def brackets(low: float, high: float, digits: int) -> str:
     """A difference's interval, signs shown; [-] where there is none, as of a single sample."""
     return "[-]" if pd.isna(low) else f"[{low:+.{digits}f}, {high:+.{digits}f}]"
@@ -186,9 +191,7 @@ def page(table: pd.DataFrame, under: pd.DataFrame) -> str:
             **{
                 "from": [f"{share:.1%}" for share in under["from"]],
                 "area": [f"{p['area']:.{p['digits']}f}" for _, p in under.iterrows()],
-                "95 % interval": [
-                    f"{p['area_low']:.{p['digits']}f} to {p['area_high']:.{p['digits']}f}" for _, p in under.iterrows()
-                ],
+                "95 % interval": [_area_interval(p) for _, p in under.iterrows()],
             }
         )
         shown = shown.sort_values(["model", "task", "protocol"], kind="stable")

@@ -35,14 +35,16 @@ class Ranking:
 def ranking(tasks: Sequence[Compared], model: str, protocol: str, budget: float) -> Ranking:
     """The methods at one budget; where none has every task, those that have the same ones as the one with most."""
     kept: dict[str, dict[str, np.ndarray]] = {}
-    apart, samples = [], dict[str, int]()
+    apart, samples, lone = [], dict[str, int](), set[str]()
     for task in tasks:
         if (task.key["model"], task.key["protocol"]) != (model, protocol):
             continue
         at = [one for one in task.cells if one.first["budget"] == budget and one.first["method"] != "full"]
         if not at or at[0].first["metric"]["better"] != "higher":
             continue
-        shares, samples[task.key["task"]] = _retained(at)
+        shares, samples[task.key["task"]], rests_on_one = _retained(at)
+        if rests_on_one:
+            lone.add(task.key["task"])
         if shares is None:
             apart.append(task.key["task"])
         for name, share in (shares or {}).items():
@@ -59,7 +61,8 @@ def ranking(tasks: Sequence[Compared], model: str, protocol: str, budget: float)
         name: sorted(wanted - retained.keys()) for name, retained in kept.items() if not wanted <= retained.keys()
     }
     order = sorted(complete, key=lambda name: -complete[name][0])
-    behind = _behind([complete[name] for name in order])
+    unsure = bool(wanted & lone)  # nothing is known of how a lone sample's score varies
+    behind = [False] * len(order) if unsure else _behind([complete[name] for name in order])
     rows = []
     for i, name in enumerate(order):
         low, high = stats.interval(complete[name][1:])
@@ -69,7 +72,7 @@ def ranking(tasks: Sequence[Compared], model: str, protocol: str, budget: float)
                 "rank": i + 1 if behind[i] else 1,
                 "method": name,
                 "retained": f"{complete[name][0]:.1%}",
-                "95 % interval": f"{low:.1%} to {high:.1%}",
+                "95 % interval": "-" if unsure else f"{low:.1%} to {high:.1%}",
                 "worst task": f"{worst} {kept[name][worst][0]:.1%}",
                 "tasks": len(wanted),
                 "n": sum(samples[task] for task in wanted),
@@ -78,13 +81,16 @@ def ranking(tasks: Sequence[Compared], model: str, protocol: str, budget: float)
     return Ranking(pd.DataFrame(rows), apart, lacking)
 
 
-def _retained(cells: Sequence[Cells]) -> tuple[dict[str, np.ndarray] | None, int]:
-    """By method, the share of the full cache's score on the samples that all have, [1 + R]; None near chance."""
+def _retained(cells: Sequence[Cells]) -> tuple[dict[str, np.ndarray] | None, int, bool]:
+    """By method, the share of the full cache's score on the samples that all have, [1 + R]; None near chance.
+
+    Beside it how many samples these are, and whether a subset has a single one.
+    """
     shared = cells[0].samples.index
     for one in cells[1:]:
         shared = shared.intersection(one.samples.index)
     if shared.empty:
-        return {}, 0
+        return {}, 0, False
     first = cells[0].samples.loc[shared]
     scores = [seed_scores(one.samples.loc[shared]) for one in cells]
     sides = [(str(one.first["method"]), own.shape[1]) for one, own in zip(cells, scores)]
@@ -94,10 +100,10 @@ def _retained(cells: Sequence[Cells]) -> tuple[dict[str, np.ndarray] | None, int
     full, chance = means[:, -2], means[0, -1]
     metric = cells[0].first["metric"]
     if near_chance(stats.estimate(metric["scale"] * full), metric["scale"] * chance, metric):
-        return None, 0
+        return None, 0, False
     whole = np.maximum(full, 1e-9)
     names = [" ".join(filter(None, (one.first["label"], one.first["bits"]))) for one in cells]
-    return {name: means[:, i] / whole for i, name in enumerate(names)}, len(shared)
+    return {name: means[:, i] / whole for i, name in enumerate(names)}, len(shared), by_seed.rests_on_one()
 
 
 def _behind(shares: Sequence[np.ndarray]) -> list[bool]:

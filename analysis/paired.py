@@ -192,6 +192,10 @@ class Means:
         """What each sample counts in that average, [n]; they add up to 1."""
         return self.weights(category)[self.place] * self.inside
 
+    def rests_on_one(self, category: str = WHOLE) -> bool:
+        """Whether a subset of that average has a single sample, so that the average has no interval."""
+        return stats.rests_on_one(self.sample_weights(category), [str(subset) for subset in self.place])
+
     def over_seeds(self, sides: Sequence[tuple[str, int]]) -> "Means":
         """The same of means over seeds, [1 + resamples, subsets, sides]: seeds are drawn again as samples are.
 

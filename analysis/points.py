@@ -105,7 +105,7 @@ def _rows(key: dict[str, str], cells: Sequence[Cells], resamples: int) -> Iterat
         low, high = stats.interval(averages[1:])  # [2k + 1]
         whole = stats.Estimate(averages[0, -1], low[-1], high[-1])
         guessed = near_chance(whole, chance, metric)
-        lone = stats.rests_on_one(weights, [str(subset) for subset in means.place])
+        lone = means.rests_on_one(category)
         for i, one in enumerate(cells):
             gap = stats.Estimate(averages[0, k + i], low[k + i], high[k + i])
             kept = stats.retained(averages[:, i], averages[:, -1]) if sign > 0 else None

@@ -78,6 +78,9 @@ def test_a_single_sample_has_no_interval_as_on_screen(book):
     assert p[ends].isna().all() and p["difference"] == -100.0 and p["tie"]
     (line,) = [row for _, row in frontier.summary(table).iterrows() if row["method"] == "nacl"]
     assert line["difference"] == "-100.00 [-] tie"
+    under = areas(load_results(book.root), table)
+    assert under[["area_low", "area_high"]].isna().all(axis=None) and under["area"].tolist() == [0.0]
+    assert "| 0.00 | - |" in frontier.page(table, under)
 
 
 def test_a_task_that_the_full_cache_cannot_do_is_listed_apart(book):

@@ -35,6 +35,15 @@ def test_a_method_that_lacks_a_task_is_not_ranked_and_is_named(book, capsys):
     assert "not ranked: h2o, which has no two-mini" in capsys.readouterr().out
 
 
+def test_a_single_sample_ranks_nobody_and_has_no_interval(book):
+    book.cell(scores=[1.0])
+    book.cell("nacl", [1.0], 0.5)
+    book.cell("random", [0.0], 0.5)
+    (task,) = gathered(load_results(book.root))
+    ranks = leaderboard.ranking([task], "tiny", "aware", 0.5).rows.set_index("method")
+    assert ranks["rank"].to_dict() == {"nacl": 1, "random": 1} and set(ranks["95 % interval"]) == {"-"}
+
+
 def test_methods_on_different_tasks_are_not_ranked_together_and_n_counts_no_task_that_none_has(book):
     for task in ("one-mini", "two-mini", "zoo-mini"):
         book.cell(scores=[1.0] * 20, task=task)

@@ -1,6 +1,8 @@
 """lm_eval's requests of a task's items, and the samples that they are here."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from os.path import commonprefix
 from typing import Any
 
@@ -9,6 +11,19 @@ from tasks.base import Choice, Example
 
 MOST_NEW = 256  # what lm_eval's model of the Hugging Face library takes where a task names nothing
 MOST_NEW_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first counts there
+
+
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """While it lasts, lm_eval compiles each of its templates once, where it would for every item and choice."""
+    from lm_eval.utils import env
+
+    compile_one = env.from_string
+    env.from_string = cache(compile_one)
+    try:
+        yield
+    finally:
+        env.from_string = compile_one
 
 
 def requests_of(name: str, task: Any, data: str, limit: int | None, chat: bool) -> Iterator[tuple[str, list[Any]]]:

@@ -22,7 +22,7 @@ from tasks.data import pins
 from tasks.data.files import check_limit
 from tasks.lm_eval.likelihoods import guessed, lengths, moved
 from tasks.lm_eval.loading import OURS, Loader
-from tasks.lm_eval.requests import example_of, requests_of, stops_of
+from tasks.lm_eval.requests import compiled_once, example_of, requests_of, stops_of
 from tasks.prompts import lm_eval_version
 from tasks.scoring import remarks
 from tasks.table import Mean, mean_by_category
@@ -189,18 +189,20 @@ class LmEval(Task):
     @cached_property
     def _requests(self) -> dict[str, list[Any]]:
         """lm_eval's requests of every sample."""
-        return {
-            id: requests
-            for name, task in self._loaded.items()
-            for id, requests in requests_of(name, task, self.data, self.limit, self.chat)
-        }
+        with compiled_once():
+            return {
+                id: requests
+                for name, task in self._loaded.items()
+                for id, requests in requests_of(name, task, self.data, self.limit, self.chat)
+            }
 
     @cached_property
     def _examples(self) -> list[Example]:
         examples = []
-        for id, requests in self._requests.items():
-            name = id.rpartition("/")[0]
-            examples.append(example_of(id, name, self._loaded[name], requests, self.chat, self.stride))
+        with compiled_once():
+            for id, requests in self._requests.items():
+                name = id.rpartition("/")[0]
+                examples.append(example_of(id, name, self._loaded[name], requests, self.chat, self.stride))
         return examples
 
     def _results(self, example: Example, responses: list[Any]) -> dict[str, Any]:

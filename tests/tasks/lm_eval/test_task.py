@@ -205,6 +205,15 @@ def test_a_split_under_another_name_is_told_the_files_name(tmp_path):
     assert len(LmEval("winogrande", str(tmp_path), shots=0).examples()) == 1
 
 
+def test_a_template_is_compiled_once_and_not_for_every_item(monkeypatch):
+    from lm_eval.utils import env
+
+    compiled, compile_one = [], env.from_string
+    monkeypatch.setattr(env, "from_string", lambda text: (compiled.append(text), compile_one(text))[1])
+    examples = LmEval(limit=6).examples()
+    assert len(examples) > 6 and len(compiled) == len(set(compiled))
+
+
 @pytest.mark.shared
 def test_the_published_items_are_read(shared_data):
     task = LmEval(["piqa", "copa", "openbookqa"], str(shared_data / "multiple-choice"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -192,9 +192,10 @@ class Run(ModelSetup):
         """Whether the records have all there is to compute."""
         return self.only_shows or all(len(self.finished(cell)) == len(self.examples) for cell in self.cells)
 
-    def complete(self, cell: Cell) -> None:
+    def complete(self, cell: Cell, left: Collection[str] = ()) -> None:
         """Compute what the cell's record lacks. Raises BudgetMiss at the first sample that holds too much.
 
+        left: ids of samples that are computed elsewhere afterwards.
         With resume=old nothing is computed. Raises UserError then if there is no record.
         """
         if self.only_shows:
@@ -210,8 +211,8 @@ class Run(ModelSetup):
 
         with cell.record.lock(say_waiting):
             done = self.finished(cell)
-            todo = [example for example in self.examples if example.id not in done]
-            if not todo:
+            todo = [example for example in self.examples if example.id not in done and example.id not in left]
+            if not todo and not left:
                 return
             cell.record.check_conditions(cell.conditions, force=self.cfg.resume == "force")
             say_what_changed([cell])
@@ -227,7 +228,7 @@ class Run(ModelSetup):
                 if good and not self.timed:  # which warms up by itself, and needs no tokenizer
                     self._warm_up(cell.method)
                 with show.Bar(cell.name, len(good)) as bar:
-                    for batch in _batches(good, self.cfg.batch_size):
+                    for batch in in_batches(good, self.cfg.batch_size):
                         answer.answer(self.setting, cell.method, batch, writer.append)
                         bar.advance(len(batch))
 
@@ -331,6 +332,7 @@ class Run(ModelSetup):
         }
 
 
-def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+def in_batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    """The examples in their order, so many at a time; the last batch may be smaller."""
     for at in range(0, len(examples), size):
         yield examples[at : at + size]

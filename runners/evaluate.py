@@ -15,6 +15,7 @@ from analysis import screen
 from analysis.records import above
 from methods.core.errors import BudgetMiss, UserError
 from methods.core.typed import Count
+from runners import pair
 from runners.base import Runner
 from runners.cells import Run
 from runners.records.record import check_writable
@@ -37,7 +38,8 @@ SHOWN_FAILURES = 3
 class Evaluate(Runner):
     """The runner behind `python run.py`: one cell and, for comparison, the full cache on the same samples.
 
-    In a sweep all cells that differ in their method only, each prompt read once for all of them.
+    Where it can be, each prompt is read once for both, but for a few samples whose speeds are shown. In a sweep it is
+    read once for all cells that differ in their method only.
     resamples: bootstrap resamples behind the intervals.
     """
 
@@ -98,12 +100,11 @@ class Evaluate(Runner):
         return code
 
     def _cells(self, run: Run) -> int:
-        for cell in run.cells:
-            try:
-                run.complete(cell)
-            except BudgetMiss as miss:
-                show.note(f"failed: budget={run.cfg.budget} is missed and budget_miss=fail: {miss}")
-                return 1
+        try:
+            pair.complete(run)
+        except BudgetMiss as miss:
+            show.note(f"failed: budget={run.cfg.budget} is missed and budget_miss=fail: {miss}")
+            return 1
         return self._report(run)
 
     def _report(self, run: Run) -> int:
@@ -180,7 +181,8 @@ class Evaluate(Runner):
 def cost_rows(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[str, str, str]]:
     """Bytes and speeds of samples (the method's row, the full cache's row): (what, the method's, the full cache's).
 
-    Bytes are means per sample, with their share of what a full cache of the same tokens takes; speeds are medians.
+    Bytes are means per sample, with their share of what a full cache of the same tokens takes; speeds are medians of
+    the samples that ran alone, whose number is said where there are others.
     """
     ours, full = _costs([row for row, _ in pairs]), _costs([row for _, row in pairs])
     return [(what, ours[what], full.get(what, "-")) for what in ours]
@@ -204,7 +206,8 @@ def _costs(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     # a group's times are not those of any of its members
     times = [row["timings"] for row in rows if "group" not in row]
     reads = [time["n_prompt"] / time["prompt"] for time in times if time["prompt"]]
-    costs["prefill, tokens/s"] = f"{median(reads):,.0f}" if reads else "-"
     steps = [1000 * time["decode"] / time["steps"] for time in times if time["steps"]]
-    costs["decode, ms/token"] = f"{median(steps):.2f}" if steps else "-"
+    of = "" if len(times) == len(rows) else f" (n={len(times)})"
+    costs["prefill, tokens/s"] = f"{median(reads):,.0f}{of}" if reads else "-"
+    costs["decode, ms/token"] = f"{median(steps):.2f}{of}" if steps else "-"
     return costs

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from methods.core.errors import BudgetMiss, UserError
 from methods.core.home import COMMAND
-from runners.cells import Cell, Run, plain
+from runners.cells import Cell, Run, in_batches, plain
 from runners.engine.answer import answer_together, why_alone
 from runners.engine.loading import Checkpoint, load_model
 from runners.engine.problem import problem
@@ -221,12 +221,14 @@ class Sweep:
             return
         if len(todo) < len(self.run.examples):
             show.note(f"{len(self.run.examples) - len(todo)} of {len(self.run.examples)} samples are on disk")
-        size = self.cfg.batch_size
-        batches = [todo[at : at + size] for at in range(0, len(todo), size)]
+        self.share(list(in_batches(todo, self.cfg.batch_size)), f"{len(self.sharing)} cells")
+
+    def share(self, batches: Sequence[Sequence[Example]], label: str) -> None:
+        """Answer batches, each read once for all sharing members that lack any of it; label: of the progress."""
+        total = sum(map(len, batches))
         locks = SampleLocks(self.run.full.record.folder)
-        label = f"{len(self.sharing)} cells"
         try:
-            with show.Bar(label, len(todo), _place()) as bar:
+            with show.Bar(label, total, _place()) as bar:
                 for wait in (False, True):
                     left = []
                     for batch in batches:

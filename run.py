@@ -29,7 +29,7 @@ from methods.core.errors import UserError
 from methods.core.home import users
 from runners.jobs import Failed, spread
 from runners.records.provenance import commit
-from runners.settings import guard, yamls
+from runners.settings import auto, guard, yamls
 from runners.settings.check import check_config
 from runners.settings.explain import EXPECTED, report_error
 from runners.settings.plugins import register
@@ -91,8 +91,9 @@ def main() -> int:
     try:
         check_words(sys.argv[1:])
         users.announce(folders_of(sys.argv[1:]))
-        sys.argv[1:] = spread(for_trainer(current(sys.argv[1:])))
-        job()
+        with auto.decided(current(sys.argv[1:])) as words:
+            sys.argv[1:] = spread(for_trainer(words))
+            job()
     except Failed as failed:
         return failed.code
     except SystemExit as left:

@@ -310,7 +310,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="for run.py, such as task.limit=2")
     given = parser.parse_args()
     for sweep in () if given.as_is else sweeps():
-        run = [sys.executable, "run.py", "-m", *sweep, f"results={given.results}", *given.overrides]
+        run = [sys.executable, "run.py", "-m", "model=reference", *sweep, f"results={given.results}", *given.overrides]
         if (code := subprocess.run(run, cwd=HOME, check=False).returncode) < 0:  # a signal, such as Ctrl-C's
             return code
     tuned = [partial(kvtuner, "kvtuner", "kivi"), partial(kvtuner, "kvtuner_per_token", "per_token")]

@@ -67,7 +67,7 @@ def main() -> int:
     # evenly over the methods, and over the budgets
     chosen = [cells[i * len(cells) // args.singles + i % len(BUDGETS) % (len(cells) // args.singles)]
               for i in range(args.singles)]  # fmt: skip
-    base = [f"task.limit={args.limit}", *args.overrides]
+    base = ["model=reference", f"task.limit={args.limit}", *args.overrides]
     grid = ["-m", f"method={','.join(METHODS)}", f"budget={','.join(map(str, BUDGETS))}"]
     print(f"{len(cells)} cells and the full cache, {args.limit} samples per subset")
     with tempfile.TemporaryDirectory() as folder:

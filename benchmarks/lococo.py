@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ids = row_of(load_tokenizer(checkpoint), 0, 0, LENGTH, "held_out")[None]
     cards = sorted((ROOT / "assets" / "lococo" / "reference").glob("*.json"))
     if not cards:
-        command = "python run.py runner=train method=lococo budget=128"
+        command = "python run.py model=reference runner=train method=lococo budget=128"
         print(f"no compressor in assets/lococo/reference; train one: {command}", file=sys.stderr)
         return 2
     read = sorted((json.loads(card.read_text(encoding="utf-8")) for card in cards), key=lambda card: card["slots"])

@@ -34,6 +34,7 @@ from runners.records.origins import command_of, own_data, targets
 from runners.records.provenance import Code, code_of, commit
 from runners.records.record import Record, digest
 from runners.report import run_table as show
+from runners.settings import auto
 from runners.settings.sampling import check_sampling, sampling_of, told
 from tasks.base import Example, Task, as_parts, as_whole
 
@@ -81,7 +82,8 @@ class Run(ModelSetup):
         self.examples = task.examples()
         check_sampling(self.sampling, self.examples)
         latency.check_lengths(self.examples, self.checkpoint.window)
-        words = list((cfg.hydra if "hydra" in cfg else HydraConfig.get()).overrides.task)
+        hydra = cfg.hydra if "hydra" in cfg else HydraConfig.get()
+        words, self.taken = list(hydra.overrides.task), auto.named_by(hydra)
         self.full = self._cell("full", load_method("full"), {}, words)
         self.cell = self.cell_of(method, plain(cfg.method), words)
 
@@ -281,7 +283,7 @@ class Run(ModelSetup):
             "family": method.family,
             "simulated": method.simulated,
             "mean_over": self.task.mean_over,
-            "command": command_of(name, words),
+            "command": command_of(name, [*words, *self.taken]),
             "samples": {key: said[key] for key in said if key in self.task.of_samples},
             "place": self.checkpoint.location,
             **({"dequantized_from": types} if (types := self.checkpoint.types) else {}),

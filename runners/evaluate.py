@@ -26,6 +26,7 @@ from runners.report.compare import compare_scores
 from runners.report.heat_map import draw_all
 from runners.report.latency_report import show_times
 from runners.report.wandb_runs import track
+from runners.settings import auto
 from runners.settings.parts import task_of
 from runners.sweep import Sweep
 from tasks.base import Task
@@ -64,7 +65,7 @@ class Evaluate(Runner):
                 raise trouble
             return self._sweep(sweep)
         task: Task = task_of(cfg)
-        show.say(task.source())
+        show.source(auto.told(task.name), task.source())
         run = Run(cfg, task, results, HydraConfig.get().runtime.choices["method"])
         if cfg.dry_run:
             return self._sweep(Sweep.of(run))

@@ -30,6 +30,7 @@ from runners.records.generations import check_recorded, say_what_changed
 from runners.records.sample_locks import SampleLocks
 from runners.records.shared_record import SharedRecord
 from runners.report import run_table as show
+from runners.settings import auto
 from runners.settings.check import check_config
 from runners.settings.composing import NUMBERS, composer
 from runners.settings.parts import task_of
@@ -68,7 +69,7 @@ class Sweep:
         if not found:
             return
         task = task_of(cfg)
-        show.say(task.source())
+        show.source(auto.told(task.name), task.source())
         first = found[0][-1]
         first.hydra.overrides.task = self.shared  # of which the command of the full cache is made
         self._begin(Run(first, task, results, "full", load=loaded))

@@ -10,6 +10,8 @@ os.environ["OMP_NUM_THREADS"] = THREADS
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+# the model of a command that names none, whatever this machine has
+os.environ["KVFRONTIER_MODEL"] = "reference"
 # what a bind tried out once is remembered for the next process and run, away from the user's own folder
 os.environ.setdefault("KVFRONTIER_CACHE", os.path.join(tempfile.gettempdir(), "kvfrontier-tests"))
 # tables as wide as they are, so that a test may look for a whole row

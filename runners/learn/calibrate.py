@@ -26,6 +26,7 @@ from runners.base import Runner
 from runners.model_setup import ModelSetup, plain
 from runners.records.record import check_writable
 from runners.report import run_table as show
+from runners.settings import auto
 from tasks.data.sources import parse_rows
 from tasks.documents import KINDS, Pool, prose, prose_hash, sentences
 from tasks.documents.pools import Split
@@ -65,6 +66,7 @@ class Calibrate(Runner):
         at = Path(self.out).expanduser() if self.out else None
         if at:
             check_writable(at, "runner.out")
+        show.source(auto.told())
         setup = ModelSetup(cfg)
         checkpoint = setup.checkpoint
         length = min(self.tokens, checkpoint.window or self.tokens)

@@ -41,6 +41,7 @@ from runners.learn.training_log import cut_log, log_entry
 from runners.model_setup import ModelSetup
 from runners.records.record import check_writable
 from runners.report import run_table as show
+from runners.settings import auto
 from tasks.documents import prose
 from tasks.documents.pools import Split
 
@@ -115,6 +116,7 @@ class TrainCompressor(Runner):
                 "method=lococo for one number of slots, such as budget=128"
             )
         check_writable(Path(self.out), "runner.out")
+        show.source(auto.told())
         setup = ModelSetup(cfg)
         return self.train(setup.model.requires_grad_(False), setup.tokenizer, method, int(cfg.seed))
 

@@ -26,6 +26,13 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def source(*lines: str | None) -> None:
+    """The lines before all others, those of them that there are: which model was taken, which data."""
+    for line in lines:
+        if line:
+            say(line)
+
+
 def note(text: str) -> None:
     """One line about the run itself, on standard error."""
     print(text, file=sys.stderr, flush=True)

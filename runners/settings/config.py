@@ -34,6 +34,7 @@ class Model:
     date: Annotated[str, "a day such as 2024-07-26"] = DATE
     convert: Annotated[Literal["ask", "always"], "ask or always"] = "ask"
     check: Annotated[Literal["auto", "off", False], "auto or off"] = "auto"  # YAML reads off as false
+    texts: Literal["bundled", "real"] = "bundled"
     reasoning: Annotated[Literal["strip", "keep", "off", False], "one of strip, keep, off"] = "strip"
 
 

@@ -32,6 +32,7 @@ from runners.learn.bits.sensitivity import RELATIVE, Shift, profile
 from runners.model_setup import ModelSetup, plain
 from runners.records.record import check_writable, digest
 from runners.report import run_table as show
+from runners.settings import auto
 from runners.settings.parts import task_of
 from runners.settings.sampling import sampling_of, told
 from tasks.base import Task
@@ -97,7 +98,7 @@ class Tune(Runner):
         if not isinstance(method, KVTuner):
             raise UserError(f"runner=tune: method={name} has no tables of bits; give method=kvtuner")
         task: Task = task_of(cfg)
-        show.say(task.source())
+        show.source(auto.told(task.name), task.source())
         if self.out:
             check_writable(Path(self.out).expanduser(), "runner.out")
         setup = ModelSetup(cfg)

@@ -208,7 +208,7 @@ def _costs(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     times = [row["timings"] for row in rows if "group" not in row]
     reads = [time["n_prompt"] / time["prompt"] for time in times if time["prompt"]]
     steps = [1000 * time["decode"] / time["steps"] for time in times if time["steps"]]
-    of = "" if len(times) == len(rows) else f" (n={len(times)})"
-    costs["prefill, tokens/s"] = f"{median(reads):,.0f}{of}" if reads else "-"
-    costs["decode, ms/token"] = f"{median(steps):.2f}{of}" if steps else "-"
+    n_alone = "" if len(times) == len(rows) else f" (n={len(times)})"
+    costs["prefill, tokens/s"] = f"{median(reads):,.0f}{n_alone}" if reads else "-"
+    costs["decode, ms/token"] = f"{median(steps):.2f}{n_alone}" if steps else "-"
     return costs

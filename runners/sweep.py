@@ -226,10 +226,9 @@ class Sweep:
 
     def share(self, batches: Sequence[Sequence[Example]], label: str) -> None:
         """Answer batches, each read once for all sharing members that lack any of it; label: of the progress."""
-        total = sum(map(len, batches))
         locks = SampleLocks(self.run.full.record.folder)
         try:
-            with show.Bar(label, total, _place()) as bar:
+            with show.Bar(label, sum(map(len, batches)), _place()) as bar:
                 for wait in (False, True):
                     left = []
                     for batch in batches:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -41,7 +42,7 @@ def decided(words: Sequence[str]) -> Iterator[list[str]]:
             os.environ[NAME] = before
 
 
-def named_by(hydra: DictConfig) -> list[str]:
+def named_by(hydra: HydraConf | DictConfig) -> list[str]:
     """The override that names the model which a command took without naming one; none where it says it."""
     if any(_key(word) in ("model", *OTHERS) for word in hydra.overrides.task):
         return []

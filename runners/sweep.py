@@ -222,13 +222,13 @@ class Sweep:
             return
         if len(todo) < len(self.run.examples):
             show.note(f"{len(self.run.examples) - len(todo)} of {len(self.run.examples)} samples are on disk")
-        self.share(list(in_batches(todo, self.cfg.batch_size)), f"{len(self.sharing)} cells")
+        self.share(list(in_batches(todo, self.cfg.batch_size)), f"{len(self.sharing)} cells", _place())
 
-    def share(self, batches: Sequence[Sequence[Example]], label: str) -> None:
-        """Answer batches, each read once for all sharing members that lack any of it; label: of the progress."""
+    def share(self, batches: Sequence[Sequence[Example]], label: str, place: show.Place | None = None) -> None:
+        """Answer batches, each read once for all sharing members that lack any of it; label, place: of the progress."""
         locks = SampleLocks(self.run.full.record.folder)
         try:
-            with show.Bar(label, sum(map(len, batches)), _place()) as bar:
+            with show.Bar(label, sum(map(len, batches)), place) as bar:
                 for wait in (False, True):
                     left = []
                     for batch in batches:

@@ -465,7 +465,8 @@ def test_ctrl_c_ends_a_whole_sweep(command, tmp_path, monkeypatch):
 def test_a_killed_run_goes_on_with_nothing_lost_or_done_twice(command, tmp_path, tiny_model_dir):
     split = write_split(tmp_path / "long", samples=6, new_tokens=32)
     data = f"task.data={split}"
-    assert command(data, results=tmp_path / "undisturbed")[0] == 0
+    code, _, err = command(data, results=tmp_path / "undisturbed")
+    assert code == 0, err
     results = tmp_path / "killed"
     child = os.fork()  # which needs no imports any more
     if not child:

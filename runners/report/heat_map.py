@@ -14,14 +14,16 @@ from statistics import fmean
 from typing import Any
 
 from analysis import records
-from analysis.files import CannotWrite, given_path, picture, whole
+from analysis.files import CannotWrite, given_path, picture
 from methods.core.errors import UserError
 from runners.records.stored import read_cell, read_samples
 from runners.report import run_table as show
+from runners.report.figure import panels
 from tasks.base import Example
 
 COLOURS = ("#440154", "#21918C", "#FDE725")  # worst, middling, best: viridis, told apart by every kind of colour sight
 MISSING = "#BBBBBB"
+SAME = ("model", "task", "protocol", "dtype", "passes")  # of a record and the full cache's beside it
 FAILED = 0.5  # a score of the full cache below this says that the model cannot do the cell
 
 
@@ -50,57 +52,46 @@ def cells(rows: Iterable[Sample]) -> dict[tuple[int, float], tuple[float, float 
 
 def heat_map(rows: Sequence[Sample], path: Path, title: str = "") -> None:
     """Write the picture: one panel per kind, and beside it the full cache's where it is known. Raises CannotWrite."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.colors import LinearSegmentedColormap
 
     colours = LinearSegmentedColormap.from_list("score", COLOURS).with_extremes(bad=MISSING)
     kinds = list(dict.fromkeys(row.kind for row in rows))
     paired = any(row.full is not None for row in rows)
-    panels = [(kind, which) for kind in kinds for which in (("method", "full") if paired else ("method",))]
-    columns = 2 if paired else min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.4 * columns, 3.2 * lines), squeeze=False, layout="constrained"
-    )
-    for ax in axes.flat[len(panels) :]:
-        ax.set_visible(False)
-    image, crossed = None, False
-    for ax, (kind, which) in zip(axes.flat, panels):
-        kind_rows = [row for row in rows if row.kind == kind]
-        means = cells(kind_rows)
-        lengths, depths = sorted({row.length for row in kind_rows}), sorted({row.depth for row in kind_rows})
-        value = {cell: pair[which == "full"] for cell, pair in means.items()}
-        grid = [[_number(value.get((length, depth))) for length in lengths] for depth in depths]
-        image = ax.imshow(grid, cmap=colours, vmin=0, vmax=1, aspect="auto")
-        if which == "method":
-            for (length, depth), (_, full) in means.items():
-                if full is not None and full < FAILED:
-                    dark = (value[length, depth] or 0.0) < FAILED
-                    ax.text(
-                        lengths.index(length), depths.index(depth), "×", ha="center", va="center",
-                        color="white" if dark else "black",
-                    )  # fmt: skip
-                    crossed = True
-        known = [one for one in value.values() if one is not None]
-        mean = f", mean {fmean(known):.2f}" if known else ""
-        ax.set_title(f"{kind}{', full cache' if which == 'full' else ''}{mean}, n={len(kind_rows)}", fontsize=9)
-        ax.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, fontsize=7)
-        ax.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize=7)
-        ax.set_xlabel("length, tokens", fontsize=8)
-        ax.set_ylabel("depth, %", fontsize=8)
-    if image is not None:
-        figure.colorbar(image, ax=axes, label="score", shrink=0.8)
-    if crossed:
-        figure.supxlabel("× the full cache fails here too: this cell says nothing of the method", fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    try:
-        with whole(path) as draft:
-            figure.savefig(draft, dpi=120)
-    finally:
-        plt.close(figure)
+    shown = [(kind, which) for kind in kinds for which in (("method", "full") if paired else ("method",))]
+    columns = 2 if paired else min(3, len(shown))
+    lines = -(-len(shown) // columns)
+    with panels(path, lines, columns, (4.4 * columns, 3.2 * lines)) as (figure, axes):
+        for ax in axes.flat[len(shown) :]:
+            ax.set_visible(False)
+        image, crossed = None, False
+        for ax, (kind, which) in zip(axes.flat, shown):
+            kind_rows = [row for row in rows if row.kind == kind]
+            means = cells(kind_rows)
+            lengths, depths = sorted({row.length for row in kind_rows}), sorted({row.depth for row in kind_rows})
+            value = {cell: pair[which == "full"] for cell, pair in means.items()}
+            grid = [[_number(value.get((length, depth))) for length in lengths] for depth in depths]
+            image = ax.imshow(grid, cmap=colours, vmin=0, vmax=1, aspect="auto")
+            if which == "method":
+                for (length, depth), (_, full) in means.items():
+                    if full is not None and full < FAILED:
+                        dark = (value[length, depth] or 0.0) < FAILED
+                        ax.text(
+                            lengths.index(length), depths.index(depth), "×", ha="center", va="center",
+                            color="white" if dark else "black",
+                        )  # fmt: skip
+                        crossed = True
+            known = [one for one in value.values() if one is not None]
+            mean = f", mean {fmean(known):.2f}" if known else ""
+            ax.set_title(f"{kind}{', full cache' if which == 'full' else ''}{mean}, n={len(kind_rows)}", fontsize=9)
+            ax.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, fontsize=7)
+            ax.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize=7)
+            ax.set_xlabel("length, tokens", fontsize=8)
+            ax.set_ylabel("depth, %", fontsize=8)
+        if image is not None:
+            figure.colorbar(image, ax=axes, label="score", shrink=0.8)
+        if crossed:
+            figure.supxlabel("× the full cache fails here too: this cell says nothing of the method", fontsize=8)
+        figure.suptitle(title, fontsize=10)
 
 
 def _number(value: float | None) -> float:
@@ -112,16 +103,8 @@ def read_record(folder: Path) -> tuple[list[Sample], str]:
 
     Raises UserError if the folder is no record, or its samples are no cells of a grid.
     """
-    identity, scores = _read(folder)
-    full: dict[str, float] = {}
-    for other in sorted(folder.parent.glob("full-*")):
-        try:
-            theirs, their_scores = _read(other)
-        except UserError as error:  # of one generation of several
-            show.note(f"drawn without the full cache of {error}")
-            continue
-        if all(theirs[key] == identity[key] for key in ("model", "task", "protocol", "dtype")):
-            full = their_scores
+    identity, scores, _ = _read(folder)
+    full = _full(folder, identity)
     rows = []
     for id, score in scores.items():
         try:
@@ -159,11 +142,26 @@ def draw_heat_map(folder: Path, path: Path | None = None) -> Path | None:
     return path
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
-    """A record's identity, and the scores of its finished samples."""
-    identity = read_cell(folder, records.IDENTITY)["identity"]
+def _full(folder: Path, identity: dict[str, Any]) -> dict[str, float]:
+    """The full cache's scores, by the newest of its records that was asked the same in the same way and has any."""
+    newest, full = "", dict[str, float]()
+    for other in sorted(folder.parent.glob("full-*")):
+        try:
+            theirs, scores, began = _read(other)
+        except UserError as error:  # of one generation of several
+            show.note(f"drawn without the full cache of {error}")
+            continue
+        if scores and began >= newest and all(theirs.get(key) == identity.get(key) for key in SAME):
+            newest, full = began, scores
+    return full
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, float], str]:
+    """A record's identity, the scores of its finished samples, and when its last run began."""
+    book = read_cell(folder, records.IDENTITY | {"runs": records.RUNS})
     rows = read_samples(folder / "samples.jsonl", records.SCORED)
-    return identity, {row["id"]: row["score"] for row in rows if "error" not in row}
+    scores = {row["id"]: row["score"] for row in rows if "error" not in row}
+    return book["identity"], scores, str(book["runs"][-1].get("began", ""))
 
 
 def main() -> None:

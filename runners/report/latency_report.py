@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from analysis import records, screen, style
-from analysis.files import CannotWrite, given_path, picture, whole
+from analysis.files import CannotWrite, given_path, picture
 from methods.core.errors import UserError
 from runners.records.stored import read_cell, read_samples
 from runners.report import run_table as show
+from runners.report.figure import panels
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -92,37 +93,25 @@ def draw_latency(cells: Sequence[tuple[str, Rows]], path: Path, title: str = "")
 
     Points are medians of the rounds, bars their lowest and highest.  Raises CannotWrite.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     batches = sorted({row["batch"] for _, rows in cells for row in rows})
-    panels = ("prompt, s", "decode, ms per token", "KV cache at the end of the prompt, MiB")
-    figure, axes = plt.subplots(
-        len(batches), 3, figsize=(11, 0.6 + 2.7 * len(batches)), squeeze=False, layout="constrained"
-    )
+    measures = ("prompt, s", "decode, ms per token", "KV cache at the end of the prompt, MiB")
     look = looks([label for label, _ in cells])
-    for line, batch in zip(axes, batches):
-        for axis, what in zip(line, panels):
-            axis.set_title(f"{what}, batch {batch}", fontsize=9)
-            axis.set_xlabel("prompt, tokens", fontsize=8)
-            axis.tick_params(labelsize=8)
-        for label, points in curves(cells, batch).items():
-            lengths = [point.length for point in points]
-            _bars(line[0], lengths, [point.prompts for point in points], look[label])
-            _bars(line[1], lengths, [[1000 * step for step in point.steps] for point in points], look[label])
-            line[2].plot(lengths, [point.held / 2**20 for point in points], **look[label])
-        for axis in line:
-            axis.set_ylim(bottom=0)
-            axis.set_xlim(left=0)
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    try:
-        with whole(path) as draft:
-            figure.savefig(draft, dpi=120)
-    finally:
-        plt.close(figure)
+    with panels(path, len(batches), len(measures), (11, 0.6 + 2.7 * len(batches))) as (figure, axes):
+        for line, batch in zip(axes, batches):
+            for axis, what in zip(line, measures):
+                axis.set_title(f"{what}, batch {batch}", fontsize=9)
+                axis.set_xlabel("prompt, tokens", fontsize=8)
+                axis.tick_params(labelsize=8)
+            for label, points in curves(cells, batch).items():
+                lengths = [point.length for point in points]
+                _bars(line[0], lengths, [point.prompts for point in points], look[label])
+                _bars(line[1], lengths, [[1000 * step for step in point.steps] for point in points], look[label])
+                line[2].plot(lengths, [point.held / 2**20 for point in points], **look[label])
+            for axis in line:
+                axis.set_ylim(bottom=0)
+                axis.set_xlim(left=0)
+        axes[0][0].legend(fontsize=8)
+        figure.suptitle(title, fontsize=10)
 
 
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:

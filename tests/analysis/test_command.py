@@ -1,12 +1,16 @@
 """One entry point for all commands of analysis, whose old command lines keep working."""
 
 import importlib
+import io
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from analysis import command
+from analysis.files import CannotWrite
+from analysis.load import NothingToRead
 
 FOLDER = Path(command.__file__).parent
 
@@ -39,9 +43,10 @@ def test_what_is_no_command_is_named_with_those_there_are(capsys, tmp_path):
         "analysis: no command fronteer; give one of frontier, report, compare, leaderboard, tables, or --help\n"
     )
     assert command.main([]) == 2 and "no command is given" in capsys.readouterr().err
-    assert command.main(["--help"]) == 0
-    shown = capsys.readouterr().out
-    assert all(re.search(rf"^  {name} +\S", shown, re.M) for name in command.NAMES)
+    for word in ("--help", "-h"):
+        assert command.main([word]) == 0
+        shown = capsys.readouterr().out
+        assert all(re.search(rf"^  {name} +\S", shown, re.M) for name in command.NAMES)
     assert command.main(["report", str(tmp_path / "nowhere")]) == 2
     assert re.fullmatch(r"report: .*nowhere: no such folder; .*\n", capsys.readouterr().err)
 
@@ -71,12 +76,34 @@ def test_a_command_is_given_what_was_typed_or_its_defaults(tmp_path, capsys):
         {"results": tmp_path, "pairs": 4, "out": Path("x"), "markdown": True, "all_generations": True},
     ]
     needing = command.Command("two", "About.", run, options, "records", True)
-    for wrong in (lambda: refuse("one of them"), lambda: needing.main([]), lambda: needing.main(["x", "--markdown"])):
+    for wrong in ([], ["x", "--markdown"], ["x", "--out", "y"]):
         with pytest.raises(SystemExit) as end:
-            wrong()
+            needing.main(wrong)
         assert end.value.code == 2
+    with pytest.raises(SystemExit) as end:
+        refuse("one of them")
     said = capsys.readouterr().err
-    assert "analysis.one: error: one of them" in said and "required: results" in said and "--markdown" in said
+    assert "analysis.one: error: one of them" in said and "required: results" in said
+    assert "unrecognized arguments: --markdown" in said and "unrecognized arguments: --out y" in said
+    with pytest.raises(SystemExit):
+        one.main(["--help"])
+    assert "About." in (said := capsys.readouterr().out) and "More." not in said
+
+
+@pytest.mark.parametrize("wrong", [NothingToRead("no record"), CannotWrite("no place")])
+def test_what_a_command_cannot_do_is_one_line_and_exit_code_2(wrong, capsys):
+    def run(options) -> int:
+        raise wrong
+
+    assert command.Command("one", "About.", run, lambda parser: None).main([]) == 2
+    assert capsys.readouterr().err == f"one: {wrong}\n"
+
+
+def test_a_letter_that_the_screen_does_not_have_is_its_escape(monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert command.Command("one", "About.", lambda options: print("naïve") or 0, lambda parser: None).main([]) == 0
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"na\\xefve\n"
 
 
 def test_without_arguments_it_reads_the_command_line(monkeypatch, tmp_path, capsys):

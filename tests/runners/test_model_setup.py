@@ -9,25 +9,36 @@ import torch
 from methods.core.errors import UserError
 from runners.engine.loading import find
 from runners.model_setup import ModelSetup, pick_backend, pick_device, pick_dtype, pick_threads
+from tasks.base import Sampling
 from tests.wrong_values import composed
 
 
-def test_auto_is_float32_on_a_cpu_and_the_checkpoints_dtype_elsewhere(tmp_path, tiny_model_dir):
+@pytest.mark.parametrize(
+    ("configured", "elsewhere"),
+    [
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"torch_dtype": "float16"}, torch.float16),
+        ({"dtype": "bfloat16", "torch_dtype": "float16"}, torch.bfloat16),
+        ({}, torch.float32),
+    ],
+)
+def test_auto_is_float32_on_a_cpu_and_the_checkpoints_dtype_elsewhere(tmp_path, tiny_model_dir, configured, elsewhere):
     copy = shutil.copytree(tiny_model_dir, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    left = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    (copy / "config.json").write_text(json.dumps(left | configured))
     checkpoint = find(str(copy))
     assert pick_dtype("auto", checkpoint, torch.device("cpu")) == torch.float32
-    assert pick_dtype("auto", checkpoint, torch.device("cuda")) == torch.bfloat16
+    assert pick_dtype("auto", checkpoint, torch.device("cuda")) == elsewhere
     assert pick_dtype("float16", checkpoint, torch.device("cpu")) == torch.float16
 
 
 def test_threads_are_as_asked_else_as_the_environment_says_else_the_idle_cores(monkeypatch):
-    def threads(asked, busy: list[float]) -> int:
+    def threads(asked, busy: list[float], most: int | None = None) -> int:
         pick_threads.cache_clear()
-        monkeypatch.setattr("psutil.cpu_percent", lambda **kwargs: busy)
+        monkeypatch.setattr("psutil.cpu_percent", lambda **kwargs: busy or pytest.fail("waited for nothing"))
         monkeypatch.setattr("psutil.cpu_count", lambda: len(busy))
-        monkeypatch.setattr("torch.get_num_threads", lambda: len(busy))
+        monkeypatch.setattr("torch.get_num_threads", lambda: len(busy) if most is None else most)
         return pick_threads(asked)
 
     assert threads(3, [99.0] * 4) == 3
@@ -36,6 +47,8 @@ def test_threads_are_as_asked_else_as_the_environment_says_else_the_idle_cores(m
     assert threads(None, [99.0, 100.0, 5.0, 0.0]) == 2
     assert threads(None, [99.0] * 4) == 1
     assert threads(None, [3.0] * 4) == 4
+    assert threads(None, [3.0] * 4, most=2) == 2  # torch has no more
+    assert threads(None, [], most=1) == 1
     pick_threads.cache_clear()
 
 
@@ -74,6 +87,30 @@ def test_what_can_be_refused_is_refused_before_anything_is_loaded_and_the_rest_i
     with pytest.raises(UserError, match="device=cuda:99"):
         ModelSetup(composed(*words, "device=cuda:99"), load)
     assert len(loads) == 1
+
+
+@pytest.mark.parametrize(("named", "own", "ends"), [([5, 2], 2, [2, 5]), (5, 2, [2, 5]), (5, None, [5])])
+def test_an_answer_ends_where_the_checkpoint_or_its_tokenizer_says(tmp_path, tiny_model_dir, named, own, ends):
+    copy = shutil.copytree(tiny_model_dir, tmp_path / "copy")
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    setup = ModelSetup(composed(f"model.path={copy}", "device=cpu"))
+    if own is None:
+        setup.tokenizer.eos_token = None
+    assert list(setup.encoder.ends) == ends
+
+
+def test_prompts_are_written_and_answers_drawn_as_the_settings_say(tiny_model_dir):
+    words = (f"model.path={tiny_model_dir}", "device=cpu", "+model.chat_options.thinking=3", "model.date=2025-02-03")
+    for chat in (True, False):
+        setup = ModelSetup(composed(*words, f"model.chat={chat}"))
+        setup.checkpoint.__dict__["is_dated"] = True  # as where its template asks for the day
+        setup.sampling = Sampling(temperature=0.5)
+        encoder = setup.encoder
+        assert (encoder.chat, encoder.date) == (chat, "2025-02-03" if chat else None)
+        assert encoder.chat_options == {"thinking": 3}
+        assert encoder.sampling is setup.sampling
 
 
 def test_what_is_not_asked_for_is_left_as_the_checkpoint_has_it(tmp_path, tiny_model_dir, monkeypatch):

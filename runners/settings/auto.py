@@ -1,5 +1,7 @@
 """The model of a command that names none: a real one where its file is on this machine, else the one that ships.
 
+    python -m runners.settings.auto        brings the real one if it can be had now; part of make run
+
 conf/config.yaml takes the choice out of the environment, so that whatever composes a command's cells, here or in a
 process that it starts, takes the same one.
 """
@@ -8,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
@@ -64,6 +68,17 @@ def told(split: str = "") -> str | None:
     return None
 
 
+def bring() -> None:
+    """Have the real model if it is not here and nothing else is named; one line says how it went, whatever happens."""
+    if _named() or fetched.place() is not None:
+        return
+    print(f"{fetched.COMMAND}: bringing {fetched.SMOLLM2.name} (98 MB) ...", end=" ", flush=True)
+    # without a network it has to be known soon
+    soon = {"PIP_RETRIES": "1", "PIP_DEFAULT_TIMEOUT": "10", **os.environ}
+    done = subprocess.run([sys.executable, "-m", fetched.__name__], env=soon, capture_output=True)
+    print("done" if done.returncode == 0 else f"not now; {fetched.COMMAND} says why", flush=True)
+
+
 def _named() -> str | None:
     name = os.environ.get(NAME, "").strip()
     return None if name in ("", AUTO) else name
@@ -87,3 +102,11 @@ def _without(word: str, choice: str, kept: bool) -> str:
     if value.strip() == AUTO and not kept:
         return ""
     return f"{key}={','.join(choice if one.strip() == AUTO else one for one in value.split(','))}"
+
+
+if __name__ == "__main__":
+    try:
+        bring()
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+        sys.exit(130)

@@ -1,6 +1,8 @@
 """model=auto, the default: the real model where its file is, else the one that ships; and the task's texts with it."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,24 @@ def test_a_command_says_first_what_it_took_and_its_record_names_it(run_command, 
     assert " model=reference " in cell.read_text()
     assert run_command(*words, SMALL)[1].startswith("needle-mini")
     assert run_command("-m", *words, "budget=0.5")[1].splitlines()[2].startswith(f"{SMALL} on needle-mini")
+
+
+def bringing(name: str) -> subprocess.CompletedProcess:
+    """What `make run` does first, in a process of its own that finds no network."""
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "runners.settings.auto"]
+    return subprocess.run(command, env={**os.environ, **nowhere, auto.NAME: name}, capture_output=True, text=True)
+
+
+def test_what_cannot_be_brought_costs_a_run_one_line(nothing_named):
+    done = bringing("auto")
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout == "make model: bringing SmolLM2-135M-Instruct (98 MB) ... not now; make model says why\n"
+    assert fetched.place() is None
+    done = bringing("reference")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_is_here_is_not_brought_again(fetched_model):
+    done = bringing("")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -15,8 +15,8 @@ def areas(results: Results, table: pd.DataFrame, x: str = "held", low: float | N
 
     table: the points of the same results along `x`. In the metric's unit, with the interval of a bootstrap over the
     samples that all cells of the curve have (none, NaN, where it would rest on a subset's single sample); shares are
-    taken as measured. Simulated savings, points of few
-    samples, the full cache itself and tasks near chance have none.
+    taken as measured. Simulated savings, points of few samples, the full cache itself, tasks near chance and tasks
+    none of whose points is smaller than the full cache have none.
     """
     counted = (table["category"] == WHOLE) & (table["method"] != "full")
     left_out = table["near_chance"] | table["simulated"] | table["partial"]
@@ -27,6 +27,8 @@ def areas(results: Results, table: pd.DataFrame, x: str = "held", low: float | N
         if group is None:
             continue
         start = low or max(SMALLEST, float(group["share"].min()))
+        if start >= 1:
+            continue
         higher = group["better"].iloc[0] == "higher"
         for label in sorted(set(group["label"])):
             cells = [one for one in task.cells if one.first["label"] == label and not one.partial]

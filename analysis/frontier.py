@@ -28,6 +28,7 @@ AXIS_NAMES = {
     "read": "share of the full cache's bytes read per step",
     "peak": "peak share of the full cache's bytes",
 }
+HEADS = {"held": "bytes held", "read": "bytes read", "peak": "peak bytes"}
 MISSED = 0.1  # share of samples above their budget from which on a point is drawn hollow
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 ENTRY, LETTER = 0.45, 0.055  # inches of a legend's entry, without its letters and for each of them
@@ -112,8 +113,11 @@ def above_budget(table: pd.DataFrame) -> pd.Series:
     return table["above"] > MISSED * table["n"]
 
 
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """The table for people: one row per point of a whole task, differences that are no more than noise as ties."""
+def summary(table: pd.DataFrame, x: str = "held") -> pd.DataFrame:
+    """The table for people: one row per point of a whole task, differences that are no more than noise as ties.
+
+    x: of whose bytes the shares are, as in `points`.
+    """
     whole = table[table["category"] == WHOLE].assign(front=on_front(table))
     rows = []
     for _, p in whole.sort_values(["model", "task", "protocol", "label", "share"]).iterrows():
@@ -127,7 +131,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
                 "protocol": p["protocol"],
                 "method": p["label"],
                 "budget": p["bits"] or f"{p['budget']:g}",
-                "bytes held": f"{p['share']:.1%}",
+                HEADS[x]: f"{p['share']:.1%}",
                 "n": p["n"],
                 "score": f"{p['score']:.{digits}f}",
                 "full": f"{p['full']:.{digits}f}",
@@ -182,9 +186,9 @@ def show(table: pd.DataFrame, as_markdown: bool = False) -> None:
     screen.print_table(shown)
 
 
-def page(table: pd.DataFrame, under: pd.DataFrame) -> str:
+def page(table: pd.DataFrame, under: pd.DataFrame, x: str = "held") -> str:
     """frontier.md: the tasks' points, the areas under their frontiers, and apart from them what is near chance."""
-    lines = summary(table[~table["near_chance"]]) if not table["near_chance"].all() else pd.DataFrame()
+    lines = summary(table[~table["near_chance"]], x) if not table["near_chance"].all() else pd.DataFrame()
     parts = [markdown(lines)] if len(lines) else []
     if len(under):
         shown = under[["model", "task", "protocol", "method", "n"]].assign(
@@ -199,7 +203,7 @@ def page(table: pd.DataFrame, under: pd.DataFrame) -> str:
                   "logarithmic axis.\n", markdown(shown)]  # fmt: skip
     if table["near_chance"].any():
         parts += ["Near chance with the full cache, so that no method can lose anything:\n",
-                  markdown(summary(table[table["near_chance"]]))]  # fmt: skip
+                  markdown(summary(table[table["near_chance"]], x))]  # fmt: skip
     return "\n".join(parts)
 
 
@@ -225,7 +229,7 @@ def run(given: argparse.Namespace) -> int:
     marked = table.assign(front=on_front(table), family_front=on_front(table, "family"))
     style.save(figure, out / "frontier")
     write_csv(out / "frontier.csv", marked.drop(columns=["cells", "full_cells"]))
-    write(out / "frontier.md", page(table, areas(results, table, given.x)))
+    write(out / "frontier.md", page(table, areas(results, table, given.x), given.x))
     write(out / "frontier.tex", latex.tables(table))
     print(f"{len(table[table['category'] == WHOLE])} points of {table['task'].nunique()} tasks in {out}/frontier.*")
     return 0

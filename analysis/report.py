@@ -66,16 +66,21 @@ def contents(results: Results, table: pd.DataFrame) -> dict[str, Any]:
     named = sorted({cell for column in ("cells", "full_cells") for cells in table[column] for cell in cells})
     looks = style.looks(dict(zip(table["label"], table["family"])))
     looks["full"] = style.Look("#888888", "o", "-", False)
-    under = areas(results, table)
     return {
         "points": columns,
-        "areas": [] if under.empty else under.assign(**{"from": under["from"].round(4)}).to_dict(orient="records"),
+        "areas": _areas(areas(results, table)),
         "looks": {label: _plotly(look) for label, look in looks.items()},
         "cells": {cell: _cell(results, cell) for cell in named},
         **_flips(results, table),
         "problems": results.problems,
         "whole": WHOLE,
     }
+
+
+def _areas(under: pd.DataFrame) -> list[dict[str, Any]]:
+    """The areas by row, with null for what a row has none of."""
+    rounded = [row | {"from": round(row["from"], 4)} for row in under.to_dict(orient="records")]
+    return [{key: None if pd.isna(value) else value for key, value in row.items()} for row in rounded]
 
 
 def _rounded(column: pd.Series) -> list[float | None]:

@@ -221,8 +221,8 @@ def run(given: argparse.Namespace) -> int:
         given.refuse("give RESULTS with --name, or --pages, or both")
     folder = HOME / "benchmarks" / "results"
     if given.results:
+        expected = _expected(given) if given.expected else None
         results = load_results(given.results, given.all_generations)
-        expected = yaml.safe_load(given.expected.read_text(encoding="utf-8")) if given.expected else None
         book = snapshot(results, given.command, expected)
         for problem in results.problems:
             print(problem, file=sys.stderr)
@@ -238,6 +238,17 @@ def run(given: argparse.Namespace) -> int:
             if filled[page] != texts[page]:
                 write(page, filled[page], advice=ADVICE)
     return 0
+
+
+def _expected(given: argparse.Namespace) -> dict[str, str]:
+    """What --expected holds; refused where that is no mapping."""
+    try:
+        claims = yaml.safe_load(given.expected.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        given.refuse(f"--expected={given.expected}: cannot be read ({' '.join(str(error).split())})")
+    if not isinstance(claims, dict):
+        given.refuse(f"--expected={given.expected}: needs lines of `method: what its paper claims`")
+    return claims
 
 
 main = Command(

@@ -134,6 +134,16 @@ def test_the_command_writes_pictures_and_tables(book, tmp_path, capsys):
     assert "5 points of 1 tasks" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("x", "head"), [("held", "bytes held"), ("read", "bytes read"), ("peak", "peak bytes")])
+def test_the_table_says_of_whose_bytes_its_shares_are(book, x, head, monkeypatch):
+    monkeypatch.setattr(frontier, "draw_frontier", lambda *given: None)
+    monkeypatch.setattr(frontier.style, "save", lambda *given: None)
+    fill(book)
+    assert frontier.main([str(book.root), "--x", x]) == 0
+    text = (book.root / "frontier.md").read_text()
+    assert [word for word in frontier.HEADS.values() if f"| {word} |" in text] == [head]
+
+
 def test_a_wrong_name_lists_the_right_ones(book, capsys):
     fill(book)
     assert frontier.main([str(book.root), "--task", "qiuz"]) == 2
@@ -227,6 +237,17 @@ def test_the_area_has_the_interval_of_its_bootstrap(book):
     at_half, at_quarter = (50 * (qa[:, i] + summaries[:, i]) for i in (0, 1))
     expected = np.percentile((np.maximum(at_half, at_quarter) + at_quarter) / 2, [2.5, 97.5])
     assert (nacl["area_low"], nacl["area_high"]) == pytest.approx(tuple(expected))
+
+
+@pytest.mark.parametrize("share", [1.0, 1.25])
+def test_there_is_no_area_where_nothing_is_smaller_than_the_full_cache(book, share):
+    book.cell(scores=[1.0] * 4)
+    book.cell("nacl", [0.0] + [1.0] * 3, share=share)
+    book.cell("kivi", [1.0] * 4, share=share)
+    results = load_results(book.root)
+    table = points(results)
+    assert len(table) == 3 and areas(results, table).empty
+    assert "Area under the frontier" not in frontier.page(table, areas(results, table))
 
 
 def test_an_area_is_over_the_samples_that_all_its_points_have(book):

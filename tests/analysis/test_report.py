@@ -95,6 +95,14 @@ def test_speeds_are_those_of_cells_that_ran_alone(book):
     assert speeds == {"full": (200.0, 10.0, 1), "nacl": (None, None, 0)}
 
 
+def test_an_area_of_single_samples_has_no_interval_in_the_page(book):
+    book.cell(scores=[1.0])
+    book.cell("nacl", [1.0], 0.5)
+    assert report.main([str(book.root)]) == 0
+    (area,) = contents(book.root / "report.html")["areas"]
+    assert (area["area"], area["area_low"], area["area_high"], area["from"]) == (100.0, None, None, 0.5)
+
+
 def test_many_flips_share_a_bounded_room(book, monkeypatch):
     fill(book)
     monkeypatch.setattr(report, "TEXT_BYTES", 400)

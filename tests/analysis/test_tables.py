@@ -184,6 +184,22 @@ def test_the_command_needs_something_to_do(capsys):
     assert "--pages" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "why"), [(None, "cannot be read"), ("a: [1", "cannot be read"), ("a claim", "needs lines of `method: ")]
+)
+def test_claims_that_cannot_be_read_are_named_before_anything_is_written(
+    book, tmp_path, monkeypatch, capsys, text, why
+):
+    monkeypatch.setattr(tables, "HOME", tmp_path)
+    claims = tmp_path / "claims.yaml"
+    if text is not None:
+        claims.write_text(text)
+    with pytest.raises(SystemExit) as end:
+        tables.main([str(book.root), "--name", "x", "--expected", str(claims)])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and f"--expected={claims}: {why}" in said and not (tmp_path / "benchmarks").exists()
+
+
 def test_every_method_is_in_the_list_with_its_paper():
     text = tables.methods(ROOT)
     for path in (ROOT / "conf" / "method").glob("*.yaml"):

@@ -2,7 +2,7 @@
 
 Runs the committed experiments again in this checkout, up to --limit samples per subset, and compares every sample's
 score and bytes with benchmarks/results/NAME.parquet. Where all are the same, runners/records/renamed.json gets COMMIT's
-tree, and this one as its last: records that COMMIT's code made are then this code's. `--trees` keeps the earlier list.
+tree, and this one as its last: records that COMMIT's code made are then this code's. `--keep-trees` keeps those listed.
 """
 
 from __future__ import annotations

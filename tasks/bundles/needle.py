@@ -25,7 +25,7 @@ FINDINGS = 3
 TAIL = 40  # tokens of head and question, about
 PROSE, LIST = 4.65, 1.7  # characters per token of the reference tokenizer, about
 
-Calibration = tuple[Document, str, list[str]]  # head and turns; the text; what an answer has to hold
+Sample = tuple[Document, str, list[str]]  # head and turns; the text; what an answer has to hold
 
 
 def codes(pool: Pool, n: int) -> Document:
@@ -43,7 +43,7 @@ def sentences(document: Document) -> list[str]:
     return [turn.question.rpartition("Answer: ")[2] + turn.answer for turn in document.turns]
 
 
-def single(pool: Pool, tokens: int, depth: float) -> Calibration:
+def single(pool: Pool, tokens: int, depth: float) -> Sample:
     """One code in prose."""
     document = codes(pool, 1)
     return (
@@ -53,7 +53,7 @@ def single(pool: Pool, tokens: int, depth: float) -> Calibration:
     )
 
 
-def multi_key(pool: Pool, tokens: int, depth: float) -> Calibration:
+def multi_key(pool: Pool, tokens: int, depth: float) -> Sample:
     """The code that is asked for among others."""
     document = codes(pool, OTHERS + 1)
     lines = sentences(document)
@@ -62,7 +62,7 @@ def multi_key(pool: Pool, tokens: int, depth: float) -> Calibration:
     return document, text, [document.turns[0].value]
 
 
-def multi_value(pool: Pool, tokens: int, depth: float) -> Calibration:
+def multi_value(pool: Pool, tokens: int, depth: float) -> Sample:
     """Several findings, all of them asked for."""
     document = KINDS["findings"](pool, 0, points=FINDINGS)
     lines = [f"{part.strip()}." for part in document.turns[0].value.split(".") if part.strip()]
@@ -70,7 +70,7 @@ def multi_value(pool: Pool, tokens: int, depth: float) -> Calibration:
     return document, text, lines
 
 
-def passkey(pool: Pool, tokens: int, depth: float) -> Calibration:
+def passkey(pool: Pool, tokens: int, depth: float) -> Sample:
     """One code in the same sentences again and again."""
     document = codes(pool, 1)
     return (
@@ -80,7 +80,7 @@ def passkey(pool: Pool, tokens: int, depth: float) -> Calibration:
     )
 
 
-def kv(pool: Pool, tokens: int, depth: float) -> Calibration:
+def kv(pool: Pool, tokens: int, depth: float) -> Sample:
     """A long list, one of whose values is asked for."""
     document = KINDS["table"](pool, int(LIST * tokens), 10_000)
     lines = document.context.split("\n")
@@ -90,7 +90,7 @@ def kv(pool: Pool, tokens: int, depth: float) -> Calibration:
     return chosen, document.context, [asked.value]
 
 
-KINDS_OF_NEEDLES: dict[str, tuple[Callable[[Pool, int, float], Calibration], str, int]] = {
+KINDS_OF_NEEDLES: dict[str, tuple[Callable[[Pool, int, float], Sample], str, int]] = {
     "single": (single, "all", 16),
     "multi_key": (multi_key, "all", 16),
     "multi_value": (multi_value, "all", 72),

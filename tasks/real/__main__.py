@@ -48,7 +48,7 @@ if __name__ == "__main__":
     try:
         sources = read(given.factbook, given.bible, given.python)
         if given.known:
-            print(*longbench.learn_known(given.known, sources, given.seed))
+            print(*longbench.learn_known(given.known, given.seed))
         elif given.candidates:
             if given.out == ASSETS:
                 parser.error("--candidates are not shipped: give --out")

@@ -231,20 +231,22 @@ def known_of(seed: int) -> list[str]:
     return json.loads(KNOWN.read_text(encoding="utf-8")).get(str(seed), [])
 
 
-def learn_known(record: Path, sources: Sources, seed: int) -> list[str]:
+def learn_known(record: Path, seed: int) -> list[str]:
     """Add the samples that a record, of what was written without text, has right. record: a folder with samples.jsonl.
 
     Answers that are compared by likeness, or one of a few classes, are no knowledge: only those of `contains` leave.
     """
-    known, found = known_of(seed), json.loads(KNOWN.read_text(encoding="utf-8"))
-    drawn = {name: samples(name, sources, seed, known, text=False) for name in SUBSETS}
-    for line in (record / "samples.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        name, _, place = row["id"].rpartition("/")
-        if SUBSETS[name].metric == "contains" and row["score"] == 1:
-            found.setdefault(str(seed), []).append(drawn[name][int(place)]["_id"])
-    KNOWN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return found.get(str(seed), [])
+    lines = (record / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = {row["id"]: row for row in map(json.loads, lines)}  # of a sample that was tried again the last one counts
+    right = {
+        row["tags"]["row_id"]
+        for row in rows.values()
+        if "error" not in row and row["tags"]["metric"] == "contains" and row["score"] == 1
+    }
+    known = sorted({*known_of(seed), *right})
+    every = json.loads(KNOWN.read_text(encoding="utf-8")) | {str(seed): known}
+    KNOWN.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
+    return known
 
 
 def write(folder: Path, sources: Sources, seed: int, candidates: bool = False, text: bool = True) -> None:

@@ -18,7 +18,7 @@ from tasks.longbench.subsets import problem, read_catalog
 from tasks.longbench.task import LongBench
 from tasks.needle import Needle
 from tasks.perplexity import Perplexity
-from tasks.real import code, longbench, needle
+from tasks.real import code, longbench, needle, profile
 from tasks.real.__main__ import SPLITS, write
 from tasks.real.sources import Sources, profiles_of, read, verses_of
 from tasks.scoring.metrics import contains
@@ -83,6 +83,66 @@ def test_a_sample_that_the_model_knew_makes_room_for_the_next_one(sources):
 def test_the_answer_that_is_asked_for_stands_in_the_context_once(sources, name):
     for row in islice(longbench.samples(name, sources, 5), 30):
         assert row["context"].lower().count(row["answers"][0].lower()) == 1
+
+
+def test_solved_examples_are_of_other_texts_and_every_text_has_its_own_label(sources, tmp_path):
+    texts = longbench.histories(sources)
+    SPLITS["fewshot"].write(tmp_path, sources, 5)
+    train, test = (
+        [json.loads(line) for line in (tmp_path / "region_of_history" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "test")
+    )
+    for row in [*train, *test]:
+        assert row["text"] in texts[row["choices"][row["gold"]]]
+    assert sorted(row["gold"] for row in train) == list(range(len(texts)))
+    assert len({row["text"] for row in [*train, *test]}) == len(train) + len(test) and len(test) == 66
+    golds = [tuple(row["gold"] for row in test[at : at + len(texts)]) for at in range(0, len(test), len(texts))]
+    assert all(sorted(order) == list(range(len(texts))) for order in golds) and len(set(golds)) > 1
+
+
+def test_an_example_of_a_region_is_of_another_country_of_that_region(sources):
+    texts = longbench.histories(sources)
+    for row in longbench.samples("region", sources, 5):
+        *examples, own = row["context"].split("\n\n")
+        solved = [example.rpartition("\nRegion: ")[::2] for example in examples]
+        assert own in texts[row["answers"][0]] and own not in [text for text, _ in solved]
+        assert all(text in texts[label] for text, label in solved) and {label for _, label in solved} == set(texts)
+
+
+def test_of_several_profiles_one_has_the_entry_that_is_asked_for_and_none_comes_twice(sources):
+    entries = ("Population: ", "Median age: ")
+    for row in longbench.samples("profiles_qa", sources, 5):
+        titles = [line for line in row["context"].split("\n") if line.startswith(longbench.TITLE)]
+        assert len(set(titles)) == len(titles) == longbench.PROFILES
+        asked = next(entry for entry in entries if f"\n{entry[:-2]}" in row["input"])
+        assert row["context"].count(f"\n{asked}") == 1
+
+
+def test_what_can_be_guessed_or_stands_twice_is_not_asked_for():
+    figures = {"Coastline": "7 km", "Irrigated land": "1,250 sq km", "Natural resources": "copper, tin"}
+    geography = {name: {"text": text} for name, text in figures.items()} | {"Area": {"total": {"text": "4,400 sq km"}}}
+    more = {"Population": {"text": "31,000"}, "Birth rate": {"text": "1,250 births"}}
+    told = {"Introduction": {"Background": {"text": "4,400 ships"}}, "Geography": geography, "People and Society": more}
+    facts = [(fact.label, fact.answer) for fact in profile.facts_of(told)]
+    assert facts == [("Natural resources", "copper"), ("Area: total", "4,400"), ("Population", "31,000")]
+    lines = profile.lines_of(told)
+    assert all(fact.answer in lines[fact.line][1] for fact in profile.facts_of(told))
+
+
+def test_what_a_model_answers_without_the_text_is_known_from_then_on_however_often_it_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(longbench, "KNOWN", tmp_path / "known.json")
+    longbench.KNOWN.write_text('{"4": ["a"], "5": ["z"]}')
+
+    def scored(id: str, score: float, metric: str = "contains") -> dict:
+        return {"id": id, "tags": {"row_id": f"{id}-drawn", "metric": metric}, "score": score}
+
+    failed = [{"id": id, "error": "no"} for id in "bd"]
+    rows = [*failed, scored("b", 1), scored("c", 0), scored("e", 1, "class"), scored("f", 1.0, "rouge_l")]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):
+        assert longbench.learn_known(tmp_path, 5) == ["b-drawn", "z"]
+    assert json.loads(longbench.KNOWN.read_text()) == {"4": ["a"], "5": ["b-drawn", "z"]}
+    assert longbench.known_of(5) == ["b-drawn", "z"] and longbench.known_of(6) == []
 
 
 def test_candidates_are_written_only_where_they_are_asked_for(sources, tmp_path):

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from methods.core.budget import check_budget
 from methods.core.errors import UserError
-from methods.core.typed import no_target, settings
+from methods.core.typed import conform, hints_of, no_target, settings
 from runners.settings.config import Config, Group, Kernels, Model, Sampled, Tracking
 from runners.settings.explain import pip_install
 
@@ -33,6 +33,9 @@ def check_config(cfg: DictConfig) -> None:
 
 def settle(cfg: DictConfig) -> None:
     """The same without the parts, for which their modules would have to be imported."""
+    model = cfg.get("model")
+    if OmegaConf.is_list(model):  # what tasks take from the model's settings cannot be looked for in a list
+        conform(OmegaConf.to_container(model), hints_of(Config)["model"], "model")
     given = plain(cfg)
     for group in ("model", *PARTS):
         if group not in given or given[group] is None:

@@ -240,6 +240,7 @@ def test_real_text_is_taken_by_name_and_says_so_in_its_own():
     assert task.name == "longbench-real" and task.source().startswith("longbench-real (bundled), 1 subset")
     assert {example.tags["subset"] for example in task.examples()} == set(first)
     assert len(task.examples()) >= 40 and all(example.max_new_tokens <= 12 for example in task.examples())
+    assert described[first[0]]["plain"] and not any(example.chat for example in task.examples())
     everything = {example.tags["subset"] for example in LongBench(data="real", subset="all").examples()}
     assert everything == set(described)
     assert Needle(data="real").name == "needle-real" and Perplexity(data="real").name == "ppl-real"
@@ -258,6 +259,7 @@ def test_real_text_is_taken_by_name_and_says_so_in_its_own():
         ("northeast", "east", 0),
         ("", "5", 0),
         ("5", "", 0),
+        ("a, b", "", 0),
     ],
 )
 def test_contains_takes_whole_figures_and_words(prediction, reference, held):

@@ -35,6 +35,10 @@ def test_what_was_set_in_another_way_reaches_it_too(tmp_path):
         trainer_of(cfg.method, cfg.runner, OmegaConf.load(DEFAULT))
 
 
+def test_a_setting_that_no_trainer_has_is_refused_under_the_name_it_was_typed():
+    assert for_trainer(["runner=train", "method=lococo", "runner.widht=1"])[-1] == "runner.widht=1"
+
+
 def test_other_runners_keep_their_words():
     for words in (["runner=train", "runner.limit=3"], ["method=lococo", "runner.resamples=5"], ["runner=calibrate"]):
         assert for_trainer(words) == words

@@ -158,13 +158,12 @@ def test_a_conversion_that_is_stopped_leaves_nothing_that_is_taken_for_one(empty
         (given[-1] / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reading, "_dequantize", stopped)
     checkpoint = find(str(file))
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reading, "_dequantize", stopped)
         load_model(checkpoint, torch.float32, CPU)
-    assert not checkpoint.folder.with_name("float32").exists()
-    monkeypatch.undo()
-    os.environ["KVFRONTIER_CACHE"] = str(empty)
+    assert [path.name for path in checkpoint.folder.parent.iterdir() if "float32" in path.name] == [".float32.lock"]
+    assert torch.equal(logits(load_model(checkpoint, torch.float32, CPU)), logits(read_directly(file)))
 
 
 def test_more_than_4_gb_are_asked_for_before_they_are_written(empty, file, monkeypatch, capsys):

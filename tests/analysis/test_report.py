@@ -11,6 +11,7 @@ import pytest
 from analysis import report
 from analysis.load import load_results
 from analysis.points import points
+from tests.analysis.conftest import Book
 
 SUBSETS = [("qa", "QA")] * 6 + [("sum", "summaries")] * 6
 NASTY = '<script>document.title = "broken in"</script><img src=x onerror="document.title=1"></script> & "quotes"'
@@ -33,8 +34,10 @@ def fill(book):
     book.cell("kivi", [0.0] * 4, 0.3, task="hard-mini", protocol="agnostic")
 
 
-@pytest.fixture
-def html(book):
+@pytest.fixture(scope="module")
+def html(tmp_path_factory):
+    """The page of the records that `fill` makes, which these tests only read."""
+    book = Book(tmp_path_factory.mktemp("records"))
     fill(book)
     assert report.main([str(book.root)]) == 0
     return book.root / "report.html"
@@ -137,21 +140,27 @@ def test_nothing_to_report_is_said(tmp_path, capsys):
     assert "run.py" in capsys.readouterr().err
 
 
-@pytest.fixture
-def browser_page(html):
+@pytest.fixture(scope="module")
+def browser():
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not chromium:
         pytest.skip("needs Chromium")
     with playwright.sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1200, "height": 1600})
-        page.errors = []
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
-        page.goto(html.as_uri())
-        page.wait_for_selector("body[data-ready=yes]", timeout=120_000)
-        yield page
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def browser_page(html, browser):
+    page = browser.new_page(viewport={"width": 1200, "height": 1600})
+    page.errors = []
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.goto(html.as_uri())
+    page.wait_for_selector("body[data-ready=yes]", timeout=120_000)
+    yield page
+    page.close()
 
 
 def test_a_browser_filters_sorts_hovers_and_opens_a_flipped_sample(browser_page):

@@ -74,6 +74,7 @@ def sweep(monkeypatch, tiny_model_dir, tmp_path: Path, *overrides: str) -> int:
     return run.main()
 
 
+@pytest.mark.slow
 def test_groups_are_processes_that_write_their_records(monkeypatch, tiny_model_dir, tmp_path):
     overrides = ("task.subset=[river],[mat]", "hydra.launcher.n_jobs=2")
     assert sweep(monkeypatch, tiny_model_dir, tmp_path, *overrides) == 0

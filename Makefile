@@ -1,7 +1,8 @@
 # Every target sets up .venv first (./setup, which does nothing when it is up to date).
 PY := .venv/bin/python
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline
-PYTEST := $(ONE_THREAD) $(PY) -m pytest -n 2 --timeout 300
+# loadfile: what a file's tests share is made by one of the two processes only
+PYTEST := $(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadfile --timeout 300
 CODE = $(wildcard run.py kvfrontier methods tasks runners kernels analysis benchmarks hydra_plugins package)
 
 .PHONY: help setup run model test test-slurm test-numeric test-all lint format docs peers

@@ -37,7 +37,7 @@ def _form(op: str) -> ModuleType:
 
 
 def variants(op: str, brief: bool = False) -> list[Variant]:
-    """What the calls that the op rehearses would start, each once."""
+    """What the calls of the op's `compile_cases` would start, each once."""
     with noting() as variants:
         _form(op).compile_cases(brief)
     return list(dict.fromkeys(variants))

@@ -131,6 +131,8 @@ class NACL(Eviction):
         n = len(store)
         if step.stage is not Stage.ENDS_PROMPT or store.padded or step.rules.window is not None or self.slots(n) >= n:
             return 0
+        if int(step.seen.max()) + step.q.shape[2] > n:  # cut before: how many proxies score goes by all tokens
+            return 0
         proxies = self.sizes(n).proxies
         return proxies if self.proxy_causal and proxies <= step.q.shape[2] else 0
 

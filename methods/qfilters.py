@@ -199,6 +199,8 @@ class OneShotCache(FilteredCache):
             super().append(step)
 
     def _end_prompt(self, step: Step) -> None:
+        if self.prompt:  # a later prompt's end: what stayed has no scores any more
+            self.store.add(SCORE, score_keys(self.store.read()[0], self.filters))
         super()._end_prompt(step)
         self.store.forget(SCORE)
 

@@ -112,22 +112,23 @@ class StreamingCache(EvictionCache):
         return super().attend(step)
 
     def end_step(self, step: Step) -> None:
+        whole = None if self.sink_k is None else self._gap(step) == 0  # [B, H], heads that have dropped nothing yet
         super().end_step(step)
         method = self.method
         if step.stage is Stage.MID_PROMPT:
             return
         if step.stage is Stage.ENDS_PROMPT:
             dropped = self.kept_per_head != self.prompt
-            self.held = self.kept_per_head
+            self.held = self._count()  # at a later prompt's end maybe fewer than it allows
             self.kept_per_head = [method.capacity(n) for n in self.prompt]
             self.store.max_slots = max(self.kept_per_head) + 1
             if dropped:
-                self._hold_sinks(step)
+                self._hold_sinks(step, whole)
             return
-        whole = self._gap(step) == 0  # [B, H], heads that have dropped nothing yet
         self.held = [n + m for n, m in zip(self.held, real_tokens(step), strict=True)]
         over = [n - kept for n, kept in zip(self.held, self.kept_per_head, strict=True)]
-        if all(n == 1 for n in over):
+        # until a drop has moved it behind, padding may stand before the sinks
+        if all(n == 1 for n in over) and (self.dropped or not self.store.padded):
             self._drop_oldest()
         elif max(over) > 0:
             self._shrink(step)

@@ -214,7 +214,7 @@ def attend(
     """Output [B, Hq, T, Dv], None without v, and the log-sum-exp of the logits [B, Hq, T], float32, if lse is set.
 
     layout: as in `kernels.attend`; "tail": the queries are the newest slots, in order.  start: of the logits' noise
-    (`start_of`), which wants plan "positions".  tau: the logits' divisor, [B or 1, T or 1], float32.
+    (`start_of`), which wants layout "positions".  tau: the logits' divisor, [B or 1, T or 1], float32.
     logits: [B, Hq, T, S], float32, takes them where they are seen.
     splits: parts of the slots that run side by side; None: as the device asks for.
     """

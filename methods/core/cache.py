@@ -252,16 +252,17 @@ class KVCache(Bound):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Go on with these rows only, given by number or as a mask over the rows."""
-        self.reorder_cache(torch.arange(self._rows())[indices])
+        self.reorder_cache(self._rows()[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Go on with every row so many times, side by side; the copies count as the same sample."""
-        self.reorder_cache(torch.arange(self._rows()).repeat_interleave(repeats))
+        self.reorder_cache(self._rows().repeat_interleave(repeats))
 
-    def _rows(self) -> int:
+    def _rows(self) -> Tensor:
+        """The rows' numbers, on their own device."""
         if self._counts is None:
             raise RuntimeError("this cache has no rows yet: it has seen no token")
-        return len(self._counts)
+        return torch.arange(len(self._counts), device=self._counts.device)
 
     def compress_next(self) -> None:
         """The next forward ends a prompt, as the first one did: what is stored then is compressed again.

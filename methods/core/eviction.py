@@ -196,7 +196,7 @@ class EvictionCache(LayerCache):
         if store.in_order and not self.dropped:
             store.keep_newest(window - 1)
             return
-        seen_next = store.pos > step.pos[:, -1:, None] - window + 1  # [B, H, S]
+        seen_next = (store.pos > step.pos[:, -1:, None] - window + 1) & (store.pos >= 0)  # [B, H, S]
         n = seen_next.sum(-1)
         store.keep(seen_next, int(n.max()), exact=bool((n == n.max()).all()))
 

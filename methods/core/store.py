@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from kernels import Layout, attend, attend_with_mass, mass
 from kernels.select import compact
 from methods.core.contract import Holding, Step
+from methods.core.home.old_names import adopt
+
+Value = TypeVar("Value")
 
 
 def spare(n: int, to_come: int | None = None, part: int = 8) -> int:
@@ -31,6 +34,10 @@ class Store:
     is a slot's position in its row, -1 for padding. Until the first `keep` they may be the model's own tensors: replace
     them, never write into them. Side arrays [B, H, S] follow their slots through every `keep`.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        adopt(cls, {"settle": "pack", "own": "held_bytes"})
 
     def __init__(self, capacity: int | None = None):
         """capacity: places to make room for at the first append, for a prompt that comes in chunks."""
@@ -317,11 +324,11 @@ def _own(x: Tensor) -> Tensor:
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
 
 
-def taken(numbers: list[int], rows: Tensor) -> list[int]:
-    """Of one number per row those of rows [B]; the device is waited for only where they differ."""
-    if len(set(numbers)) < 2:
-        return numbers[:1] * len(rows)
-    return [numbers[row] for row in rows.tolist()]
+def taken(values: list[Value], rows: Tensor) -> list[Value]:
+    """Of one value per row those of rows [B]; the device is waited for only where they differ."""
+    if len(set(values)) < 2:
+        return values[:1] * len(rows)
+    return [values[row] for row in rows.tolist()]
 
 
 def _gather(x: Tensor, slots: Tensor) -> Tensor:

@@ -519,3 +519,23 @@ def _prompted(**knobs):
     cache = load_method("kivi", **knobs, store={"residual": 32}).cache_for(model)
     run(model, cache, tokens(400))
     return cache
+
+
+def test_a_padded_row_that_has_packed_nothing_yet_can_be_repeated(gqa):
+    ids, new = tokens(12), tokens(30, seed=2)
+    ids[:, :2] = 0
+    mask = torch.ones_like(ids)
+    mask[:, :2] = 0
+    cache = small().cache_for(gqa)
+    run(gqa, cache, ids, mask=mask)
+    alone = cache.fork()
+    cache.batch_repeat_interleave(2)
+    for i in range(new.shape[1]):
+        mask = torch.cat((mask, torch.ones(1, 1, dtype=torch.long)), dim=1)
+        at = {"attention_mask": mask, "position_ids": mask.sum(-1, keepdim=True) - 1}
+        with torch.no_grad():
+            expected = gqa(new[:, i : i + 1], past_key_values=alone, use_cache=True, **at).logits
+            at = {name: x.expand(2, -1) for name, x in at.items()}
+            actual = gqa(new[:, i : i + 1].expand(2, -1), past_key_values=cache, use_cache=True, **at).logits
+    near(actual, expected.expand_as(actual), run_off(expected))
+    assert [one.held_end for one in cache.reports()] == [alone.report().held_end] * 2

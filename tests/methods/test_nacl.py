@@ -14,7 +14,7 @@ from methods.nacl import Sizes
 from tests.bounds import bound, half_digit, near
 from tests.methods.conftest import kept, run
 from tests.methods.layer import context, filled, step_of
-from tests.tiny import padded_prompt
+from tests.tiny import feed, padded_prompt
 
 #: F of tokens 2..13 of 16
 SCORES = [0.05, 0.9, 0.02, 0.4, 0.03, 0.7, 0.01, 0.2, 0.06, 0.04, 0.3, 0.02]
@@ -206,6 +206,20 @@ def test_a_short_row_has_its_own_number_of_proxies(causal, gqa):
     run(gqa, batch, ids, mask=mask)
     run(gqa, alone, ids[1:, 30:])
     assert [kept(batch, i, 1, i) for i in (0, 1)] == [kept(alone, i, 0, i) for i in (0, 1)]
+
+
+def test_at_a_later_prompts_end_a_row_chooses_as_it_does_beside_a_longer_one(gqa):
+    knobs = {"protect": 0.0, "by_score": 1.0, "by_chance": 0.0, "proxy": 0.3}
+    ids, mask = padded_prompt([60, 50])
+    ids, mask = torch.cat((ids, ids[:, -30:]), dim=1), torch.cat((mask, torch.ones(2, 30, dtype=torch.long)), dim=1)
+    sets = []
+    for rows, first in ((slice(None), 0), (slice(1, None), 10)):
+        cache = load_method("nacl", budget=0.5, **knobs).cache_for(gqa)
+        feed(gqa, cache, ids[rows, first:60], mask[rows, first:60], [60 - first])
+        cache.compress_next()
+        feed(gqa, cache, ids[rows, first:], mask[rows, first:], [30], start=60 - first)
+        sets.append([kept(cache, layer, -1, head) for layer in (0, 1) for head in (0, 1)])
+    assert sets[0] == sets[1]
 
 
 def test_decode_interval_brings_the_cache_back_to_its_size(gqa):

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from methods import load_method
 from tests.methods.conftest import kept, run, tiny_llama
 
 #: a cache of fixed size that drops the oldest token, in the words of then
@@ -45,6 +46,18 @@ class Counting(EvictionCache):
 class Count(Eviction):
     def caches(self, spec, prompt_len):
         return [Counting(self, prompt_len) for _ in range(spec.n_layers)]
+"""
+
+#: a store that rounds what it holds, in the words of then
+ROUNDING = """
+from methods.core.store import Store
+
+class Rounding(Store):
+    def settle(self, step):
+        self.buffers["k"] = self.buffers["k"].round()
+
+    def own(self, most=None):
+        return [7 for _ in super().held_bytes(most)]
 """
 
 KEEPNORM = '''"""KeepNorm: keep the prompt slots whose values are longest.
@@ -142,3 +155,21 @@ def test_a_capped_method_with_the_old_names_decides_as_before(tmp_path: Path, mo
     cache = module.Oldest(budget=8).cache_for(model)
     run(model, cache, ids, new=ids[:, :2])
     assert kept(cache) == [*range(6, 14)]
+
+
+def test_a_store_with_the_old_names_packs_and_counts_as_before(tmp_path: Path, monkeypatch):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        module = loaded(ROUNDING, tmp_path / "rounding_of_then.py", monkeypatch)
+    (told,) = said
+    assert str(told.message) == (
+        "rounding_of_then.Rounding: `settle` is `pack`, `own` is `held_bytes` now; the old names will go"
+    )
+    model, ids = tiny_llama(), torch.randint(0, 97, (1, 12), generator=torch.Generator().manual_seed(0))
+    cache = load_method("snapkv", budget=1.0)
+    cache.store = module.Rounding
+    cache = cache.cache_for(model)
+    run(model, cache, ids)
+    for layer in cache.layers:
+        k = layer.inner.store.k
+        assert torch.equal(k, k.round()) and layer.inner.held_bytes() == [7]

@@ -157,6 +157,16 @@ def test_one_shot_keeps_the_highest_products_and_protects_only_what_it_is_told_t
     assert set(layer.store.buffers) == {"k", "v", "pos"}  # scores are forgotten once they have decided
 
 
+@pytest.mark.parametrize("budget", [0.5, 1.0])
+def test_at_a_later_prompts_end_what_stayed_is_scored_again(budget):
+    keys = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    layer = layer_of("qfilters", budget=budget)
+    held = [*kept_after(layer, step_with(keys[:12])), *range(12, 20)]
+    best = score_keys(keys[None, None, held], FILTER)[0, 0].topk(min(len(held), int(20 * budget))).indices
+    assert kept_after(layer, step_with(keys[12:], 12)) == sorted(held[i] for i in best.tolist())
+    assert set(layer.store.buffers) == {"k", "v", "pos"}
+
+
 def test_of_equal_scores_the_lower_position_stays():
     keys = torch.ones(6, 2)
     assert kept_after(layer_of("qfilters", budget=3), step_with(keys)) == [0, 1, 2]

@@ -7,7 +7,7 @@ from methods import load_method
 from methods.core.errors import UserError
 from tests.bounds import bound, near, run_off
 from tests.methods.conftest import kept, run, tiny_llama
-from tests.tiny import padded_prompt
+from tests.tiny import feed, padded_prompt
 
 
 def tokens(n: int, seed: int = 1) -> torch.Tensor:
@@ -212,3 +212,41 @@ def test_prompts_shorter_than_the_sinks_go_on_as_if_alone(lengths, gqa):
     for row, n in enumerate(lengths):
         alone = run(gqa, method.cache_for(gqa), ids[row : row + 1, -n:], new=new[row : row + 1])
         near(together[row], alone[0], run_off(alone[0]))
+
+
+def test_a_row_whose_padding_comes_before_its_first_drop_keeps_its_sinks(gqa):
+    ids, new = tokens(15), tokens(10, seed=2)
+    method = load_method("streaming_llm", budget=20)
+    padded, mask = torch.cat((torch.zeros(1, 3, dtype=torch.long), ids), dim=1), torch.ones(1, 18, dtype=torch.long)
+    mask[:, :3] = 0
+    behind, alone = method.cache_for(gqa), method.cache_for(gqa)
+    actual = run(gqa, behind, padded, new=new, mask=mask)
+    expected = run(gqa, alone, ids, new=new)
+    assert kept(behind, 1) == kept(alone, 1)
+    near(actual, expected, run_off(expected))
+
+
+def test_at_a_later_prompts_end_the_sinks_are_turned_from_where_the_model_left_them():
+    # one layer, as above: dropping equals never having read
+    model, stream = tiny_llama(4, 2, n_layers=1), tokens(45)
+    mask = torch.ones_like(stream)
+    cache = load_method("streaming_llm", budget=12).cache_for(model)
+    feed(model, cache, stream[:, :33], mask[:, :33], [30, 1, 1, 1])
+    cache.compress_next()
+    actual = feed(model, cache, stream, mask, [7, 1, 1, 1, 1, 1], start=33)[:, -1]
+    seen = torch.cat((stream[:, :4], stream[:, -9:]), dim=1)
+    expected = run(model, load_method("full").cache_for(model), seen)[:, -1]
+    near(actual, expected, run_off(expected))
+
+
+def test_after_a_later_prompts_end_the_cache_grows_from_what_it_holds(gqa):
+    stream = tokens(90)
+    mask = torch.ones_like(stream)
+    sets = []
+    for method in (load_method("streaming_llm", budget=0.5, sinks=0), load_method("window", budget=0.5)):
+        cache = method.cache_for(gqa)
+        feed(gqa, cache, stream[:, :70], mask[:, :70], [40, *[1] * 30])  # 20 of 70 are held
+        cache.compress_next()
+        feed(gqa, cache, stream[:, :84], mask[:, :84], [4, *[1] * 10], start=70)
+        sets.append(kept(cache, 1))
+    assert sets[0] == sets[1] == [*range(50, 84)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.select import compact
 from methods.core.budget import share
 from methods.core.contract import Holding, Step
-from methods.core.store import Store
+from methods.core.store import Store, taken
 from methods.core.stores.packed import GrowableBuffer, PackedTensor, RowGroup
 from methods.core.stores.scheme import Scheme
 
@@ -61,7 +61,7 @@ class QuantizedStore(Store):
     def choose_with(self, layers: Sequence[Sequence[tuple[Scheme, Scheme]]], layer: int, budget: float | None) -> None:
         """Let all layers choose the same place of their lists, whose bytes together fit the budget.
 
-        layers: the lists of all layers, best first and equally long.  own: which of them is this store's.
+        layers: the lists of all layers, best first and equally long.  layer: which of them is this store's.
         """
         self.layers, self.schemes, self.budget = layers, layers[layer], budget
 
@@ -176,10 +176,8 @@ class QuantizedStore(Store):
 
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
-        if len(set(self.chosen)) > 1 or len(set(self.counts or ())) > 1:  # else a row's are any row's
-            order = rows.tolist()
-            self.chosen = [self.chosen[row] for row in order]
-            self.counts = [self.counts[row] for row in order] if self.counts is not None else None
+        self.chosen = taken(self.chosen, rows)
+        self.counts = None if self.counts is None else taken(self.counts, rows)
         if len(self.parts) == 1:
             self.parts = [self.parts[0].select(rows)]
         elif self.parts:

@@ -186,6 +186,19 @@ def test_rows_are_chosen_and_repeated_by_the_caches_own_functions(llama, name):
         assert cache.samples.tolist() == rows
 
 
+def test_rows_are_numbered_on_the_device_that_holds_them(llama):
+    cache, seen = load_method("h2o", budget=0.5).cache_for(llama), []
+    ids, mask = padded_prompt([12, 12])
+    feed(llama, cache, ids, mask, [12])
+    for layer in cache.layers:
+        layer.inner.reorder = lambda rows: seen.append(rows.device.type)
+    # no GPU is here: a cache whose numbers are said to lie on another device
+    cache._counts, cache._samples = cache._counts.to("meta"), None
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    cache.batch_repeat_interleave(1)
+    assert set(seen) == {"meta"}
+
+
 def test_what_a_compressed_cache_cannot_do_says_so(llama):
     cache = load_method("full").cache_for(llama)
     for call in (cache.reset, lambda: cache.crop(-1), lambda: cache.offload(0), cache.layers[0].prefetch):

@@ -1,8 +1,13 @@
 """Running an op in Triton beside its reference: natively on a GPU, in Triton's interpreter elsewhere."""
 
+import itertools
 import os
 import random
+from collections.abc import Collection
 from contextlib import contextmanager
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +45,46 @@ class Inputs:
         given = {"window": self.window, "softcap": 1.5, "slopes": self.slopes.to(device)}
         given = {rule: value for rule, value in given.items() if name in (rule, "all rules")}
         return Rules(self.q.shape[-1] ** -0.5, **given)
+
+
+def pairs(*axes: Collection[Any]) -> list[Any]:
+    """All combinations for `parametrize`; those beyond a cover of every two values of two axes are slow tests."""
+
+    def within(case: tuple[Any, ...]) -> set[Any]:
+        return set(itertools.combinations(enumerate(case), 2))
+
+    every = list(itertools.product(*axes))
+    left, fast = set().union(*map(within, every)), set()
+    while left:
+        best = max(every, key=lambda case: len(within(case) & left))  # the first of the best: alike in every process
+        fast.add(best)
+        left -= within(best)
+    return [pytest.param(*case, marks=() if case in fast else pytest.mark.slow) for case in every]
+
+
+def interpret_quickly() -> None:
+    """Triton's interpreter with its language patched once per launch, not again for every function called in one.
+
+    A third of the time of a launch. What is run, and with which checks, stays as it is.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    seen = SimpleNamespace(__globals__={"tl": language, "core": language.core})  # whichever of the two a function sees
+
+    def whole(fn: Any) -> Any:
+        return patch(seen)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter._patch_lang = whole
+    interpreter.InterpretedFunction.__call__ = call
+
+
+if find_spec("triton") and not torch.cuda.is_available():
+    interpret_quickly()
 
 
 @contextmanager

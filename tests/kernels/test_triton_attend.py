@@ -14,6 +14,7 @@ from tests.kernels.both_forms import (
     generator,
     moved,
     on_each_device,
+    pairs,
     poison,
     using,
 )
@@ -47,27 +48,22 @@ class Case(Inputs):
 
 
 @on_each_device
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("D", [32, 64, 80, 128, 256])
-def test_a_turn_of_any_width_type_and_group_is_the_formula(D, dtype, device, generator):
-    for G in (1, 4, 8):
-        Case(generator, (G, 1), T=3, S=63, D=D, dtype=DTYPES[dtype]).check(device)
+@pytest.mark.parametrize(("D", "dtype", "G"), pairs([32, 64, 80, 128, 256], DTYPES, [1, 4, 8]))
+def test_a_turn_of_any_width_type_and_group_is_the_formula(D, dtype, G, device, generator):
+    Case(generator, (G, 1), T=3, S=63, D=D, dtype=DTYPES[dtype]).check(device)
 
 
 @on_each_device
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("G", [1, 4, 8])
-@pytest.mark.parametrize("S", [1, 63, 1000])
-def test_a_decoded_token_is_the_formula_however_the_slots_are_split(S, G, dtype, device, generator):
-    case = Case(generator, (G, 1), S=S, D=64, dtype=DTYPES[dtype])
-    for layout, splits in (("all", 3), ("positions", 1)):
-        case.check(device, layout=layout, splits=splits)
+@pytest.mark.parametrize(
+    ("S", "G", "dtype", "plan"), pairs([1, 63, 1000], [1, 4, 8], DTYPES, [("all", 3), ("positions", 1)])
+)
+def test_a_decoded_token_is_the_formula_however_the_slots_are_split(S, G, dtype, plan, device, generator):
+    layout, splits = plan
+    Case(generator, (G, 1), S=S, D=64, dtype=DTYPES[dtype]).check(device, layout=layout, splits=splits)
 
 
 @on_each_device
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
-@pytest.mark.parametrize("T", [1, 63])
+@pytest.mark.parametrize(("T", "heads", "rules"), pairs([1, 63], [(4, 4), (4, 1)], RULES))
 def test_the_causal_plan_is_the_formula(T, heads, rules, device, generator):
     Case(generator, heads, T=T, S=T, DV=16).check(device, rules, "causal")
 
@@ -79,18 +75,17 @@ def test_all_slots_are_the_formula(rules, device, generator):
 
 
 @on_each_device
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 150), (20, 63)])
-def test_positions_with_padding_and_a_set_per_head_are_the_formula(T, S, rules, device, generator):
+@pytest.mark.parametrize(("size", "rules", "splits"), pairs([(1, 1), (1, 150), (20, 63)], RULES, [1, 2]))
+def test_positions_with_padding_and_a_set_per_head_are_the_formula(size, rules, splits, device, generator):
+    T, S = size
     case = Case(generator, T=T, S=S, B=2)
     k_pos = torch.rand(2, 2, 3 * S, generator=generator).argsort(-1)[..., :S].int()  # any order, any gaps
     k_pos[torch.rand(k_pos.shape, generator=generator) < 0.2] = -1
     q_pos = torch.randint(S, 3 * S, (2, T), generator=generator)
     q_pos[1, 0] = -1
     case.q_pos, case.k_pos = q_pos, k_pos
-    for splits in (1, 2):
-        out = case.check(device, rules, splits=splits)
-        assert (out[1, :, 0] == 0).all()
+    out = case.check(device, rules, splits=splits)
+    assert (out[1, :, 0] == 0).all()
 
 
 @on_each_device

@@ -14,6 +14,7 @@ from tests.kernels.both_forms import (
     generator,
     moved,
     on_each_device,
+    pairs,
     poison,
     using,
 )
@@ -96,11 +97,9 @@ def test_any_code_width_and_direction(bits, dim, device, generator):
 
 
 @on_each_device
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("D", [32, 64, 80, 128, 256])
-def test_any_width_of_heads_type_and_size_of_a_group_of_heads(D, dtype, device, generator):
-    for G, dim in ((1, 2), (4, 3), (8, 2)):
-        Case(generator, (G, 1), D=D, dim=dim, dtype=DTYPES[dtype]).check(device, layout="all")
+@pytest.mark.parametrize(("D", "dtype", "G", "dim"), pairs([32, 64, 80, 128, 256], DTYPES, [1, 4, 8], [2, 3]))
+def test_any_width_of_heads_type_and_size_of_a_group_of_heads(D, dtype, G, dim, device, generator):
+    Case(generator, (G, 1), D=D, dim=dim, dtype=DTYPES[dtype]).check(device, layout="all")
 
 
 @on_each_device

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels import Stem, attend_with_mass, ema_weights, mass, noisy_mass, uniform, weighted_mass
 from tests.bounds import bound, near
-from tests.kernels.both_forms import DTYPES, RULES, Inputs, generator, moved, on_each_device, poison, using
+from tests.kernels.both_forms import DTYPES, RULES, Inputs, generator, moved, on_each_device, pairs, poison, using
 from tests.kernels.formula import allowed, formula
 from tests.kernels.test_mass import dense
 
@@ -15,6 +15,8 @@ tl = pytest.importorskip("triton.language")
 drawn = pytest.importorskip("kernels.noise.triton").uniform
 pytestmark = pytest.mark.usefixtures("poison")
 __all__ = ["generator", "poison"]
+
+LAYOUTS = ("positions", "tail")
 
 
 class Case(Inputs):
@@ -47,14 +49,20 @@ class Case(Inputs):
 
 
 @on_each_device
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("heads", [(2, 2), (2, 1)])
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 63), (63, 63), (40, 70)])  # 30 older ones: tiles end at 32
-def test_mass_is_the_reference_s_under_both_plans(T, S, heads, rules, device, generator):
+@pytest.mark.parametrize(
+    ("size", "heads", "rules", "layout"),
+    pairs(
+        [(1, 1), (1, 63), (63, 63), (40, 70)],  # 30 older ones: tiles end at 32
+        [(2, 2), (2, 1)],
+        RULES,
+        LAYOUTS,
+    ),
+)
+def test_mass_is_the_reference_s_under_both_plans(size, heads, rules, layout, device, generator):
+    T, S = size
     case = Case(generator, heads, T, S)
-    for layout in ("positions", "tail"):
-        out = case.check(mass, device, rules, layout=layout)
-        near(out.sum(-1), float(T), case.allowed(rules, float(T)))  # every query gives one in all
+    out = case.check(mass, device, rules, layout=layout)
+    near(out.sum(-1), float(T), case.allowed(rules, float(T)))  # every query gives one in all
 
 
 @on_each_device
@@ -103,7 +111,7 @@ def test_a_query_that_sees_nothing_gives_nothing(device, generator):
 def test_one_huge_logit_takes_all_the_mass_and_equal_ones_share_it(device, generator):
     case = Case(generator, T=8, S=63)
     case.q, case.k[:, :, 11] = case.q.abs() + 0.1, 1e4
-    for layout in ("positions", "tail"):
+    for layout in LAYOUTS:
         out = case.check(mass, device, layout=layout)
         near(out[:, :, 11], 8.0, case.allowed(size=8.0))
     case.check(noisy_mass, device, stem=case.stem())
@@ -156,31 +164,38 @@ def test_ema_weights_are_what_the_recurrence_gives():
 
 
 @on_each_device
-@pytest.mark.parametrize("rules", ["plain", "all rules"])
-@pytest.mark.parametrize(("T", "S"), [(1, 63), (40, 63)])
-def test_noisy_mass_is_the_reference_s(T, S, rules, device, generator):
-    case = Case(generator, (2, 1), T=T, S=S, B=2)
-    per_query = (1 + torch.arange(T) / T).expand(2, -1)
-    for stem, tau in ((case.stem(), 1.0), (case.stem(), per_query), (case.stem(fresh=False), 1.7), (None, per_query)):
-        out = case.check(noisy_mass, device, rules, stem=stem, tau=tau)
-        near(out.sum(-1), float(T), case.allowed(rules, float(T), noisy=True))
-    case.check(noisy_mass, device, rules, stem=case.stem(), tau=per_query, layout="tail")
+@pytest.mark.parametrize(
+    ("T", "rules", "stem", "tau", "layout"),
+    pairs([1, 40], ["plain", "all rules"], ["per query", "one", None], [1.7, "per query"], LAYOUTS),
+)
+def test_noisy_mass_is_the_reference_s(T, rules, stem, tau, layout, device, generator):
+    case = Case(generator, (2, 1), T=T, S=63, B=2)
+    tau = (1 + torch.arange(T) / T).expand(2, -1) if tau == "per query" else tau
+    noise = stem and case.stem(fresh=stem == "per query")
+    out = case.check(noisy_mass, device, rules, stem=noise, tau=tau, layout=layout)
+    near(out.sum(-1), float(T), case.allowed(rules, float(T), noisy=True))
 
 
 @on_each_device
-@pytest.mark.parametrize("rules", ["plain", "all rules"])
-@pytest.mark.parametrize(("n", "T", "S"), [(1, 1, 63), (0, 1, 63), (5, 20, 63), (20, 20, 20), (40, 40, 70)])
-def test_output_and_mass_together_are_those_of_each_alone(n, T, S, rules, device, generator):
+@pytest.mark.parametrize(
+    ("size", "rules", "layout"),
+    pairs(
+        [(1, 1, 63), (0, 1, 63), (5, 20, 63), (20, 20, 20), (40, 40, 70)],
+        ["plain", "all rules"],
+        LAYOUTS,
+    ),
+)
+def test_output_and_mass_together_are_those_of_each_alone(size, rules, layout, device, generator):
+    n, T, S = size
     case = Case(generator, T=T, S=S, B=2)
     q, k, v, q_pos, k_pos = moved(device, case.q, case.k, case.v, case.q_pos, case.k_pos)
     p = dense(case.q, case.k, case.rules(rules), case.q_pos, case.k_pos)
     expected = formula(case.q, case.k, case.v, case.rules(rules), case.q_pos, case.k_pos)
-    for layout in ("positions", "tail"):
-        with using("triton"):
-            out, sums = attend_with_mass(q, k, v, case.rules(rules, device), n, q_pos=q_pos, k_pos=k_pos, layout=layout)
-        near(out, expected, case.allowed(rules, case.v))
-        sums_expected = p[:, :, T - n :].sum(2)
-        near(sums, sums_expected, case.allowed(rules, sums_expected))
+    with using("triton"):
+        out, sums = attend_with_mass(q, k, v, case.rules(rules, device), n, q_pos=q_pos, k_pos=k_pos, layout=layout)
+    near(out, expected, case.allowed(rules, case.v))
+    sums_expected = p[:, :, T - n :].sum(2)
+    near(sums, sums_expected, case.allowed(rules, sums_expected))
 
 
 @on_each_device

@@ -63,10 +63,16 @@ def samples(results: Path) -> pd.DataFrame:
 
 
 def differing(name: str, results: Path, limit: int) -> tuple[int, pd.DataFrame]:
-    """How many samples of an experiment were measured again, and those that are not as they are committed."""
+    """How many samples of an experiment were measured again, and those that are not as they are committed.
+
+    Raises SystemExit where a committed cell was not measured again: a method that cannot run is none that agrees.
+    """
     run = [sys.executable, "benchmarks/tables.py", name, f"--results={results}", "--only=experiment"]
     subprocess.run([*run, f"task.limit={limit}"], cwd=HOME, check=False)
     new, old = samples(results), samples(HOME / "benchmarks" / "results" / f"{name}.parquet")
+    cells = [table.index.droplevel(SAMPLE).unique() for table in (old, new)]
+    if len(missing := cells[0].difference(cells[1])):
+        raise SystemExit(f"{name}: {len(missing)} cells were not measured again, such as {missing[0]}")
     both = new.join(old.add_suffix("_committed"), how="inner")
     committed = both[[f"{column}_committed" for column in SAME]].set_axis(SAME, axis="columns")
     same = both[SAME].eq(committed) | (both[SAME].isna() & committed.isna())

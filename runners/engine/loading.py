@@ -169,8 +169,10 @@ def find(path: str, revision: str = "main", file: str | None = None) -> Checkpoi
             folders.check(path, place)
             return Checkpoint(path, place.resolve())
     fetched.offer(path)
-    if file or path.endswith(gguf.SUFFIX):
-        raise UserError(f"model.path={path}: {'no such folder' if file else 'no such file'}, for model.file={file}")
+    if file:
+        raise UserError(f"model.path={path}: no such folder, for model.file={file}")
+    if path.endswith(gguf.SUFFIX):
+        raise UserError(f"model.path={path}: no such file")
     # owner/name, unless that owner is a folder here: then the name was mistyped; or one of the first names, like gpt2
     owned = "/" in path and any((at / path).parent.is_dir() for at in (Path(), ROOT))
     if not re.fullmatch(r"([A-Za-z0-9_-][\w.-]*/)?[A-Za-z0-9_][\w.-]*", path, re.ASCII) or owned:
@@ -228,6 +230,8 @@ def _named(model: Mapping[str, Any]) -> Checkpoint:
         if resize:
             raise UserError(f"model.resize={resize}: weights that are loaded have their sizes; give model.init=random")
         return find(path, str(model.get("revision", "main")), model.get("file"))
+    if model.get("file"):
+        raise UserError(f"model.file={model['file']}: random weights are read from no file; leave it out")
     shape = str(model.get("shape") or path)
     for folder in (Path(shape).expanduser(), ROOT / shape):
         if (folder / "config.json").is_file():

@@ -128,7 +128,7 @@ class Session:
         """Logits after the last token of each row's part, [B, V]; with `every` after all columns, [B, T, V].
 
         chunk: columns per pass; None takes the part in one.
-        ends_prompt: methods compress at the end of this part as at the end of the prompt.
+        ends_prompt: methods compress at the end of this part as at the end of the prompt; it is read in one pass.
         """
         return self.run(*_rectangle(parts, self.pad_id), chunk, ends_prompt, every)
 
@@ -140,7 +140,8 @@ class Session:
         ids = ids.to(self.model.device)
         mask = torch.ones_like(ids) if mask is None else mask.to(ids.device)
         pos = (self.counts + mask.cumsum(-1) - 1).clamp(min=0)
-        before, n, width = self.mask.shape[1], ids.shape[1], chunk or ids.shape[1]
+        before, n = self.mask.shape[1], ids.shape[1]
+        width = n if ends_prompt or not chunk else chunk
         self.mask = torch.cat((self.mask, mask), dim=1)
         self.counts = self.counts + mask.sum(-1, keepdim=True)
         if ends_prompt:

@@ -11,6 +11,7 @@ import yaml
 
 from methods.core.errors import UserError
 from methods.core.reading import read_text
+from methods.core.typed import settings
 from tasks.data.rows import wrong
 from tasks.prompts import Template
 from tasks.scoring import metrics
@@ -101,6 +102,19 @@ def problem(row: dict[str, Any], subset: Subset, needs_length: bool = False) -> 
     return wrong(row, {"input": str | None, "all_classes": list[str] | None})
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What a split's own subsets.yaml says of one of them, as in `Subset`. prompt: holds {context} and {input}."""
+
+    category: str
+    metric: str
+    prompt: str
+    max_new_tokens: int
+    first_line: bool = False
+    plain: bool = False
+    default: bool = False
+
+
 def read_catalog(path: Path) -> dict[str, tuple[Subset, Template]]:
     """The subsets of a split with its own prompts, which hold {context} and {input}.
 
@@ -113,23 +127,16 @@ def read_catalog(path: Path) -> dict[str, tuple[Subset, Template]]:
     if not isinstance(entries, dict) or not entries:
         raise UserError(f"{path}: a mapping from subset names to their settings is needed")
     catalog = {}
-    for name, entry in entries.items():
+    for name, node in entries.items():
         try:
-            template = Template.parse(entry["prompt"], "{context}", "{input}")
-            if entry["metric"] not in metrics.METRICS:
-                raise ValueError(f"metric {entry['metric']}; there are {', '.join(metrics.METRICS)}")
-            subset = Subset(
-                category=entry["category"],
-                metric=entry["metric"],
-                max_new_tokens=int(entry["max_new_tokens"]),
-                first_line=bool(entry.get("first_line", False)),
-                uses_input="{input}" in entry["prompt"],
-                plain=bool(entry.get("plain", False)),
-                default=bool(entry.get("default", False)),
-            )
-        except KeyError as error:
-            raise UserError(f"{path}: {name} has no {error.args[0]}") from error
-        except (TypeError, ValueError, AttributeError) as error:
+            entry = Entry(**settings(node, Entry, str(name)))
+            template = Template.parse(entry.prompt, "{context}", "{input}")
+            if entry.metric not in metrics.METRICS:
+                raise ValueError(f"metric {entry.metric}; there are {', '.join(metrics.METRICS)}")
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except ValueError as error:
             raise UserError(f"{path}: {name}: {error}") from error
-        catalog[str(name)] = (subset, template)
+        said = {key: value for key, value in vars(entry).items() if key != "prompt"}
+        catalog[str(name)] = (Subset(**said, uses_input="{input}" in entry.prompt), template)
     return catalog

@@ -25,6 +25,15 @@ def copy(tmp_path, tiny_model_dir):
     return shutil.copytree(tiny_model_dir, tmp_path / "copy")
 
 
+def test_a_file_that_is_not_there_or_not_read_is_said_as_it_was_typed(tmp_path):
+    with pytest.raises(UserError, match=r"^model\.path=.*absent\.gguf: no such file$"):
+        find(str(tmp_path / "absent.gguf"))
+    with pytest.raises(UserError, match=r"no such folder, for model\.file=a\.gguf$"):
+        find(str(tmp_path / "absent"), file="a.gguf")
+    with pytest.raises(UserError, match=r"^model\.file=a\.gguf: random weights are read from no file"):
+        checkpoint_of({"path": str(tmp_path), "init": "random", "file": "a.gguf"})
+
+
 def test_a_folder_loads_in_the_dtype_asked_for(tiny_model_dir):
     checkpoint = find(str(tiny_model_dir))
     model = load_model(checkpoint, torch.bfloat16, torch.device("cpu"))

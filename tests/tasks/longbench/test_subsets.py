@@ -94,7 +94,9 @@ def test_a_split_of_ones_own_brings_its_prompts(tmp_path):
     [
         ({"metric": "bleu"}, "qa: metric bleu; there are f1, "),
         ({"prompt": "{input}"}, "qa: a prompt holds {context} once"),
-        ({"max_new_tokens": "many"}, "qa: invalid literal"),
+        ({"max_new_tokens": "many"}, "qa.max_new_tokens=many: give a whole number"),
+        ({"plain": "false"}, "qa.plain=false: give true or false"),
+        ({"firstline": True}, "qa.firstline: no such setting; did you mean qa.first_line?"),
     ],
 )
 def test_a_wrong_setting_names_file_subset_and_value(tmp_path, change, said):
@@ -106,7 +108,7 @@ def test_a_wrong_setting_names_file_subset_and_value(tmp_path, change, said):
 
 def test_a_missing_setting_is_named(tmp_path):
     entry = {key: value for key, value in GOOD["qa"].items() if key != "category"}
-    with pytest.raises(UserError, match="qa has no category"):
+    with pytest.raises(UserError, match=r"qa\.category: is missing"):
         read_catalog(write(tmp_path / "subsets.yaml", {"qa": entry}))
 
 

@@ -14,6 +14,7 @@ Here:  counts are whole slots whose sum is exactly the layer's (largest remainde
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class AdaKV(Allocator):
     safeguard: "blend": between the even count and the layer's; "release": so, each head rounded for itself;
         "reserve": the floor's slots first, then the layer's best of the rest.
     """
+
+    even: ClassVar[bool] = False
 
     alpha: float = 0.2
     safeguard: str = "blend"

@@ -58,6 +58,11 @@ class Scissorhands(Capped):
             )
         if self.tie not in ("position", "prob"):
             raise UserError(f"Scissorhands: method.tie={self.tie}; it is position or prob")
+        if not self.allocator.even and self.budget != 1:
+            raise UserError(
+                f"Scissorhands: method.allocator={type(self.allocator).__name__} lets heads hold different numbers of "
+                "slots; the votes lie in a rectangle and need as many in every head: leave it out"
+            )
         if 1 < self.budget < self._least():
             raise UserError(
                 f"Scissorhands: budget={self.budget} slots do not hold method.recent={self.recent}, one more and the "

@@ -8,7 +8,8 @@ Here:  RoPE and ALiBi see only differences of positions. Numbering the slots 0, 
        rotated again, each time from the original. positions=original leaves them, as common re-implementations do.
        prefill=exact lets the prompt attend in full before the first drop (what benchmarks compare);
        prefill=streaming shows a prompt query what decoding would: sinks, window and itself. budget=1 drops nothing.
-       A sliding-window layer has lost the sinks before the prompt ends: it keeps its newest slots, as they are.
+       A sliding-window layer has mostly lost the sinks before the prompt ends: it keeps its newest slots as they are,
+       and sinks while later queries see them.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from torch import Tensor
 from kernels import attend
 from kernels.attend.reference import logits
 from methods.core.contract import Holding, LayerCache, ModelSpec, Stage, Step
-from methods.core.decision import real_tokens
+from methods.core.decision import real_tokens, taken
 from methods.core.errors import UserError
 from methods.core.eviction import Eviction, EvictionCache, EvictionContext
-from methods.core.store import Store, taken
+from methods.core.store import Store
 
 BLOCK = 256  # queries per block of a streaming prompt
 
@@ -62,6 +63,10 @@ class StreamingLLM(Eviction):
             raise UserError(f"StreamingLLM: method.prefill={self.prefill}; it is exact or streaming")
 
     @property
+    def drops_later(self) -> bool:
+        return self.budget != 1
+
+    @property
     def changes_prompt(self) -> bool:  # type: ignore[override]
         """Streaming prompts see less than the model's own."""
         return self.prefill == "streaming"
@@ -86,7 +91,13 @@ class StreamingLLM(Eviction):
 
     def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """The newest first, [B, H, S]; sinks are +inf."""
-        return store.pos.float().masked_fill(store.pos < self.sinks, torch.inf)
+        return store.pos.float().masked_fill(self.are_sinks(store, step), torch.inf)
+
+    def are_sinks(self, store: Store, step: Step) -> Tensor:
+        """Which slots stay as sinks, [B, H, S]: in a sliding layer while later queries see them."""
+        pos, window = store.pos, step.rules.window
+        first = (pos >= 0) & (pos < self.sinks)
+        return first if window is None else first & (pos > pos.amax(-1, keepdim=True) + 1 - window)
 
 
 class StreamingCache(EvictionCache):
@@ -114,13 +125,12 @@ class StreamingCache(EvictionCache):
     def end_step(self, step: Step) -> None:
         whole = None if self.sink_k is None else self._gap(step) == 0  # [B, H], heads that have dropped nothing yet
         super().end_step(step)
-        method = self.method
         if step.stage is Stage.MID_PROMPT:
             return
         if step.stage is Stage.ENDS_PROMPT:
             dropped = self.kept_per_head != self.prompt
             self.held = self._count()  # at a later prompt's end maybe fewer than it allows
-            self.kept_per_head = [method.capacity(n) for n in self.prompt]
+            self.kept_per_head = [self._capacity(n, step.rules.window) for n in self.prompt]
             self.store.max_slots = max(self.kept_per_head) + 1
             if dropped:
                 self._hold_sinks(step, whole)
@@ -129,7 +139,7 @@ class StreamingCache(EvictionCache):
         over = [n - kept for n, kept in zip(self.held, self.kept_per_head, strict=True)]
         # until a drop has moved it behind, padding may stand before the sinks
         if all(n == 1 for n in over) and (self.dropped or not self.store.padded):
-            self._drop_oldest()
+            self._drop_oldest(step)
         elif max(over) > 0:
             self._shrink(step)
         else:
@@ -142,16 +152,26 @@ class StreamingCache(EvictionCache):
             yield self.sink_k
 
     def holding(self) -> Holding:
-        held, more = super().holding(), self._of_sinks()
-        return Holding([n + more for n in held.held], [n + more for n in held.beside], held.padding)
+        plain = super().holding()
+        if self.sink_k is None:
+            return plain
+        size, sinks = self.sink_k.nbytes // len(self.sink_k), self._of_sinks()
+        held, beside = ([n + more for n, more in zip(x, sinks, strict=True)] for x in (plain.held, plain.beside))
+        padding, alike = (
+            [n + size - more for n, more in zip(x, sinks, strict=True)]
+            for x in (plain.padding, plain.alike or [0] * len(sinks))
+        )
+        return Holding(held, beside, padding, alike)
 
     def held_bytes(self) -> list[int]:
-        more = self._of_sinks()
-        return [n + more for n in super().held_bytes()]
+        held = super().held_bytes()
+        return held if self.sink_k is None else [n + more for n, more in zip(held, self._of_sinks(), strict=True)]
 
-    def _of_sinks(self) -> int:
-        """Bytes of the sinks' keys, the same for every row."""
-        return 0 if self.sink_k is None else self.sink_k.nbytes // len(self.sink_k)
+    def _of_sinks(self) -> list[int]:
+        """Bytes of the sinks' keys in every row; one that has dropped nothing needs none."""
+        assert self.sink_k is not None
+        size = self.sink_k.nbytes // len(self.sink_k)
+        return [0 if uncut else size for uncut in self.store.whole or [False] * len(self.sink_k)]
 
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
@@ -177,11 +197,23 @@ class StreamingCache(EvictionCache):
         """Tokens that each head has dropped so far, [B, H]."""
         return (step.pos[:, -1:] + 1 - (self.store.pos >= 0).sum(-1)).to(step.pos.dtype)
 
-    def _drop_oldest(self) -> None:
+    def _capacity(self, n: int, window: int | None) -> int:
+        """Slots per head after a prompt of n tokens; no limit where a sliding layer sees no more by itself."""
+        capacity = self.method.capacity(n)
+        return capacity if window is None or capacity < window - 1 else sys.maxsize
+
+    def _let_go(self, step: Step, next_query: Tensor) -> None:
+        """Nothing once slots have been dropped: a sink that no query sees is the next to go."""
+        if not self.dropped:
+            super()._let_go(step, next_query)
+
+    def _drop_oldest(self, step: Step) -> None:
         """Free the oldest recent slot of every head, for the next token to take."""
         store, pos = self.store, self.store.pos
-        recent = torch.where(pos >= self.method.sinks, pos, torch.iinfo(pos.dtype).max)
+        recent = torch.where((pos >= 0) & ~self.method.are_sinks(store, step), pos, torch.iinfo(pos.dtype).max)
         store.drop(recent.argmin(-1))
+        store.lose([True] * len(pos))
+        self.dropped = True
         self.held = self.kept_per_head
 
     def _shrink(self, step: Step, incoming: list[int] | None = None) -> None:

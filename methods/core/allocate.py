@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,6 +12,9 @@ from methods.core.store import Store
 
 class Allocator(ABC):
     """Spreads a budget over layers and heads: `method.allocator` names a subclass."""
+
+    #: all heads of a layer keep the same number of slots
+    even: ClassVar[bool] = True
 
     def slots(self, layer: int, n_layers: int, n: int) -> int:
         """Slots for this layer when the uniform share is n per head."""

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from methods.core.allocate import Uniform
 from methods.core.contract import LayerCache, ModelSpec, Stage, Step
-from methods.core.decision import EvictionContext, check_scores, on_device
+from methods.core.decision import EvictionContext, check_scores, on_device, taken
 from methods.core.errors import UserError
 from methods.core.eviction import Eviction, EvictionCache
-from methods.core.store import Store, taken
+from methods.core.store import Store
 
 EVICT = ("prompt_end", "per_chunk")
 
@@ -55,6 +55,10 @@ class Capped(Eviction):
                 f"{self.name}: budget={self.budget:g} with method.allocator={type(self.allocator).__name__}: how far a "
                 "head of a short prompt may grow is not known; give a share in (0, 1]"
             )
+
+    @property
+    def drops_later(self) -> bool:
+        return self.budget != 1
 
     @property
     def changes_prompt(self) -> bool:  # type: ignore[override]
@@ -139,6 +143,9 @@ class CappedCache(EvictionCache):
             return
         self.held = self._count()
         self.capacity, self.target_size = self._sizes_for(step, self.prompt)
+        if step.rules.window is not None and min(self.capacity) >= step.rules.window - 1:
+            self.capacity = []  # no query sees more than that anyway
+            return
         self.capacity_there = on_device(self.capacity, step.pos.device)[:, None]
         self.store.max_slots = max(self.capacity) + 1
 
@@ -171,6 +178,11 @@ class CappedCache(EvictionCache):
         )
         return capacity, target_size
 
+    def _let_go(self, step: Step, next_query: Tensor) -> None:
+        """Nothing once slots have been dropped: those that no query sees are the next to go, one for each token."""
+        if not self.dropped:
+            super()._let_go(step, next_query)
+
     def _scores(self, step: Step, cut: EvictionContext) -> Tensor:
         """The method's scores; a sliding layer first lets go of what no later query sees."""
         scores = super()._scores(step, cut)
@@ -201,6 +213,8 @@ class CappedCache(EvictionCache):
             free = (~real).to(torch.int8).argmax(-1)
             slot = torch.where(real.sum(-1) > self.capacity_there, slot, free)
         store.drop(slot, over)
+        store.lose(over)
+        self.dropped = True
 
 
 def whole_slots(share: float, slots: Tensor) -> Tensor:

@@ -142,11 +142,13 @@ class Holding:
     beside: what of it is documented on top of the budget, all but keys and values.
     padding: of places that are no slot of the row: those that make the rows of a rectangle equally long, those of slots
         that no later query sees, and free ones for tokens to come.
+    alike: of it, what a row that has dropped nothing takes to lie as the rows beside it do; empty: nothing.
     """
 
     held: list[int]
     beside: list[int]
     padding: list[int]
+    alike: list[int] = field(default_factory=list)
 
     def overhead(self) -> int:
         """Bytes beside keys and values, of all rows."""

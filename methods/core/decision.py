@@ -6,11 +6,14 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from methods.core.contract import Step
+
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -70,6 +73,21 @@ def check_scores(score: Callable[..., Tensor], scores: Tensor, real: Tensor) -> 
     raise FloatingPointError(f"{code.co_name} gave {what}: {code.co_filename}, line {code.co_firstlineno}")
 
 
+def joined(queries: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Queries [B, Hq, T, D] and their positions [B, T] of several steps as of one."""
+    if len(queries) == 1:
+        return queries[0]
+    q, pos = zip(*queries, strict=True)
+    return torch.cat(q, dim=2), torch.cat(pos, dim=1)
+
+
+def newest(q: Tensor, pos: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The newest n queries of each row, q [B, Hq, T, D] and pos [B, T], padding before them where there are fewer."""
+    order = (pos >= 0).to(torch.int8).argsort(dim=-1, stable=True)[:, -n:]  # [B, n]
+    at = order[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+    return q.gather(2, at), pos.gather(1, order)
+
+
 def real_tokens(step: Step) -> list[int]:
     """Tokens of each row in the step, without padding; waits for the device where there is some."""
     if not step.padded:
@@ -80,3 +98,10 @@ def real_tokens(step: Step) -> list[int]:
 def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """One number per row, [B], written there by the device itself: a copy from the host would be waited for."""
     return torch.stack([torch.full((), n, device=device) for n in numbers])
+
+
+def taken(values: list[Value], rows: Tensor) -> list[Value]:
+    """Of one value per row those of rows [B]; the device is waited for only where they differ."""
+    if len(set(values)) < 2:
+        return values[:1] * len(rows)
+    return [values[row] for row in rows.tolist()]

@@ -14,9 +14,10 @@ from torch import Tensor
 from methods.core.allocate import Allocator, Uniform
 from methods.core.budget import share, slots
 from methods.core.contract import Holding, LayerCache, Method, ModelSpec, Stage, Step
-from methods.core.decision import EvictionContext, check_scores, on_device, real_tokens
+from methods.core.decision import EvictionContext, check_scores, joined, newest, on_device, real_tokens, taken
+from methods.core.errors import UserError
 from methods.core.home.old_names import adopt
-from methods.core.store import Store, spare, taken
+from methods.core.store import Store, spare
 
 
 def __getattr__(name: str) -> Any:
@@ -49,6 +50,10 @@ class Eviction(Method):
         super().__init_subclass__()
         adopt(cls, cls._old_names, cls._old_forms)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_pair()
+
     @property
     def family(self) -> str:
         return "eviction" if self.store is None else "mixed"
@@ -65,6 +70,11 @@ class Eviction(Method):
             target = getattr(self.store, "func", self.store)
             knobs["store"] = {"_target_": target.__name__, **getattr(self.store, "keywords", {})}
         return knobs
+
+    @property
+    def drops_later(self) -> bool:
+        """Whether slots also go after the prompt's end."""
+        return self.interval is not None
 
     def query_window(self, n: int) -> int:
         """How many of the newest queries of a prompt of n tokens `score` needs: its observation window."""
@@ -106,6 +116,20 @@ class Eviction(Method):
     def before_drop(self, store: Store, keep: Tensor) -> None:
         """Called with the keep-mask [B, H, S] before slots go: the place to merge them into others."""
 
+    def _check_pair(self) -> None:
+        """Raises UserError for a store that cannot hold what this method and its allocator leave."""
+        if self.store is None or self.budget == 1:
+            return
+        store = type(self.store(capacity=None))
+        what = f"{self.name}: method.store={store.__name__} packs slots in groups"
+        if store.heads_alike and not self.allocator.even:
+            uneven = type(self.allocator).__name__
+            raise UserError(
+                f"{what}, whose heads hold alike; method.allocator={uneven} lets them differ: leave one out"
+            )
+        if store.heads_alike and self.drops_later:
+            raise UserError(f"{what}, and this method drops single ones while it decodes; snapkv drops none then")
+
 
 class EvictionCache(LayerCache):
     """One layer under an Eviction: the loop written once."""
@@ -118,6 +142,7 @@ class EvictionCache(LayerCache):
         self.prompt: list[int] = []  # tokens of each row's prompt, once it has ended
         self.kept_per_head: list[int] = []
         self.since: list[int] = []  # tokens of each row since it last had to drop
+        self.tokens: list[int] = []  # that each row has read, once its prompt has ended; for sliding layers
         self.again = False  # whether a prompt has ended before
         self.dropped = False  # whether any slot has gone, so that heads may hold different numbers
         self.sees: int | None = None  # slots of a head that the next query of a sliding layer can see
@@ -172,8 +197,8 @@ class EvictionCache(LayerCache):
     def reorder(self, rows: Tensor) -> None:
         self.store.reorder(rows)
         self.queries = [(q[rows], pos[rows]) for q, pos in self.queries]
-        sizes = (self.prompt, self.kept_per_head, self.since)
-        self.prompt, self.kept_per_head, self.since = (taken(x, rows) for x in sizes)
+        sizes = (self.prompt, self.kept_per_head, self.since, self.tokens)
+        self.prompt, self.kept_per_head, self.since, self.tokens = (taken(x, rows) for x in sizes)
 
     def _shared_mass(self, step: Step) -> Tensor:
         """The window queries' attention, computed once for all caches that hold the same whole prompt."""
@@ -185,20 +210,34 @@ class EvictionCache(LayerCache):
         return step.memo[key]
 
     def _trim(self, step: Step) -> None:
-        """In a sliding layer, let go of what no later query can see."""
+        """In a sliding layer, let go of what no later query can see, now and then."""
         window, store = step.rules.window, self.store
         if window is None:
             return
-        self.sees = window - 1
-        slack = spare(window) if step.stage is Stage.DECODE else 0
-        if len(store) < window + slack:
+        self.sees, slack = window - 1, spare(window)
+        if step.stage is Stage.MID_PROMPT:
+            self._let_go(step, step.pos[:, -1] + 1)
+        elif step.stage is not Stage.ENDS_PROMPT:
+            before, self.tokens = self.tokens, [n + m for n, m in zip(self.tokens, real_tokens(step), strict=True)]
+            if store.in_order and (store.heads_alike or not self.dropped):
+                store.keep_newest(window - 1, slack)
+            # when a row lets go is its own affair: neither other rows nor padding decide what it holds
+            elif any(n // slack > m // slack for n, m in zip(self.tokens, before, strict=True)):
+                self._let_go(step, on_device([n // slack * slack for n in self.tokens], step.pos.device))
+
+    def _let_go(self, step: Step, next_query: Tensor) -> None:
+        """In a sliding layer, drop what a query at position next_query [B] does not see."""
+        window, store = step.rules.window, self.store
+        if window is None:
             return
-        if store.in_order and not self.dropped:
+        if store.in_order and (store.heads_alike or not self.dropped):
             store.keep_newest(window - 1)
             return
-        seen_next = (store.pos > step.pos[:, -1:, None] - window + 1) & (store.pos >= 0)  # [B, H, S]
-        n = seen_next.sum(-1)
-        store.keep(seen_next, int(n.max()), exact=bool((n == n.max()).all()))
+        real = store.pos >= 0  # [B, H, S]
+        seen = real & (store.pos > next_query[:, None, None] - window)
+        n = seen.sum(-1)
+        if bool((n < real.sum(-1)).any()):
+            store.keep(seen, int(n.max()), exact=bool((n == n.max()).all()))
 
     def _observe(self, step: Step) -> None:
         self.method.observe(self.store, step, self.mass)
@@ -212,9 +251,10 @@ class EvictionCache(LayerCache):
 
     def _end_prompt(self, step: Step) -> None:
         self.again = bool(self.prompt)
-        seen = (step.pos.amax(-1) + 1).tolist()  # tokens, also when earlier ones have been dropped
+        self.tokens = (step.pos.amax(-1) + 1).tolist()  # also where earlier ones have been dropped
         window = step.rules.window
-        self.prompt = seen if window is None else [min(n, window - 1) for n in seen]
+        self.prompt = self.tokens if window is None else [min(n, window - 1) for n in self.tokens]
+        self._let_go(step, step.pos[:, -1] + 1)
         self.kept_per_head = self._kept_after_prompt(step)
         self.since = [0] * len(self.prompt)
         self._drop(step)
@@ -233,10 +273,11 @@ class EvictionCache(LayerCache):
         if not any(due):
             return
         self.since = [0 if d else n for n, d in zip(self.since, due, strict=True)]
+        self._let_go(step, (step.pos[:, -1] + 1).where(on_device(due, step.pos.device), 0))
         share, held = self.method.allocator.slots, self._count()
         again = [share(step.layer, step.n_layers, self.method.again(n, m)) for n, m in zip(self.prompt, held)]
         self.kept_per_head = [n if d else m for n, m, d in zip(again, held, due, strict=True)]
-        self._drop(step, held)
+        self._drop(step, held if step.rules.window is None else None)  # where slots go by age, heads hold other numbers
 
     def _count(self) -> list[int]:
         """Slots of each row's fullest head; waits for the device once heads may hold different numbers."""
@@ -258,7 +299,7 @@ class EvictionCache(LayerCache):
         if kept == held:
             return
         budget_slots = on_device(kept, real.device)  # [B]
-        q, q_pos = _join(self.queries or [(step.q, step.pos)])
+        q, q_pos = joined(self.queries or [(step.q, step.pos)])
         context = EvictionContext(q, q_pos, real, self.prompt, kept, budget_slots[:, None, None], self.mass, self.again)
         scores = self._scores(step, context)
         fits = [n == m for n, m in zip(kept, held, strict=True)]
@@ -270,6 +311,7 @@ class EvictionCache(LayerCache):
         keep = self._pick(scores, budget_slots)
         method.before_drop(store, keep)
         self.dropped = True
+        store.lose([not fit for fit in fits])
         exact = min(kept) == max(kept) if known else bool((keep.sum(-1) == max(kept)).all())
         store.keep(keep, max(kept), exact=exact)
         if known:
@@ -297,7 +339,7 @@ class EvictionCache(LayerCache):
             return
         self.queries.append((step.q, step.pos))
         if step.padded and step.stage is Stage.TURN:  # its padding stands between a row's queries
-            self.queries = [_newest(*_join(self.queries), query_window)]
+            self.queries = [newest(*joined(self.queries), query_window)]
         extra = sum(q.shape[2] for q, _ in self.queries) - query_window
         while extra > 0 and self.queries[0][0].shape[2] <= extra:
             extra -= self.queries.pop(0)[0].shape[2]
@@ -306,17 +348,3 @@ class EvictionCache(LayerCache):
             self.queries[0] = (q[:, :, extra:], pos[:, extra:])
             if step.stage is not Stage.ENDS_PROMPT:  # a view would keep the whole chunk alive
                 self.queries[0] = tuple(x.clone() for x in self.queries[0])
-
-
-def _join(queries: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(queries) == 1:
-        return queries[0]
-    q, pos = zip(*queries, strict=True)
-    return torch.cat(q, dim=2), torch.cat(pos, dim=1)
-
-
-def _newest(q: Tensor, pos: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The newest n queries of each row, q [B, Hq, T, D] and pos [B, T], padding before them where there are fewer."""
-    order = (pos >= 0).to(torch.int8).argsort(dim=-1, stable=True)[:, -n:]  # [B, n]
-    at = order[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-    return q.gather(2, at), pos.gather(1, order)

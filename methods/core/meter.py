@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from methods.core.contract import Holding, LayerCache, Stage, Step
+from methods.core.decision import taken
 from methods.core.errors import BudgetMiss
-from methods.core.store import taken
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
@@ -255,7 +255,7 @@ class Meter:
     def _prompt_end(self, step: Step) -> PromptEnd:
         layers, B = self._by_layer(), len(self._tokens)
         # the fullest row of a batch is padded by nothing: what all rows have is a place that ought to be free memory
-        least = [min(x.padding, default=0) for x in layers]
+        least = [min((n - m for n, m in zip(x.padding, x.alike or [0] * B)), default=0) for x in layers]
         surplus = self._total() - sum(sum(x.held) + sum(x.padding) for x in layers)
         more = [_part(max(0, surplus), [row], B) for row in range(B)]
         per_layer = [[n + extra for n in x.held] for x, extra in zip(layers, least)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,8 @@ from torch import Tensor
 from kernels import Layout, attend, attend_with_mass, mass
 from kernels.select import compact
 from methods.core.contract import Holding, Step
+from methods.core.decision import taken
 from methods.core.home.old_names import adopt
-
-Value = TypeVar("Value")
 
 
 def spare(n: int, to_come: int | None = None, part: int = 8) -> int:
@@ -35,6 +34,9 @@ class Store:
     them, never write into them. Side arrays [B, H, S] follow their slots through every `keep`.
     """
 
+    #: all heads of a row must hold the same number of slots
+    heads_alike: ClassVar[bool] = False
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         adopt(cls, {"settle": "pack", "own": "held_bytes"})
@@ -50,6 +52,7 @@ class Store:
         self.free_slot: Tensor | None = None  # [B, H], one of every head, freed, that the next token takes
         self.max_slots: int | None = None  # places that will ever be needed; None: it is not known
         self.to_come: int | None = None  # tokens that will still come one at a time; None: it is not known
+        self.whole: list[bool] | None = None  # rows that have dropped nothing; None: as positions are held
         self._sizes: tuple[tuple[Any, ...], tuple[int, int, int]] = ((), (0, 0, 0))  # of which arrays, and of a slot
         self.in_order = True  # whether slots lie in order of position: until a freed one is filled again
 
@@ -146,17 +149,21 @@ class Store:
         self.buffers["pos"].scatter_(2, slot[..., None], -1)
         self.free_slot, self.in_order = slot, False
 
-    def keep_newest(self, n: int) -> None:
-        """Drop what no row has among its n newest slots; for slots in order of arrival."""
-        if self.padded and n < self.n:  # padding of a later turn stands between a row's slots
-            real = self.buffers["pos"][:, 0, : self.n] >= 0  # [B, S]
-            behind = real.flip(-1).cumsum(-1).flip(-1)  # the row's slots from here on
-            n = self.n - int((real & (behind <= n)).any(0).int().argmax())
-            self.padded = not bool(real[:, self.n - n :].all())
-        if n < self.n:
-            for name, buffer in self.buffers.items():
-                self.buffers[name] = buffer[:, :, self.n - n : self.n].clone()
-            self.n, self.real = n, None
+    def keep_newest(self, n: int, slack: int = 0) -> None:
+        """Drop all but each row's n newest slots, if there are more than n + slack; for slots in order of arrival."""
+        if self.n <= n + slack:
+            return
+        places = n
+        if self.padded:  # padding of a later turn stands between a row's slots
+            pos = self.buffers["pos"][:, :, : self.n]  # [B, H or 1, S]
+            newer = (pos >= 0).flip(-1).cumsum(-1).flip(-1)  # the row's slots from here on
+            stays = (pos >= 0) & (newer <= n)
+            pos.masked_fill_(~stays, -1)
+            places = self.n - int(stays.flatten(0, 1).any(0).int().argmax())
+            self.padded = not bool(stays[:, :, -places:].all())
+        for name, buffer in self.buffers.items():
+            self.buffers[name] = buffer[:, :, self.n - places : self.n].clone()
+        self.n, self.real = places, None
 
     def attend(self, step: Step) -> Tensor:
         """Output [B, Hq, T, Dv] of the step's queries; the step's own tokens are already stored."""
@@ -210,6 +217,10 @@ class Store:
         if self.real is None:
             self.real = [self.k.shape[1] * n for n in of_rows]
 
+    def lose(self, rows: Sequence[bool]) -> None:
+        """Slots of these rows go. The others hold what they hold alone: positions once for all their heads."""
+        self.whole = [not lost and whole for lost, whole in zip(rows, self.whole or [True] * len(rows), strict=True)]
+
     def counted(self) -> list[int]:
         """Slots of every row, over all its heads; waits for the device where they could not be counted along."""
         if self.real is None:
@@ -225,20 +236,20 @@ class Store:
         """
         if not self.buffers:
             return Holding([], [], [])
-        B, H = self.buffers["k"].shape[:2]
-        whole = sum(x.nbytes for x in self.buffers.values()) // B
-        _, side, common = self._per_slot()
-        beside = [n * side + n // H * common for n in self._visible(visible)]
-        held = self.held_bytes(visible)
-        return Holding(held, beside, [whole - n for n in held])
+        whole = sum(x.nbytes for x in self.buffers.values()) // len(self.k)
+        kv, _, _ = self._per_slot()
+        slots = self._visible(visible)
+        beside, as_they_lie = self._beside(slots), self._beside(slots, alone=False)
+        held = [n * kv + more for n, more in zip(slots, beside)]
+        return Holding(held, beside, [whole - n for n in held], [b - a for a, b in zip(beside, as_they_lie)])
 
     def held_bytes(self, visible: int | None = None) -> list[int]:
         """What `holding` gives as held."""
         if not self.buffers:
             return []
-        H = self.buffers["k"].shape[1]
-        kv, side, common = self._per_slot()
-        return [n * (kv + side) + n // H * common for n in self._visible(visible)]
+        kv, _, _ = self._per_slot()
+        slots = self._visible(visible)
+        return [n * kv + more for n, more in zip(slots, self._beside(slots))]
 
     def overhead(self) -> int:
         """Bytes beside the slots' keys and values: positions, side arrays, padding and free places."""
@@ -248,6 +259,8 @@ class Store:
         """Row i goes on from row rows[i]."""
         if self.real is not None:
             self.real = taken(self.real, rows)
+        if self.whole is not None:
+            self.whole = taken(self.whole, rows)
         self.buffers = {name: b.index_select(0, rows.to(b.device)) for name, b in self.buffers.items()}
         if self.free_slot is not None:
             self.free_slot = self.free_slot.index_select(0, rows.to(self.free_slot.device))
@@ -265,18 +278,23 @@ class Store:
         H = self.buffers["k"].shape[1]
         return self.counted() if visible is None else [min(n, H * visible) for n in self.counted()]
 
-    def _per_slot(self) -> tuple[int, int, int]:
-        """Bytes of a head's slot in keys and values, and in side arrays; and in those that all heads of a row share."""
-        names = (self.buffers["pos"].shape[1], *self.buffers)
-        if self._sizes[0] != names:  # asked for after every pass
-            self._sizes = names, self._measure()
-        return self._sizes[1]
+    def _beside(self, slots: Sequence[int], alone: bool = True) -> list[int]:
+        """Bytes of positions and side arrays of so many slots of every row, over all its heads.
 
-    def _measure(self) -> tuple[int, int, int]:
-        size = {name: x.element_size() * math.prod(x.shape[3:]) for name, x in self.buffers.items()}
-        kv = size.pop("k") + size.pop("v")
-        common = size.pop("pos") if self.buffers["pos"].shape[1] == 1 and self.k.shape[1] > 1 else 0
-        return kv, sum(size.values()), common
+        alone: in a row that has dropped nothing, as it holds them alone; else as they lie.
+        """
+        H, (_, side, pos) = self.k.shape[1], self._per_slot()
+        lie = [self.buffers["pos"].shape[1] == 1] * len(slots)
+        shared = self.whole if alone and self.whole is not None else lie
+        return [n * side + (n // H if once else n) * pos for n, once in zip(slots, shared)]
+
+    def _per_slot(self) -> tuple[int, int, int]:
+        """Bytes of a head's slot: in keys and values, in side arrays, and of its position."""
+        if self._sizes[0] != (names := tuple(self.buffers)):  # asked for after every pass
+            size = {name: x.element_size() * math.prod(x.shape[3:]) for name, x in self.buffers.items()}
+            kv, pos = size.pop("k") + size.pop("v"), size.pop("pos")
+            self._sizes = names, (kv, sum(size.values()), pos)
+        return self._sizes[1]
 
     def _count_in(self, k: Tensor, padded: bool) -> None:
         """New tokens k [B, H, T, D] of every row."""
@@ -322,13 +340,6 @@ class Store:
 def _own(x: Tensor) -> Tensor:
     """x itself when it fills its storage, else a copy: a view would keep a larger tensor alive."""
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
-
-
-def taken(values: list[Value], rows: Tensor) -> list[Value]:
-    """Of one value per row those of rows [B]; the device is waited for only where they differ."""
-    if len(set(values)) < 2:
-        return values[:1] * len(rows)
-    return [values[row] for row in rows.tolist()]
 
 
 def _gather(x: Tensor, slots: Tensor) -> Tensor:

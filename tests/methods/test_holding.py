@@ -14,7 +14,7 @@ from methods.adakv import AdaKV
 from methods.core.contract import Method
 from methods.core.meter import nbytes
 from tests.methods.conftest import run, tiny_llama
-from tests.tiny import SIZES, equip, feed, tiny_model
+from tests.tiny import SIZES, equip
 
 LENGTHS = (90, 35, 75, 61)
 NEW = 5
@@ -163,14 +163,8 @@ def test_rows_take_their_ledgers_along(case, gqa):
     assert [own(one) for one in cache.reports()] == [before[row] for row in rows]
 
 
-def test_the_padding_of_a_later_turn_is_no_slot_in_a_sliding_layer():
-    model = tiny_model("mistral", sliding_window=40)
-    stream, held = torch.randint(1, 97, (1, 30), generator=torch.Generator().manual_seed(0)), []
-    for padding in (0, 45):  # wider than the window, so that the layer looks for what it may let go of
-        ids = torch.cat((stream[:, :20], torch.zeros(1, padding, dtype=torch.long), stream[:, 20:]), dim=1)
-        mask = torch.ones_like(ids)
-        mask[:, 20 : 20 + padding] = 0
-        cache = load_method("snapkv", budget=0.5, window=4).cache_for(model)
-        feed(model, cache, ids, mask, [20, padding + 4, 1, 1, 1, 1, 1, 1])
-        held.append(cache.report().held_end)
-    assert held[0] == held[1]
+@pytest.mark.parametrize("case", [case for case in CASES if case != RAGGED])  # there a number of slots is refused
+def test_a_row_that_fits_holds_beside_one_that_drops_what_it_holds_alone(case, gqa):
+    method = method_of(case, 60)  # slots: the rows of 35 tokens stay whole
+    alone = {n: own(read(gqa, method, [n]).report()) for n in (90, 35)}
+    assert [own(one) for one in read(gqa, method, (35, 90, 35)).reports()] == [alone[n] for n in (35, 90, 35)]

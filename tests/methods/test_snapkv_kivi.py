@@ -1,11 +1,16 @@
 """Eviction with a quantized store is a matter of configuration: snapkv chooses, kivi packs what stays."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from methods import load_method
+from methods.adakv import AdaKV
 from methods.core.contract import Stage
+from methods.core.errors import UserError
 from methods.core.eviction import EvictionCache
 from methods.kivi import KIVI
 from tests.bounds import near_codes
@@ -15,6 +20,9 @@ from tests.methods.layer import step_of
 
 def tokens(n: int, rows: int = 1, seed: int = 1) -> Tensor:
     return torch.randint(1, 97, (rows, n), generator=torch.Generator().manual_seed(seed))
+
+
+PACKED = partial(KIVI, key_bits=4, value_bits=4, group=32, residual=128)
 
 
 def small(bits: int = 4, **knobs):
@@ -80,6 +88,23 @@ def test_a_slot_cannot_be_dropped_once_it_is_packed():
         cache.store.drop(torch.zeros(1, 2, dtype=torch.long))
     with pytest.raises(NotImplementedError, match="KIVI: cannot follow"):
         cache.store.track("mass")
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "parts", "said"),
+    [
+        ("snapkv", {}, {"store": PACKED, "allocator": AdaKV()}, "method.store=KIVI packs .*method.allocator=AdaKV"),
+        ("h2o", {}, {"store": PACKED}, "method.store=KIVI packs .* drops single ones"),
+        ("streaming_llm", {}, {"store": PACKED}, "method.store=KIVI packs .* drops single ones"),
+        ("nacl", {"decode_interval": 4}, {"store": PACKED}, "method.store=KIVI packs .* drops single ones"),
+        ("scissorhands", {}, {"allocator": AdaKV()}, "method.allocator=AdaKV lets heads hold different numbers"),
+    ],
+)
+def test_a_pair_that_cannot_work_is_refused_before_anything_runs(name, knobs, parts, said):
+    method = load_method(name, budget=1, **knobs)
+    replace(method, **parts)  # where nothing is dropped it works
+    with pytest.raises(UserError, match=said):
+        replace(method, budget=0.5, **parts)
 
 
 def test_heads_that_keep_different_numbers_are_refused():

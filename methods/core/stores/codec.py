@@ -89,8 +89,7 @@ class CodecCache(LayerCache):
         window = step.rules.window
         if window is not None:  # let go of what no later query can see
             self.sees = window - 1
-            if len(self.store) >= window + (spare(window) if step.stage is Stage.DECODE else 0):
-                self.store.keep_newest(window - 1)
+            self.store.keep_newest(self.sees, spare(window) if step.stage in (Stage.TURN, Stage.DECODE) else 0)
         if step.stage is not Stage.MID_PROMPT:  # packing is lossy, so a long prompt is packed once, whole
             self.store.pack(step)
 

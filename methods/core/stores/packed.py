@@ -194,6 +194,12 @@ class RowGroup:
         """Bytes of places in use."""
         return self.keys.used + self.values.used + self.pos.nbytes
 
+    def used_of(self, visible: int | None) -> int:
+        """`used`, but where nothing is packed of the `visible` newest slots alone: all that later queries can see."""
+        if visible is None or visible >= self.pos.n or self.keys.packed is not None or self.values.packed is not None:
+            return self.used
+        return self.used // self.pos.n * visible
+
     @property
     def free(self) -> int:
         """Bytes of places not in use."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 from kernels.select import compact
 from methods.core.budget import share
 from methods.core.contract import Holding, Step
-from methods.core.store import Store, taken
+from methods.core.decision import taken
+from methods.core.store import Store
 from methods.core.stores.packed import GrowableBuffer, PackedTensor, RowGroup
 from methods.core.stores.scheme import Scheme
 
@@ -22,6 +24,8 @@ class QuantizedStore(Store):
     the same number of slots: one part for a batch without padding, else one per row, so that a row's groups and
     residual are those it would have alone. Packed slots stay as they are: single ones cannot be dropped.
     """
+
+    heads_alike: ClassVar[bool] = True
 
     def __init__(
         self, schemes: Sequence[tuple[Scheme, Scheme]], budget: float | None = None, capacity: int | None = None
@@ -133,12 +137,13 @@ class QuantizedStore(Store):
         if not self.parts:  # packing has let go of all of them
             super().forget(name)
 
-    def keep_newest(self, n: int) -> None:
-        if not self.parts:
+    def keep_newest(self, n: int, slack: int = 0) -> None:
+        if not self.parts and self.n > n + slack:
             super().keep_newest(n)
             self.counts = None
         for part in self.parts:
-            part.keep_newest(n)
+            if part.pos.n > n + slack:
+                part.keep_newest(n)
 
     def tensors(self) -> Iterable[Tensor]:
         yield from super().tensors()
@@ -153,8 +158,8 @@ class QuantizedStore(Store):
             return super().holding(visible)
         whole = Holding([], [], [])
         for part in self.parts:
-            pos, n = part.pos.nbytes, part.rows
-            numbers = (part.used, pos, part.free)
+            n, used = part.rows, part.used_of(visible)
+            numbers = (used, part.pos.nbytes * used // part.used, part.used + part.free - used)
             for of_rows, size in zip((whole.held, whole.beside, whole.padding), numbers):
                 of_rows += [size // n] * n
         return whole
@@ -162,7 +167,7 @@ class QuantizedStore(Store):
     def held_bytes(self, visible: int | None = None) -> list[int]:
         if not self.parts:
             return super().held_bytes(visible)
-        return [part.used // part.rows for part in self.parts for _ in range(part.rows)]
+        return [part.used_of(visible) // part.rows for part in self.parts for _ in range(part.rows)]
 
     def budget_bytes(self, full: Sequence[int]) -> list[int]:
         """Bytes that the budget allows of so many in full precision; without one, what the only scheme comes to."""
@@ -194,9 +199,12 @@ class QuantizedStore(Store):
             self.chosen = [self.choose(n, *sizes) for n in self.counts]
         if not any(scheme.due(n) for n, pair in zip(self.counts, self.chosen) for scheme in pair):
             return
-        for rows in [slice(row, row + 1) for row in range(len(pos))] if self.padded else [slice(0, len(pos))]:
+        whole = self.whole or [pos.shape[1] == 1] * len(pos)
+        apart = self.padded or len(set(whole)) > 1
+        for rows in [slice(row, row + 1) for row in range(len(pos))] if apart else [slice(0, len(pos))]:
             n = self.counts[rows.start]
-            arrays = _real(k[rows], v[rows], pos[rows], n)
+            at = pos[rows, :1] if whole[rows.start] else pos[rows]
+            arrays = _real(k[rows], v[rows], at, n)
             # a side that packs takes what it leaves over into memory of its own
             keys, values = (
                 PackedTensor(x if s.due(n) else x.clone(), s) for x, s in zip(arrays, self.chosen[rows.start])

@@ -75,6 +75,11 @@ class RaggedStore(Store):
     def keep(self, mask: Tensor, n: int, exact: bool = False) -> None:
         """Drop all slots but those in mask [B, H, S], any number per head; their memory is freed."""
         B, H, S = mask.shape
+        lost = (self.pos >= 0).sum((1, 2)) > mask.sum((1, 2))  # [B]
+        tail = self._tail_of(lost) if self.counts else {}
+        if tail:  # only rows that lose slots are laid out anew: where a slot lies must not depend on other rows
+            in_pages = torch.arange(S, device=mask.device) < S - self.n
+            mask = mask & (lost[:, None, None] | in_pages)
         slots, page_row, counts = pages(mask.reshape(B * H, S), PAGE)
         whole = {name: self._whole(name, self._fill(name)) for name in self.buffers}
         self.pages = {
@@ -82,12 +87,23 @@ class RaggedStore(Store):
             for name, x in whole.items()
         }
         self.pages["pos"] = torch.where(slots.view(-1, PAGE) >= 0, self.pages["pos"], -1)
-        self.buffers = {name: x.new_empty(B, 1 if name == "pos" else H, 0, *x.shape[3:]) for name, x in whole.items()}
+        empty = {name: x.new_empty(B, 1 if name == "pos" else H, 0, *x.shape[3:]) for name, x in whole.items()}
+        self.buffers = tail or empty
+        self.n, self.padded, self.free_slot = self.buffers["k"].shape[2], bool(tail), None
         self.page_row, self.counts = page_row, counts
-        self.real = self._in_pages(counts)
+        self.real = self._in_pages(counts) if not tail else None
         self.held = mask.sum(-1).flatten()
         self.first = _first_pages(self.held) * PAGE
-        self.n, self.padded, self.free_slot = 0, False, None
+
+    def _tail_of(self, lost: Tensor) -> dict[str, Tensor]:
+        """The tail without the rows lost [B]; nothing where no other has one."""
+        pos = self.buffers["pos"][:, :, : self.n].masked_fill(lost[:, None, None], -1)
+        real = (pos >= 0).flatten(0, 1).any(0)  # [T]
+        if not bool(real.any()):
+            return {}
+        first = int(real.int().argmax())
+        tail = {name: x[:, :, first : self.n].clone() for name, x in self.buffers.items() if name != "pos"}
+        return {**tail, "pos": pos[:, :, first:].clone()}
 
     def drop(self, slot: Tensor, rows: Sequence[bool] | None = None) -> None:
         if not self.counts:
@@ -128,21 +144,29 @@ class RaggedStore(Store):
         """As the base's; pages, their layout and the unused places of last pages belong to the row of their head."""
         if not self.counts:
             return super().holding(visible)
-        B, H = self.k.shape[:2]
-        kv, side, common = self._per_slot()
+        H, (kv, side, pos) = self.k.shape[1], self._per_slot()
         in_pages = self._in_pages(self.counts)
         n_pages = self._in_pages([-(-n // PAGE) for n in self.counts])
+        tail = [n - m for n, m in zip(self.counted(), in_pages)]  # less than nothing: the free slot is in a page
+        once = self.buffers["pos"].shape[1] == 1
         layout = [n * self.page_row.element_size() + 2 * H * self.held.element_size() for n in n_pages]
-        of_page = side if common == 0 else side + common  # in pages every head has positions of its own
-        tail = [n - m for n, m in zip(self.counted(), in_pages)]  # less than nothing where the free slot is in a page
         beside = [
-            t * side + t // H * common + n * PAGE * of_page + (n * PAGE - m) * kv + more
+            t * side + (t // H if once else t) * pos + n * PAGE * (side + pos) + (n * PAGE - m) * kv + more
             for t, n, m, more in zip(tail, n_pages, in_pages, layout)
         ]
         held = [n * kv + more for n, more in zip(self.counted(), beside)]
-        places = sum(x.nbytes for x in self.buffers.values()) // B
-        whole = [places + n * PAGE * (kv + of_page) + more for n, more in zip(n_pages, layout)]
-        return Holding(held, beside, [a - b for a, b in zip(whole, held)])
+        places = sum(x.nbytes for x in self.buffers.values()) // len(self.k)
+        total = [places + n * PAGE * (kv + side + pos) + more for n, more in zip(n_pages, layout)]
+        padding = [a - b for a, b in zip(total, held)]
+        if self.whole is None:
+            return Holding(held, beside, padding, [0] * len(held))
+        # a row that has dropped nothing needs no pages
+        slots = self._visible(visible)
+        plain = self._beside(slots)
+        alike = [m - n * kv - x if whole else 0 for m, n, x, whole in zip(held, slots, plain, self.whole)]
+        beside = [x if whole else n for n, x, whole in zip(beside, plain, self.whole)]
+        held, padding = [n - m for n, m in zip(held, alike)], [n + m for n, m in zip(padding, alike)]
+        return Holding(held, beside, padding, alike)
 
     def held_bytes(self, visible: int | None = None) -> list[int]:
         return self.holding(visible).held if self.counts else super().held_bytes(visible)

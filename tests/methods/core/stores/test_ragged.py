@@ -64,7 +64,8 @@ def test_a_heads_unused_places_are_fewer_than_a_page_and_documented_on_top(count
     counts = [[count, 1, 3], [16, count, count]]
     store = filled()
     store.keep(mask_of(counts), max(max(row) for row in counts))
-    for row, own, beside, padding in zip(counts, *vars(store.holding()).values(), strict=True):
+    holding = store.holding()
+    for row, own, beside, padding in zip(counts, holding.held, holding.beside, holding.padding, strict=True):
         unused = sum(-n % PAGE for n in row)
         assert own - beside == sum(row) * PLACE and unused <= len(row) * (PAGE - 1)
         pages = (sum(row) + unused) // PAGE
@@ -79,6 +80,25 @@ def test_pages_belong_to_their_head_after_rows_change_places():
     assert nbytes(store.tensors()) == n_pages([COUNTS[1]] * 2) * (PAGE * (PLACE + 4) + 8) + LAYOUT
     store.reorder(torch.tensor([0, 1]))
     assert torch.equal(store.pos, before[[1, 1]])
+
+
+def test_a_row_that_loses_no_slot_lies_as_before():
+    """How many pages a row has and how many of its slots lie behind them is its own affair."""
+    store = ragged()
+    new = torch.randn(B, H, 5, D)
+    store.append(new, new, torch.arange(S, S + 5).expand(B, -1))
+    before, pos = store.holding(), store.pos
+    real = pos >= 0
+    store.keep(real & ((pos % 2 == 0) | torch.tensor([True, False])[:, None, None]), 200)
+    after = store.holding()
+    assert (after.held[0], after.beside[0]) == (before.held[0], before.beside[0])
+    assert after.held[1] < before.held[1]
+    assert sum(after.held) + sum(after.padding) == nbytes(store.tensors())
+    for row, kept in enumerate((real, real & (pos % 2 == 0))):
+        assert [sorted(h[h >= 0].tolist()) for h in store.pos[row]] == [
+            p[k].tolist() for p, k in zip(pos[row], kept[row])
+        ]
+    assert torch.equal(store.read()[0][:, :, -5:][0], new[0])
 
 
 def test_a_second_keep_takes_from_pages_and_tail_alike_and_frees_the_rest():

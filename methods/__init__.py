@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,15 +34,14 @@ def load_method(name: str, **knobs: Any) -> Method:
 
     if name not in method_names():
         raise UserError(f"method={name}: no such method; there are {', '.join(method_names())}")
-    config = method_yaml(name)
-    for block in BLOCKS:
-        config.pop(block, None)
+    config = {key: value for key, value in _plain(name).items() if key not in BLOCKS}
     for key in knobs:
         if key not in config:
             raise UserError(f"method.{key}={knobs[key]}: {name} has no such knob; it has {', '.join(map(str, config))}")
     # what conf/config.yaml holds on the top level for the YAMLs to refer to
     top = {"budget": knobs.get("budget", 0.5), "seed": knobs.get("seed", 0)}
-    whole = OmegaConf.create({**top, "method": OmegaConf.merge(config, knobs)})
+    whole = OmegaConf.create({**top, "method": config})
+    whole.method.merge_with(knobs)
     return build_method(name, cast("dict[str, Any]", OmegaConf.to_container(whole.method, resolve=True)))
 
 
@@ -69,6 +69,25 @@ def method_yaml(name: str) -> DictConfig:
     """A method's YAML over the YAMLs it starts from, unresolved."""
     from omegaconf import OmegaConf
 
-    config = cast("DictConfig", OmegaConf.load(_YAMLS / f"{name}.yaml"))
+    return OmegaConf.create(_plain(name))
+
+
+def _plain(name: str) -> dict[str, Any]:
+    """`method_yaml` as plain containers, which are not to be changed."""
+    from omegaconf import OmegaConf
+
+    path = _YAMLS / f"{name}.yaml"
+    config = dict(_read(path, path.stat().st_mtime_ns))
     bases = [base for base in config.pop("defaults", []) if base != "_self_"]
-    return cast("DictConfig", OmegaConf.merge(*map(method_yaml, bases), config))
+    if not bases:
+        return config
+    merged = OmegaConf.merge(*map(_plain, bases), config)
+    return cast("dict[str, Any]", OmegaConf.to_container(merged))
+
+
+@cache
+def _read(path: Path, changed: int) -> dict[str, Any]:
+    """A file as it was when it was last changed: reading it takes longer than making the method."""
+    from omegaconf import OmegaConf
+
+    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(path)))

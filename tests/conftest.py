@@ -1,5 +1,6 @@
 """What every test shares: one thread unless told otherwise, no network, and tiny models made on the spot."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_data)
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_cuda)
+
+
+def pytest_collection_finish() -> None:
+    """What all tests import stays: a look for garbage need not go through it, half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

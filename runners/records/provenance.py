@@ -26,7 +26,9 @@ OURS = (*home.FOLDERS, "kvfrontier")
 _NOT_RUN = {"TYPE_CHECKING", "__name__"}
 # where a file lies, and which of its names are public
 _ABOUT_FILES = {"__file__", "__all__"}
-_NOTHING = (ast.Import, ast.ImportFrom, ast.Pass, ast.expr_context)
+_NOTHING = (ast.expr_context, ast.Import, ast.ImportFrom, ast.Pass)
+# where statements hold statements
+_INSIDE = ("body", "orelse", "finalbody", "handlers", "cases")
 
 
 @dataclass(frozen=True)
@@ -116,18 +118,21 @@ def _said(node: object) -> str:
 
     Fields that are empty are left out, since later versions add some.
     """
-    if isinstance(node, list):
-        return ",".join(filter(None, map(_said, node)))
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    if isinstance(node, ast.Constant):
-        return repr(node.value)
     if isinstance(node, _NOTHING):
         return ""
+    if isinstance(node, list):
+        return ",".join(filter(None, map(_said, node)))
+    if isinstance(node, ast.Constant):
+        return repr(node.value)
+    if not isinstance(node, ast.AST):
+        return repr(node)
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
         return ""
-    named = ((field, getattr(node, field, None)) for field in node._fields if field != "type_comment")
-    kept = [f"{field}={said}" for field, value in named if value is not None and (said := _said(value))]
+    kept = []
+    for field in node._fields:
+        value = getattr(node, field, None)
+        if value is not None and field != "type_comment" and (said := _said(value)):
+            kept.append(f"{field}={said}")
     return f"{type(node).__name__}({' '.join(kept)})"
 
 
@@ -154,7 +159,8 @@ def _imported(body: Iterable[ast.AST], package: str) -> Iterator[str]:
             for alias in node.names:
                 yield from _chain(f"{base}.{alias.name}")
         else:
-            yield from _imported(ast.iter_child_nodes(node), package)
+            for field in _INSIDE:
+                yield from _imported(getattr(node, field, ()), package)
 
 
 def _chain(name: str) -> list[str]:
@@ -174,9 +180,12 @@ def _holding(name: str) -> list[str]:
     if not modules and _lies(name.partition(".")[0]) is None:
         raise ModuleNotFoundError(f"{name}: no module of that name can be found", name=name)
     left = name.removeprefix(modules[-1]).strip(".").partition(".")[0] if modules else ""
-    if left and left not in bound_in(cast("Path", _source(modules[-1]))):
+    if left and left not in _bound(cast("Path", _source(modules[-1]))):
         raise ModuleNotFoundError(f"{name}: {modules[-1]} holds no {left}", name=name)
     return modules
+
+
+_bound = cache(bound_in)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The configurations of a sweep's cells, each composed once.
+"""The configurations of a command and of a sweep's cells, each composed once.
 
 Hydra takes a tenth of a second for every configuration. It is asked once for each choice of files; what a cell sets in
 its method is set in a copy, by the function by which Hydra does it. The sweeper composes all cells to refuse a mistyped
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,11 +21,13 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 #: settings of a cell that choose no file and are set in no method
 NUMBERS = ("budget", "seed")
 CONF = Path(__file__).resolve().parents[2] / "conf"
+# what Hydra adds to a command's words once it knows its mode
+MODES = ([], ["hydra.mode=RUN"], ["hydra.mode=MULTIRUN"])
 
 # by the loader of a command, so that they end with it
 _COMPOSED: WeakKeyDictionary[ConfigLoader, dict[tuple[str, ...], DictConfig]] = WeakKeyDictionary()
@@ -64,6 +67,40 @@ class Composer:
         ConfigLoaderImpl.validate_sweep_overrides_legal(parsed, RunMode.RUN, from_shell=False)
         ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)
         return cfg
+
+
+def once(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
+    """`ConfigLoaderImpl.load_configuration`, which Hydra calls for a command's mode and then again to run it.
+
+    The second call takes what the first has composed, with the mode that Hydra adds.
+    """
+    first: WeakKeyDictionary[ConfigLoader, tuple[str | None, list[str], DictConfig]] = WeakKeyDictionary()
+
+    @functools.wraps(load)
+    def loaded(
+        self: ConfigLoaderImpl,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        if self in first and validate_sweep_overrides:
+            name, words, cfg = first.pop(self)
+            added = overrides[len(words) :]
+            same = (name, words) == (config_name, overrides[: len(words)]) and added in MODES
+            if same and not OmegaConf.missing_keys(cfg.hydra.runtime.choices):  # what is missing, Hydra refuses
+                parse = OverridesParser.create().parse_overrides
+                self.validate_sweep_overrides_legal(parse(overrides), run_mode=run_mode, from_shell=from_shell)
+                self._apply_overrides_to_config(parse(added), cfg)
+                cfg.hydra.overrides.hydra.extend(added)
+                return cfg
+        cfg = load(self, config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
+        if not validate_sweep_overrides:
+            first[self] = config_name, list(overrides), cfg
+        return cfg
+
+    return loaded
 
 
 @contextlib.contextmanager

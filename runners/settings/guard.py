@@ -18,15 +18,17 @@ from omegaconf.errors import OmegaConfBaseException
 from methods.core.build import resolve
 from methods.core.errors import UserError
 from methods.core.typed import TARGET, no_target, shown
+from runners.settings.composing import once
 
 PLUGINS = ("sweeper", "launcher")
 LOGGING = ("hydra_logging", "job_logging")
 
 
 def install() -> None:
-    """From now on, every configuration that Hydra composes in this process is checked; once is enough."""
+    """From now on, whatever Hydra composes in this process is checked, and a command composed once; once is enough."""
     if not hasattr(ConfigLoaderImpl.load_configuration, "__wrapped__"):
-        ConfigLoaderImpl.load_configuration = _guarded(ConfigLoaderImpl.load_configuration)  # type: ignore[method-assign]
+        load = once(ConfigLoaderImpl.load_configuration)
+        ConfigLoaderImpl.load_configuration = _guarded(load)  # type: ignore[method-assign]
 
 
 def _guarded(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:

@@ -52,6 +52,11 @@ def members() -> list:
     return [method for method in methods if not method.changes_prompt]
 
 
+def in_turns(case: int) -> list:
+    """Every method at one of the two budgets, at the other in the next case."""
+    return [method for i, method in enumerate(members()) if i % 2 == case % 2 or method.name == "full"]
+
+
 def first_difference(a: Answer, b: Answer) -> int | None:
     n = max(len(a.ids), len(b.ids))
     pad_a, pad_b = (x.ids + [-1] * (n - len(x.ids)) for x in (a, b))
@@ -70,10 +75,19 @@ def margin(model, method, prompt: Prompt, protocol: str, answer: Answer, at: int
     return float(best[0] - best[1])
 
 
-@pytest.mark.parametrize("protocol", ["aware", "agnostic"])
-@pytest.mark.parametrize(("rows", "chunk"), [(1, None), (3, None), (1, 32)])
-def test_every_method_answers_in_a_group_as_it_does_alone(model, protocol, rows, chunk, record_property):
-    methods, given = members(), prompts(rows)
+@pytest.mark.parametrize(
+    ("case", "protocol", "rows", "chunk"),
+    [
+        (0, "aware", 1, None),
+        (1, "agnostic", 1, None),
+        (1, "aware", 3, None),
+        (0, "agnostic", 3, None),
+        (0, "aware", 1, 32),
+        (1, "agnostic", 1, 32),
+    ],
+)
+def test_every_method_answers_in_a_group_as_it_does_alone(model, case, protocol, rows, chunk, record_property):
+    methods, given = in_turns(case), prompts(rows)
     outcomes = together(model, methods, given, protocol, chunk)
     ties = 0
     for method, outcome in zip(methods, outcomes, strict=True):
@@ -126,8 +140,7 @@ FED = {
 def test_every_method_predicts_a_text_in_a_group_as_it_does_alone(model, plan, rows):
     g = torch.Generator().manual_seed(5)
     pieces, samples = torch.randint(1, 97, (rows, LENGTH), generator=g).tolist(), [41 + i for i in range(rows)]
-    # one budget each, in turns: every method meets every way of feeding
-    methods = [method for i, method in enumerate(members()) if i % 2 == rows - 1 or method.name == "full"]
+    methods = in_turns(rows)
     flipped = 0
     for method, one in zip(methods, force_together(model, methods, pieces, plan, samples), strict=True):
         try:
@@ -321,7 +334,7 @@ def asked(kind: str, rows: int) -> list[Example]:
 @pytest.mark.parametrize("kind", QUESTIONS)
 def test_every_method_is_asked_in_a_group_as_it_is_alone(reader, kind, rows):
     setting = replace(reader, protocol="agnostic" if kind == "requests" else "aware")
-    methods, batch = members(), asked(kind, rows)
+    methods, batch = in_turns(list(QUESTIONS).index(kind) + rows), asked(kind, rows)
     found = answer_together(setting, methods, batch)
     ties = 0
     for method, ours in zip(methods, found, strict=True):

@@ -1,13 +1,15 @@
-"""Cells' configurations: what Hydra itself would compose, and each choice of files composed once."""
+"""Configurations of commands and cells: what Hydra itself would compose, and each choice of files composed once."""
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from runners.settings.check import plain
-from runners.settings.composing import CONF, Composer, composer
+from runners.settings.composing import CONF, Composer, composer, once
 
 SHARED = ("task=needle", "task.limit=3", "model.max_length=500")
 
@@ -82,3 +84,49 @@ def test_a_process_without_a_command_composes_the_files_that_ship():
     with composer([]) as make:
         assert make(["method=nacl"])[0].hydra.runtime.choices["method"] == "nacl"
     assert not GlobalHydra.instance().is_initialized()
+
+
+LOAD = ConfigLoaderImpl.load_configuration
+
+
+def command(load, loader, words, mode):
+    """What Hydra does with a command: its mode without a check of sweeps, then the configuration that is run."""
+    words = list(words)
+    load(loader, "config", words, RunMode.MULTIRUN, validate_sweep_overrides=False)
+    words.append(f"hydra.mode={mode.name}")
+    cfg = load(loader, "config", words, mode)
+    return OmegaConf.to_container(cfg, resolve=False)
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        (RunMode.RUN, ("method=snapkv", "+method.extra=1", "budget=0.2")),
+        (RunMode.MULTIRUN, ("experiment=core", "hydra.verbose=true")),
+        (RunMode.MULTIRUN, ("method=snapkv,full", "budget=0.2,0.3", "task=needle")),
+    ],
+)
+def test_a_command_is_composed_once_into_what_hydra_composes_in_two_passes(mode, words, begun, monkeypatch):
+    expected, passes = command(LOAD, begun, words, mode), []
+    compose = ConfigLoaderImpl._load_configuration_impl
+    monkeypatch.setattr(
+        ConfigLoaderImpl, "_load_configuration_impl", lambda *a, **k: passes.append(1) or compose(*a, **k)
+    )
+    load = once(LOAD)
+    assert command(load, begun, words, mode) == expected and passes == [1]
+    assert command(load, begun, words, mode) == expected and passes == [1, 1]  # another command is another
+
+
+def test_what_only_a_run_refuses_is_refused_after_its_mode_was_learnt(begun, tmp_path):
+    load = once(LOAD)
+    for asked in (LOAD, load):
+        with pytest.raises(ConfigCompositionException, match="Ambiguous value for argument 'budget="):
+            command(asked, begun, ["budget=0.1,0.2"], RunMode.RUN)
+    (tmp_path / "db").mkdir()
+    (tmp_path / "config.yaml").write_text('defaults: [{db: "???"}, _self_]')
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        command(load, loader, [], RunMode.MULTIRUN)
+        with pytest.raises(ConfigCompositionException, match="You must specify 'db'"):
+            command(load, loader, [], RunMode.RUN)

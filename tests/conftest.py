@@ -24,6 +24,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from runners.settings import yamls
+
+yamls.install()  # as run.py does: whatever a test composes is read ten times as fast
 torch.set_num_threads(int(THREADS))
 # Triton asks when it is first imported, and models import it: without a GPU its kernels run in its interpreter
 if not torch.cuda.is_available():

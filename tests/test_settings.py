@@ -99,12 +99,11 @@ def test_all_wrong_values_of_all_settings_end_in_one_line_or_in_a_run(file, tmp_
 
 
 def test_the_files_of_all_models_have_the_same_settings():
-    found = {name: composed(f"model={name}").model for name in MODELS}
-    assert (
-        len(found) > len(SOME) and {name for name in found if found[name].keys() != found["reference"].keys()} == set()
-    )
-    for name in MODELS:
-        check_config(composed(f"model={name}"))
+    found = {name: composed(f"model={name}") for name in MODELS}
+    settings = found["reference"].model.keys()
+    assert len(found) > len(SOME) and {name for name in found if found[name].model.keys() != settings} == set()
+    for cfg in found.values():
+        check_config(cfg)
 
 
 def test_every_setting_of_the_configuration_has_a_type_and_the_other_way_round():

@@ -251,7 +251,9 @@ def _code() -> str:
     return total.hexdigest()
 
 
+@cache
 def _source(kind: type) -> str:
+    """A class's text; Python reads the whole file for it each time."""
     try:
         return inspect.getsource(kind)
     except (OSError, TypeError):

@@ -227,11 +227,11 @@ def _line(error: BaseException) -> str:
 def _key(model: PreTrainedModel, decoder: Decoder) -> str:
     """A name for what decides the outcome: configuration, classes, transformers, our code."""
     total = hashlib.sha256()
+    kinds: list[Any] = [type(model), type(decoder.modules[0])]
     for part in (
         json.dumps(model.config.to_dict(), sort_keys=True, default=str),
         f"{type(model).__module__}.{type(model).__qualname__}",
-        _source(type(model)),
-        _source(type(decoder.modules[0])),
+        *map(_source, kinds),
         transformers.__version__,
         torch.__version__,
         _code(),

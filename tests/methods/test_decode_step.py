@@ -79,8 +79,11 @@ def prompted(method: Method, model: PreTrainedModel, lengths: tuple[int, ...]) -
 
 
 def copied(model: PreTrainedModel, cache: KVCache) -> tuple[PreTrainedModel, KVCache]:
-    """Both without contents, and the cache as one of this model's."""
+    """Both without contents, and the cache as one of this model's; of its layers what attends, all else costs time."""
     model, cache = without_contents((model, cache))
+    model.lm_head = torch.nn.Identity()
+    for layer in model.model.layers:
+        layer.mlp = layer.post_attention_layernorm = torch.nn.Identity()
     cache.passes = weakref.ref(model.__dict__[BINDING]["passes"])
     return model, cache
 

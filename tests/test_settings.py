@@ -1,8 +1,10 @@
 """Every setting of every YAML with wrong values: one line that names it, or a run that the value allows."""
 
+import copy
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +112,11 @@ def test_every_setting_of_the_configuration_has_a_type_and_the_other_way_round()
     assert sorted(composed()) == sorted(Config.__dataclass_fields__)
 
 
+once = cache(composed)
+
+
 def refused(*overrides: str, **values: Any) -> str:
-    cfg = composed(*overrides)
+    cfg = copy.deepcopy(once(*overrides))
     for key, value in values.items():
         cfg = changed(cfg, key.replace("__", "."), value)
     with pytest.raises(UserError) as found:

@@ -24,6 +24,14 @@ TITLE = "Country profile of"
 NO_TEXT = "-"
 LONGEST_PROFILE = 420  # tokens, about, of a sample of profile_qa
 PROFILES = 4  # of a sample of profiles_qa
+# as in LongBench the task is said before the text and again behind it
+PROFILE_PROMPT = (
+    "Read this part of a country profile, and answer the question that stands behind it.\n\n"
+    "{context}\n\n"
+    "The text above is a part of a country profile, with one entry on each line. Find the entry that is named below, "
+    "and write the figure or the name that stands there, without any other words.\n\n"
+    "{input}"
+)
 
 Name = tuple[str, str]
 Drawn = Iterator[dict[str, Any]]
@@ -178,9 +186,7 @@ def next_line(sources: Sources, rng: np.random.Generator) -> Drawn:
 
 
 SUBSETS = {
-    "profile_qa": Subset(
-        profile_qa, "single-doc QA", "contains", 12, "{context}\n\n{input}", 60, default=True, shipped=True
-    ),
+    "profile_qa": Subset(profile_qa, "single-doc QA", "contains", 12, PROFILE_PROMPT, 60, default=True, shipped=True),
     "profiles_qa": Subset(profiles_qa, "multi-doc QA", "contains", 12, "{context}\n\n{input}", 48),
     "overview": Subset(
         overview,

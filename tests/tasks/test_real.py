@@ -19,7 +19,7 @@ from tasks.longbench.task import LongBench
 from tasks.needle import Needle
 from tasks.perplexity import Perplexity
 from tasks.real import code, longbench, needle, profile
-from tasks.real.__main__ import SPLITS, write
+from tasks.real.__main__ import SEED, SPLITS, write
 from tasks.real.sources import Sources, profiles_of, read, verses_of
 from tasks.scoring.metrics import contains
 
@@ -233,6 +233,12 @@ def test_a_shipped_file_has_its_rows_and_none_twice(path):
         assert [error for row in rows if (error := problem(json.loads(row), subset))] == []
 
 
+def test_no_shipped_sample_is_one_that_the_model_answered_without_its_text():
+    known = set(longbench.known_of(SEED))
+    rows = (ASSETS / "longbench-real" / "profile_qa.jsonl").read_text(encoding="utf-8").splitlines()
+    assert known and known.isdisjoint(json.loads(row)["_id"] for row in rows)
+
+
 def test_real_text_is_taken_by_name_and_says_so_in_its_own():
     task = LongBench(data="real")
     described = yaml.safe_load((ASSETS / "longbench-real" / "subsets.yaml").read_text())
@@ -241,6 +247,8 @@ def test_real_text_is_taken_by_name_and_says_so_in_its_own():
     assert {example.tags["subset"] for example in task.examples()} == set(first)
     assert len(task.examples()) >= 40 and all(example.max_new_tokens <= 12 for example in task.examples())
     assert described[first[0]]["plain"] and not any(example.chat for example in task.examples())
+    # methods that score by the end of the prompt see what is asked, not the text
+    assert all(len(example.question.split()) >= 40 for example in task.examples())
     everything = {example.tags["subset"] for example in LongBench(data="real", subset="all").examples()}
     assert everything == set(described)
     assert Needle(data="real").name == "needle-real" and Perplexity(data="real").name == "ppl-real"

@@ -7,7 +7,7 @@ CODE = $(wildcard run.py kvfrontier methods tasks runners kernels analysis bench
 
 .PHONY: help setup run model test test-slurm test-numeric test-all lint format docs peers
 help:
-	@echo "make run       make model if that can be had now, then python run.py method=nacl budget=0.5 task=longbench on 36"
+	@echo "make run       make model if that can be had now, then python run.py method=nacl budget=0.5 task=longbench on 40"
 	@echo "               samples; on all of them with overrides of one's own: make run ARGS='budget=0.25'"
 	@echo "make model     brings SmolLM2-135M-Instruct (98 MB, no account) into the user's cache folder, for model=smollm2-135m"
 	@echo "make test      the tests, without the slow ones and those that need a cluster"
@@ -21,10 +21,10 @@ help:
 setup:
 	@./setup
 
-# 36 samples of the real model take less than three minutes on two cores, its conversion included
+# 40 samples of the real model take less than three minutes on two cores, its conversion included
 run: setup
 	@$(PY) -m runners.settings.auto
-	$(PY) run.py method=nacl budget=0.5 task=longbench $(if $(ARGS),$(ARGS),task.limit=36)
+	$(PY) run.py method=nacl budget=0.5 task=longbench $(if $(ARGS),$(ARGS),task.limit=40)
 
 model: setup
 	@$(PY) -m runners.engine.sources.fetched

@@ -83,7 +83,7 @@ _BART = dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ff
 REFUSED = {
     "both ways": ("llama", dict(is_causal=False), "later ones too"),
     "cross-attention": ("bart", _BART, "cross-attention"),
-    "shared keys": ("gemma3n_text", {**_TWO_KINDS, **_GEMMA3N, "num_kv_shared_layers": 1}, "more than keys and values"),
+    "shared keys": ("gemma3n_text", {**_TWO_KINDS, **_GEMMA3N, "num_kv_shared_layers": 1}, "keys and values"),
     "a recurrent state": ("mamba", dict(state_size=4), "holds more than keys and values"),
     "two widths": ("gemma4_text", {**_TWO_KINDS, "global_head_dim": 16}, "differ in head_dim"),
     "sinks": ("gpt_oss", dict(_MOE, head_dim=8), "learned sinks"),

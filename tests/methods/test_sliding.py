@@ -65,3 +65,13 @@ def test_in_sliding_layers_neither_other_rows_nor_the_padding_of_later_turns_dec
             assert held[:, i].tolist() == own_held[:, 0].tolist()
             if "kivi" not in case:  # a code may be rounded the other way
                 near(logits[i], own_logits[0], run_off(own_logits))
+
+
+def test_streaming_llm_gives_the_places_of_sinks_that_are_out_of_sight_to_recent_tokens(short_window):
+    cache = load_method("streaming_llm", budget=0.5).cache_for(short_window)
+    with torch.no_grad():
+        for at in (range(36), *[[i] for i in range(36, 60)]):
+            pos = torch.tensor([list(at)])
+            short_window(pos % 97, position_ids=pos, past_key_values=cache, use_cache=True)
+    pos = cache.layers[0].inner.store.pos
+    assert [sorted(head[head >= 0].tolist()) for head in pos[0]] == [list(range(42, 60))] * pos.shape[1]

@@ -380,3 +380,15 @@ def test_everything_may_be_dropped(kind):
     both.check_attend(1, RULES["plain"])
     both.check_attend(3, RULES["plain"])
     both.check()
+
+
+def test_the_newest_of_each_row_stay_whatever_padding_stands_between_them():
+    store = Store()
+    k = torch.zeros(2, 1, 10, 4)
+    pos = torch.tensor([list(range(10)), [0, 1, 2, 3, -1, -1, -1, -1, 4, 5]])
+    store.append(k, k, pos, padded=True)
+    store.keep_newest(3, slack=7)
+    assert len(store) == 10  # no more than the slack
+    store.keep_newest(3)
+    assert [row[0][row[0] >= 0].tolist() for row in store.pos] == [[7, 8, 9], [3, 4, 5]]
+    assert store.counted() == [3, 3]

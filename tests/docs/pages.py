@@ -7,12 +7,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 
 _spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
 assert _spec and _spec.loader
 hooks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(hooks)
+
+PAGES = [*(ROOT / name for name in hooks.PAGES), *DOCS]
 
 
 def read(path: Path) -> str:

@@ -8,6 +8,7 @@ import tomllib
 import unicodedata
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -124,25 +125,30 @@ def test_every_page_is_in_the_sites_contents_once():
         return [name for part in (node.values() if isinstance(node, dict) else node) for name in names(part)]
 
     told = names(yaml.safe_load(read(ROOT / "mkdocs.yml"))["nav"])
-    assert sorted(told) == sorted(page.name for page in PAGES)
-    assert {page.name for page in PAGES} - {page.name for page in DOCS} == set(hooks.PAGES)
+    assert sorted(told) == sorted([*hooks.PAGES, *(page.name for page in DOCS)])
+    assert set(PAGES) == {ROOT / name for name in hooks.PAGES} | set(DOCS)
+
+
+def test_every_page_that_one_links_to_is_in_the_sites_contents():
+    sources = {name: ROOT / name for name in hooks.PAGES} | {page.name: page for page in DOCS}
+    led = {hooks.target(link, name) for name, page in sources.items() for link in hooks.links(read(page))}
+    assert {name for name in led if name.endswith(".md")} <= set(sources)
 
 
 def test_links_of_the_checkout_become_links_of_the_site():
-    text = (
-        "[a](docs/speed.md) ![b](../benchmarks/results/latency.png) [c](../CONTRIBUTING.md#x) [d](sweeps.md) [e](#f) "
-        "[g](https://h.i)"
+    def made(page: str, text: str) -> str:
+        return hooks.on_page_markdown(text, SimpleNamespace(file=SimpleNamespace(src_uri=page)), None, None)
+
+    assert (
+        made("README.md", "[a](docs/speed.md#x) [e](#f) [g](https://h.i)") == "[a](speed.md#x) [e](#f) [g](https://h.i)"
     )
-    made = hooks.on_page_markdown(text, None, None, None)
-    assert made == (
-        "[a](speed.md) ![b](benchmarks/results/latency.png) [c](CONTRIBUTING.md#x) [d](sweeps.md) [e](#f) [g](https://h.i)"
+    text = "![b](../benchmarks/results/latency.png) [c](../CONTRIBUTING.md#x) [d](sweeps.md) `[h](none.md)`"
+    assert made("speed.md", text).startswith(
+        "![b](benchmarks/results/latency.png) [c](CONTRIBUTING.md#x) [d](sweeps.md) "
     )
-    assert hooks.links(text) == [
-        "docs/speed.md",
-        "../benchmarks/results/latency.png",
-        "../CONTRIBUTING.md",
-        "sweeps.md",
-    ]
+    card = "assets/longbench-real/README.md"
+    assert made(card, "[a](../../docs/results.md#b) [c](subsets.yaml)") == "[a](../../results.md#b) [c](subsets.yaml)"
+    assert hooks.links(text) == ["../benchmarks/results/latency.png", "../CONTRIBUTING.md", "sweeps.md"]
 
 
 @pytest.mark.skipif(find_spec("material") is None, reason="needs mkdocs-material, which make docs installs")

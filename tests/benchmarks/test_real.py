@@ -1,0 +1,46 @@
+"""Every method on a pretrained model: which cells and pieces there are, and what few samples say of a claim."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import real
+from benchmarks.claims import Claim, Row
+from methods import method_names
+
+ROW = Row("task", 96.0, 95.5, 96.5, "%", 250, "held")
+
+
+def test_every_method_has_cells_once_what_it_learns_of_the_model_is_there(monkeypatch):
+    told = {cell[0].partition("=")[2] for cell in real.cells()}
+    assert told == set(method_names()) - {"full", *(name for name in real.LEARNED if not real.made(name))}
+    monkeypatch.setattr(real, "ARTEFACTS", "none")
+    told = {cell[0].partition("=")[2] for cell in real.cells()}
+    assert told == set(method_names()) - {"full", *real.LEARNED}
+    assert set(real.LEARNED) <= set(method_names())
+
+
+def test_methods_that_draw_have_three_seeds_at_every_budget():
+    nacl = [cell[1:] for cell in real.cells() if cell[0] == "method=nacl"]
+    assert nacl == [[f"budget={b}", *seed] for b in real.BUDGETS for seed in ([], ["seed=1"], ["seed=2"])]
+    assert [cell[1:] for cell in real.cells() if cell[0] == "method=kivi"] == [[f"method.bits={b}"] for b in (8, 4, 2)]
+
+
+def test_a_piece_is_one_command_and_is_named_where_its_texts_are_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("KVFRONTIER_DATA", raising=False)
+    assert real.command("perplexity", tmp_path) is None
+    assert "perplexity: not run, it needs wikitext-2/test.txt" in capsys.readouterr().err
+    (tmp_path / "wikitext-2").mkdir()
+    (tmp_path / "wikitext-2" / "test.txt").write_text("x")
+    monkeypatch.setenv("KVFRONTIER_DATA", str(tmp_path))
+    words = real.command("perplexity", tmp_path)
+    assert f"task.data={tmp_path / 'wikitext-2' / 'test.txt'}" in words and words[0] == "model=smollm2-135m"
+    assert [word for word in words if word.startswith("cells=")] == [words[-1]]
+    assert real.command("longbench-real", tmp_path) is not None  # bundled
+
+
+@pytest.mark.parametrize(("n", "said"), [(250, "held"), (249, "cannot be told here")])
+def test_a_verdict_needs_enough_samples(n, said):
+    claim = Claim("nacl", "", [replace(ROW, n=n)])
+    assert [row.verdict for row in real.told(claim).rows] == [said]
+    assert real.told(claim).rows[0].low == ROW.low

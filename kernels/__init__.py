@@ -1,12 +1,22 @@
 """Tensor operations under the cache: each op is a folder with its signature, its definition and its fast forms."""
 
 from kernels.attend import Layout, Rules, attend, attend_pages, attend_with_lse, visible
-from kernels.mass import attend_with_mass, attention_probs, ema_weights, mass, noisy_mass, weighted_mass
+from kernels.mass import (
+    Sums,
+    attend_with_mass,
+    attend_with_sums,
+    attention_probs,
+    ema_weights,
+    mass,
+    noisy_mass,
+    weighted_mass,
+)
 from kernels.noise import Stem, gumbel, uniform
 from kernels.rotate import rotate
 from kernels.select import pages, top
 
 __all__ = [
-    "Layout", "Rules", "Stem", "attend", "attend_pages", "attend_with_lse", "attend_with_mass", "attention_probs",
-    "ema_weights", "gumbel", "mass", "noisy_mass", "pages", "rotate", "top", "uniform", "visible", "weighted_mass",
+    "Layout", "Rules", "Stem", "Sums", "attend", "attend_pages", "attend_with_lse", "attend_with_mass",
+    "attend_with_sums", "attention_probs", "ema_weights", "gumbel", "mass", "noisy_mass", "pages", "rotate", "top",
+    "uniform", "visible", "weighted_mass",
 ]  # fmt: skip

@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels import backend
 
 HERE = Path(__file__).parent
-SOURCES = sorted(HERE.glob("*/compiled.cpp"))
+SOURCES = sorted(HERE.glob("*/*.cpp"))
 # sums may be taken in any order, as PyTorch's are; infinities keep their meaning
 FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -fPIC"
 BUILD_SECONDS = 120

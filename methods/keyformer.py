@@ -158,7 +158,7 @@ class KeyformerCache(CappedCache):
             return
         in_prompt = step.stage in (Stage.MID_PROMPT, Stage.ENDS_PROMPT)
         t = None if in_prompt or self.began is None else step.pos - self.began + 1
-        rows = self.method.rows(self.store, step, self.mass, self._noise(step), t)
+        rows = self._rows(step, t)
         if step.stage is Stage.ENDS_PROMPT:
             self.began = step.pos[:, -1:] + 1
         if self.joint is None:
@@ -170,6 +170,16 @@ class KeyformerCache(CappedCache):
                 "method.shared=false works"
             )
         self.joint.rows = rows if self.joint.rows is None else self.joint.rows + rows
+
+    def _rows(self, step: Step, t: Tensor | None) -> Tensor:
+        """What `Keyformer.rows` gives, computed once for all caches that hold the same whole prompt and draw alike."""
+        method = self.method
+        if t is not None or self.kept_per_head:  # slots may have been dropped
+            return method.rows(self.store, step, self.mass, self._noise(step), t)
+        key = ("keyformer", method.seed, method.noise, method.tau_init, len(self.store))
+        if key not in step.memo:
+            step.memo[key] = method.rows(self.store, step, self.mass, self._noise(step), t)
+        return step.memo[key]
 
     def _noise(self, step: Step) -> Stem | None:
         """Keys of the noise but for the slots' positions."""

@@ -94,12 +94,21 @@ class Scissorhands(Capped):
         if mass is not None:  # one query, whose attention came with its output
             self._write(store, step, step.pos, mass.view(B, H, -1, S).mean(2)[:, :, None])
             return
+        key = ("scissorhands", self.history, self.tie, S)
+        tracks = [self._votes(store), *([self._seen(store)] if self.tie == "prob" else [])]
+        alike = store.whole is None  # nothing has been dropped: caches of other budgets hold the same
+        if alike and (*key, 0) in step.memo:
+            for i, track in enumerate(tracks):
+                track.copy_(step.memo[*key, i])
+            return
         k, _ = store.read()
         first = max(0, step.q.shape[2] - self.history)
         for i in range(first, step.q.shape[2], BLOCK):
             q, q_pos = step.q[:, :, i : i + BLOCK], step.pos[:, i : i + BLOCK]
             p = attention_probs(q, k, step.rules, q_pos=q_pos, k_pos=store.pos)  # [B, H, G, t, S]
             self._write(store, step, q_pos, p.mean(2))
+        if alike:
+            step.memo.update({(*key, i): track for i, track in enumerate(tracks)})
 
     def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """Minus the votes; the newest are +inf."""

@@ -5,12 +5,16 @@ for padding. A query that sees nothing gives nothing. layout="tail": no slot is 
 slots in order; "positions" is always right. Sums over the last w queries are those of q[:, :, -w:], q_pos[:, -w:].
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from kernels.attend import attend
 from kernels.attend.rules import Rules
 from kernels.backend import on_triton
-from kernels.mass import compiled, noisy, reference, weighted
+from kernels.mass import compiled, noisy, reference, rows, weighted
 from kernels.mass.reference import attention_probs
+from kernels.mass.sums import Sums, summed
 from kernels.mass.weighted import ema_weights
 from kernels.noise import Stem
 
@@ -21,6 +25,8 @@ def mass(q: Tensor, k: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, la
         from kernels.mass import triton
 
         return triton.mass(q, k, rules, q_pos, k_pos, layout)
+    if rows.serves(q, k, None, rules):
+        return rows.attend_with_sums(q, k, None, rules, [Sums()], q_pos, k_pos, layout)[1][0]
     return reference.mass(q, k, rules, q_pos=q_pos, k_pos=k_pos, layout=layout)
 
 
@@ -43,6 +49,9 @@ def weighted_mass(
         from kernels.mass import triton
 
         return triton.mass(q, k, rules, q_pos, k_pos, layout, weights=weights, squared=squared)
+    if rows.serves(q, k, None, rules):
+        one = Sums(weights=weights, squared=squared)
+        return rows.attend_with_sums(q, k, None, rules, [one], q_pos, k_pos, layout)[1][0]
     return weighted.weighted_mass(q, k, rules, q_pos, k_pos, weights, squared)
 
 
@@ -66,6 +75,8 @@ def noisy_mass(
         from kernels.mass import triton
 
         return triton.mass(q, k, rules, q_pos, k_pos, layout, stem=stem, tau=tau)
+    if rows.serves(q, k, None, rules):
+        return rows.attend_with_sums(q, k, None, rules, [Sums(stem=stem, tau=tau)], q_pos, k_pos, layout)[1][0]
     return noisy.noisy_mass(q, k, rules, stem, q_pos, k_pos, tau, layout)
 
 
@@ -79,7 +90,35 @@ def attend_with_mass(
         return triton.attend_with_mass(q, k, v, rules, n, q_pos, k_pos, layout)
     if compiled.serves(q, k, v, rules, n, layout):
         return compiled.attend_with_mass(q, k, v, rules)
+    if q.shape[2] > 1 and rows.serves(q, k, v, rules):
+        out, (sums,) = rows.attend_with_sums(q, k, v, rules, [Sums(newest=n)], q_pos, k_pos, layout)
+        assert out is not None
+        return out, sums
     return reference.attend_with_mass(q, k, v, rules, n, q_pos=q_pos, k_pos=k_pos, layout=layout)
 
 
-__all__ = ["attend_with_mass", "attention_probs", "ema_weights", "mass", "noisy_mass", "weighted_mass"]
+def attend_with_sums(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    rules: Rules,
+    sums: Sequence[Sums],
+    *,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    layout: str = "positions",
+) -> tuple[Tensor | None, list[Tensor]]:
+    """What `attend` gives (None without v) and any sums over its rows, each [B, Hq, S], from one product q·k.
+
+    In one pass on a CPU in C++; elsewhere each on its own.
+    """
+    if rows.serves(q, k, v, rules):
+        return rows.attend_with_sums(q, k, v, rules, sums, q_pos, k_pos, layout)
+    out = None if v is None else attend(q, k, v, rules, q_pos=q_pos, k_pos=k_pos)
+    return out, [summed(q, k, rules, one, q_pos, k_pos) for one in sums]
+
+
+__all__ = [
+    "Sums", "attend_with_mass", "attend_with_sums", "attention_probs", "ema_weights", "mass", "noisy_mass",
+    "weighted_mass",
+]  # fmt: skip

@@ -19,6 +19,7 @@ Here:  the paper's rule, not the release's masks, which lose every token that le
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,8 +69,17 @@ class Keyformer(Capped):
             raise UserError(f"Keyformer: method.compat={self.compat}; it is null or official_mask")
 
     def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
-        joint = Joint() if self.shared else None
-        return [KeyformerCache(self, prompt_len, joint) for _ in range(spec.n_layers)]
+        return [KeyformerCache(self, prompt_len) for _ in range(spec.n_layers)]
+
+    def end_pass(self, caches: Sequence[LayerCache], step: Step) -> None:
+        """shared=true: the rows of all layers have been added up, and decide for each of them."""
+        if not self.shared or self.budget == 1:
+            return
+        rows = caches[-1].scratch["rows"]
+        for cache in caches:
+            assert isinstance(cache, KeyformerCache)
+            cache.store.add("score", rows)
+            CappedCache._decide(cache, step)
 
     def slots(self, n: int) -> int:
         return self._without_gap(super().slots(n)) if self.budget <= 1 else min(n, self.capacity(n))
@@ -127,22 +137,13 @@ class Keyformer(Capped):
         return max(1, n - 1) if self.compat and self.budget != 1 else n
 
 
-class Joint:
-    """What the layers of one cache share: the rows of the current step, added up, and who waits for the last layer."""
-
-    def __init__(self) -> None:
-        self.rows: Tensor | None = None
-        self.waiting: list[KeyformerCache] = []
-
-
 class KeyformerCache(CappedCache):
     """One layer of key tokens and recent tokens, which knows how far behind its prompt a token is."""
 
     method: Keyformer
 
-    def __init__(self, method: Keyformer, prompt_len: int | None, joint: Joint | None):
+    def __init__(self, method: Keyformer, prompt_len: int | None):
         super().__init__(method, prompt_len)
-        self.joint = joint
         self.began: Tensor | None = None  # tokens of each row's prompt, [B, 1]
         self.stem: Stem | None = None  # of the noise: seed, sample, layer and head, [B, Hq, 1]
 
@@ -161,7 +162,7 @@ class KeyformerCache(CappedCache):
         rows = self._rows(step, t)
         if step.stage is Stage.ENDS_PROMPT:
             self.began = step.pos[:, -1:] + 1
-        if self.joint is None:
+        if not self.method.shared:
             self.store.add("score", rows)
             return
         if step.rules.window is not None:
@@ -169,7 +170,8 @@ class KeyformerCache(CappedCache):
                 "Keyformer: method.shared=true needs layers that see the same tokens, and some of this model slide; "
                 "method.shared=false works"
             )
-        self.joint.rows = rows if self.joint.rows is None else self.joint.rows + rows
+        # handed on from layer to layer; the last one has the sum
+        self.scratch["rows"] = rows + self.below(step.layer - 1).scratch.pop("rows") if step.layer else rows
 
     def _rows(self, step: Step, t: Tensor | None) -> Tensor:
         """What `Keyformer.rows` gives, computed once for all caches that hold the same whole prompt and draw alike."""
@@ -192,15 +194,5 @@ class KeyformerCache(CappedCache):
         return self.stem.then(step.pos[:, None]) if self.method.noise == "fresh" else self.stem
 
     def _decide(self, step: Step) -> None:
-        joint = self.joint
-        if joint is None or self.method.budget == 1:
-            super()._decide(step)
-            return
-        joint.waiting.append(self)
-        if len(joint.waiting) < step.n_layers:
-            return
-        assert joint.rows is not None
-        for cache in joint.waiting:
-            cache.store.add("score", joint.rows)
-            CappedCache._decide(cache, step)
-        joint.rows, joint.waiting = None, []
+        if not self.method.shared or self.method.budget == 1:
+            super()._decide(step)  # else at the end of the pass

@@ -19,6 +19,7 @@ from methods.core.binding.decoder import CannotBind
 from methods.core.binding.lengths import Reach
 from methods.core.binding.padding import columns, padding_first, put_back
 from methods.core.binding.passes import Bound, other_model
+from methods.core.binding.prepared import Prepared
 from methods.core.binding.rotation import Turning
 from methods.core.contract import LayerCache, Method, Stage, Step
 from methods.core.errors import UserError
@@ -106,6 +107,8 @@ class KVLayer(CacheLayerMixin):
         cache.meter.after_append(step)
         out = self.inner.attend(step)
         self.inner.end_step(step)
+        if self.index == len(cache.layers) - 1:
+            cache.end_pass(step)
         cache.meter.after_end_step(step)
         return out if here.order is None else put_back(out, here.order)
 
@@ -151,6 +154,8 @@ class KVCache(Bound):
         self._pieces: tuple[bool, int] = False, 0  # of the prompt: was one longer than a token, single ones since then
         self._again = False
         inner = method.caches(self.spec, prompt_len)
+        for layer in inner:
+            layer.stack = inner
         super().__init__(layers=[KVLayer(self, i, layer) for i, layer in enumerate(inner)])
         self.meter = Meter(inner)
 
@@ -242,8 +247,18 @@ class KVCache(Bound):
         for ours, theirs in zip(self.layers, other.layers, strict=True):
             ours.seen = theirs.seen
 
+    def end_pass(self, step: Step) -> None:
+        """All layers have had their turn; step: the last one's."""
+        caches = [layer.inner for layer in self.layers]
+        self.meter.before_end_pass(step)
+        self.method.end_pass(caches, step)
+        for one in caches:
+            one.scratch.clear()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
+        for shared in {id(one): one for layer in self.layers for one in layer.inner.shares()}.values():
+            shared.reorder(beam_idx)
         self.meter.reorder(beam_idx)
         if self._counts is not None:
             self._counts = self._counts[beam_idx.to(self._counts.device)]
@@ -318,30 +333,3 @@ class KVCache(Bound):
         """Raises BudgetMiss when the prompt's end left more of a row than its budget and documented overhead."""
         self._refuse_half_a_prompt()
         self.meter.check_budget(self.method.name)
-
-
-class Prepared:
-    """What methods have made of a model in `prepare`, each for as long as the method lives."""
-
-    def __init__(self) -> None:
-        self.prepared: dict[int, tuple[weakref.ref[Method], Any]] = {}
-
-    def by(self, method: Method, model: PreTrainedModel) -> Any:
-        """What this very method made, which it does once: one with the same knobs may edit the model otherwise."""
-        key = id(method)
-        if key not in self.prepared or self.prepared[key][0]() is not method:
-            prepared, before = self.prepared, _weights(model)
-            value = method.prepare(model)
-            if not method.edits_model and _weights(model) != before:
-                raise UserError(f"method={method.name}: its prepare changed the model, which other methods use too; a "
-                                "method that edits weights says so: edits_model = True")  # fmt: skip
-            prepared[key] = (weakref.ref(method, lambda gone: prepared.pop(key, None)), value)
-        return self.prepared[key][1]
-
-    def __reduce__(self) -> tuple[type[Prepared], tuple[()]]:
-        return Prepared, ()  # a copy of the model, or one from a file, knows no method yet
-
-
-def _weights(model: PreTrainedModel) -> list[tuple[str, int, int]]:
-    """Where every parameter lies and how often it was written to, as far as PyTorch counts it."""
-    return [(name, one.data_ptr(), 0 if one.is_inference() else one._version) for name, one in model.named_parameters()]

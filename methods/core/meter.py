@@ -14,10 +14,17 @@ from methods.core.decision import taken
 from methods.core.errors import BudgetMiss
 
 
-def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind the tensors, each storage once: a small view counts what it keeps alive."""
+def nbytes(tensors: Iterable[Tensor], billed: set[int] | None = None) -> int:
+    """Bytes of the storages behind the tensors, each storage once: a small view counts what it keeps alive.
+
+    billed: storages that somebody else pays for; those that are counted here come to them.
+    """
     storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
-    return sum(storages.values())
+    if billed is None:
+        return sum(storages.values())
+    new = storages.keys() - billed
+    billed |= new
+    return sum(storages[one] for one in new)
 
 
 @dataclass
@@ -160,11 +167,12 @@ class Meter:
         last = step.layer == len(self.layers) - 1
         if step.stage is Stage.DECODE and not last:
             return
-        here = self._total() + self._scoring()
-        if step.stage in (Stage.DECODE, Stage.TURN):
-            self.peak_decode = max(self.peak_decode, here)
-        else:
-            self.peak_prompt = max(self.peak_prompt, here)
+        self._look(step)
+
+    def before_end_pass(self, step: Step) -> None:
+        """All layers have had their turn, and what they left for the end of the pass is still there."""
+        if any(layer.scratch for layer in self.layers):
+            self._look(step)
 
     def after_end_step(self, step: Step) -> None:
         """The end of a layer's turn."""
@@ -284,15 +292,17 @@ class Meter:
 
     def _held(self) -> list[int]:
         """What own slots of every row hold."""
-        return [sum(row) for row in zip(*(x.held_bytes() or self._evenly(x).held for x in self.layers))]
+        billed: set[int] = set()
+        return [sum(row) for row in zip(*(x.held_bytes() or self._evenly(x, billed).held for x in self.layers))]
 
     def _by_layer(self) -> list[Holding]:
-        return [x.holding() or self._evenly(x) for x in self.layers]
+        billed: set[int] = set()
+        return [x.holding() or self._evenly(x, billed) for x in self.layers]
 
-    def _evenly(self, layer: LayerCache) -> Holding:
-        """What a layer holds that does not say whose it is."""
-        B = len(self._tokens)
-        held, beside = ([_part(n, [row], B) for row in range(B)] for n in (nbytes(layer.tensors()), layer.overhead()))
+    def _evenly(self, layer: LayerCache, billed: set[int]) -> Holding:
+        """What a layer holds that does not say whose it is, and that no layer below it has been billed for."""
+        B, size = len(self._tokens), nbytes(layer.tensors(), billed)
+        held, beside = ([_part(n, [row], B) for row in range(B)] for n in (size, layer.overhead()))
         return Holding(held, beside, [0] * B)
 
     def _end(self, behind: int, now: Moment) -> Moment:
@@ -305,9 +315,16 @@ class Meter:
         held = [moment.held[row] for moment in self.passes[: len(self.passes) - behind]]
         return sum(held) // len(held) if held else 0
 
+    def _look(self, step: Step) -> None:
+        here = self._total() + self._scoring()
+        if step.stage in (Stage.DECODE, Stage.TURN):
+            self.peak_decode = max(self.peak_decode, here)
+        else:
+            self.peak_prompt = max(self.peak_prompt, here)
+
     def _scoring(self) -> int:
         """Bytes held only for scoring, of all layers at this moment."""
-        now = nbytes(t for x in self.layers for t in x.workspace())
+        now = nbytes(t for x in self.layers for t in (*x.workspace(), *x.scratch.values()))
         self.workspace = max(self.workspace, now)
         return now
 

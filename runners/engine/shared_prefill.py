@@ -250,6 +250,8 @@ class _Watched(LayerCache):
         def act() -> None:
             assert self.inner is not None
             self.inner.end_step(step)
+            if step.layer == step.n_layers - 1:
+                self.member.cache.end_pass(step)
             self.meter.after_end_step(step)
 
         self.member.guard(act)
@@ -266,6 +268,9 @@ class _Unwatched(Meter):
     """Stands where the meter of a batch would: each member has its own."""
 
     def after_append(self, step: Step) -> None:
+        """Nothing to count."""
+
+    def before_end_pass(self, step: Step) -> None:
         """Nothing to count."""
 
     def after_end_step(self, step: Step) -> None:

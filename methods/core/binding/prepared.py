@@ -1,0 +1,38 @@
+"""What methods have made of a model, once each."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from methods.core.contract import Method
+from methods.core.errors import UserError
+
+
+class Prepared:
+    """What methods have made of a model in `prepare`, each for as long as the method lives."""
+
+    def __init__(self) -> None:
+        self.prepared: dict[int, tuple[weakref.ref[Method], Any]] = {}
+
+    def by(self, method: Method, model: PreTrainedModel) -> Any:
+        """What this very method made, which it does once: one with the same knobs may edit the model otherwise."""
+        key = id(method)
+        if key not in self.prepared or self.prepared[key][0]() is not method:
+            prepared, before = self.prepared, _weights(model)
+            value = method.prepare(model)
+            if not method.edits_model and _weights(model) != before:
+                raise UserError(f"method={method.name}: its prepare changed the model, which other methods use too; a "
+                                "method that edits weights says so: edits_model = True")  # fmt: skip
+            prepared[key] = (weakref.ref(method, lambda gone: prepared.pop(key, None)), value)
+        return self.prepared[key][1]
+
+    def __reduce__(self) -> tuple[type[Prepared], tuple[()]]:
+        return Prepared, ()  # a copy of the model, or one from a file, knows no method yet
+
+
+def _weights(model: PreTrainedModel) -> list[tuple[str, int, int]]:
+    """Where every parameter lies and how often it was written to, as far as PyTorch counts it."""
+    return [(name, one.data_ptr(), 0 if one.is_inference() else one._version) for name, one in model.named_parameters()]

@@ -1,0 +1,104 @@
+"""Hyperparameters of one system, and what it makes of them for a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from methods.core.budget import check_budget
+from methods.core.contract.layer import LayerCache
+from methods.core.contract.spec import ModelSpec, Shape
+from methods.core.contract.step import Step
+from methods.core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from methods.core.artefacts import Calibration
+    from methods.core.cache import KVCache
+
+
+@dataclass
+class Method:
+    """Hyperparameters of one system; unchanged while running, all state lives in the caches.
+
+    budget: share of the prompt's slots in (0, 1], or a whole number of slots above 1.
+    seed: of everything random in the method.
+    """
+
+    budget: float | int = 1.0
+    seed: int = 0
+
+    #: saves no real memory; drawn hollow and left out of memory and speed frontiers
+    simulated: ClassVar[bool] = False
+    #: extra fields of Step to fill in: "hidden", "rope"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    #: changes the prompt's own hidden states, so the cell cannot share a prompt pass
+    changes_prompt: ClassVar[bool] = False
+    #: its `prepare` changes the model itself, so that no other cell may use the same one
+    edits_model: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self.budget = check_budget(self.budget)
+
+    @property
+    def name(self) -> str:
+        """The name of the method's YAML; the class name in lower case when there is none."""
+        return getattr(self, "_name", type(self).__name__.lower())
+
+    @property
+    def family(self) -> str:
+        """What kind of method it is, for figures: "eviction", "quantization", "mixed", "trained" and so on."""
+        return "other"
+
+    def config(self) -> dict[str, Any]:
+        """All knobs as plain values, for the record."""
+        return dataclasses.asdict(self)
+
+    def prepare(self, model: PreTrainedModel) -> Any:
+        """Load an artefact, once per model; what it returns reaches `caches` as spec.prepared.
+
+        A method that edits weights here says so with `edits_model`; one that does not and edits them is refused.
+        """
+
+    def calibrate(self, model: PreTrainedModel, rows: Sequence[Tensor], seed: int, **options: Any) -> Calibration:
+        """What `runner=calibrate` saves for `prepare` to load, from rows of token ids [1, T] run through the model.
+
+        options: the method's own, `runner.options` on the command line.  Raises UserError if it needs none.
+        """
+        raise UserError(f"method={self.name}: needs no calibration")
+
+    def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
+        """One LayerCache per layer for one batch; prompt_len: padded length of a prompt that comes in chunks."""
+        raise NotImplementedError
+
+    def end_pass(self, caches: Sequence[LayerCache], step: Step) -> None:
+        """After the last layer of every pass: the place to decide over all layers at once; nothing unless overridden.
+
+        caches: of all layers, of these rows alone where a pass has rows of several caches.  step: the last layer's; its
+        stage, positions and samples are the whole pass's. What is held is measured afterwards.
+        """
+
+    def planned_share(self, tokens: int, spec: Shape) -> float:
+        """For plans: what a row of so many tokens will hold when its prompt has ended, as a share of a full cache."""
+        return float(self.budget) if self.budget <= 1 else min(1.0, self.budget / max(1, tokens))
+
+    def after_prompt(self, model: PreTrainedModel, cache: KVCache) -> None:
+        """For methods that run the model again once the prompt is in; called by the runner, not by `generate()`."""
+
+    def cache_for(
+        self, model: PreTrainedModel, prompt_len: int | None = None, samples: Sequence[int] | None = None
+    ) -> KVCache:
+        """A transformers Cache for `model`, one sequence batch long; binds the model on first use.
+
+        prompt_len: padded tokens of a prompt that comes in several forwards; None: the first forward is the prompt.
+        samples: one number per row, keys of the method's randomness; None: 0, 1, 2, ...
+        Raises UserError when the model's architecture cannot be bound.
+        """
+        from methods.core.bind import cache_for  # at call time: binding needs this contract
+
+        return cache_for(model, self, prompt_len=prompt_len, samples=samples)

@@ -1,0 +1,61 @@
+"""What a method may know of the model before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import rotate
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions of a layer, for turning stored keys and for undoing the turn.
+
+    inv_freq: radians per position of each pair, [R / 2], where R <= D channels are rotated; negative where the layer
+    turns the other way, and none in a layer that leaves its keys as they are.
+    interleaved: pairs are neighbours (GPT-J) instead of halves (Llama).
+    """
+
+    inv_freq: Tensor
+    interleaved: bool = False
+
+    def rotate(self, x: Tensor, delta: Tensor) -> Tensor:
+        """x [..., D] turned forward by delta [...] positions; the channels beyond R stay."""
+        if len(self.inv_freq) == 0:
+            return x
+        angle = delta[..., None].float() * self.inv_freq.to(x.device)  # [..., R / 2]
+        return rotate(x, angle.cos(), angle.sin(), self.interleaved)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a method may know of the model before the first step."""
+
+    name: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    max_positions: int
+    dtype: torch.dtype
+    device: torch.device
+    #: one per layer, found by turning keys as the layer does; None where nothing turns them so at every length, or
+    #: where the model's positions are not RoPE's
+    ropes: Sequence[Rope | None]
+    alibi: bool = False
+    prepared: Any = None  # what the method's `prepare` returned for this model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What plans know of a model before it is loaded. itemsize: bytes per number of its keys and values."""
+
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    itemsize: int

@@ -9,14 +9,15 @@ from kernels.mass import (
     ema_weights,
     mass,
     noisy_mass,
+    noisy_rows,
     weighted_mass,
 )
 from kernels.noise import Stem, gumbel, uniform
 from kernels.rotate import rotate
-from kernels.select import pages, top
+from kernels.select import lowest, pages, top
 
 __all__ = [
     "Layout", "Rules", "Stem", "Sums", "attend", "attend_pages", "attend_with_lse", "attend_with_mass",
-    "attend_with_sums", "attention_probs", "ema_weights", "gumbel", "mass", "noisy_mass", "pages", "rotate", "top",
-    "uniform", "visible", "weighted_mass",
+    "attend_with_sums", "attention_probs", "ema_weights", "gumbel", "lowest", "mass", "noisy_mass", "noisy_rows",
+    "pages", "rotate", "top", "uniform", "visible", "weighted_mass",
 ]  # fmt: skip

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import Stem, noisy_mass
+from kernels import Stem, Sums, attend_with_sums, noisy_mass, noisy_rows
 from methods.core.capped import Capped, CappedCache, whole_slots
 from methods.core.contract import LayerCache, ModelSpec, Stage, Step
 from methods.core.errors import UserError
@@ -96,30 +96,33 @@ class Keyformer(Capped):
             return 0
         if step.stage is Stage.DECODE:
             return 1
-        in_prompt = step.stage in (Stage.MID_PROMPT, Stage.ENDS_PROMPT)
-        return step.q.shape[2] if self.noise == "none" and self.tau_init == 1 and in_prompt else 0
+        return step.q.shape[2] if self.noise == "none" and self.tau_init == 1 and _in_prompt(step) else 0
+
+    def asked(self, step: Step, stem: Stem | None, t: Tensor | None) -> Sums:
+        """The sum over the step's queries that chooses key tokens; stem, t as in `rows`."""
+        if stem is not None and self.noise == "fresh":
+            stem = stem.then(step.pos[:, None])
+        return Sums(stem=stem, tau=self.tau_init if t is None else self.tau(t))
 
     def rows(self, store: Store, step: Step, mass: Tensor | None, stem: Stem | None, t: Tensor | None) -> Tensor:
         """Noisy attention of the step's queries, summed over them and over the heads of a group: [B, H, S].
 
-        mass: what `n_window_queries` asked for.  stem: keys of the noise but for the slots' positions, [B, Hq, T or 1].
-        t [B, T]: how many tokens after the prompt each query is; None in the prompt.
+        mass: in the prompt `asked`, while decoding the query's plain attention.  stem: keys of the noise but for the
+        query's and the slots' positions, [B, Hq, 1].  t [B, T]: how many tokens after the prompt each query is; None in
+        the prompt.
         """
         B, H, S = store.pos.shape
         if mass is None:
-            tau = self.tau_init if t is None else self.tau(t)
-            at = {"q_pos": step.pos, "k_pos": store.pos}
-            layout = store.layout(step.q.shape[2])
-            rows = noisy_mass(step.q, store.read()[0], step.rules, stem, **at, tau=tau, layout=layout)
-        elif t is None:
-            rows = mass
-        else:
-            # one query, whose plain softmax p came with its output: exp((x + noise) / tau) ~ (p / -log u) ** (1 / tau)
-            if stem is not None:
-                mass = mass / -stem.log_uniform(store.pos.repeat_interleave(mass.shape[1] // H, dim=1))
+            one = self.asked(step, stem, t)
+            at = {"q_pos": step.pos, "k_pos": store.pos, "layout": store.layout(step.q.shape[2])}
+            mass = noisy_mass(step.q, store.read()[0], step.rules, one.stem, **at, tau=one.tau)
+        elif t is not None and stem is not None:
+            query = step.pos[:, 0] if self.noise == "fresh" else None
+            return noisy_rows(mass, stem, store.pos, self.tau(t)[:, 0], query)
+        elif t is not None:
             weight = mass.pow(1 / self.tau(t)[:, :, None])
-            rows = weight / weight.sum(-1, keepdim=True)
-        return rows.view(B, H, -1, S).sum(dim=2)
+            mass = weight / weight.sum(-1, keepdim=True)
+        return mass.view(B, H, -1, S).sum(dim=2)
 
     def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """Noisy attention collected so far; the newest are +inf."""
@@ -154,11 +157,21 @@ class KeyformerCache(CappedCache):
         if self.stem is not None:
             self.stem = Stem(self.stem.state.index_select(0, rows))
 
+    def attend(self, step: Step) -> Tensor:
+        """In a prompt the noisy softmax comes with the plain one, from the same product q·k."""
+        store, method = self.store, self.method
+        if method.budget == 1 or self.n_window_queries or not _in_prompt(step):
+            return super().attend(step)
+        at = {"q_pos": step.pos, "k_pos": store.pos, "layout": store.layout(step.q.shape[2])}
+        one = method.asked(step, self._stem(step), None)
+        out, (self.mass,) = attend_with_sums(step.q, *store.read(), step.rules, [one], **at)
+        assert out is not None
+        return out
+
     def _observe(self, step: Step) -> None:
         if self.method.budget == 1:
             return
-        in_prompt = step.stage in (Stage.MID_PROMPT, Stage.ENDS_PROMPT)
-        t = None if in_prompt or self.began is None else step.pos - self.began + 1
+        t = None if _in_prompt(step) or self.began is None else step.pos - self.began + 1
         rows = self._rows(step, t)
         if step.stage is Stage.ENDS_PROMPT:
             self.began = step.pos[:, -1:] + 1
@@ -176,23 +189,25 @@ class KeyformerCache(CappedCache):
     def _rows(self, step: Step, t: Tensor | None) -> Tensor:
         """What `Keyformer.rows` gives, computed once for all caches that hold the same whole prompt and draw alike."""
         method = self.method
-        if t is not None or self.kept_per_head:  # slots may have been dropped
-            return method.rows(self.store, step, self.mass, self._noise(step), t)
+        if t is not None or self.mass is not None or self.kept_per_head:  # slots may have been dropped
+            return method.rows(self.store, step, self.mass, self._stem(step), t)
         key = ("keyformer", method.seed, method.noise, method.tau_init, len(self.store))
         if key not in step.memo:
-            step.memo[key] = method.rows(self.store, step, self.mass, self._noise(step), t)
+            step.memo[key] = method.rows(self.store, step, self.mass, self._stem(step), t)
         return step.memo[key]
 
-    def _noise(self, step: Step) -> Stem | None:
-        """Keys of the noise but for the slots' positions."""
-        if self.method.noise == "none":
-            return None
-        if self.stem is None:
+    def _stem(self, step: Step) -> Stem | None:
+        """Keys of the noise but for the query's and the slots' positions."""
+        if self.stem is None and self.method.noise != "none":
             layer = torch.full_like(step.samples, step.layer)
             heads = torch.arange(step.q.shape[1], device=step.q.device)[:, None]
             self.stem = Stem.of(self.method.seed, step.samples[:, None, None], layer[:, None, None], heads)
-        return self.stem.then(step.pos[:, None]) if self.method.noise == "fresh" else self.stem
+        return self.stem
 
     def _decide(self, step: Step) -> None:
         if not self.method.shared or self.method.budget == 1:
             super()._decide(step)  # else at the end of the pass
+
+
+def _in_prompt(step: Step) -> bool:
+    return step.stage in (Stage.MID_PROMPT, Stage.ENDS_PROMPT)

@@ -7,8 +7,10 @@ slots in order; "positions" is always right. Sums over the last w queries are th
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from kernels import compiled as compiled_forms
 from kernels.attend import attend
 from kernels.attend.rules import Rules
 from kernels.backend import on_triton
@@ -80,6 +82,17 @@ def noisy_mass(
     return noisy.noisy_mass(q, k, rules, stem, q_pos, k_pos, tau, layout)
 
 
+def noisy_rows(probs: Tensor, stem: Stem, k_pos: Tensor, tau: Tensor, q_pos: Tensor | None = None) -> Tensor:
+    """Of one query, whose attention is known, what softmax((logits + noise) / tau) is: summed over a group, [B, H, S].
+
+    probs [B, Hq, S], k_pos [B, H, S], stem.state [B, Hq, 1], tau [B].  q_pos [B]: the query's position, one key more of
+    the noise; None: the stem has all.
+    """
+    if probs.dtype == torch.float32 and compiled_forms.on_compiled(probs, k_pos):
+        return rows.noisy_rows(probs, stem, k_pos, tau, q_pos)
+    return noisy.noisy_rows(probs, stem, k_pos, tau, q_pos)
+
+
 def attend_with_mass(
     q: Tensor, k: Tensor, v: Tensor, rules: Rules, n: int, *, q_pos: Tensor, k_pos: Tensor, layout: str = "positions"
 ) -> tuple[Tensor, Tensor]:
@@ -120,5 +133,5 @@ def attend_with_sums(
 
 __all__ = [
     "Sums", "attend_with_mass", "attend_with_sums", "attention_probs", "ema_weights", "mass", "noisy_mass",
-    "weighted_mass",
+    "noisy_rows", "weighted_mass",
 ]  # fmt: skip

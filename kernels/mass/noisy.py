@@ -73,3 +73,15 @@ def _rows(x: Tensor, log_u: Tensor | None, tau: float | Tensor) -> Tensor:
         return torch.softmax(x.div_(tau), -1, out=x)
     torch.softmax(x, -1, out=x)
     return x if log_u is None else x.div_(log_u)
+
+
+def noisy_rows(probs: Tensor, stem: Stem, k_pos: Tensor, tau: Tensor, q_pos: Tensor | None) -> Tensor:
+    """What `kernels.mass.noisy_rows` gives: exp((x + noise) / tau) is in proportion to (p / -log u) ** (1 / tau)."""
+    B, Hq, S = probs.shape
+    H = k_pos.shape[1]
+    if q_pos is not None:
+        stem = stem.then(q_pos[:, None, None])
+    log_u = stem.log_uniform(k_pos.repeat_interleave(Hq // H, dim=1))
+    weight = (probs / -log_u).pow(1 / tau[:, None, None])
+    total = weight.sum(-1, keepdim=True)
+    return (weight / torch.where(total == 0, 1, total)).view(B, H, -1, S).sum(dim=2)

@@ -108,6 +108,18 @@ inline Lanes logarithm(Lanes x) {
     return __builtin_convertvector(power, Lanes) * 0.693147181f + (f * f * (f * p - 0.5f) + f);
 }
 
+constexpr uint32_t STEP = 0x2545f491u, FIRST = 0x7feb352du, SECOND = 0x846ca68bu; // of kernels/noise
+
+// the hash of one key more
+inline uint32_t mixed_in(uint32_t state, uint32_t key) {
+    uint32_t x = state * STEP + key;
+    x ^= x >> 16;
+    x *= FIRST;
+    x ^= x >> 15;
+    x *= SECOND;
+    return x ^ x >> 16;
+}
+
 // -log of the uniform numbers that kernels/noise draws for these keys
 inline Lanes minus_log_uniform(int32_t start, const int32_t *keys) {
     const Ints key = ints(keys);
@@ -115,9 +127,9 @@ inline Lanes minus_log_uniform(int32_t start, const int32_t *keys) {
     std::memcpy(&x, &key, sizeof x);
     x += static_cast<uint32_t>(start);
     x ^= x >> 16;
-    x *= 0x7feb352du;
+    x *= FIRST;
     x ^= x >> 15;
-    x *= 0x846ca68bu;
+    x *= SECOND;
     x ^= x >> 16;
     x = (x >> 9) | 0x3f800000u;
     Lanes u;
@@ -290,5 +302,57 @@ extern "C" void attend_rows(const Rows *given) {
                     float *out = a.sums[i].out + head * a.slots;
                     for (int64_t j = 0; j < a.slots; ++j) out[j] = piece ? out[j] + part[j] : part[j];
                 }
+    }
+}
+
+// out [batch, heads, slots]: of one query, whose attention probs [batch, heads * group, slots] is known, what softmax of
+// (logits + Gumbel noise) / tau would be, summed over each group. state [batch, heads * group]: keys of the noise, which
+// the query's position joins where q_pos [batch] is given; tau [batch].
+extern "C" void noisy_rows(const float *probs, const int64_t *state, const int32_t *q_pos, const float *tau,
+                           const int32_t *pos, int64_t pos_batch, int64_t pos_head, float *out, int64_t batch,
+                           int64_t heads, int64_t group, int64_t slots, int32_t threads) {
+    const int64_t wide = (slots + LANES - 1) / LANES * LANES;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> row(wide), total(wide);
+        std::vector<int32_t> keys(wide, -1);
+#pragma omp for schedule(static)
+        for (int64_t at = 0; at < batch * heads; ++at) {
+            const int64_t b = at / heads;
+            const int32_t *from = pos + b * pos_batch + at % heads * pos_head;
+            std::copy(from, from + slots, keys.begin());
+            std::fill(total.begin(), total.end(), 0.0f);
+            const Lanes nothing = Lanes{} + NOTHING, zero = {};
+            float *x = row.data();
+            for (int64_t g = 0; g < group; ++g) {
+                const int64_t head = at * group + g;
+                std::copy(probs + head * slots, probs + (head + 1) * slots, x);
+                std::fill(x + slots, x + wide, 0.0f);
+                auto key = static_cast<uint32_t>(state[head]);
+                if (q_pos) key = mixed_in(key, static_cast<uint32_t>(q_pos[b]));
+                const auto start = static_cast<int32_t>(key * STEP);
+                float of_all;
+                if (tau[b] == 1) { // exp(logit + noise) is exp(logit) / -log u
+                    Lanes sums = {};
+                    for (int64_t j = 0; j < wide; j += LANES) {
+                        const Lanes y = load(x + j) / minus_log_uniform(start, keys.data() + j);
+                        store(x + j, y);
+                        sums += y;
+                    }
+                    of_all = sum(sums);
+                } else {
+                    for (int64_t j = 0; j < wide; j += LANES) {
+                        const Lanes p = load(x + j), u = minus_log_uniform(start, keys.data() + j);
+                        store(x + j, p > zero ? (logarithm(p) - logarithm(u)) / tau[b] : nothing);
+                    }
+                    const float most = largest(x, wide);
+                    of_all = most == NOTHING ? 0 : powers(x, wide, most, x);
+                }
+                const float share = of_all > 0 ? 1 / of_all : 0;
+                for (int64_t j = 0; j < wide && share > 0; j += LANES)
+                    store(total.data() + j, load(total.data() + j) + load(x + j) * share);
+            }
+            std::copy(total.begin(), total.begin() + slots, out + at * slots);
+        }
     }
 }

@@ -16,6 +16,7 @@ from kernels import compiled
 if TYPE_CHECKING:
     from kernels.attend.rules import Rules
     from kernels.mass.sums import Sums
+    from kernels.noise import Stem
 
 # channels of a head come in whole vectors
 LANES = 16
@@ -103,9 +104,30 @@ def _request(one: Sums, into: Tensor, T: int, alive: list[Tensor]) -> _Sums:
     )  # fmt: skip
 
 
+def noisy_rows(probs: Tensor, stem: Stem, k_pos: Tensor, tau: Tensor, q_pos: Tensor | None) -> Tensor:
+    """What `kernels.mass.noisy_rows` gives."""
+    B, Hq, S = probs.shape
+    H = k_pos.shape[1]
+    out = probs.new_empty(B, H, S)
+    probs, state, tau = probs.contiguous(), stem.state.contiguous(), tau.float().expand(B).contiguous()
+    k_pos = k_pos.to(torch.int32)
+    if k_pos.stride(-1) != 1:
+        k_pos = k_pos.contiguous()
+    q_pos = None if q_pos is None else q_pos.to(torch.int32).contiguous()
+    query = None if q_pos is None else q_pos.data_ptr()
+    _library().noisy_rows(
+        probs.data_ptr(), state.data_ptr(), query, tau.data_ptr(), k_pos.data_ptr(), *k_pos.stride()[:2],
+        out.data_ptr(), B, H, Hq // H, S, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 @cache
 def _library() -> ctypes.CDLL:
     library = compiled.library()
     assert library is not None, "asked before"
     library.attend_rows.argtypes, library.attend_rows.restype = [ctypes.POINTER(_Rows)], None
+    sizes = [c_int64] * 4
+    library.noisy_rows.argtypes = [c_void_p] * 5 + [c_int64] * 2 + [c_void_p, *sizes, c_int32]
+    library.noisy_rows.restype = None
     return library

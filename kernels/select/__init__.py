@@ -1,9 +1,24 @@
-"""Which slots to keep: masks from scores, and ragged pages from masks.
+"""Which slots to keep: masks from scores, and ragged pages from masks; and which one goes first.
 
-There is one form, for every device: sorting, running sums and scattering are kernels of PyTorch's own, and a cache asks
-for them when its prompt ends, not at every token.
+What a cache asks for when its prompt ends has one form, for every device: sorting, running sums and scattering are
+kernels of PyTorch's own. What it asks for at every token has a form in C++ too.
 """
 
+from torch import Tensor
+
+from kernels.select import compiled, reference
 from kernels.select.reference import compact, pages, top
 
-__all__ = ["compact", "pages", "top"]
+
+def lowest(scores: Tensor, pos: Tensor) -> tuple[Tensor, bool]:
+    """The slot of each head with the lowest score, at equal ones the newest: [B, H], long; and whether to look closer.
+
+    scores [B, H, S], float32; pos [B, H, S], int32, -1 for padding, which is never taken while a slot is not. A closer
+    look is due on a CPU where a slot's score is NaN or -inf.
+    """
+    if compiled.serves(scores, pos):
+        return compiled.lowest(scores, pos)
+    return reference.lowest(scores, pos)
+
+
+__all__ = ["compact", "lowest", "pages", "top"]

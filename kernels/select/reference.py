@@ -16,6 +16,15 @@ def top(scores: Tensor, n: Tensor) -> Tensor:
     return keep & (scores > -torch.inf)
 
 
+def lowest(scores: Tensor, pos: Tensor) -> tuple[Tensor, bool]:
+    """What `kernels.select.lowest` gives."""
+    real = pos >= 0
+    scores = scores.masked_fill(~real, torch.inf)
+    slot = torch.where(scores == scores.amin(-1, keepdim=True), pos, -1).argmax(-1)
+    # elsewhere than on a CPU a look would wait for the device
+    return slot, scores.device.type == "cpu" and bool((scores.isnan() | (scores == -torch.inf)).any())
+
+
 def compact(keep: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Slot numbers of the kept slots, ascending, and which of them are real: both [..., n].
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kernels import lowest
 from methods.core.allocate import Uniform
 from methods.core.contract import LayerCache, ModelSpec, Stage, Step
 from methods.core.decision import EvictionContext, check_scores, on_device, taken
@@ -204,11 +205,9 @@ class CappedCache(EvictionCache):
             step.q, step.pos, real, self.prompt, self.capacity, budget_slots, self.mass, again=True
         )
         scores = self._scores(step, context)
-        if scores.device.type == "cpu":  # elsewhere a look waits for the device
+        slot, odd = lowest(scores, store.pos)  # [B, H]
+        if odd:
             check_scores(self.method.score, scores.masked_fill(~real, -torch.inf), real)
-        scores = scores.masked_fill(~real, torch.inf)
-        lowest = scores == scores.amin(-1, keepdim=True)
-        slot = torch.where(lowest, store.pos, -1).argmax(-1)  # [B, H], the newest of them
         if store.padded:  # a row that is not full has a free place already
             free = (~real).to(torch.int8).argmax(-1)
             slot = torch.where(real.sum(-1) > self.capacity_there, slot, free)

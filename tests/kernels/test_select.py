@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import pages, top
+from kernels import backend, compiled, lowest, pages, top
 from kernels.select import compact
 
 INF = float("inf")
@@ -80,3 +80,50 @@ def test_pages_hold_each_rows_kept_slots_once_in_order(S, page):
 def test_pages_of_nothing_are_no_pages():
     slots, rows, counts = pages(torch.zeros(2, 5, dtype=torch.bool), 4)
     assert (len(slots), len(rows), counts) == (0, 0, [0, 0])
+
+
+@pytest.fixture(params=["reference", "auto"])
+def form(request):
+    """Both forms of what is asked for at every token; the second is C++ where there is a compiler."""
+    chosen = backend.chosen()
+    backend.use(request.param)
+    yield request.param
+    backend.use(chosen)
+
+
+def test_the_lowest_slot_is_the_newest_at_equal_scores_and_never_padding(form):
+    scores = torch.tensor([[[3.0, 1.0, 1.0, 0.5, 2.0], [INF, INF, INF, INF, 9.0]]])
+    pos = torch.tensor([[[4, 9, 2, -1, 7], [0, 5, 3, 1, -1]]], dtype=torch.int32)
+    slot, odd = lowest(scores, pos)
+    assert slot.tolist() == [[1, 1]] and slot.dtype == torch.long and not odd
+    assert lowest(scores, torch.full_like(pos, -1))[0].tolist() == [[0, 0]]
+
+
+def test_the_lowest_slot_is_that_of_a_sort_in_both_forms(form):
+    g = torch.Generator().manual_seed(0)
+    for B, H, S in ((1, 1, 1), (2, 3, 17), (3, 2, 400)):
+        scores = torch.randint(0, 6, (B, H, S + 3), generator=g).float()[..., :S]
+        pos = torch.stack([torch.randperm(S, generator=g) for _ in range(B * H)]).view(B, H, S).int()
+        pos[torch.rand(B, H, S, generator=g) < 0.3] = -1
+        slot, _ = lowest(scores, pos)
+        for b in range(B):
+            for h in range(H):
+                real = [(scores[b, h, i].item(), -pos[b, h, i].item(), i) for i in range(S) if pos[b, h, i] >= 0]
+                assert slot[b, h] == (min(real)[2] if real else 0)
+
+
+def test_scores_that_rank_nothing_ask_for_a_closer_look(form):
+    pos = torch.tensor([[[0, 1, -1]]], dtype=torch.int32)
+    for scores, odd in (([1.0, 2.0, 3.0], False), ([1.0, float("nan"), 3.0], True), ([1.0, -INF, 3.0], True),
+                        ([1.0, 2.0, float("nan")], False), ([1.0, 2.0, -INF], False)):  # fmt: skip
+        assert lowest(torch.tensor([[scores]]), pos)[1] is odd
+
+
+@pytest.mark.skipif(compiled._compiler() is None, reason="needs a C++ compiler")
+def test_the_loop_takes_floats_and_whole_positions_alone():
+    from kernels.select import compiled as form
+
+    scores, pos = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4, dtype=torch.int32)
+    assert form.serves(scores, pos) and form.serves(scores, pos[:, :1].expand(1, 2, 4))
+    assert not form.serves(scores.double(), pos) and not form.serves(scores, pos.long())
+    assert not form.serves(scores.mT.contiguous().mT, pos)

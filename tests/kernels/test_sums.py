@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Rules, Stem, Sums, attend_with_sums, backend, compiled, uniform
+from kernels import Rules, Stem, Sums, attend_with_sums, backend, compiled, noisy_rows, uniform
 from kernels.mass import rows, sums
 from tests.bounds import near
 from tests.kernels.formula import allowed, logits
@@ -39,6 +39,7 @@ def stem_of(q_pos: Tensor, fresh: bool = True) -> Stem:
 def dense(q: Tensor, k: Tensor, rules: Rules, one: Sums, fresh: bool, q_pos: Tensor, k_pos: Tensor) -> Tensor:
     """One sum in float64, [B, Hq, S], as its definition reads; fresh: noise is drawn for every query."""
     x, seen = logits(q, k, rules, q_pos, k_pos)  # [B, Hq, T, S]
+    k_pos = k_pos.repeat_interleave(q.shape[1] // k_pos.shape[1], dim=1)
     if one.stem is not None:
         keys = [torch.arange(2)[:, None, None, None], torch.arange(4)[:, None, None]]
         keys += [q_pos[:, None, :, None]] if fresh else []
@@ -127,3 +128,24 @@ def test_blocks_of_queries_change_no_sum(monkeypatch):
     monkeypatch.setattr(sums, "BLOCK_ELEMENTS", 1)
     for a, b in zip(whole, attend_with_sums(q, k, None, Rules(0.2), asked, **at)[1], strict=True):
         near(b, a, 2 * allowed(q, k, Rules(0.2), **at, size=a, noisy=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_the_noisy_row_of_one_query_comes_from_its_plain_attention(heads, form):
+    backend.use(form)
+    for S in (1, 16, 63, 500):
+        q, k, _, at = given(heads, 1, S, False)
+        k_pos = at["k_pos"].expand(2, heads, S).clone()
+        k_pos[1, :, : S // 3] = -1  # places that are free
+        rules, tau = Rules(D**-0.5), torch.tensor([1.0, 1.6])
+        x, seen = logits(q, k, rules, at["q_pos"], k_pos)
+        probs = x.masked_fill(~seen, -torch.inf).softmax(-1)[:, :, 0]
+        off = allowed(q, k, rules, at["q_pos"], k_pos, noisy=True)
+        for fresh in (True, False):
+            one = Sums(stem=stem_of(at["q_pos"], fresh), tau=tau[:, None])
+            expected = dense(q, k, rules, one, fresh, at["q_pos"], k_pos).view(2, heads, -1, S).sum(2)
+            keys = stem_of(at["q_pos"], fresh=False)
+            row = noisy_rows(probs.float(), keys, k_pos.int(), tau, at["q_pos"][:, 0] if fresh else None)
+            near(row, expected, 2 * off * (4 // heads))
+            assert (row[1, :, : S // 3] == 0).all()

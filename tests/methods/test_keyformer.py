@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import Stem, uniform
+from kernels import Stem, backend, uniform
 from methods import load_method
 from methods.core.contract import Stage
 from methods.core.errors import UserError
@@ -76,6 +76,7 @@ def test_a_decode_row_worked_by_hand(tau_end, expected, monkeypatch):
     cache = load_method("keyformer", budget=50, tau_end=tau_end, new_tokens=1).caches(Spec, None)[0]
     kept_after(cache, scripted([[{}] * 4]))
     monkeypatch.setattr(Stem, "log_uniform", lambda self, key, *work: -(-zeta).exp())
+    monkeypatch.setattr(backend, "_chosen", "reference")
     cache.store.track("score").zero_()
     kept_after(cache, scripted([[dict(enumerate(x.softmax(-1).tolist()))]], start=4, stage=Stage.DECODE))
     near(cache.store.track("score")[0, 0], expected, half_digit(6) + bound(torch.float32, 5, 4.0, width=16))
@@ -204,7 +205,7 @@ def test_a_turn_scores_heads_that_hold_different_numbers_as_if_each_were_alone(n
     store.append(step.k, step.v, step.pos)
     t = step.pos - 20 + 1
     stem = Stem.of(0, step.samples[:, None, None], torch.zeros(1, 1, 1, dtype=torch.long), torch.arange(4)[:, None])
-    rows = method.rows(store, step, None, stem.then(step.pos[:, None]) if noise == "fresh" else None, t)
+    rows = method.rows(store, step, None, stem if noise == "fresh" else None, t)
     k, slots = store.read()[0].double(), store.pos.long()
     off = bound(torch.float32, 14, SHARP + NOISIEST, size=10.0, width=8)
     for h in range(2):

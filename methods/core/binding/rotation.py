@@ -135,7 +135,7 @@ def _turning(probe: _Probe, frequencies: Sequence[Tensor], last: Turning) -> Tur
         return Turning(Rope(torch.empty(0)), turns=False, known=True)
     rope = _rope(probe, frequencies, last.rope)
     if (back := _back(probe, last)) is not None:
-        return Turning(rope, True, True, *back)
+        return Turning(_scaled(rope, probe, back[0]), True, True, *back)
     if rope is not None and "position_ids" in probe.given:
         return Turning(rope, known=True, interleaved=rope.interleaved)
     return Turning(rope)
@@ -150,6 +150,15 @@ def _rope(probe: _Probe, frequencies: Sequence[Tensor], last: Rope | None) -> Ro
             if _same(probe, rotate(probe.keys, angle.cos(), angle.sin(), rope.interleaved), R, rope.interleaved):
                 return rope
     return None
+
+
+def _scaled(rope: Rope | None, probe: _Probe, written: str) -> Rope | None:
+    """With the multiplier of the factors that the layer was given; None where pairs have one each."""
+    sizes = torch.hypot(*(x.float() for x in _read(probe.given["position_embeddings"], written)))
+    if rope is None or bool((sizes - sizes.mean()).abs().max() > 1e-2 * sizes.mean()):
+        return None
+    scale = float(sizes.mean())  # factors are rounded to the model's numbers, which half of them have fewer digits of
+    return replace(rope, scale=1.0 if abs(scale - 1) < probe.unit + 1e-6 else scale)
 
 
 def _back(probe: _Probe, last: Turning) -> tuple[str, bool, int] | None:

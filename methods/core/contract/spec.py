@@ -19,13 +19,26 @@ class Rope:
     inv_freq: radians per position of each pair, [R / 2], where R <= D channels are rotated; negative where the layer
     turns the other way, and none in a layer that leaves its keys as they are.
     interleaved: pairs are neighbours (GPT-J) instead of halves (Llama).
+    scale: what a scaled RoPE (YaRN, longrope) multiplies the rotated channels by, queries' as well as keys'.
     """
 
     inv_freq: Tensor
     interleaved: bool = False
+    scale: float = 1.0
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of the pairs at positions [...], each [..., R / 2], the multiplier included."""
+        angle = positions[..., None].float() * self.inv_freq.to(positions.device)
+        return angle.cos() * self.scale, angle.sin() * self.scale
+
+    def embed(self, raw: Tensor, positions: Tensor) -> Tensor:
+        """Keys or queries [..., D] from before RoPE as the layer has them at positions [...], the multiplier included."""
+        if len(self.inv_freq) == 0:
+            return raw
+        return rotate(raw, *self.cos_sin(positions), self.interleaved)
 
     def rotate(self, x: Tensor, delta: Tensor) -> Tensor:
-        """x [..., D] turned forward by delta [...] positions; the channels beyond R stay."""
+        """x [..., D] turned forward by delta [...] positions; the channels beyond R, and a multiplier in it, stay."""
         if len(self.inv_freq) == 0:
             return x
         angle = delta[..., None].float() * self.inv_freq.to(x.device)  # [..., R / 2]

@@ -63,13 +63,21 @@ class Step:
 
         Raises UserError for a method that does not ask for "rope".
         """
+        return self._raw(self.k, "k_raw")
+
+    @cached_property
+    def q_raw(self) -> Tensor:
+        """Queries before RoPE, [B, Hq, T, D], as `k_raw`."""
+        return self._raw(self.q, "q_raw")
+
+    def _raw(self, x: Tensor, name: str) -> Tensor:
         if self.turned is None:
-            raise UserError('Step.k_raw: only for a method whose `needs` names "rope"')
+            raise UserError(f'Step.{name}: only for a method whose `needs` names "rope"')
         if self.cos is None or self.sin is None:
-            return self.k
+            return x
         cos, sin = self.cos[:, None].float(), self.sin[:, None].float()  # [B or 1, 1, T, R / 2]
-        scale = cos.square() + sin.square()  # above 1 where a scaled RoPE multiplies keys
-        return rotate(self.k, cos / scale, -sin / scale, self.interleaved)
+        scale = cos.square() + sin.square()  # above 1 where a scaled RoPE multiplies what it turns
+        return rotate(x, cos / scale, -sin / scale, self.interleaved)
 
     def rows(self, rows: slice) -> Step:
         """The same step for some rows of the batch, as views."""

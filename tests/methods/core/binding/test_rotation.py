@@ -182,6 +182,27 @@ def test_a_key_turned_back_is_the_one_that_the_model_turned_at_the_first_positio
 
 
 @torch.no_grad()
+def test_a_key_embedded_by_our_rope_is_the_models_own_and_queries_are_turned_back_as_keys_are(pair):
+    stock, model = pair
+    cache, ids = _Watching().cache_for(model), tokens(1).expand(1, 9)
+    model(ids, past_key_values=cache, use_cache=True)
+    step, rope = cache.layers[-1].inner.step, bind(model).ropes[-1]
+    raw = step.k_raw
+    for at in (0, 3, 900):
+        expected = own_keys(stock, ids, at)[-1]
+        near(rope.embed(raw[0], torch.arange(at, at + 9)), expected, TURNED * float(expected.abs().max()))
+    # of one token they are the same wherever it stands, and embedded they are the model's own again
+    near(step.q_raw, step.q_raw[:, :, :1].expand_as(step.q), run_off(step.q_raw, MILD))
+    near(rope.embed(step.q_raw, step.pos[:, None]), step.q, run_off(step.q, MILD))
+    cos, sin = rope.cos_sin(step.pos)
+    assert cos.shape == (1, 9, len(rope.inv_freq))
+    if step.cos is not None:
+        assert rope.interleaved == step.interleaved
+        near(cos, step.cos, bound(torch.float32, 2, size=2.0))
+        near(sin, step.sin, bound(torch.float32, 2, size=2.0))
+
+
+@torch.no_grad()
 def test_rolled_positions_are_those_of_the_kept_tokens_read_alone(pair):
     # in a model of one layer keys and values depend on the token alone, so dropping equals never having read
     stock, model = pair

@@ -16,7 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from kernels import Rules
 from methods.core.binding import sight
 from methods.core.binding.decoder import CannotBind
-from methods.core.cache import Handle, KVCache
+from methods.core.binding.kv_layer import Handle
+from methods.core.cache import KVCache
 
 NAME = "kvfrontier"
 

@@ -7,12 +7,12 @@ without one of our caches meet the untouched model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from methods.core.adapters import ADAPTERS, NAME, n_kv_heads
 from methods.core.binding.decoder import CannotBind, Decoder, decoder_of, drops_attention
@@ -22,15 +22,30 @@ from methods.core.binding.rotation import Turning, turnings
 from methods.core.binding.self_check import CHECK, self_check
 from methods.core.cache import BINDING, KVCache
 from methods.core.contract import Method, ModelSpec
+from methods.core.contract.text import spans_of
 from methods.full import Full
 
 
 def cache_for(
-    model: PreTrainedModel, method: Method, prompt_len: int | None = None, samples: Sequence[int] | None = None
+    model: PreTrainedModel,
+    method: Method,
+    prompt_len: int | None = None,
+    samples: Sequence[int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    spans: Sequence[Mapping[str, tuple[int, int]]] | None = None,
 ) -> KVCache:
     """A new cache of `method` for one batch, under a model that is bound if it was not; see Method.cache_for."""
     bind(model)
-    return KVCache(model, method, prompt_len, samples)
+    if tokenizer is not None:
+        remember(model, tokenizer)
+    return KVCache(model, method, prompt_len, samples, None if spans is None else spans_of(spans))
+
+
+def remember(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let methods that need the vocabulary have this tokenizer's; the model is bound. What is known stays."""
+    state = model.__dict__[BINDING]
+    if state.get("tokenizer") is not tokenizer:
+        state["tokenizer"], state["vocabulary"] = tokenizer, None
 
 
 def bind(model: PreTrainedModel, check: bool = True) -> ModelSpec:

@@ -6,123 +6,24 @@ import copy
 import dataclasses
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
-from kernels import Rules
-from methods.core.binding.decoder import CannotBind
+from methods.core.binding.kv_layer import KVLayer, PassState
 from methods.core.binding.lengths import Reach
-from methods.core.binding.padding import columns, padding_first, put_back
+from methods.core.binding.padding import padding_first
 from methods.core.binding.passes import Bound, other_model
-from methods.core.binding.prepared import Prepared
+from methods.core.binding.prepared import Prepared, vocabulary_for
 from methods.core.binding.rotation import Turning
-from methods.core.contract import LayerCache, Method, Stage, Step
+from methods.core.contract import SPANS, Method, Stage, Step
 from methods.core.errors import UserError
 from methods.core.meter import Meter, Report
 
 #: where a bound model keeps what binding noted of it
 BINDING = "_kvfrontier"
-
-
-@dataclass
-class Handle:
-    """New keys and values on their way through the model; deliberately not a tensor."""
-
-    layer: KVLayer
-    k: Tensor
-    v: Tensor
-
-
-class KVLayer(CacheLayerMixin):
-    """One layer of a KVCache, as transformers sees it."""
-
-    is_sliding = False
-
-    def __init__(self, cache: KVCache, index: int, inner: LayerCache):
-        super().__init__()
-        self.cache, self.index, self.inner = cache, index, inner
-        self.seen = 0  # columns of the batch, padding included
-        self.extras: dict[str, Any] = {}  # what the method asked for of the current step
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the stores see their first tensors in `append`."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Handle, None]:
-        self.cache.need_own_pass()
-        spec, shape = self.cache.spec, tuple(key_states.shape)
-        if len(shape) != 4 or (shape[1], shape[3]) != (spec.n_kv_heads, spec.head_dim):
-            raise CannotBind(
-                self.cache.kind,
-                "it stores something other than its heads' keys and values, such as latents "
-                f"({' x '.join(map(str, shape[1::2]))} numbers per token, not {spec.n_kv_heads} x {spec.head_dim})",
-            )
-        self.seen += shape[2]
-        return Handle(self, key_states, value_states), None
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, not slots stored: positions never come from a stored length."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def offload(self) -> None:
-        raise NotImplementedError("a compressed cache stays on its device")
-
-    prefetch = offload
-
-    def reset(self) -> None:
-        raise NotImplementedError("a new sequence needs a new cache: method.cache_for(model)")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError(
-            "tokens cannot be taken back from a compressed cache; assisted generation is not for it"
-        )
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.inner.reorder(beam_idx)
-
-    def attend(self, handle: Handle, q: Tensor, mask: Tensor | None, rules: Rules) -> Tensor:
-        """Output [B, Hq, T, Dv] of the step: append, attend, end the step, and let the meter look."""
-        cache = self.cache
-        here = cache.pass_state(self, q, mask)
-        step = Step(
-            layer=self.index, n_layers=len(cache.layers), stage=here.stage, q=q, k=handle.k, v=handle.v, pos=here.pos,
-            seen=here.seen, padded=here.padded, samples=cache.samples, rules=rules, rope=cache.spec.ropes[self.index],
-            **self.extras,
-        )  # fmt: skip
-        self.extras = {}
-        if here.order is not None:
-            step = columns(step, here.order)
-        self.inner.append(step)
-        cache.meter.after_append(step)
-        out = self.inner.attend(step)
-        self.inner.end_step(step)
-        if self.index == len(cache.layers) - 1:
-            cache.end_pass(step)
-        cache.meter.after_end_step(step)
-        return out if here.order is None else put_back(out, here.order)
-
-
-@dataclass
-class PassState:
-    """Where one forward pass stands, the same for all its layers."""
-
-    total: int  # columns seen, this pass included
-    stage: Stage
-    pos: Tensor  # [B, T]
-    seen: Tensor  # [B], tokens per row before this pass
-    padded: bool
-    order: Tensor | None = None  # [B, T], of the columns as a step has them; None: as they came
 
 
 class KVCache(Bound):
@@ -134,6 +35,7 @@ class KVCache(Bound):
         method: Method,
         prompt_len: int | None = None,
         samples: Sequence[int] | None = None,
+        spans: Tensor | None = None,
     ):
         binding = model.__dict__[BINDING]
         spec = binding["spec"]
@@ -145,7 +47,16 @@ class KVCache(Bound):
             raise UserError(f"{method.name}: needs keys as they are before RoPE, and how layer {unknown[0]} of "
                             f"{spec.name} turns them is not known")  # fmt: skip
         prepared = model.__dict__.setdefault("_kvfrontier_prepared", Prepared())
-        self.spec = dataclasses.replace(spec, prepared=prepared.by(method, model))
+        self.spec = dataclasses.replace(
+            spec, prepared=prepared.by(method, model), vocabulary=vocabulary_for(method, model, binding)
+        )
+        if "spans" in method.needs and spans is None:
+            raise UserError(
+                f"{method.name}: needs to know which part of a prompt is {' or '.join(SPANS)}; "
+                'method.cache_for(model, spans=[{"context": (first, end), ...}, ...]) says so for every row'
+            )
+        self.given_spans = spans  # [B, len(SPANS), 2]
+        self._ids: Tensor | None = None  # [B, T] of the pass that goes on, for methods that ask
         self.method, self.prompt_len = method, prompt_len
         self.reach: Reach | None = None  # where frequencies follow the length
         self._samples = samples
@@ -207,9 +118,32 @@ class KVCache(Bound):
         order = None if real is None else padding_first(real)
         if stage is Stage.MID_PROMPT or (stage is Stage.ENDS_PROMPT and 0 < before < self.prompt_len):
             self._refuse_gaps(real, order, seen)
+        ids = self._ids
         if order is not None:
             pos = pos.gather(1, order)
-        return PassState(total, stage, pos, seen, real is not None, order)
+            ids = None if ids is None else ids.gather(1, order)
+        return PassState(total, stage, pos, seen, real is not None, order, ids)
+
+    @property
+    def spans(self) -> Tensor | None:
+        """The named parts of the rows, [B, len(SPANS), 2], on the rows' device, where the method asks for them."""
+        if self.given_spans is None or "spans" not in self.method.needs:
+            return None
+        assert self._here is not None
+        B = len(self._here.pos)
+        if len(self.given_spans) != B:
+            raise UserError(f"spans: of {len(self.given_spans)} rows for a batch of {B}; give those of every row")
+        self.given_spans = self.given_spans.to(self._here.pos.device)
+        return self.given_spans
+
+    def begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What the model is called with. Raises UserError where a method that looks at token ids is given none."""
+        if "ids" not in self.method.needs:
+            return
+        given = kwargs.get("input_ids", args[0] if args else None)
+        if not isinstance(given, Tensor):
+            raise UserError(f"{self.method.name}: needs token ids; give the model input_ids instead of inputs_embeds")
+        self._ids = given
 
     def _refuse_gaps(self, real: Tensor | None, order: Tensor | None, seen: Tensor) -> None:
         """Raises UserError where a prompt in pieces has padding behind tokens: what decides may lie a piece back."""
@@ -244,6 +178,11 @@ class KVCache(Bound):
         self.prompt_len, self._here, self.reach = other.prompt_len, other._here, other.reach
         self._counts = other._counts if rows is None else other._counts[rows]
         self._samples = other._samples if rows is None else other._samples[rows]
+        self.given_spans = (
+            other.given_spans
+            if rows is None or other.given_spans is None
+            else other.given_spans[rows.to(other.given_spans.device)]
+        )
         for ours, theirs in zip(self.layers, other.layers, strict=True):
             ours.seen = theirs.seen
 
@@ -262,8 +201,9 @@ class KVCache(Bound):
         self.meter.reorder(beam_idx)
         if self._counts is not None:
             self._counts = self._counts[beam_idx.to(self._counts.device)]
-        if isinstance(self._samples, Tensor):
-            self._samples = self._samples[beam_idx.to(self._samples.device)]
+        for name in ("_samples", "given_spans"):
+            if isinstance(one := getattr(self, name), Tensor):
+                setattr(self, name, one[beam_idx.to(one.device)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Go on with these rows only, given by number or as a mask over the rows."""

@@ -7,7 +7,7 @@ next layer begins. Then what is fed goes through one batch, each row on its own 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,13 +52,14 @@ class Group:
         read: Callable[[Session], Tensor],
         prompt_len: int | None = None,
         pad_id: int = 0,
+        spans: Sequence[Mapping[str, tuple[int, int]]] | None = None,
     ) -> tuple[Group, Tensor]:
         """A group behind its prompts, and what reading them gave, once per active member.
 
         read: feeds the prompts, one row per sample, and gives a tensor of these rows.
-        prompt_len: as for `Method.caches`.
+        prompt_len: as for `Method.caches`.  spans: as for `Method.cache_for`.
         """
-        members = [PrefillMember(model, method, prompt_len, samples) for method in methods]
+        members = [PrefillMember(model, method, prompt_len, samples, spans) for method in methods]
         lead = load_method("full").caches(bind(model), prompt_len)
         shared = _empty(model, members, prompt_len, samples)
         for i, layer in enumerate(shared.layers):
@@ -166,14 +167,21 @@ class PrefillMember:
     heard: its answers, once it has left.  fate: what ended it, if anything did; shared with its forks.
     """
 
-    def __init__(self, model: PreTrainedModel, method: Method, prompt_len: int | None, samples: Sequence[int]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        prompt_len: int | None,
+        samples: Sequence[int],
+        spans: Sequence[Mapping[str, tuple[int, int]]] | None,
+    ):
         self.method = method
         self.heard: Generation | None = None
         self.fate: list[Exception] = []
         self.layers: list[_Watched] = []
 
         def begin() -> None:
-            self.cache = method.cache_for(model, prompt_len=prompt_len, samples=samples)
+            self.cache = method.cache_for(model, prompt_len=prompt_len, samples=samples, spans=spans)
             self.layers = [_Watched(self, layer.inner) for layer in self.cache.layers]
 
         self.guard(begin)
@@ -293,7 +301,9 @@ class _Joint(Method):
 
 def _empty(model: PreTrainedModel, members: Sequence[PrefillMember], prompt_len: int | None, samples: Any) -> KVCache:
     asks = frozenset().union(*(member.method.needs for member in members))
-    batch = KVCache(model, _Joint(asks=asks), prompt_len, samples)
+    # of rows that are put together later, `resume_from` says what they are
+    spans = [member.cache.given_spans for member in members if member.error is None]
+    batch = KVCache(model, _Joint(asks=asks), prompt_len, samples, next((x for x in spans if x is not None), None))
     batch.meter = _Unwatched([])
     return batch
 

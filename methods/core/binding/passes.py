@@ -22,6 +22,10 @@ class Bound(Cache):
     passes: weakref.ref[Passes]
     spec: ModelSpec
 
+    def begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What the model is called with."""
+        raise NotImplementedError
+
 
 def other_model(cache: Bound) -> str:
     """The line for a cache that a model is given which it was not made for."""
@@ -81,6 +85,7 @@ class Passes:
                     "output_attentions=True: a compressed cache holds no attention over all tokens; leave it out, or "
                     "call the model without the cache of method.cache_for(model)"
                 )
+            cache.begin_pass(args, kwargs)
             self.lengths.begin(cache, args, kwargs)
             self._switch_on(part)
 

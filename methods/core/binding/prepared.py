@@ -1,4 +1,4 @@
-"""What methods have made of a model, once each."""
+"""What methods have made of a model, once each, and what they may know of its tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from methods.core.contract import Method
+from methods.core.contract import Method, Vocabulary
 from methods.core.errors import UserError
 
 
@@ -36,3 +36,18 @@ class Prepared:
 def _weights(model: PreTrainedModel) -> list[tuple[str, int, int]]:
     """Where every parameter lies and how often it was written to, as far as PyTorch counts it."""
     return [(name, one.data_ptr(), 0 if one.is_inference() else one._version) for name, one in model.named_parameters()]
+
+
+def vocabulary_for(method: Method, model: PreTrainedModel, binding: dict[str, Any]) -> Vocabulary | None:
+    """The vocabulary, made once, where the method asks for it. Raises UserError if the tokenizer is not known."""
+    if "vocabulary" not in method.needs:
+        return None
+    if (tokenizer := binding.get("tokenizer")) is None:
+        raise UserError(
+            f"{method.name}: needs to know which tokens are special, punctuation or newlines; "
+            "method.cache_for(model, tokenizer=tokenizer) says so"
+        )
+    if binding["vocabulary"] is None:
+        size = model.get_input_embeddings().weight.shape[0]
+        binding["vocabulary"] = Vocabulary.of(tokenizer, size, model.device)
+    return binding["vocabulary"]

@@ -9,5 +9,9 @@ from methods.core.contract.layer import Holding, LayerCache, SharedState
 from methods.core.contract.method import Method
 from methods.core.contract.spec import ModelSpec, Rope, Shape
 from methods.core.contract.step import Stage, Step
+from methods.core.contract.text import SPANS, Vocabulary
 
-__all__ = ["Holding", "LayerCache", "Method", "ModelSpec", "Rope", "Shape", "SharedState", "Stage", "Step"]
+__all__ = [
+    "SPANS", "Holding", "LayerCache", "Method", "ModelSpec", "Rope", "Shape", "SharedState", "Stage", "Step",
+    "Vocabulary",
+]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +16,7 @@ from methods.core.contract.step import Step
 from methods.core.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from methods.core.artefacts import Calibration
     from methods.core.cache import KVCache
@@ -35,7 +35,7 @@ class Method:
 
     #: saves no real memory; drawn hollow and left out of memory and speed frontiers
     simulated: ClassVar[bool] = False
-    #: extra fields of Step to fill in: "hidden", "rope"
+    #: extra fields of Step to fill in, "hidden", "rope", "ids", "spans", and of ModelSpec, "vocabulary"
     needs: ClassVar[frozenset[str]] = frozenset()
     #: changes the prompt's own hidden states, so the cell cannot share a prompt pass
     changes_prompt: ClassVar[bool] = False
@@ -91,14 +91,21 @@ class Method:
         """For methods that run the model again once the prompt is in; called by the runner, not by `generate()`."""
 
     def cache_for(
-        self, model: PreTrainedModel, prompt_len: int | None = None, samples: Sequence[int] | None = None
+        self,
+        model: PreTrainedModel,
+        prompt_len: int | None = None,
+        samples: Sequence[int] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        spans: Sequence[Mapping[str, tuple[int, int]]] | None = None,
     ) -> KVCache:
         """A transformers Cache for `model`, one sequence batch long; binds the model on first use.
 
         prompt_len: padded tokens of a prompt that comes in several forwards; None: the first forward is the prompt.
         samples: one number per row, keys of the method's randomness; None: 0, 1, 2, ...
-        Raises UserError when the model's architecture cannot be bound.
+        tokenizer: the model's, for methods that need the vocabulary; remembered with the model.
+        spans: of each row the parts of its prompt by name (`SPANS`): the first token and the one behind the last.
+        Raises UserError when the model's architecture cannot be bound, or the method needs what is not given.
         """
         from methods.core.bind import cache_for  # at call time: binding needs this contract
 
-        return cache_for(model, self, prompt_len=prompt_len, samples=samples)
+        return cache_for(model, self, prompt_len=prompt_len, samples=samples, tokenizer=tokenizer, spans=spans)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import rotate
+from methods.core.contract.text import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Rope:
         return angle.cos() * self.scale, angle.sin() * self.scale
 
     def embed(self, raw: Tensor, positions: Tensor) -> Tensor:
-        """Keys or queries [..., D] from before RoPE as the layer has them at positions [...], the multiplier included."""
+        """Keys or queries [..., D] from before RoPE as the layer has them at positions [...], with the multiplier."""
         if len(self.inv_freq) == 0:
             return raw
         return rotate(raw, *self.cos_sin(positions), self.interleaved)
@@ -62,6 +63,7 @@ class ModelSpec:
     ropes: Sequence[Rope | None]
     alibi: bool = False
     prepared: Any = None  # what the method's `prepare` returned for this model
+    vocabulary: Vocabulary | None = None  # kinds of tokens, for methods whose `needs` names it
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import Rules, rotate
 from methods.core.contract.spec import Rope
+from methods.core.contract.text import SPANS
 from methods.core.errors import UserError
 
 
@@ -35,6 +36,7 @@ class Step:
     hidden [B, T, M]: input of the attention block.  turned: whether RoPE turned k.  cos, sin [B or 1, T, R / 2]: where
     it did, the rotary factors of its pairs, a scaled RoPE's multiplier included.  interleaved: as in Rope. All of these
     only for methods that ask (`Method.needs`).
+    ids [B, T]: token ids.  spans [B, len(SPANS), 2]: the named parts of the rows, see `span`. Only for those that ask.
     memo: statistics computed once for all caches that append this step.
     """
 
@@ -55,6 +57,8 @@ class Step:
     sin: Tensor | None = None
     turned: bool | None = None
     interleaved: bool = False
+    ids: Tensor | None = None
+    spans: Tensor | None = None
     memo: dict[Any, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -78,6 +82,15 @@ class Step:
         cos, sin = self.cos[:, None].float(), self.sin[:, None].float()  # [B or 1, 1, T, R / 2]
         scale = cos.square() + sin.square()  # above 1 where a scaled RoPE multiplies what it turns
         return rotate(x, cos / scale, -sin / scale, self.interleaved)
+
+    def span(self, name: str) -> Tensor:
+        """First token of this part of every row, and the one behind its last, by the row's own count: [B, 2], int32.
+
+        (-1, -1) for a row without it. Raises UserError for a method that does not ask for "spans".
+        """
+        if self.spans is None:
+            raise UserError('Step.span: only for a method whose `needs` names "spans"')
+        return self.spans[:, SPANS.index(name)]
 
     def rows(self, rows: slice) -> Step:
         """The same step for some rows of the batch, as views."""

@@ -39,9 +39,11 @@ NEVER = {
     "methods": {"tasks", "runners", "analysis"},
     "analysis": {"torch", "methods", "runners", "tasks", "kernels"},
 }
-# what of analysis a run may import too: the bootstrap, the reader of records, tables on the screen, a method's colour
-# and whole files; they import nothing of ours but each other
-LEAVES = {"analysis.stats", "analysis.records", "analysis.screen", "analysis.style", "analysis.files"}
+# what of analysis a run may import too: the bootstrap, the reader of records, tables on the screen, a method's colour,
+# whole files and the fidelity panel; they import nothing of ours but each other
+LEAVES = {
+    "analysis.stats", "analysis.records", "analysis.screen", "analysis.style", "analysis.files", "analysis.fidelity"
+}  # fmt: skip
 LEAVES_MAY = {"numpy", "rich", "matplotlib"}
 # methods that stand for no paper: reference points
 BASELINES = {"full", "random"}
@@ -120,11 +122,18 @@ def leaf_of(module: str) -> str:
     return ".".join(module.split(".")[:2])
 
 
+def modules_of(name: str) -> list[Path]:
+    """The files of a module or, where it is a package, of all that is in it."""
+    path = ROOT.joinpath(*name.split("."))
+    return sorted(path.glob("*.py")) or [path.with_suffix(".py")]
+
+
 def test_what_runs_share_with_analysis_imports_nothing_of_ours_but_itself():
     wrong = [
         f"{leaf}:{line} imports {module}"
         for leaf in sorted(LEAVES)
-        for module, line, _ in imports(ROOT.joinpath(*leaf.split(".")).with_suffix(".py"))
+        for path in modules_of(leaf)
+        for module, line, _ in imports(path)
         if module.split(".")[0] not in sys.stdlib_module_names | LEAVES_MAY and leaf_of(module) not in LEAVES
     ]
     assert wrong == []

@@ -1,6 +1,6 @@
 """Tensor operations under the cache: each op is a folder with its signature, its definition and its fast forms."""
 
-from kernels.attend import Layout, Rules, attend, attend_pages, attend_with_lse, visible
+from kernels.attend import Layout, Rules, attend, attend_pages, attend_with_lse, merged, visible
 from kernels.mass import (
     Sums,
     attend_with_mass,
@@ -18,6 +18,6 @@ from kernels.select import lowest, pages, top
 
 __all__ = [
     "Layout", "Rules", "Stem", "Sums", "attend", "attend_pages", "attend_with_lse", "attend_with_mass",
-    "attend_with_sums", "attention_probs", "ema_weights", "gumbel", "lowest", "mass", "noisy_mass", "noisy_rows",
-    "pages", "rotate", "top", "uniform", "visible", "weighted_mass",
+    "attend_with_sums", "attention_probs", "ema_weights", "gumbel", "lowest", "mass", "merged", "noisy_mass",
+    "noisy_rows", "pages", "rotate", "top", "uniform", "visible", "weighted_mass",
 ]  # fmt: skip

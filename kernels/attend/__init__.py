@@ -7,7 +7,7 @@ h // (Hq // H). Positions are the tokens' own, int, -1 for padding: q_pos [B, T]
 from torch import Tensor
 
 from kernels.attend import compiled, reference
-from kernels.attend.lse import log_sum_exp
+from kernels.attend.lse import log_sum_exp, merged
 from kernels.attend.reference import visible
 from kernels.attend.rules import Layout, Rules
 from kernels.backend import on_triton
@@ -62,4 +62,4 @@ def attend_pages(
     return reference.attend_pages(q, stored, tail, rules, q_pos)
 
 
-__all__ = ["Layout", "Rules", "attend", "attend_pages", "attend_with_lse", "visible"]
+__all__ = ["Layout", "Rules", "attend", "attend_pages", "attend_with_lse", "merged", "visible"]

@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     from kernels.attend.rules import Rules
 
 
+def merged(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> Tensor:
+    """One softmax over two sets of slots, from the output [B, Hq, T, Dv] and log-sum-exp [B, Hq, T] of each."""
+    most = torch.maximum(lse_a, lse_b)
+    most = torch.where(most == -torch.inf, 0.0, most)  # a query that sees nothing in either
+    wa, wb = (lse_a - most).exp()[..., None], (lse_b - most).exp()[..., None]
+    total = wa + wb
+    return ((a.float() * wa + b.float() * wb) / torch.where(total == 0, 1, total)).to(a.dtype)
+
+
 def log_sum_exp(q: Tensor, k: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor) -> Tensor:
     """Of each query's logits over the slots that it sees, [B, Hq, T], float32; -inf where it sees none."""
     B, Hq, T, _ = q.shape

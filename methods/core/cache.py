@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from methods.core.binding.kv_layer import KVLayer, PassState
@@ -64,6 +66,10 @@ class KVCache(Bound):
         self._counts: Tensor | None = None  # [B], tokens per row so far
         self._pieces: tuple[bool, int] = False, 0  # of the prompt: was one longer than a token, single ones since then
         self._again = False
+        self._probing = False
+        self.prompt_ids: list[Tensor] = []  # [B, T] of the prompt's passes, for methods that ask for ids
+        self.common: dict[Any, Any] = {}  # what `once` has made for all members of a group
+        self.compress_seconds = 0.0  # that `Method.after_prompt` took
         inner = method.caches(self.spec, prompt_len)
         for layer in inner:
             layer.stack = inner
@@ -94,7 +100,9 @@ class KVCache(Bound):
             self.prompt_len = total
         if total < self.prompt_len:
             self._refuse_decoding(before, T)
-        if before < self.prompt_len:
+        if self._probing:
+            stage = Stage.PROBE
+        elif before < self.prompt_len:
             stage = Stage.MID_PROMPT if total < self.prompt_len else Stage.ENDS_PROMPT
         elif self._again:
             stage, self._again = Stage.ENDS_PROMPT, False
@@ -144,6 +152,53 @@ class KVCache(Bound):
         if not isinstance(given, Tensor):
             raise UserError(f"{self.method.name}: needs token ids; give the model input_ids instead of inputs_embeds")
         self._ids = given
+        if not self._probing and (self.prompt_len is None or self.get_seq_length() < self.prompt_len or self._again):
+            self.prompt_ids.append(given)
+
+    def ended_pass(self, model: nn.Module) -> None:
+        """The model has done a pass; where it ended a prompt, the method may run it again."""
+        if self._here is not None and self._here.stage is Stage.ENDS_PROMPT:
+            self.end_prompt(model)
+
+    def end_prompt(self, model: nn.Module) -> None:
+        """The prompt has been read, and the method does what it does once then; the ledger is read afterwards."""
+        if type(self.method).after_prompt is Method.after_prompt:
+            return
+        began = _now(self.spec.device)
+        self.method.after_prompt(model, self)
+        self.compress_seconds += _now(self.spec.device) - began
+        self.prompt_ids, self.common = [], {}
+        self.meter.end_prompt()
+
+    def probe(self, model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> None:
+        """Run the model over extra tokens on top of what is held: every layer sees them and stores nothing.
+
+        ids [B, T]; mask [B, T]: 0 for padding, None: no padding. Each row's tokens stand behind its own. Layers answer
+        by `LayerCache.probe`, and `Method.end_pass` follows, with Stage.PROBE. The cache stands then where it stood.
+        """
+        assert self._counts is not None, "nothing has been read yet"
+        mask = torch.ones_like(ids) if mask is None else mask.to(ids.dtype)
+        old = torch.ones(len(ids), self.get_seq_length(), dtype=ids.dtype, device=ids.device)
+        positions = (self._counts[:, None] + mask.cumsum(-1) - 1).clamp_min(0)
+        decoder = getattr(model, "base_model", model)  # without the head, whose logits nobody asks for
+        seen = [layer.seen for layer in self.layers]
+        before = {name: getattr(self, name) for name in ("_here", "_counts", "reach", "_ids", "_pieces")}
+        named = {"position_ids": positions} if "position_ids" in inspect.signature(decoder.forward).parameters else {}
+        self._probing = True
+        try:
+            decoder(ids, attention_mask=torch.cat((old, mask), dim=1), past_key_values=self, use_cache=True, **named)
+        finally:
+            self._probing = False
+            for layer, n in zip(self.layers, seen, strict=True):
+                layer.seen = n
+            for name, value in before.items():
+                setattr(self, name, value)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once for the members of a group, behind the same prompts, that ask by one key."""
+        if key not in self.common:
+            self.common[key] = make()
+        return self.common[key]
 
     def _refuse_gaps(self, real: Tensor | None, order: Tensor | None, seen: Tensor) -> None:
         """Raises UserError where a prompt in pieces has padding behind tokens: what decides may lie a piece back."""
@@ -176,6 +231,7 @@ class KVCache(Bound):
         """
         assert other._counts is not None and isinstance(other._samples, Tensor), "the other has seen nothing yet"
         self.prompt_len, self._here, self.reach = other.prompt_len, other._here, other.reach
+        self.prompt_ids = list(other.prompt_ids)
         self._counts = other._counts if rows is None else other._counts[rows]
         self._samples = other._samples if rows is None else other._samples[rows]
         self.given_spans = (
@@ -273,3 +329,10 @@ class KVCache(Bound):
         """Raises BudgetMiss when the prompt's end left more of a row than its budget and documented overhead."""
         self._refuse_half_a_prompt()
         self.meter.check_budget(self.method.name)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

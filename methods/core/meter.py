@@ -158,7 +158,7 @@ class Meter:
         self.passes: list[Moment] = []  # those after the prompt
         self._tokens: list[int] = []  # of every row, padding left out
         self._slots: dict[int, tuple[int, int | None]] = {}  # per layer: bytes of one full-cache slot, sliding window
-        self._device = "cpu"
+        self._device, self._itemsize = "cpu", 4  # of the model's keys
 
     def after_append(self, step: Step) -> None:
         """The fullest moment of a layer's turn."""
@@ -167,12 +167,12 @@ class Meter:
         last = step.layer == len(self.layers) - 1
         if step.stage is Stage.DECODE and not last:
             return
-        self._look(step)
+        self.look(step)
 
     def before_end_pass(self, step: Step) -> None:
         """All layers have had their turn, and what they left for the end of the pass is still there."""
         if any(layer.scratch for layer in self.layers):
-            self._look(step)
+            self.look(step)
 
     def after_end_step(self, step: Step) -> None:
         """The end of a layer's turn."""
@@ -183,10 +183,15 @@ class Meter:
             slot = step.k.shape[1] * (step.k.shape[3] + step.v.shape[3]) * step.k.element_size()
             self._slots[step.layer] = (slot, step.rules.window)
             self._device = step.k.device.type
+            self._itemsize = step.k.element_size()
             if last:
-                self.prompt, self.passes = self._prompt_end(step), []
+                self.end_prompt()
         elif step.stage is not Stage.MID_PROMPT and last:
             self.passes.append(Moment(self._held(), list(self._tokens)))
+
+    def end_prompt(self) -> None:
+        """The prompt has ended, and what is held now is what was left of it."""
+        self.prompt, self.passes = self._prompt_end(), []
 
     def report(self, rows: Sequence[int] | None = None, behind: Sequence[int] | None = None) -> Report:
         """The ledger of some rows together; None: of all, and as it is now.
@@ -260,7 +265,7 @@ class Meter:
             new = (step.pos >= 0).sum(-1).tolist()
         self._tokens = [n + m for n, m in zip(self._tokens or [0] * B, new, strict=True)]
 
-    def _prompt_end(self, step: Step) -> PromptEnd:
+    def _prompt_end(self) -> PromptEnd:
         layers, B = self._by_layer(), len(self._tokens)
         # the fullest row of a batch is padded by nothing: what all rows have is a place that ought to be free memory
         least = [min((n - m for n, m in zip(x.padding, x.alike or [0] * B)), default=0) for x in layers]
@@ -279,7 +284,7 @@ class Meter:
             asked=[sum(row) for row in zip(*asked)],
             overhead=[sum(row) for row in zip(*(x.beside for x in layers))],
             bits=[sum(row) / len(row) for row in zip(*bits)],
-            itemsize=step.k.element_size(),
+            itemsize=self._itemsize,
         )
 
     def _now(self) -> tuple[Moment, int]:
@@ -315,7 +320,8 @@ class Meter:
         held = [moment.held[row] for moment in self.passes[: len(self.passes) - behind]]
         return sum(held) // len(held) if held else 0
 
-    def _look(self, step: Step) -> None:
+    def look(self, step: Step) -> None:
+        """What is held now, scoring included, may be the phase's largest."""
         here = self._total() + self._scoring()
         if step.stage in (Stage.DECODE, Stage.TURN):
             self.peak_decode = max(self.peak_decode, here)

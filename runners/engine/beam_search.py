@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from methods.core.contract import Method
-from methods.core.errors import UserError
 from runners.engine.generation import Prompt, Timings
 from runners.engine.new_tokens import Answer
 from runners.engine.session import now
@@ -23,14 +22,7 @@ def search_beams(
     """The best of `beams` answers, the search ending once so many are finished; the cache holds a row per beam.
 
     A stop string ends what is scored of an answer, and not the search, whose beams compete beyond it.
-
-    Raises UserError for a method that runs the model again after the prompt, which `generate` does not do.
     """
-    if type(method).after_prompt is not Method.after_prompt:
-        raise UserError(
-            f"method={method.name}: runs the model again once the prompt is read, which a beam search cannot do; "
-            "give task.beams=1"
-        )
     device = model.device
     ids = torch.tensor([list(prompt.ids)], device=device)
     cache = method.cache_for(model, samples=[prompt.sample] * beams)

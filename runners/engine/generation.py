@@ -92,10 +92,6 @@ class MakesCache(Protocol):
         """As `Method.cache_for`."""
         ...
 
-    def after_prompt(self, model: Any, cache: Any) -> None:
-        """As `Method.after_prompt`."""
-        ...
-
 
 class Reading(NamedTuple):
     """How the prompts of a batch are read: fed to a session, which gives a tensor of a row each.
@@ -180,7 +176,6 @@ def _alone(
     cache = method.cache_for(model, prompt_len=reading.prompt_len, samples=samples)
     session = Session(model, cache, len(samples), pad_id)
     outputs = reading.read(session)
-    method.after_prompt(model, cache)
     return session, outputs
 
 

@@ -67,8 +67,9 @@ class Group:
             layer.inner = Shared(lead[i], followers, leader_stays=False)
         session = Session(model, shared, len(samples), pad_id)
         outputs = read(session)
+        common: dict[Any, Any] = {}
         for member in members:
-            member.resume_from(shared, model)
+            member.resume_from(shared, model, common)
         active = sum(member.error is None for member in members)
         group = cls(model, members, _RowsSession(session, active), shared, len(samples))
         return group, outputs.repeat(active, *[1] * (outputs.dim() - 1))
@@ -209,10 +210,15 @@ class PrefillMember:
         for layer in self.layers:
             layer.inner = None
 
-    def resume_from(self, shared: KVCache, model: PreTrainedModel) -> None:
-        """After the shared prompt: stand there with a cache of its own."""
-        self.guard(lambda: self.cache.resume_from(shared))
-        self.guard(lambda: self.method.after_prompt(model, self.cache))
+    def resume_from(self, shared: KVCache, model: PreTrainedModel, common: dict[Any, Any]) -> None:
+        """After the shared prompt: stand there with a cache of its own. common: as in KVCache."""
+
+        def act() -> None:
+            self.cache.resume_from(shared)
+            self.cache.common = common
+            self.cache.end_prompt(model)
+
+        self.guard(act)
 
     def late(self, error: TimeLimit) -> None:
         """The time is up: it has failed with this error, unless it has ended before."""

@@ -91,6 +91,11 @@ class KVLayer(CacheLayerMixin):
         self.extras = {}
         if here.order is not None:
             step = columns(step, here.order)
+        out = self._probed(step) if step.stage is Stage.PROBE else self._taken_in(step)
+        return out if here.order is None else put_back(out, here.order)
+
+    def _taken_in(self, step: Step) -> Tensor:
+        cache = self.cache
         self.inner.append(step)
         cache.meter.after_append(step)
         out = self.inner.attend(step)
@@ -98,7 +103,14 @@ class KVLayer(CacheLayerMixin):
         if self.index == len(cache.layers) - 1:
             cache.end_pass(step)
         cache.meter.after_end_step(step)
-        return out if here.order is None else put_back(out, here.order)
+        return out
+
+    def _probed(self, step: Step) -> Tensor:
+        out = self.inner.probe(step)
+        self.cache.meter.look(step)
+        if self.index == len(self.cache.layers) - 1:
+            self.cache.end_pass(step)
+        return out
 
 
 @dataclass

@@ -26,6 +26,10 @@ class Bound(Cache):
         """What the model is called with."""
         raise NotImplementedError
 
+    def ended_pass(self, model: nn.Module) -> None:
+        """The model, or the part of it that was called, has done a pass."""
+        raise NotImplementedError
+
 
 def other_model(cache: Bound) -> str:
     """The line for a cache that a model is given which it was not made for."""
@@ -54,6 +58,7 @@ class Passes:
         self.barred = False  # within `unbound`
         self.outermost: nn.Module | None = None  # the module whose pass it is
         self._stock: list[str] = []
+        self._cache: Bound | None = None  # of the pass that goes on
 
     def watch(self, model: PreTrainedModel) -> None:
         """Look at every pass of the model, or of a part of it that can be called by itself."""
@@ -88,11 +93,15 @@ class Passes:
             cache.begin_pass(args, kwargs)
             self.lengths.begin(cache, args, kwargs)
             self._switch_on(part)
+            self._cache = cache
 
     def end(self, part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After a pass, also one that failed."""
         if part is self.outermost:
+            cache = self._cache
             self._switch_off()
+            if cache is not None and output is not None:  # None: it failed
+                cache.ended_pass(part)
 
     def _switch_on(self, part: nn.Module) -> None:
         self.outermost = part
@@ -107,7 +116,7 @@ class Passes:
     def _switch_off(self) -> None:
         if self.outermost is None:
             return
-        self.outermost = None
+        self.outermost = self._cache = None
         for config, stock in zip(self.configs, self._stock, strict=True):
             config._attn_implementation_internal = stock
         if self.adapter is not None:

@@ -80,6 +80,15 @@ class LayerCache:
     def end_step(self, step: Step) -> None:
         """End of the layer's turn: drop, pack, merge, spill; nothing unless overridden."""
 
+    def probe(self, step: Step) -> Tensor:
+        """Output [B, Hq, T, Dv] of a `Stage.PROBE` step over what is held and the step's own tokens; nothing is stored.
+
+        `probe.attend_beside` gives it for a layer whose slots are a Store.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__}: this cache cannot be looked at by tokens that it does not store"
+        )
+
     def below(self, layer: int) -> LayerCache:
         """The cache of an earlier layer of the same sequences, whose turn in this pass is over: its slots, its scratch.
 

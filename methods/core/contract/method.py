@@ -88,7 +88,10 @@ class Method:
         return float(self.budget) if self.budget <= 1 else min(1.0, self.budget / max(1, tokens))
 
     def after_prompt(self, model: PreTrainedModel, cache: KVCache) -> None:
-        """For methods that run the model again once the prompt is in; called by the runner, not by `generate()`."""
+        """Once the prompt is in: run the model again over extra tokens, by `cache.probe`, and decide then.
+
+        It runs inside the forward that ends the prompt, also under `generate()`; what is held is measured afterwards.
+        """
 
     def cache_for(
         self,

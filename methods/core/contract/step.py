@@ -23,6 +23,7 @@ class Stage(Enum):
     ENDS_PROMPT = "ends_prompt"
     TURN = "turn"  # more than one token after the prompt: a question, a later turn
     DECODE = "decode"
+    PROBE = "probe"  # extra tokens on top of the cache, which sees them and stores nothing: `KVCache.probe`
 
 
 @dataclass

@@ -24,9 +24,6 @@ class Stock:
         self.asked.append((prompt_len, samples))
         return DynamicCache()
 
-    def after_prompt(self, model, cache):
-        """Nothing to do."""
-
 
 @pytest.fixture(scope="module")
 def model(tiny_model_dir):

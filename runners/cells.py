@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from analysis.records import PROTOCOLS
 from methods import build_method, load_method
 from methods.core import artefacts, home
+from methods.core.binding.prepared import remember
 from methods.core.contract import Method
 from methods.core.errors import UserError
 from runners.engine import answer, latency
@@ -111,6 +112,8 @@ class Run(ModelSetup):
     @cached_property
     def setting(self) -> Setting:
         """What its samples are run in; loads the model."""
+        if not self.timed:
+            remember(self.model, self.tokenizer)
         return Setting(
             self.model,
             self.task,

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from methods.core.errors import BudgetMiss, UserError
+from methods.core.errors import BudgetMiss, NotHere, UserError
 from methods.core.home import COMMAND
 from runners.cells import Cell, Run, in_batches, plain
 from runners.engine.answer import answer_together, why_alone
@@ -110,8 +110,8 @@ class Sweep:
 
     def _refuse(self, words: Sequence[str], error: Exception) -> None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        show.note(f"error: {' '.join(words)}: {'; '.join(lines)}")
-        self.code = 2
+        what, self.code = ("left out", self.code) if isinstance(error, NotHere) else ("error", 2)
+        show.note(f"{what}: {' '.join(words)}: {'; '.join(lines)}")
 
     def _members(self, found: Sequence[tuple[list[str], str, dict[str, Any], DictConfig]]) -> list[SweepCell]:
         """One member per record, the full cache first: the others are compared with it."""

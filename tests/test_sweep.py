@@ -22,6 +22,7 @@ from methods.core.errors import BudgetMiss
 from methods.core.eviction import EvictionCache
 from methods.core.meter import Report
 from methods.random import Random
+from methods.snapkv import SnapKV
 from runners import model_setup, sweep
 from runners.engine.loading import load_model
 from tests.bounds import losses_off, near
@@ -329,6 +330,31 @@ def test_a_cell_that_cannot_work_is_said_and_the_others_run(command, tmp_path):
     code, _, err = command("-m", "method=snapkv", "method.kernel=4,5", "budget=0.5,1.5", "task.limit=1")
     assert code == 2 and "budget=1.5: a share lies in (0, 1]" in err and "kernel" in err and "Traceback" not in err
     assert [cell.rpartition("-")[0] for cell in records(tmp_path / "results")] == ["full-b1", "snapkv-b0.5"]
+
+
+def test_a_method_that_must_not_know_the_question_is_left_out_of_a_sweep_and_refused_alone(
+    command, monkeypatch, tmp_path
+):
+    given = []
+    monkeypatch.setattr(SnapKV, "needs_split", True)
+    monkeypatch.setattr(SnapKV, "needs", frozenset({"ids", "spans", "vocabulary"}))
+    monkeypatch.setattr(
+        SnapKV, "observe", lambda self, store, step, mass: given.append((step.ids, step.span("context")))
+    )
+    code, _, err = command("-m", "method=snapkv,h2o", "budget=0.5", "task.limit=1")
+    assert code == 0 and not given
+    assert "left out: method=snapkv budget=0.5: method=snapkv: compresses a text before it knows the question" in err
+    assert "give protocol=query_agnostic" in err
+    assert [cell.rpartition("-")[0] for cell in records(tmp_path / "results")] == ["full-b1", "h2o-b0.5"]
+    code, _, err = command("method=snapkv", "budget=0.5", "task.limit=1")
+    assert code == 2 and "protocol=query_agnostic" in err and len(err.splitlines()) == 1
+    # where it may run, it is told what it needs to know, alone and in a group
+    for words in (["budget=0.5"], ["-m", "budget=0.25"]):
+        code, _, err = command(*words, "method=snapkv", "task.limit=1", "protocol=query_agnostic")
+        assert code == 0, err
+        ids, context = max(given, key=lambda one: one[0].shape[1])  # what is compressed; a question is shorter
+        assert context[0, 1] == ids.shape[1] and context[0, 0] < context[0, 1]
+        given.clear()
 
 
 @pytest.mark.parametrize("plan", ["false", "true"])

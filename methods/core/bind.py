@@ -18,6 +18,7 @@ from methods.core.adapters import ADAPTERS, NAME, n_kv_heads
 from methods.core.binding.decoder import CannotBind, Decoder, decoder_of, drops_attention
 from methods.core.binding.lengths import Lengths
 from methods.core.binding.passes import Passes
+from methods.core.binding.prepared import remember
 from methods.core.binding.rotation import Turning, turnings
 from methods.core.binding.self_check import CHECK, self_check
 from methods.core.cache import BINDING, KVCache
@@ -39,13 +40,6 @@ def cache_for(
     if tokenizer is not None:
         remember(model, tokenizer)
     return KVCache(model, method, prompt_len, samples, None if spans is None else spans_of(spans))
-
-
-def remember(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let methods that need the vocabulary have this tokenizer's; the model is bound. What is known stays."""
-    state = model.__dict__[BINDING]
-    if state.get("tokenizer") is not tokenizer:
-        state["tokenizer"], state["vocabulary"] = tokenizer, None
 
 
 def bind(model: PreTrainedModel, check: bool = True) -> ModelSpec:

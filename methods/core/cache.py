@@ -50,7 +50,7 @@ class KVCache(Bound):
                             f"{spec.name} turns them is not known")  # fmt: skip
         prepared = model.__dict__.setdefault("_kvfrontier_prepared", Prepared())
         self.spec = dataclasses.replace(
-            spec, prepared=prepared.by(method, model), vocabulary=vocabulary_for(method, model, binding)
+            spec, prepared=prepared.by(method, model), vocabulary=vocabulary_for(method, model)
         )
         if "spans" in method.needs and spans is None:
             raise UserError(

@@ -5,6 +5,10 @@ class UserError(ValueError):
     """Something the user typed or supplied cannot work; the message says what was given and what would."""
 
 
+class NotHere(UserError):
+    """A method or budget that cannot work with these settings; the other cells of a sweep go on without it."""
+
+
 class BudgetMiss(RuntimeError):
     """A cache holds more than its budget and its documented overhead allow.
 

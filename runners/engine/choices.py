@@ -51,7 +51,7 @@ def encode(encoder: Encoder, example: Example, choice: Choice) -> EncodedChoice:
     opening, start = encoder.opening, example.context
     if prompt and encoder.chats(example):
         split = len(start)
-        prompt, split = encoder.wrap(prompt, split)
+        prompt, _, split, _ = encoder.wrap(prompt, split)
         opening, start = [], prompt[:split]  # a template writes its own
     if prompt:
         bare = prompt.rstrip()  # white space before the text is part of its first token

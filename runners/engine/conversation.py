@@ -12,7 +12,7 @@ from torch import Tensor
 
 from runners.engine.generation import Reading, Timings, in_chunks
 from runners.engine.new_tokens import Answer, Limits
-from runners.engine.prompt import Encoded, Encoder
+from runners.engine.prompt import Encoded, Encoder, Tokenized
 from runners.engine.session import Generation, State, now
 from tasks.base import Example, Turn
 
@@ -64,17 +64,19 @@ def dialogue(encoder: Encoder, example: Example) -> EncodedConversation:
 def _apart(encoder: Encoder, example: Example, turns: Sequence[Turn]) -> EncodedConversation:
     longest = max(turns, key=lambda turn: len(encoder.plain(turn.question)) + turn.max_new_tokens)
     context, cut = encoder.fit(replace(example, question=longest.question), longest.max_new_tokens)
-    wrap, shared = encoder.chats(example), context
+    wrap, shared, first = encoder.chats(example), context, 0
     later = []
     for i, turn in enumerate(turns):
         text, split = context + turn.question, len(context)
         if wrap:
-            text, split = encoder.wrap(text, split, example.shots)
+            text, first, split, _ = encoder.wrap(text, split, example.shots)
         shared, ids = text[:split], encoder.plain(text[split:])
         limits = encoder.limits(example, turn.max_new_tokens, example.min_new_tokens, i)
         later.append(Question(ids, ids, limits))
     ids = encoder.plain(shared) if wrap else [*encoder.opening, *encoder.plain(shared)]
-    return EncodedConversation(encoder.encoded(example, ids, len(ids), cut), later)
+    begin = len(encoder.plain(shared[:first])) if wrap else len(encoder.opening)
+    made = Tokenized(ids, len(ids), {"template": (0, begin), "context": (begin, len(ids))})
+    return EncodedConversation(encoder.encoded(example, made, cut), later)
 
 
 def _continued(encoder: Encoder, example: Example, before: Turn, turn: Turn) -> tuple[list[int], list[int]]:
@@ -112,7 +114,7 @@ class Conversation:
         prompts = [talk.first.prompt for talk in talks]
         parts = [(list(prompt.ids), []) if history == "none" else prompt.parts(protocol) for prompt in prompts]
         self.firsts, self._rests = [first for first, _ in parts], [rest for _, rest in parts]
-        self.samples = [prompt.sample for prompt in prompts]
+        self.samples, self.spans = [prompt.sample for prompt in prompts], [prompt.spans for prompt in prompts]
         self.heard: list[list[Generation | Exception]] = []
         self._seconds = {"question": 0.0, "decode": 0.0}
 

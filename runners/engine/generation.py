@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -30,6 +30,7 @@ class Prompt:
     n_context: tokens of the context; under `protocol=query_agnostic` only these are compressed.
     ends, stops: token ids and strings that end the generation, after `min_new_tokens`.
     sample: a number that identifies the sample; a method's randomness and that of the answer are keyed by it.
+    spans: its parts by name (methods.core.contract.SPANS): the first token and the one behind the last.
     held: under `protocol=query_aware` the last token is fed after compression, as before choices (choices.py).
     """
 
@@ -42,6 +43,7 @@ class Prompt:
     held: bool = False
     stops: Stops | None = None
     sampling: Sampling = GREEDY
+    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def limits(self) -> Limits:
@@ -130,6 +132,11 @@ class Plan(Protocol):
         ...
 
 
+def spans_of(plan: Plan) -> Sequence[Mapping[str, tuple[int, int]]] | None:
+    """Named parts of the rows' prompts, where a plan has prompts with parts."""
+    return getattr(plan, "spans", None)
+
+
 class Took(NamedTuple):
     """Seconds until all prompts were compressed, and from then to the end."""
 
@@ -160,9 +167,10 @@ def through(
     reading = plan.reading(chunk)
     state: State
     if shared:
-        state, outputs = Group.begin(model, methods, plan.samples, reading.read, reading.prompt_len, pad_id)
+        read, n = reading.read, reading.prompt_len
+        state, outputs = Group.begin(model, methods, plan.samples, read, n, pad_id, spans_of(plan))
     else:
-        state, outputs = _alone(model, methods[0], plan.samples, reading, pad_id)
+        state, outputs = _alone(model, methods[0], plan.samples, reading, pad_id, spans_of(plan))
     prompt_done = now(model.device)
     with _limited(state, limit, prompt_done - began):
         if state.active:
@@ -171,9 +179,15 @@ def through(
 
 
 def _alone(
-    model: PreTrainedModel, method: MakesCache, samples: Sequence[int], reading: Reading, pad_id: int
+    model: PreTrainedModel,
+    method: MakesCache,
+    samples: Sequence[int],
+    reading: Reading,
+    pad_id: int,
+    spans: Sequence[Mapping[str, tuple[int, int]]] | None = None,
 ) -> tuple[Session, Tensor]:
-    cache = method.cache_for(model, prompt_len=reading.prompt_len, samples=samples)
+    given = {"spans": spans} if "spans" in getattr(method, "needs", ()) else {}
+    cache = method.cache_for(model, prompt_len=reading.prompt_len, samples=samples, **given)
     session = Session(model, cache, len(samples), pad_id)
     outputs = reading.read(session)
     return session, outputs
@@ -201,7 +215,7 @@ class Prompts:
         self.prompts, self.repeats = prompts, repeats
         parts = [prompt.parts(protocol) for prompt in prompts]
         self.firsts, self._rests = [first for first, _ in parts], [rest for _, rest in parts]
-        self.samples = [prompt.sample for prompt in prompts]
+        self.samples, self.spans = [prompt.sample for prompt in prompts], [prompt.spans for prompt in prompts]
         self.heard: list[list[Generation | Exception]] = []
         self._question = 0.0
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from methods.core.errors import UserError
 from runners.engine import thoughts
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 
 MARK = "\ue000turn\ue001"  # private characters, which no text has
+
+
+class Tokenized(NamedTuple):
+    """Token ids of a prompt, how many of them end inside the context, and its parts by name, as in `Prompt.spans`."""
+
+    ids: list[int]
+    n_context: int
+    spans: dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -66,8 +74,8 @@ class Encoder:
 
     def __call__(self, example: Example) -> Encoded:
         """Raises ValueError if the question alone leaves no room for context."""
-        _, cut, ids, n_context = self._fit(example, example.max_new_tokens, example.whole_question)
-        return self.encoded(example, ids, n_context, cut)
+        _, cut, made = self._fit(example, example.max_new_tokens, example.whole_question)
+        return self.encoded(example, made, cut)
 
     def fit(self, example: Example, new: int) -> tuple[str, bool]:
         """The example's context, its middle taken out if prompt and `new` tokens would not fit; and whether it was.
@@ -76,7 +84,7 @@ class Encoder:
         """
         return self._fit(example, new)[:2]
 
-    def _fit(self, example: Example, new: int, whole_question: bool = True) -> tuple[str, bool, list[int], int]:
+    def _fit(self, example: Example, new: int, whole_question: bool = True) -> tuple[str, bool, Tokenized]:
         room = None if self.window is None else self.window - new
         limit = min((n for n in (self.max_length, room) if n is not None), default=None)
         context, cut, asked = example.context, False, example
@@ -87,16 +95,16 @@ class Encoder:
             elif limit is not None:
                 context, rest, cut = cut_middle(example.context, example.question, limit, self._encode, self._decode)
                 asked = replace(example, question=rest)
-            ids, n_context = self._tokenize(context, asked)
-            if limit is None or room is None or len(ids) <= room:
-                return context, cut, ids, n_context
-            limit -= len(ids) - room  # the template, or a few tokens that encoding again has added
+            made = self._tokenize(context, asked)
+            if limit is None or room is None or len(made.ids) <= room:
+                return context, cut, made
+            limit -= len(made.ids) - room  # the template, or a few tokens that encoding again has added
 
-    def encoded(self, example: Example, ids: list[int], n_context: int, cut: bool) -> Encoded:
+    def encoded(self, example: Example, made: Tokenized, cut: bool) -> Encoded:
         """These tokens as the example's prompt."""
         prompt = Prompt(
-            ids,
-            n_context,
+            made.ids,
+            made.n_context,
             max_new_tokens=example.max_new_tokens,
             min_new_tokens=example.min_new_tokens,
             ends=self.ends_of(example),
@@ -104,8 +112,9 @@ class Encoder:
             held=self.hold_last,
             stops=self.stops_of(example),
             sampling=self.sampling,
+            spans=made.spans,
         )
-        return Encoded(prompt, cut, bos=ids.count(self.tokenizer.bos_token_id))
+        return Encoded(prompt, cut, bos=made.ids.count(self.tokenizer.bos_token_id))
 
     def ends_of(self, example: Example) -> tuple[int, ...]:
         """Token ids that end the example's answers."""
@@ -190,7 +199,7 @@ class Encoder:
         limit = min((n for n in (self.max_length, self.window) if n is not None), default=None)
         wrapper = 0
         if self.chat and self.tokenizer.chat_template:
-            text, _ = self.wrap("a", 1)
+            text = self.wrap("a", 1)[0]
             wrapper = len(self.plain(text)) - len(self.plain("a"))
         special = len(self.opening)
         longest = None if limit is None else limit - special
@@ -208,22 +217,28 @@ class Encoder:
         assert isinstance(text, str)
         return text
 
-    def _tokenize(self, context: str, example: Example) -> tuple[list[int], int]:
-        """Token ids of the whole prompt, and how many of them end inside the context."""
-        text, split = context + example.question, len(context)
+    def _tokenize(self, context: str, example: Example) -> Tokenized:
+        """Token ids of the whole prompt, how many of them end inside the context, and its parts."""
+        text, split, first = context + example.question, len(context), 0
+        end = len(text)
         wrap = self.chats(example)
         if wrap:
-            text, split = self.wrap(text, split, example.shots)
+            text, first, split, end = self.wrap(text, split, example.shots)
         text += example.prefill
         opening = [] if wrap else self.opening  # a template writes its own
         if not self.tokenizer.is_fast:
             ids, start = self.plain(text), self.plain(text[:split])
             n_context = next((i for i, (a, b) in enumerate(zip(ids, start)) if a != b), min(len(ids), len(start)))
+            spans = {"context": (0, n_context), "question": (n_context, len(ids))}
         else:
             both = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids, ends = both["input_ids"], [end for _, end in both["offset_mapping"]]
-            n_context = next((i for i, end in enumerate(ends) if end > split), len(ids))
-        return [*opening, *ids], len(opening) + n_context
+            begin, n_context, behind = (
+                next((i for i, e in enumerate(ends) if e > at), len(ids)) for at in (first, split, end)
+            )
+            spans = {"template": (0, begin), "context": (begin, n_context), "question": (n_context, behind)}
+        moved = {name: (len(opening) + a if a else a, len(opening) + b) for name, (a, b) in spans.items()}
+        return Tokenized([*opening, *ids], len(opening) + n_context, moved)
 
     def chats(self, example: Example) -> bool:
         """Whether the example's prompt is wrapped. Raises UserError if it has turns that need a template."""
@@ -249,8 +264,8 @@ class Encoder:
         assert isinstance(text, str)
         return text
 
-    def wrap(self, prompt: str, split: int, shots: Sequence[tuple[str, str]] = ()) -> tuple[str, int]:
-        """The prompt as the last user turn, and where the context ends in it."""
+    def wrap(self, prompt: str, split: int, shots: Sequence[tuple[str, str]] = ()) -> tuple[str, int, int, int]:
+        """The prompt as the last user turn, and where in it the turn begins, the context ends, and the turn ends."""
         text = self.templated(shots, prompt)
         # where the turn stands is where a mark would stand: the words of a short one may be the template's own
         before, _, behind = self.templated(shots, MARK).rpartition(MARK)
@@ -260,7 +275,7 @@ class Encoder:
         at = prompt.find(turn)  # some templates strip a turn
         if at < 0 or turn.strip() != prompt.strip():
             raise ValueError("the chat template rewrites its turn; model.chat=false leaves it out")
-        return text, len(before) + min(max(0, split - at), len(turn))
+        return text, len(before), len(before) + min(max(0, split - at), len(turn)), len(before) + len(turn)
 
 
 def number_of(example: Example) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from analysis.records import PROTOCOLS
 from methods.core.contract import Method
-from methods.core.errors import UserError
+from methods.core.errors import NotHere, UserError
 from runners.engine.prompt import Encoder
 from tasks.base import Example, Task
 
@@ -64,6 +64,13 @@ def check_protocol(
         )
     if protocol != "aware" and any(example.timed for example in examples):
         raise UserError(f"protocol={query}: random tokens hold no question; give protocol=query_aware")
+    asks = any(example.kind != "forced" for example in examples)
+    for method in methods:
+        if method.needs_split and protocol == "aware" and asks:
+            raise NotHere(
+                f"method={method.name}: compresses a text before it knows the question, and protocol={query} has the "
+                "question in it; give protocol=query_agnostic"
+            )
     one_pass = any(example.forced and example.forced.through == "one_pass" for example in examples)
     for method in methods:
         if one_pass and method.name != "full":

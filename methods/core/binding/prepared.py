@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from methods.core.contract import Method, Vocabulary
 from methods.core.errors import UserError
@@ -38,16 +38,27 @@ def _weights(model: PreTrainedModel) -> list[tuple[str, int, int]]:
     return [(name, one.data_ptr(), 0 if one.is_inference() else one._version) for name, one in model.named_parameters()]
 
 
-def vocabulary_for(method: Method, model: PreTrainedModel, binding: dict[str, Any]) -> Vocabulary | None:
+#: where a model keeps its tokenizer, and the vocabulary that was made of it
+TOKENIZER, VOCABULARY = "_kvfrontier_tokenizer", "_kvfrontier_vocabulary"
+
+
+def remember(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let methods that need the vocabulary have this tokenizer's."""
+    if model.__dict__.get(TOKENIZER) is not tokenizer:
+        model.__dict__[TOKENIZER] = tokenizer
+        model.__dict__.pop(VOCABULARY, None)
+
+
+def vocabulary_for(method: Method, model: PreTrainedModel) -> Vocabulary | None:
     """The vocabulary, made once, where the method asks for it. Raises UserError if the tokenizer is not known."""
     if "vocabulary" not in method.needs:
         return None
-    if (tokenizer := binding.get("tokenizer")) is None:
+    if (tokenizer := model.__dict__.get(TOKENIZER)) is None:
         raise UserError(
             f"{method.name}: needs to know which tokens are special, punctuation or newlines; "
             "method.cache_for(model, tokenizer=tokenizer) says so"
         )
-    if binding["vocabulary"] is None:
+    if VOCABULARY not in model.__dict__:
         size = model.get_input_embeddings().weight.shape[0]
-        binding["vocabulary"] = Vocabulary.of(tokenizer, size, model.device)
-    return binding["vocabulary"]
+        model.__dict__[VOCABULARY] = Vocabulary.of(tokenizer, size, model.device)
+    return model.__dict__[VOCABULARY]

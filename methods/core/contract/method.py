@@ -37,6 +37,8 @@ class Method:
     simulated: ClassVar[bool] = False
     #: extra fields of Step to fill in, "hidden", "rope", "ids", "spans", and of ModelSpec, "vocabulary"
     needs: ClassVar[frozenset[str]] = frozenset()
+    #: compresses a context before the question is known, and must be told where the one ends and the other begins
+    needs_split: ClassVar[bool] = False
     #: changes the prompt's own hidden states, so the cell cannot share a prompt pass
     changes_prompt: ClassVar[bool] = False
     #: its `prepare` changes the model itself, so that no other cell may use the same one

@@ -37,6 +37,17 @@ def test_context_and_question_are_one_string_and_split_where_the_question_starts
     assert not encoded.cut and encoded.bos == 0 and prompt.ends == (2,)
 
 
+def test_the_parts_of_a_prompt_have_names(tiny_tokenizer, chatty):
+    said = {"context": "the cat sat on a mat. ", "question": "Question: where?"}
+    for tokenizer, template in ((tiny_tokenizer, ""), (chatty, "<s><user>")):
+        prompt = Encoder(tokenizer, ends=[])(example(chat=True)).prompt
+        found = {name: tokenizer.decode(prompt.ids[a:b]) for name, (a, b) in prompt.spans.items()}
+        assert found == {"template": template, **said}
+        assert prompt.spans["context"][1] == prompt.n_context
+    cut = Encoder(tiny_tokenizer, ends=[], max_length=100)(example(context="the river in the north. " * 100)).prompt
+    assert tiny_tokenizer.decode(cut.ids[slice(*cut.spans["question"])]) == "Question: where?"
+
+
 def test_a_token_across_the_split_belongs_to_the_question(tiny_tokenizer):
     whole = tiny_tokenizer.encode("the")
     assert len(whole) == 1
@@ -111,7 +122,7 @@ def test_a_turn_whose_words_are_the_templates_own_is_found_all_the_same(chatty, 
         "{{ bos_token }}{% for m in messages %}<user>{{ m['content'] | trim }}</user>{% endfor %}<assistant>model m s"
     )
     encoder = Encoder(chatty, ends=[])
-    text, split = encoder.wrap(question, len(question) // 2)
+    text, _, split, _ = encoder.wrap(question, len(question) // 2)
     assert text == f"<s><user>{question.strip()}</user><assistant>model m s"
     before = len("<s><user>") - (len(question) - len(question.lstrip()))
     assert split == before + len(question) // 2

@@ -236,6 +236,7 @@ def test_imports_inside_functions_are_the_ones_that_cannot_be_at_the_top():
         if not at_top and module.split(".")[0] in OURS and module.rpartition(".")[2] != "triton"
     }
     assert late == {
+        ("methods/core/binding/projections.py", "methods.core.capture.capture_blocks"),
         ("methods/core/contract/method.py", "methods.core.bind.cache_for"),
         ("methods/__init__.py", "methods.core.contract.Method"),
     }

@@ -8,6 +8,7 @@ import inspect
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from methods.core.binding.lengths import Reach
 from methods.core.binding.padding import padding_first
 from methods.core.binding.passes import Bound, other_model
 from methods.core.binding.prepared import Prepared, vocabulary_for
+from methods.core.binding.projections import Projections, projections_of
 from methods.core.binding.rotation import Turning
 from methods.core.contract import SPANS, Method, Stage, Step
 from methods.core.errors import UserError
@@ -50,7 +52,10 @@ class KVCache(Bound):
                             f"{spec.name} turns them is not known")  # fmt: skip
         prepared = model.__dict__.setdefault("_kvfrontier_prepared", Prepared())
         self.spec = dataclasses.replace(
-            spec, prepared=prepared.by(method, model), vocabulary=vocabulary_for(method, model)
+            spec,
+            prepared=prepared.by(method, model),
+            vocabulary=vocabulary_for(method, model),
+            weights=partial(_projections, weakref.ref(model)),
         )
         if "spans" in method.needs and spans is None:
             raise UserError(
@@ -329,6 +334,13 @@ class KVCache(Bound):
         """Raises BudgetMiss when the prompt's end left more of a row than its budget and documented overhead."""
         self._refuse_half_a_prompt()
         self.meter.check_budget(self.method.name)
+
+
+def _projections(model: weakref.ref[PreTrainedModel]) -> Sequence[Projections]:
+    bound = model()
+    assert bound is not None, "the model is gone"
+    binding = bound.__dict__[BINDING]
+    return projections_of(bound, binding["spec"], binding["kind"], binding["modules"])
 
 
 def _now(device: torch.device) -> float:

@@ -25,6 +25,14 @@ def capture_steps(model: "PreTrainedModel", ids: Tensor) -> list[Step]:
     return [layer.inner.step for layer in cache.layers]
 
 
+@torch.no_grad()
+def capture_blocks(model: "PreTrainedModel", ids: Tensor) -> list[tuple[Step, Tensor]]:
+    """The same with what each block was given, and the output [B, Hq, T, Dv] of its attention."""
+    cache = CaptureBlocks().cache_for(model)
+    model(ids.to(model.device), past_key_values=cache, use_cache=True)
+    return [(layer.inner.step, layer.inner.out) for layer in cache.layers]
+
+
 class Capture(Method):
     """Keeps nothing but the step itself."""
 
@@ -32,17 +40,25 @@ class Capture(Method):
         return [CapturedLayer() for _ in range(spec.n_layers)]
 
 
+class CaptureBlocks(Capture):
+    """Keeps what there is to know of a step."""
+
+    needs = frozenset({"hidden", "rope"})
+
+
 class CapturedLayer(LayerCache):
     """One layer's only step."""
 
     step: Step | None = None
+    out: Tensor | None = None
 
     def append(self, step: Step) -> None:
         self.step = step
 
     def attend(self, step: Step) -> Tensor:
         pos = step.pos[:, None].expand(-1, step.k.shape[1], -1)
-        return attend(step.q, step.k, step.v, step.rules, q_pos=step.pos, k_pos=pos, layout="causal")
+        self.out = attend(step.q, step.k, step.v, step.rules, q_pos=step.pos, k_pos=pos, layout="causal")
+        return self.out
 
     def tensors(self) -> Iterable[Tensor]:
         return () if self.step is None else (self.step.k, self.step.v)

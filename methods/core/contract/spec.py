@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kernels import rotate
 from methods.core.contract.text import Vocabulary
+
+if TYPE_CHECKING:
+    from methods.core.binding.projections import Projections
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,12 @@ class ModelSpec:
     alibi: bool = False
     prepared: Any = None  # what the method's `prepare` returned for this model
     vocabulary: Vocabulary | None = None  # kinds of tokens, for methods whose `needs` names it
+    weights: Callable[[], Sequence[Projections]] | None = None  # of a cache's model; see `projections`
+
+    def projections(self, layer: int) -> Projections:
+        """The weights of a layer's attention by head, dequantized. Raises UserError where they are not known."""
+        assert self.weights is not None, "a cache's"
+        return self.weights()[layer]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,9 @@ HERE = Path(__file__).parent
 SOURCES = sorted(HERE.glob("*/*.cpp"))
 # sums may be taken in any order, as PyTorch's are; infinities keep their meaning
 FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -fPIC"
-BUILD_SECONDS = 120
+BUILD_SECONDS = 300
+#: what slots may be made of, and its number in lanes.h
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def on_compiled(*tensors: Tensor) -> bool:
@@ -37,6 +39,11 @@ def on_compiled(*tensors: Tensor) -> bool:
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False
     return library() is not None
+
+
+def fits(q: Tensor, *slots: Tensor) -> bool:
+    """Whether the loops take numbers of these types: queries in float32, slots in any of KINDS, all in the same one."""
+    return q.dtype == torch.float32 and slots[0].dtype in KINDS and all(x.dtype == slots[0].dtype for x in slots)
 
 
 def evenly_apart(x: Tensor) -> bool:

@@ -1,9 +1,14 @@
-// Vectors of floats for the C++ forms, and the two products that attention is made of.
+// Vectors of floats for the C++ forms, and the two products that attention is made of. Keys and values are floats or
+// numbers of 16 bits, which become floats in registers.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -15,6 +20,52 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 inline Lanes load(const float *at) { return *reinterpret_cast<const Lanes *>(at); }
 inline void store(float *at, Lanes x) { *reinterpret_cast<Lanes *>(at) = x; }
 
+struct Half { // float16
+    uint16_t bits;
+};
+struct Brain { // bfloat16
+    uint16_t bits;
+};
+// what slots are made of, as kernels/compiled.py numbers it
+enum Kind : int32_t { FLOATS, HALVES, BRAINS };
+
+typedef uint16_t Words16 __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint32_t Words32 __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+inline Lanes load(const Brain *at) {
+    const Words32 x = __builtin_convertvector(*reinterpret_cast<const Words16 *>(at), Words32) << 16;
+    Lanes result;
+    std::memcpy(&result, &x, sizeof result);
+    return result;
+}
+
+inline Lanes load(const Half *at) {
+#if defined(__AVX512F__)
+    const __m512 x = _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(at)));
+    Lanes result;
+    std::memcpy(&result, &x, sizeof result);
+    return result;
+#elif defined(__F16C__)
+    const auto *eight = reinterpret_cast<const __m128i *>(at);
+    const __m256 x[2] = {_mm256_cvtph_ps(_mm_loadu_si128(eight)), _mm256_cvtph_ps(_mm_loadu_si128(eight + 1))};
+    Lanes result;
+    std::memcpy(&result, x, sizeof result);
+    return result;
+#else
+    const Words32 x = __builtin_convertvector(*reinterpret_cast<const Words16 *>(at), Words32);
+    const Words32 small = (x & 0x7fffu) << 13;
+    Lanes result;
+    std::memcpy(&result, &small, sizeof result);
+    result *= 0x1p112f; // subnormal ones come out right too
+    Words32 bits;
+    std::memcpy(&bits, &result, sizeof bits);
+    const Words32 special = (x & 0x7c00u) == 0x7c00u; // infinities and what is no number
+    bits |= (special & 0x7f800000u) | (x & 0x8000u) << 16;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+#endif
+}
+
 inline float sum(Lanes x) {
     float total = 0;
     for (int i = 0; i < LANES; ++i) total += x[i];
@@ -22,8 +73,8 @@ inline float sum(Lanes x) {
 }
 
 // out[r * stride + t] = q[r]·k[t] for ROWS rows of q
-template <int ROWS>
-inline void dots_of(const float *q, const float *k, int tokens, int width, float *out, int64_t stride) {
+template <int ROWS, class E>
+inline void dots_of(const float *q, const E *k, int tokens, int width, float *out, int64_t stride) {
     for (int t = 0; t < tokens; ++t, k += width) {
         Lanes total[ROWS] = {};
         for (int d = 0; d < width; d += LANES) {
@@ -35,7 +86,8 @@ inline void dots_of(const float *q, const float *k, int tokens, int width, float
 }
 
 // out[r * stride + t] = q[r]·k[t], k [tokens, width]
-inline void dots(const float *q, int64_t rows, const float *k, int tokens, int width, float *out, int64_t stride) {
+template <class E>
+inline void dots(const float *q, int64_t rows, const E *k, int tokens, int width, float *out, int64_t stride) {
     for (int64_t r = 0; r < rows; r += 4, q += 4 * width, out += 4 * stride) switch (rows - r) {
         case 1: dots_of<1>(q, k, tokens, width, out, stride); break;
         case 2: dots_of<2>(q, k, tokens, width, out, stride); break;
@@ -45,8 +97,8 @@ inline void dots(const float *q, int64_t rows, const float *k, int tokens, int w
 }
 
 // out[r] += sum over t of p[r * stride + t] * v[t], for VECTORS * LANES channels
-template <int VECTORS>
-inline void mixes_of(const float *p, int64_t stride, int64_t rows, const float *v, int tokens, int width, float *out) {
+template <int VECTORS, class E>
+inline void mixes_of(const float *p, int64_t stride, int64_t rows, const E *v, int tokens, int width, float *out) {
     for (int64_t r = 0; r < rows; ++r, p += stride, out += width) {
         Lanes total[VECTORS] = {};
         for (int t = 0; t < tokens; ++t)
@@ -56,7 +108,8 @@ inline void mixes_of(const float *p, int64_t stride, int64_t rows, const float *
 }
 
 // out[r] += sum over t of p[r * stride + t] * v[t], v [tokens, width]
-inline void mixes(const float *p, int64_t stride, int64_t rows, const float *v, int tokens, int width, float *out) {
+template <class E>
+inline void mixes(const float *p, int64_t stride, int64_t rows, const E *v, int tokens, int width, float *out) {
     int d = 0;
     for (; d + 4 * LANES <= width; d += 4 * LANES) mixes_of<4>(p, stride, rows, v + d, tokens, width, out + d);
     for (; d < width; d += LANES) mixes_of<1>(p, stride, rows, v + d, tokens, width, out + d);

@@ -2,6 +2,9 @@
 
 Layouts: q [B, Hq, T, D]; k [B, H, S, D]; v [B, H, S, Dv]; Hq is a multiple of H and query head h reads KV head
 h // (Hq // H). Positions are the tokens' own, int, -1 for padding: q_pos [B, T]; k_pos [B, H or 1, S].
+
+Keys and values may be float16 or bfloat16 under float32 queries: they are converted tile by tile, where they are used,
+and arithmetic is in float32.
 """
 
 from torch import Tensor
@@ -21,6 +24,10 @@ def attend(
         from kernels.attend import triton
 
         return triton.attend(q, k, v, rules, q_pos, k_pos, layout)[0]
+    if q.dtype != k.dtype:
+        from kernels.attend import mixed
+
+        return mixed.attend(q, k, v, rules, q_pos, k_pos, layout)
     if layout == "all" and rules.plain:
         return reference.attend_all(q, k, v, rules)
     if layout == "causal" and rules.plain:

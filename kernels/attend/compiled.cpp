@@ -21,10 +21,10 @@ constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
 struct Pages {
     const float *q;                // [rows, group, width]
-    const float *k, *v;            // [pages, page, width] and of the values' width
+    const void *k, *v;             // [pages, page, width] and of the values' width
     const int32_t *pos;            // [pages, page]
     const int64_t *owner;          // [pages], ascending
-    const float *tail_k, *tail_v;  // [rows, tail, …], rows lie tail_*_stride apart
+    const void *tail_k, *tail_v;   // [rows, tail, …], rows lie tail_*_stride apart
     const int32_t *tail_pos;       // [batch, heads, tail], lying apart by the two strides
     const int32_t *q_pos;          // [batch]
     float *out;                    // [rows, group, values' width]
@@ -33,6 +33,7 @@ struct Pages {
     int64_t window; // how many tokens back a query sees; 0: all
     float scale;
     int32_t threads;
+    int32_t kind; // of keys and values
 };
 
 // The scale, and -inf where the query does not see the slot.
@@ -49,10 +50,9 @@ inline float largest(const float *x, int64_t n, float so_far) {
     return so_far;
 }
 
-} // namespace
-
-extern "C" void attend_pages(const Pages *given) {
-    const Pages &a = *given;
+template <class E> void attend_pages_of(const Pages &a) {
+    const auto *keys = static_cast<const E *>(a.k), *values = static_cast<const E *>(a.v);
+    const auto *tail_keys = static_cast<const E *>(a.tail_k), *tail_values = static_cast<const E *>(a.tail_v);
     const int64_t G = a.group, of_page = G * a.page, of_tail = G * a.tail, of_out = G * a.value_width;
     std::vector<float> x(a.pages * of_page), y(a.rows * of_tail), most(a.rows * G);
     // sums of every thread: in an order of their own, so that the same input gives the same output
@@ -63,13 +63,13 @@ extern "C" void attend_pages(const Pages *given) {
         for (int64_t p = 0; p < a.pages; ++p) {
             const int64_t row = a.owner[p];
             float *mine = x.data() + p * of_page;
-            dots(a.q + row * G * a.width, G, a.k + p * a.page * a.width, a.page, a.width, mine, a.page);
+            dots(a.q + row * G * a.width, G, keys + p * a.page * a.width, a.page, a.width, mine, a.page);
             mask(mine, G, a.pos + p * a.page, a.page, a.q_pos[row / a.heads], a);
         }
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < a.rows; ++row) {
             float *mine = y.data() + row * of_tail;
-            dots(a.q + row * G * a.width, G, a.tail_k + row * a.tail_k_stride, a.tail, a.width, mine, a.tail);
+            dots(a.q + row * G * a.width, G, tail_keys + row * a.tail_k_stride, a.tail, a.width, mine, a.tail);
             const int64_t b = row / a.heads, h = row % a.heads;
             mask(mine, G, a.tail_pos + b * a.tail_pos_batch + h * a.tail_pos_head, a.tail, a.q_pos[b], a);
             const int64_t first = std::lower_bound(a.owner, a.owner + a.pages, row) - a.owner;
@@ -88,7 +88,7 @@ extern "C" void attend_pages(const Pages *given) {
             const int64_t place = omp_get_thread_num() * a.rows + row;
             for (int64_t g = 0; g < G; ++g)
                 totals[place * G + g] += exponentials(mine + g * a.page, a.page, most[row * G + g]);
-            const float *v = a.v + p * a.page * a.value_width;
+            const E *v = values + p * a.page * a.value_width;
             mixes(mine, a.page, G, v, a.page, a.value_width, parts.data() + place * of_out);
         }
 #pragma omp for schedule(static)
@@ -97,7 +97,7 @@ extern "C" void attend_pages(const Pages *given) {
             std::fill(out, out + of_out, 0.0f);
             for (int64_t g = 0; g < G; ++g)
                 totals[row * G + g] += exponentials(mine + g * a.tail, a.tail, most[row * G + g]);
-            mixes(mine, a.tail, G, a.tail_v + row * a.tail_v_stride, a.tail, a.value_width, out);
+            mixes(mine, a.tail, G, tail_values + row * a.tail_v_stride, a.tail, a.value_width, out);
             for (int32_t i = 0; i < a.threads; ++i)
                 for (int64_t d = 0; d < of_out; ++d) out[d] += parts[(i * a.rows + row) * of_out + d];
             for (int64_t g = 0; g < G; ++g) {
@@ -106,5 +106,15 @@ extern "C" void attend_pages(const Pages *given) {
                 for (int64_t d = 0; d < a.value_width; ++d) out[g * a.value_width + d] *= total > 0 ? 1 / total : 0;
             }
         }
+    }
+}
+
+} // namespace
+
+extern "C" void attend_pages(const Pages *given) {
+    switch (given->kind) {
+    case HALVES: return attend_pages_of<Half>(*given);
+    case BRAINS: return attend_pages_of<Brain>(*given);
+    default: return attend_pages_of<float>(*given);
     }
 }

@@ -26,7 +26,7 @@ class _Pages(ctypes.Structure):
         ("rows", c_int64), ("heads", c_int64), ("group", c_int64), ("width", c_int64), ("value_width", c_int64),
         ("pages", c_int64), ("page", c_int64), ("tail", c_int64), ("tail_k_stride", c_int64),
         ("tail_v_stride", c_int64), ("tail_pos_batch", c_int64), ("tail_pos_head", c_int64), ("window", c_int64),
-        ("scale", c_float), ("threads", c_int32),
+        ("scale", c_float), ("threads", c_int32), ("kind", c_int32),
     ]  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def serves(
     k, v, pos, _ = stored
     return (
         rules.plain
-        and all(x.dtype == torch.float32 for x in (q, k, v, *tail[:2]))
+        and compiled.fits(q, k, v, *tail[:2])
         and all(x.shape[-1] % LANES == 0 for x in (k, v))
         and all(x.is_contiguous() for x in stored)
         and all(compiled.evenly_apart(x) for x in tail[:2])
@@ -63,9 +63,8 @@ def attend_pages(
     pointers = [x.data_ptr() for x in (q, k, v, pos, owner, k_tail, v_tail, tail_pos, q_pos, out)]
     sizes = B * H, H, Hq // H, D, v.shape[-1], *pos.shape, tail_pos.shape[2]
     strides = k_tail.stride(1), v_tail.stride(1), tail_pos.stride(0), tail_pos.stride(1)
-    _library().attend_pages(
-        _Pages(*pointers, *sizes, *strides, rules.window or 0, rules.scale, torch.get_num_threads())
-    )
+    how = rules.window or 0, rules.scale, torch.get_num_threads(), compiled.KINDS[k.dtype]
+    _library().attend_pages(_Pages(*pointers, *sizes, *strides, *how))
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 # elements of one block's [rows, S] scores; 2**22 float32 are 16 MiB
 BLOCK_ELEMENTS = 1 << 22
+# slots in 16 bits under float32 queries: elements that are float32 at once, 1 MiB of them
+WIDENED = 1 << 18
 
 
 def visible(q_pos: Tensor, k_pos: Tensor, window: int | None = None) -> Tensor:
@@ -22,12 +25,39 @@ def visible(q_pos: Tensor, k_pos: Tensor, window: int | None = None) -> Tensor:
     return seen if window is None else seen & (distance < window)
 
 
+def products(q: Tensor, k: Tensor) -> Tensor:
+    """q [..., R, D] times k [..., S, D], in q's type: [..., R, S]; slots of another type in blocks."""
+    if q.dtype == k.dtype:
+        return q @ k.transpose(-1, -2)
+    x = q.new_empty(*q.shape[:-1], k.shape[-2])
+    for at, block in _widened(k, q.dtype):
+        x[..., at : at + block.shape[-2]] = q @ block.transpose(-1, -2)
+    return x
+
+
+def averages(p: Tensor, v: Tensor) -> Tensor:
+    """p [..., R, S] over v [..., S, D], in p's type: [..., R, D]; v as the keys of `products`."""
+    if p.dtype == v.dtype:
+        return p @ v
+    out = p.new_zeros(*p.shape[:-1], v.shape[-1])
+    for at, block in _widened(v, p.dtype):
+        out = out + p[..., at : at + block.shape[-2]] @ block
+    return out
+
+
+def _widened(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Blocks of slots of x [..., S, D] in another type, and where they begin."""
+    size = max(1, WIDENED // max(1, x[..., :1, :].numel()))
+    for at in range(0, x.shape[-2], size):
+        yield at, x[..., at : at + size, :].to(dtype)
+
+
 def logits(q: Tensor, k: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor) -> Tensor:
     """Masked scores before the softmax, [B, H, G, T, S], float32; unseen slots are -inf."""
     B, Hq, T, D = q.shape
     H = k.shape[1]
     G = Hq // H
-    x = (q.reshape(B, H, G * T, D) @ k.transpose(-1, -2)).view(B, H, G, T, -1).float() * rules.scale
+    x = products(q.reshape(B, H, G * T, D), k).view(B, H, G, T, -1).float() * rules.scale
     if rules.softcap is not None:
         x = torch.tanh(x / rules.softcap) * rules.softcap
     if rules.slopes is not None:
@@ -61,7 +91,8 @@ def attend_positions(q: Tensor, k: Tensor, v: Tensor, rules: Rules, q_pos: Tenso
     """Visibility from positions, in blocks of queries."""
     B, Hq, T, _ = q.shape
     H, S = k.shape[1], k.shape[2]
-    rows = max(1, BLOCK_ELEMENTS // max(1, S * B * (Hq if not rules.plain else H)))
+    masks_alone = rules.plain and q.dtype == k.dtype
+    rows = max(1, BLOCK_ELEMENTS // max(1, S * B * (H if masks_alone else Hq)))
     out = q.new_empty(B, Hq, T, v.shape[-1])
     for i in range(0, T, rows):
         q_block, pos_block = q[:, :, i : i + rows], q_pos[:, i : i + rows]
@@ -72,14 +103,14 @@ def attend_positions(q: Tensor, k: Tensor, v: Tensor, rules: Rules, q_pos: Tenso
 def _block(q: Tensor, k: Tensor, v: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor) -> Tensor:
     B, Hq, T, _ = q.shape
     H = k.shape[1]
-    if rules.plain:
+    if rules.plain and q.dtype == k.dtype:
         seen = visible(q_pos, k_pos, rules.window)
         if seen.shape[1] not in (1, Hq):  # one mask per KV head, repeated for its group
             seen = seen.repeat_interleave(Hq // H, dim=1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=rules.scale, enable_gqa=Hq != H)
         return out.nan_to_num(0.0)  # some back ends give NaN to a query without a slot, and NaN would spread
-    p = logits(q, k, rules, q_pos, k_pos).softmax(-1).nan_to_num(0.0).to(v.dtype)  # [B, H, G, T, S]
-    return (p.reshape(B, H, -1, p.shape[-1]) @ v).view(B, Hq, T, v.shape[-1])
+    p = logits(q, k, rules, q_pos, k_pos).softmax(-1).nan_to_num(0.0).to(q.dtype)  # [B, H, G, T, S]
+    return averages(p.reshape(B, H, -1, p.shape[-1]), v).view(B, Hq, T, v.shape[-1])
 
 
 def attend_pages(
@@ -108,14 +139,14 @@ def attend_pages(
     biggest = biggest.scatter_reduce(0, owner, x.amax(-1), "amax").clamp_min(torch.finfo(torch.float32).min)
     p, r = (x - biggest[page_row][..., None]).exp(), (y - biggest[..., None]).exp()
     total = r.sum(-1).index_add_(0, page_row, p.sum(-1))  # [B * H, G]
-    out = (r.to(v.dtype) @ v_tail.flatten(0, 1)).float()
-    out.index_add_(0, page_row, (p.to(v.dtype) @ v).float())
+    out = averages(r.to(q.dtype), v_tail.flatten(0, 1)).float()
+    out.index_add_(0, page_row, averages(p.to(q.dtype), v).float())
     return (out / total.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).to(q.dtype).view(B, Hq, 1, -1)
 
 
 def _page_logits(q: Tensor, k: Tensor, k_pos: Tensor, rules: Rules, q_pos: Tensor, head: Tensor) -> Tensor:
     """Masked scores [R, G, s] of q [R, G, D] over k [R, s, D]; k_pos [R, s], q_pos [R, 1], head [R] the KV head."""
-    x = (q @ k.transpose(-1, -2)).float() * rules.scale
+    x = products(q, k).float() * rules.scale
     if rules.softcap is not None:
         x = torch.tanh(x / rules.softcap) * rules.softcap
     distance = q_pos - k_pos  # [R, s]

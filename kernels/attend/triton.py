@@ -51,7 +51,7 @@ def sweep(
         if not EVEN:
             k_mask, v_mask = inside[:, None] & k_mask, inside[:, None] & v_mask
         first = tl.cast(j, tl.int64)
-        k = tl.load(K + first * k_ss + n[:, None] * k_ss + d[None, :], mask=k_mask, other=0.0)  # [N, D]
+        k = tl.load(K + first * k_ss + n[:, None] * k_ss + d[None, :], mask=k_mask, other=0.0).to(q.dtype)  # [N, D]
         if POSITIONS:
             k_at = tl.load(POS + first + n, mask=inside, other=-1).to(tl.int32)
         else:
@@ -72,8 +72,9 @@ def sweep(
         total = total * shrink + tl.sum(p, 1)
         biggest = bigger
         if V is not None:
-            v = tl.load(V + first * v_ss + n[:, None] * v_ss + dv[None, :], mask=v_mask, other=0.0)  # [N, DV]
-            acc = acc * shrink[:, None] + dot(p.to(v.dtype), v, UPCAST)
+            at = V + first * v_ss + n[:, None] * v_ss + dv[None, :]
+            v = tl.load(at, mask=v_mask, other=0.0).to(q.dtype)  # [N, DV]
+            acc = acc * shrink[:, None] + dot(p.to(q.dtype), v, UPCAST)
     return acc, biggest, total
 
 
@@ -300,6 +301,7 @@ def compile_cases(brief: bool = False) -> None:
             attend(q[:, :, :T], k, k, Rules(1.0), pos[:, :T], pos[:, None], "positions", splits=splits)
         pages = k.view(-1, 15, D), k.view(-1, 15, D), pos.view(-1, 15), torch.zeros(20, dtype=torch.long)
         attend_pages(q[:, :, :1], pages, (k, k, pos[:, None]), Rules(1.0), pos[:, :1], splits=2)
+    attend(q[:, :, :1].float(), k.half(), k.half(), Rules(1.0), pos[:, :1], pos[:, None], "all")
     # the rules and layouts at one width, where the query and key of the last kind are small
     at = (pos[:, :300], pos[:, None])
     every = Rules(1.0, softcap=1.0, window=9, slopes=torch.empty(G))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.attend.reference import BLOCK_ELEMENTS, visible
+from kernels.attend.reference import BLOCK_ELEMENTS, averages, visible
+from kernels.attend.reference import products as products_with
 from kernels.quantize import Packed, codes_per_pack, planes
 
 if TYPE_CHECKING:
@@ -74,8 +75,7 @@ def logits(
     x = q.new_empty(*q.shape[:-1], S)
     if packed is not None:
         products.dot(q, packed, x[..., : len(packed)])
-    for at, block in _blocks(recent):
-        x[..., S - recent.shape[2] + at :][..., : block.shape[2]] = q @ block.float().transpose(-1, -2)
+    x[..., S - recent.shape[2] :] = products_with(q, recent)
     if rules.softcap is not None:
         x = torch.tanh(x / rules.softcap) * rules.softcap
     x = x.view(B, H, -1, T, S)
@@ -93,9 +93,7 @@ def mix(p: Tensor, values: tuple[Packed | None, Tensor], products: Products) -> 
     out = p.new_zeros(*p.shape[:-1], recent.shape[-1])
     if packed is not None:
         out += products.mix(p[..., : len(packed)], packed)
-    for at, block in _blocks(recent):
-        out += p[..., p.shape[-1] - recent.shape[2] + at :][..., : block.shape[2]] @ block.float()
-    return out
+    return out + averages(p[..., p.shape[-1] - recent.shape[2] :], recent)
 
 
 def dot_codes(q: Tensor, packed: Packed, out: Tensor) -> None:
@@ -164,10 +162,3 @@ def _packed_blocks(packed: Packed, H: int) -> Iterator[tuple[int, Packed]]:
     size = max(1, UNPACKED // width // step) * step
     for at in range(0, len(packed), size):
         yield at, packed.narrow(at, min(size, len(packed) - at))
-
-
-def _blocks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Blocks of tokens of x [B, H, r, D]: one where the product needs no float32 copy, else of the unpacked size."""
-    size = max(1, UNPACKED // max(1, x[:, :, :1].numel())) if x.dtype != torch.float32 else x.shape[2]
-    for at in range(0, x.shape[2], max(1, size)):
-        yield at, x[:, :, at : at + size]

@@ -23,7 +23,7 @@ class _Rectangle(ctypes.Structure):
     _fields_ = [
         ("q", c_void_p), ("k", c_void_p), ("v", c_void_p), ("out", c_void_p), ("probs", c_void_p), ("rows", c_int64),
         ("group", c_int64), ("slots", c_int64), ("width", c_int64), ("value_width", c_int64), ("k_stride", c_int64),
-        ("v_stride", c_int64), ("pieces", c_int64), ("scale", c_float), ("threads", c_int32),
+        ("v_stride", c_int64), ("pieces", c_int64), ("scale", c_float), ("threads", c_int32), ("kind", c_int32),
     ]  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor, rules: Rules, n: int, layout: str) -
         and layout == "tail"
         and rules.plain
         and rules.window is None
-        and all(x.dtype == torch.float32 for x in (q, k, v))
+        and compiled.fits(q, k, v)
         and all(x.shape[-1] % LANES == 0 and compiled.evenly_apart(x) for x in (k, v))
         and compiled.on_compiled(q, k, v)
     )
@@ -48,7 +48,8 @@ def attend_with_mass(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Ten
     out, probs = q.new_empty(B, Hq, 1, v.shape[-1]), q.new_empty(B, Hq, S)
     pointers = [x.data_ptr() for x in (q, k, v, out, probs)]
     sizes = B * H, Hq // H, S, D, v.shape[-1], k.stride(1), v.stride(1), compiled.pieces(B * H)
-    _library().attend_with_probs(_Rectangle(*pointers, *sizes, rules.scale, torch.get_num_threads()))
+    kind = compiled.KINDS[k.dtype]
+    _library().attend_with_probs(_Rectangle(*pointers, *sizes, rules.scale, torch.get_num_threads(), kind))
     return out, probs
 
 

@@ -31,12 +31,12 @@ def noisy_mass(
     B, Hq, T, D = q.shape
     H, S = k.shape[1], k.shape[2]
     G = Hq // H
-    tail = layout == "tail" and rules.plain and rules.window is None
+    tail = layout == "tail" and rules.plain and rules.window is None and q.dtype == k.dtype
     rows = min(T, max(LEAST_ROWS, BLOCK_ELEMENTS // max(1, B * Hq * S)))
     sums = torch.zeros(B * Hq, 1, S, device=q.device)
     work = [torch.empty(B * Hq * rows * S, dtype=torch.int32, device=q.device) for _ in range(2 if stem else 0)]
     scores = q.new_empty(B * Hq * rows * S if tail else 0)
-    k_t = k.transpose(-1, -2).reshape(B * H, D, S)
+    k_t = k.transpose(-1, -2).reshape(B * H, D, S) if tail else k
     future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
     for i in range(0, T, rows):
         t = min(rows, T - i)

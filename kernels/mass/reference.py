@@ -24,7 +24,7 @@ def mass(q: Tensor, k: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, la
     layout="tail": no slot is padding and the queries are the newest slots in order, so only the corner needs a mask.
     """
     q, k = q.detach(), k.detach()
-    if layout == "tail" and rules.plain and rules.window is None:
+    if layout == "tail" and rules.plain and rules.window is None and q.dtype == k.dtype:
         return _tail(q, k, None, rules.scale)[0]
     B, Hq, T, _ = q.shape
     H, S = k.shape[1], k.shape[2]
@@ -43,7 +43,7 @@ def attend_with_mass(
     T, S = q.shape[2], k.shape[2]
     at, rest = {"q_pos": q_pos[:, T - n :], "k_pos": k_pos}, T - n
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if layout != "tail" or not rules.plain or rules.window is not None or training:
+    if layout != "tail" or not rules.plain or rules.window is not None or training or q.dtype != k.dtype:
         out = attend(q, k, v, rules, q_pos=q_pos, k_pos=k_pos)
         return out, mass(q[:, :, rest:], k, rules, **at, layout=layout)
     if rest == 0:

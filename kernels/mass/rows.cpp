@@ -40,7 +40,8 @@ struct Sums {
 };
 
 struct Rows {
-    const float *q, *k, *v; // v may be null
+    const float *q;
+    const void *k, *v;      // v may be null
     float *out;             // [batch, heads * group, queries, value width]
     const int32_t *q_pos;   // [batch, queries]
     const int32_t *k_pos;   // [batch, heads or 1, slots]
@@ -51,11 +52,12 @@ struct Rows {
     float scale;
     int32_t tail; // the queries are the newest slots in order, none of them padding
     int32_t threads;
+    int32_t kind; // of keys and values
 };
 
 // c[r] (+)= sum over i < depth of a[r][i] * b[i], for R rows and V vectors of channels
-template <int R, int V>
-inline void tile(const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t depth, float *c, int64_t c_row,
+template <int R, int V, class E>
+inline void tile(const float *a, int64_t a_row, const E *b, int64_t b_row, int64_t depth, float *c, int64_t c_row,
                  bool add) {
     Lanes total[R][V] = {};
     for (int64_t i = 0; i < depth; ++i, b += b_row) {
@@ -73,8 +75,8 @@ inline void tile(const float *a, int64_t a_row, const float *b, int64_t b_row, i
         }
 }
 
-template <int V>
-inline void product(const float *a, int64_t a_row, int64_t rows, const float *b, int64_t b_row, int64_t depth, float *c,
+template <int V, class E>
+inline void product(const float *a, int64_t a_row, int64_t rows, const E *b, int64_t b_row, int64_t depth, float *c,
                     int64_t c_row, bool add) {
     for (int64_t r = 0; r < rows; r += ROWS, a += ROWS * a_row, c += ROWS * c_row) switch (rows - r) {
         case 1: tile<1, V>(a, a_row, b, b_row, depth, c, c_row, add); break;
@@ -175,23 +177,20 @@ inline void add(const float *p, int64_t n, float by, const Sums &s, int32_t now,
     }
 }
 
-} // namespace
-
-extern "C" void attend_rows(const Rows *given) {
-    const Rows &a = *given;
+template <class E> void attend_rows_of(const Rows &a) {
     const int64_t Hq = a.heads * a.group, panels = (a.slots + PANEL - 1) / PANEL, wide = panels * PANEL;
     const int64_t rows = std::min(MOST_ROWS, std::max<int64_t>(ROWS, BLOCK / wide / ROWS * ROWS));
     const int64_t blocks = (a.queries + rows - 1) / rows, pieces = std::min(PIECES, blocks);
     const int64_t values = (a.value_width + PANEL - 1) / PANEL * PANEL;
-    std::vector<float> keys(a.batch * a.heads * wide * a.width);
+    std::vector<E> keys(a.batch * a.heads * wide * a.width);
     std::vector<int32_t> places(a.k_pos ? a.batch * a.heads * wide : 0, -1);
     std::vector<float> parts(pieces * a.batch * Hq * a.n_sums * wide);
 #pragma omp parallel num_threads(a.threads)
     {
 #pragma omp for schedule(static)
         for (int64_t at = 0; at < a.batch * a.heads; ++at) {
-            const float *k = a.k + at / a.heads * a.k_batch + at % a.heads * a.k_head;
-            float *to = keys.data() + at * wide * a.width;
+            const E *k = static_cast<const E *>(a.k) + at / a.heads * a.k_batch + at % a.heads * a.k_head;
+            E *to = keys.data() + at * wide * a.width;
             for (int64_t j = 0; j < a.slots; ++j)
                 for (int64_t d = 0; d < a.width; ++d)
                     to[(j / PANEL * a.width + d) * PANEL + j % PANEL] = k[j * a.k_slot + d];
@@ -205,8 +204,8 @@ extern "C" void attend_rows(const Rows *given) {
         for (int64_t piece = 0; piece < pieces; ++piece)
             for (int64_t head = 0; head < a.batch * Hq; ++head) {
                 const int64_t b = head / Hq, kv = b * a.heads + head % Hq / a.group;
-                const float *k = keys.data() + kv * wide * a.width;
-                const float *v = a.v ? a.v + b * a.v_batch + kv % a.heads * a.v_head : nullptr;
+                const E *k = keys.data() + kv * wide * a.width;
+                const E *v = a.v ? static_cast<const E *>(a.v) + b * a.v_batch + kv % a.heads * a.v_head : nullptr;
                 const int32_t *pos = a.k_pos ? places.data() + kv * wide : nullptr;
                 float *part = parts.data() + (piece * a.batch * Hq + head) * a.n_sums * wide;
                 for (int64_t from = piece * rows; from < a.queries; from += pieces * rows) {
@@ -282,7 +281,8 @@ extern "C" void attend_rows(const Rows *given) {
                     float *out = a.out + (head * a.queries + from) * a.value_width;
                     for (int64_t j = 0; j < seen; j += DEEP) {
                         const int64_t depth = std::min(DEEP, seen - j);
-                        const float *p = logits.data() + j, *x = v + j * a.v_slot;
+                        const float *p = logits.data() + j;
+                        const E *x = v + j * a.v_slot;
                         int64_t d = 0;
                         for (; d + PANEL <= a.value_width; d += PANEL)
                             product<WIDE>(p, wide, n, x + d, a.v_slot, depth, mixed.data() + d, values, j > 0);
@@ -302,6 +302,16 @@ extern "C" void attend_rows(const Rows *given) {
                     float *out = a.sums[i].out + head * a.slots;
                     for (int64_t j = 0; j < a.slots; ++j) out[j] = piece ? out[j] + part[j] : part[j];
                 }
+    }
+}
+
+} // namespace
+
+extern "C" void attend_rows(const Rows *given) {
+    switch (given->kind) {
+    case HALVES: return attend_rows_of<Half>(*given);
+    case BRAINS: return attend_rows_of<Brain>(*given);
+    default: return attend_rows_of<float>(*given);
     }
 }
 

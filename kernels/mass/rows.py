@@ -37,7 +37,7 @@ class _Rows(ctypes.Structure):
         ("sums", c_void_p), ("q_strides", c_int64 * 3), ("k_strides", c_int64 * 3), ("v_strides", c_int64 * 3),
         ("pos_strides", c_int64 * 2), ("batch", c_int64), ("heads", c_int64), ("group", c_int64), ("queries", c_int64),
         ("slots", c_int64), ("width", c_int64), ("value_width", c_int64), ("n_sums", c_int64), ("window", c_int64),
-        ("scale", c_float), ("tail", c_int32), ("threads", c_int32),
+        ("scale", c_float), ("tail", c_int32), ("threads", c_int32), ("kind", c_int32),
     ]  # fmt: skip
 
 
@@ -47,7 +47,8 @@ def serves(q: Tensor, k: Tensor, v: Tensor | None, rules: Rules) -> bool:
     return (
         rules.plain
         and q.shape[2] > 0
-        and all(x.dtype == torch.float32 and x.stride(-1) == 1 and x.shape[-1] % LANES == 0 for x in given)
+        and compiled.fits(*given)
+        and all(x.stride(-1) == 1 and x.shape[-1] % LANES == 0 for x in given)
         and compiled.on_compiled(*given)
     )
 
@@ -79,10 +80,8 @@ def attend_with_sums(
     strides = [(c_int64 * 3)(*((0, 0, 0) if x is None else x.stride()[:3])) for x in (q, k, v)]
     sizes = B, H, Hq // H, T, S, D, width, len(sums), rules.window or 0
     where = (c_int64 * 2)(*k_pos.stride()[:2])
-    given = _Rows(
-        *pointers, ctypes.addressof(asked), *strides, where, *sizes, rules.scale, tail, torch.get_num_threads()
-    )
-    _library().attend_rows(given)
+    how = rules.scale, tail, torch.get_num_threads(), compiled.KINDS[k.dtype]
+    _library().attend_rows(_Rows(*pointers, ctypes.addressof(asked), *strides, where, *sizes, *how))
     return out, results
 
 

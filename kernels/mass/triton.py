@@ -84,7 +84,7 @@ def columns(
     k = tl.load(
         K + b * k_sb + (h // G) * k_sh + n.to(tl.int64)[:, None] * k_ss + d[None, :],
         mask=inside[:, None] & (d < D)[None, :], other=0.0,
-    )  # [N, D]  # fmt: skip
+    ).to(Q.dtype.element_ty)  # [N, D]  # fmt: skip
     qs, lses, q_pos = Q + b * q_sb + h * q_sh, LSE + b * l_sb + h * l_sh, QPOS + b * qp_sb
     starts, taus, weights = START, TAUS, WEIGHTS
     if START is not None:

@@ -201,3 +201,12 @@ def test_splits_fill_the_device_and_never_fall_below_what_is_worth_a_program(mon
     assert splits.pick_splits(gpu, 4096, 32_768) == 1
     for programs, S in itertools.product((1, 7, 100), (0, 1, 255, 256, 1000, 131_072)):
         assert 1 <= splits.pick_splits(gpu, programs, S) <= max(1, S // splits.LEAST_SPLIT)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_slots_of_16_bits_under_float32_queries_are_the_formula(dtype, device, generator):
+    for T, layout, splits in ((1, "all", 2), (5, "positions", None), (63, "causal", None)):
+        case = Case(generator, T=T)
+        case.k, case.v = case.k.to(dtype), case.v.to(dtype)
+        case.check(device, layout=layout, splits=splits)

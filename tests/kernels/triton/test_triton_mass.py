@@ -223,3 +223,20 @@ def test_noise_has_the_reference_s_bits(device):
     out = torch.zeros(4, 1024, device=device)
     draw[(4,)](*moved(device, Stem.of(2**33 + 7, rows).start(), keys), out, N=1024)
     assert torch.equal(out.cpu(), uniform(2**33 + 7, rows[:, None], keys))
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_keys_of_16_bits_under_float32_queries_give_the_sums_of_the_same_numbers(dtype, device, generator):
+    for T, layout in ((1, "tail"), (20, "positions")):
+        case = Case(generator, T=T)
+        case.k, case.v = case.k.to(dtype), case.v.to(dtype)
+        case.check(mass, device, layout=layout)
+        q, k, v, q_pos, k_pos = moved(device, case.q, case.k, case.v, case.q_pos, case.k_pos)
+        with using("triton"):
+            out, _ = attend_with_mass(q, k, v, case.rules("plain", device), 1, q_pos=q_pos, k_pos=k_pos, layout=layout)
+        near(
+            out,
+            formula(case.q, case.k, case.v, case.rules("plain"), case.q_pos, case.k_pos),
+            case.allowed("plain", case.v),
+        )

@@ -25,9 +25,10 @@ def method_names() -> list[str]:
     return sorted(path.stem for path in _YAMLS.glob("*.yaml"))
 
 
-def load_method(name: str, **knobs: Any) -> Method:
+def load_method(name: str, *, cache_dtype: str = "auto", **knobs: Any) -> Method:
     """The method `name` with its YAML's defaults, some knobs changed: load_method("snapkv", budget=0.25, window=16).
 
+    cache_dtype: of the numbers that its caches hold: auto (as the model makes them), float32, float16 or bfloat16.
     Raises UserError for a name without a YAML, listing the names, and for a knob that the YAML does not have.
     """
     from omegaconf import OmegaConf
@@ -42,7 +43,8 @@ def load_method(name: str, **knobs: Any) -> Method:
     top = {"budget": knobs.get("budget", 0.5), "seed": knobs.get("seed", 0)}
     whole = OmegaConf.create({**top, "method": config})
     whole.method.merge_with(knobs)
-    return build_method(name, cast("dict[str, Any]", OmegaConf.to_container(whole.method, resolve=True)))
+    method = build_method(name, cast("dict[str, Any]", OmegaConf.to_container(whole.method, resolve=True)))
+    return method if cache_dtype == "auto" else method.holding_in(cache_dtype)
 
 
 def build_method(name: str, config: dict[str, Any]) -> Method:

@@ -200,6 +200,7 @@ class Compressor(nn.Module):
     def forward(self, k: Tensor, v: Tensor) -> Tensor:
         """Weights of each fused slot over slots k [B, H, N, D], v [B, H, N, Dv]: [B, H, fused, N], float32, sum 1."""
         x = torch.cat((k, v), dim=-1).flatten(0, 1).transpose(1, 2)  # [B * H, D + Dv, N]
+        x = x.to(self.eta.dtype)  # slots may be held in fewer bits
         for conv in self.convs:
             x = self.activation(conv(x))
         return x.float().softmax(-1).view(*k.shape[:2], -1, k.shape[2])

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels import attend
-from kernels.attend.reference import logits
+from kernels.attend.reference import averages, logits
 from methods.core.contract import Holding, LayerCache, ModelSpec, Stage, Step
 from methods.core.decision import real_tokens, taken
 from methods.core.errors import UserError
@@ -273,5 +273,5 @@ class StreamingCache(EvictionCache):
                 q = step.rope.rotate(q, -gap[:, None].expand(B, Hq, T))
         near = logits(q, sink_k, step.rules, q_pos, sink_pos)  # [B, H, G, T, s]
 
-        p = torch.cat((near, far), dim=-1).softmax(-1).nan_to_num(0.0).to(v.dtype)
-        return (p.reshape(B, H, -1, p.shape[-1]) @ torch.cat((sink_v, v), dim=2)).view(B, Hq, T, -1)
+        p = torch.cat((near, far), dim=-1).softmax(-1).nan_to_num(0.0).to(q.dtype)
+        return averages(p.reshape(B, H, -1, p.shape[-1]), torch.cat((sink_v, v), dim=2)).view(B, Hq, T, -1)

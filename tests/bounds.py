@@ -16,6 +16,7 @@ __all__ = [
     "QUIET",
     "SHARP",
     "bound",
+    "edges_off",
     "half_digit",
     "losses_off",
     "near",
@@ -74,6 +75,16 @@ def run_off(logits: Tensor | float = LOUDEST, sharp: float = SHARP, *, layers: i
     sums = bound(torch.float32, length, size=size)
     softmax = bound(torch.float32, length, sharp, size=size, width=16) - sums
     return math.sqrt(2) * layers * (sums + AVERAGED * softmax)
+
+
+def edges_off(logits: Tensor | float, dtype: torch.dtype) -> float:
+    """`run_off` of runs whose keys and values are both rounded to this type as they come in.
+
+    What differs by r of itself before rounding lies on two sides of an edge with probability r / eps(dtype), and is
+    eps(dtype) apart then: a variance of r eps(dtype), in place of r². As r is eps(float32) at least, the standard
+    deviation grows by √(eps(dtype) / eps(float32)) at most.
+    """
+    return run_off(logits) * math.sqrt(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
 
 
 def losses_off(n: int = 1, sharp: float = MILD, size: float = QUIET) -> float:

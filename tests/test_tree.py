@@ -227,7 +227,8 @@ def test_no_file_of_runners_outside_learn_names_a_method():
 
 def test_imports_inside_functions_are_the_ones_that_cannot_be_at_the_top():
     """Of our own modules, in the library: a cache's binding, which needs the contract; torch, which a mistyped key
-    must not wait for; and Triton's forms, whose package is not everywhere."""
+    must not wait for; forms of sums of attention, which are built on attention; and Triton's, whose package is not
+    everywhere."""
     late = {
         (str(path.relative_to(ROOT)), module)
         for folder in ("methods", "kernels")
@@ -239,6 +240,8 @@ def test_imports_inside_functions_are_the_ones_that_cannot_be_at_the_top():
         ("methods/core/binding/projections.py", "methods.core.capture.capture_blocks"),
         ("methods/core/contract/method.py", "methods.core.bind.cache_for"),
         ("methods/__init__.py", "methods.core.contract.Method"),
+        ("kernels/attend/mixed.py", "kernels.mass.compiled"),
+        ("kernels/attend/mixed.py", "kernels.mass.rows"),
     }
 
 

@@ -9,7 +9,7 @@ and arithmetic is in float32.
 
 from torch import Tensor
 
-from kernels.attend import compiled, reference
+from kernels.attend import compiled, mixed, reference
 from kernels.attend.lse import log_sum_exp, merged
 from kernels.attend.reference import visible
 from kernels.attend.rules import Layout, Rules
@@ -25,8 +25,6 @@ def attend(
 
         return triton.attend(q, k, v, rules, q_pos, k_pos, layout)[0]
     if q.dtype != k.dtype:
-        from kernels.attend import mixed
-
         return mixed.attend(q, k, v, rules, q_pos, k_pos, layout)
     if layout == "all" and rules.plain:
         return reference.attend_all(q, k, v, rules)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from methods.core.binding.lengths import Lengths
 from methods.core.binding.passes import Passes
 from methods.core.binding.prepared import remember
 from methods.core.binding.rotation import Turning, turnings
+from methods.core.binding.rounding import cache_dtype
 from methods.core.binding.self_check import CHECK, self_check
 from methods.core.cache import BINDING, KVCache
 from methods.core.contract import Method, ModelSpec
@@ -34,12 +36,14 @@ def cache_for(
     samples: Sequence[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     spans: Sequence[Mapping[str, tuple[int, int]]] | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> KVCache:
     """A new cache of `method` for one batch, under a model that is bound if it was not; see Method.cache_for."""
+    numbers = cache_dtype(dtype)
     bind(model)
     if tokenizer is not None:
         remember(model, tokenizer)
-    return KVCache(model, method, prompt_len, samples, None if spans is None else spans_of(spans))
+    return KVCache(model, method, prompt_len, samples, None if spans is None else spans_of(spans), numbers)
 
 
 def bind(model: PreTrainedModel, check: bool = True) -> ModelSpec:

@@ -22,6 +22,7 @@ from methods.core.binding.passes import Bound, other_model
 from methods.core.binding.prepared import Prepared, vocabulary_for
 from methods.core.binding.projections import Projections, projections_of
 from methods.core.binding.rotation import Turning
+from methods.core.binding.rounding import Rounding
 from methods.core.contract import SPANS, Method, Stage, Step
 from methods.core.errors import UserError
 from methods.core.meter import Meter, Report
@@ -40,7 +41,9 @@ class KVCache(Bound):
         prompt_len: int | None = None,
         samples: Sequence[int] | None = None,
         spans: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ):
+        """dtype: of the numbers that it holds; None: as the method says, else as the model makes them."""
         binding = model.__dict__[BINDING]
         spec = binding["spec"]
         self.kind: str = binding["kind"]
@@ -75,6 +78,7 @@ class KVCache(Bound):
         self.prompt_ids: list[Tensor] = []  # [B, T] of the prompt's passes, for methods that ask for ids
         self.common: dict[Any, Any] = {}  # what `once` has made for all members of a group
         self.compress_seconds = 0.0  # that `Method.after_prompt` took
+        self.rounding = Rounding(dtype or method.cache_dtype, spec.n_layers)
         inner = method.caches(self.spec, prompt_len)
         for layer in inner:
             layer.stack = inner
@@ -236,7 +240,7 @@ class KVCache(Bound):
         """
         assert other._counts is not None and isinstance(other._samples, Tensor), "the other has seen nothing yet"
         self.prompt_len, self._here, self.reach = other.prompt_len, other._here, other.reach
-        self.prompt_ids = list(other.prompt_ids)
+        self.prompt_ids, self.rounding = list(other.prompt_ids), other.rounding
         self._counts = other._counts if rows is None else other._counts[rows]
         self._samples = other._samples if rows is None else other._samples[rows]
         self.given_spans = (
@@ -310,14 +314,17 @@ class KVCache(Bound):
     def report(self) -> Report:
         """Bytes held, read and spent so far, of all rows together; see methods/core/meter.py.
 
-        Raises UserError while the prompt that was announced has not come whole, when nothing has been compressed.
+        Raises UserError while the prompt that was announced has not come whole, when nothing has been compressed, and
+        where float16 was to hold a number that it cannot.
         """
         self._refuse_half_a_prompt()
+        self.rounding.check()
         return self.meter.report()
 
     def reports(self, behind: Sequence[int] | None = None) -> list[Report]:
         """The same of every row; behind: passes that each was fed after its own last one, which do not count."""
         self._refuse_half_a_prompt()
+        self.rounding.check()
         return self.meter.reports(behind)
 
     def _refuse_half_a_prompt(self, come: int | None = None) -> None:

@@ -309,7 +309,10 @@ def _empty(model: PreTrainedModel, members: Sequence[PrefillMember], prompt_len:
     asks = frozenset().union(*(member.method.needs for member in members))
     # of rows that are put together later, `resume_from` says what they are
     spans = [member.cache.given_spans for member in members if member.error is None]
-    batch = KVCache(model, _Joint(asks=asks), prompt_len, samples, next((x for x in spans if x is not None), None))
+    given = next((x for x in spans if x is not None), None)
+    numbers = {member.method.cache_dtype for member in members}
+    assert len(numbers) == 1, "members of a group take in the same numbers"
+    batch = KVCache(model, _Joint(asks=asks), prompt_len, samples, given, numbers.pop())
     batch.meter = _Unwatched([])
     return batch
 

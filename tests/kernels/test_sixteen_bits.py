@@ -3,8 +3,6 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kernels import (
     Rules,
@@ -28,6 +26,7 @@ from kernels.attend_quantized import attend_quantized
 from kernels.mass import compiled as mass_compiled
 from kernels.mass import rows
 from kernels.quantize import dequantize, quantize
+from tests.allocations import Largest
 from tests.bounds import near
 from tests.kernels.formula import allowed, formula
 
@@ -176,20 +175,6 @@ def test_the_loops_take_slots_of_one_type_only():
     assert rows.serves(q, k, v, Rules(1.0)) and mass_compiled.serves(q[:, :, :1], k, v, Rules(1.0), 1, "tail")
     assert not rows.serves(q, k, v.bfloat16(), Rules(1.0)) and not rows.serves(q.half(), k, v, Rules(1.0))
     assert not mass_compiled.serves(q[:, :, :1].half(), k, v, Rules(1.0), 1, "tail")
-
-
-class Largest(TorchDispatchMode):
-    """Inside, the largest float32 tensor that PyTorch makes, in elements."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        made = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor) and x.dtype == torch.float32]
-        self.elements = max([self.elements, *made])
-        return out
 
 
 @pytest.mark.parametrize("form", FORMS)

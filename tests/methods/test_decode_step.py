@@ -118,6 +118,13 @@ def test_rows_of_different_lengths_decode_without_waiting(case, form, budget, st
 
 
 @pytest.mark.parametrize("name", method_names())
+def test_numbers_come_into_a_16_bit_cache_without_waiting(name, gqa):
+    prompt = prompted(made(name, 0.5).holding_in("float16"), gqa, LENGTHS)
+    with using("triton"):
+        decode(*copied(gqa, prompt), STEPS)
+
+
+@pytest.mark.parametrize("name", method_names())
 def test_sliding_layers_decode_without_waiting(name, sliding):
     prompt = prompted(made(name, 40), sliding, LENGTHS)
     with using("triton"):

@@ -82,16 +82,24 @@ class KVLayer(CacheLayerMixin):
     def attend(self, handle: Handle, q: Tensor, mask: Tensor | None, rules: Rules) -> Tensor:
         """Output [B, Hq, T, Dv] of the step: append, attend, end the step, and let the meter look."""
         cache = self.cache
-        here = cache.pass_state(self, q, mask)
+        here, given = cache.pass_state(self, q, mask), q.dtype
+        q, k, v = cache.rounding(self.index, q, handle.k, handle.v)
         step = Step(
-            layer=self.index, n_layers=len(cache.layers), stage=here.stage, q=q, k=handle.k, v=handle.v, pos=here.pos,
+            layer=self.index, n_layers=len(cache.layers), stage=here.stage, q=q, k=k, v=v, pos=here.pos,
             seen=here.seen, padded=here.padded, samples=cache.samples, rules=rules, rope=cache.spec.ropes[self.index],
             ids=here.ids, spans=cache.spans, **self.extras,
         )  # fmt: skip
         self.extras = {}
         if here.order is not None:
             step = columns(step, here.order)
-        out = self._probed(step) if step.stage is Stage.PROBE else self._taken_in(step)
+        try:
+            out = self._probed(step) if step.stage is Stage.PROBE else self._taken_in(step)
+        except FloatingPointError:
+            cache.rounding.end_pass(wait=True)  # a number that was too large comes to NaN in what is made of it
+            raise
+        if self.index == len(cache.layers) - 1:
+            cache.rounding.end_pass(wait=step.stage is not Stage.DECODE)
+        out = out.to(given)
         return out if here.order is None else put_back(out, here.order)
 
     def _taken_in(self, step: Step) -> Tensor:

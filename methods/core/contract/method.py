@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
+from methods.core.binding.rounding import cache_dtype
 from methods.core.budget import check_budget
 from methods.core.contract.layer import LayerCache
 from methods.core.contract.spec import ModelSpec, Shape
@@ -57,6 +60,20 @@ class Method:
         """What kind of method it is, for figures: "eviction", "quantization", "mixed", "trained" and so on."""
         return "other"
 
+    @property
+    def cache_dtype(self) -> torch.dtype | None:
+        """The type of numbers in its caches, see `holding_in`; None: as the model makes keys and values."""
+        return getattr(self, "_cache_dtype", None)
+
+    def holding_in(self, dtype: str | torch.dtype | None) -> Self:
+        """The same method, whose caches hold keys, values and residual windows in this type; codes stay what they are.
+
+        Where it is not the model's, queries and arithmetic are float32. dtype: as for `cache_for`.
+        """
+        twin = copy.copy(self)
+        twin._cache_dtype = cache_dtype(dtype)  # type: ignore[attr-defined]
+        return twin
+
     def config(self) -> dict[str, Any]:
         """All knobs as plain values, for the record."""
         return dataclasses.asdict(self)
@@ -102,6 +119,7 @@ class Method:
         samples: Sequence[int] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         spans: Sequence[Mapping[str, tuple[int, int]]] | None = None,
+        dtype: str | torch.dtype | None = None,
     ) -> KVCache:
         """A transformers Cache for `model`, one sequence batch long; binds the model on first use.
 
@@ -109,8 +127,9 @@ class Method:
         samples: one number per row, keys of the method's randomness; None: 0, 1, 2, ...
         tokenizer: the model's, for methods that need the vocabulary; remembered with the model.
         spans: of each row the parts of its prompt by name (`SPANS`): the first token and the one behind the last.
+        dtype: of the numbers that are held, "auto", "float32", "float16" or "bfloat16"; None: as `cache_dtype` says.
         Raises UserError when the model's architecture cannot be bound, or the method needs what is not given.
         """
         from methods.core.bind import cache_for  # at call time: binding needs this contract
 
-        return cache_for(model, self, prompt_len=prompt_len, samples=samples, tokenizer=tokenizer, spans=spans)
+        return cache_for(model, self, prompt_len, samples, tokenizer, spans, dtype)

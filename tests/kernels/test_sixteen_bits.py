@@ -26,8 +26,8 @@ from kernels.attend_quantized import attend_quantized
 from kernels.mass import compiled as mass_compiled
 from kernels.mass import rows
 from kernels.quantize import dequantize, quantize
-from tests.allocations import Largest
 from tests.bounds import near
+from tests.kernels.allocations import Largest
 from tests.kernels.formula import allowed, formula
 
 TYPES = [torch.float16, torch.bfloat16]

@@ -19,8 +19,8 @@ from methods.core.errors import UserError
 from methods.core.eviction import Eviction
 from methods.core.group import Rows, Shared
 from methods.core.stores.codec import Codec
-from tests.allocations import Largest
 from tests.bounds import bound, edges_off, near
+from tests.kernels.allocations import Largest
 from tests.kernels.both_forms import using
 from tests.methods.conftest import kept, run
 from tests.tiny import SIZES, tiny_model

@@ -67,8 +67,8 @@ class Claim:
 class Records:
     """Cells of one results folder, found by what was asked for."""
 
-    def __init__(self, results: Results):
-        self.results = results
+    def __init__(self, results: Results, seeds: int = len(SEEDS)):
+        self.results, self.seeds = results, seeds  # seeds that a method which draws at random needs
 
     def samples(self, task: str, method: str, budget: float = 1.0, protocol: str = "aware", **knobs: object) -> Scores:
         """The finished samples of the cells that have these knobs, one cell per seed.
@@ -89,8 +89,8 @@ class Records:
                     break
         if not by_seed:
             raise NothingToRead(f"no cell of {where}")
-        if method in RANDOM and len(by_seed) < len(SEEDS):
-            raise NothingToRead(f"{where} draws at random and has {len(by_seed)} of {len(SEEDS)} seeds")
+        if method in RANDOM and len(by_seed) < self.seeds:
+            raise NothingToRead(f"{where} draws at random and has {len(by_seed)} of {self.seeds} seeds")
         return Scores([by_seed[seed] for seed in sorted(by_seed)], row["metric"], row["mean_over"], method)
 
 
@@ -249,10 +249,10 @@ def kvtuner(method: str, mode: str, records: Records) -> Claim:
     return Claim(method, f"a searched table dominates KV4 and KV2 at no more bytes ({said}; unseen samples)", rows)
 
 
-def lococo() -> Claim:
-    """As the artefacts' cards have it: held-out perplexity at equal slots."""
+def lococo(model: str = "reference") -> Claim:
+    """As the artefacts' cards have it: held-out perplexity at equal slots. model: the folder of its cards."""
     rows = []
-    cards = [json.loads(path.read_text(encoding="utf-8")) for path in (ASSETS / "lococo" / "reference").glob("*.json")]
+    cards = [json.loads(path.read_text(encoding="utf-8")) for path in (ASSETS / "lococo" / model).glob("*.json")]
     for card in sorted(cards, key=lambda card: card["slots"]):
         for text, measured in card["held_out"].items():
             for baseline, (value, low, high) in measured["gain"].items():

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +17,10 @@ from methods.core.binding.kv_layer import KVLayer, PassState
 from methods.core.binding.lengths import Reach
 from methods.core.binding.padding import padding_first
 from methods.core.binding.passes import Bound, other_model
-from methods.core.binding.prepared import Prepared, vocabulary_for
-from methods.core.binding.projections import Projections, projections_of
+from methods.core.binding.prepared import spec_for
 from methods.core.binding.rotation import Turning
 from methods.core.binding.rounding import Rounding
-from methods.core.contract import SPANS, Method, Stage, Step
+from methods.core.contract import Method, Stage, Step
 from methods.core.errors import UserError
 from methods.core.meter import Meter, Report
 
@@ -45,26 +42,10 @@ class KVCache(Bound):
     ):
         """dtype: of the numbers that it holds; None: as the method says, else as the model makes them."""
         binding = model.__dict__[BINDING]
-        spec = binding["spec"]
         self.kind: str = binding["kind"]
         self.passes = weakref.ref(binding["passes"])  # weak: a copy of the cache has the same
         self.turnings: list[Turning] = binding["turnings"]
-        unknown = [i for i, turning in enumerate(self.turnings) if not turning.known]
-        if "rope" in method.needs and unknown:
-            raise UserError(f"{method.name}: needs keys as they are before RoPE, and how layer {unknown[0]} of "
-                            f"{spec.name} turns them is not known")  # fmt: skip
-        prepared = model.__dict__.setdefault("_kvfrontier_prepared", Prepared())
-        self.spec = dataclasses.replace(
-            spec,
-            prepared=prepared.by(method, model),
-            vocabulary=vocabulary_for(method, model),
-            weights=partial(_projections, weakref.ref(model)),
-        )
-        if "spans" in method.needs and spans is None:
-            raise UserError(
-                f"{method.name}: needs to know which part of a prompt is {' or '.join(SPANS)}; "
-                'method.cache_for(model, spans=[{"context": (first, end), ...}, ...]) says so for every row'
-            )
+        self.spec = spec_for(method, model, binding, spans)
         self.given_spans = spans  # [B, len(SPANS), 2]
         self._ids: Tensor | None = None  # [B, T] of the pass that goes on, for methods that ask
         self.method, self.prompt_len = method, prompt_len
@@ -78,7 +59,7 @@ class KVCache(Bound):
         self.prompt_ids: list[Tensor] = []  # [B, T] of the prompt's passes, for methods that ask for ids
         self.common: dict[Any, Any] = {}  # what `once` has made for all members of a group
         self.compress_seconds = 0.0  # that `Method.after_prompt` took
-        self.rounding = Rounding(dtype or method.cache_dtype, spec.n_layers)
+        self.rounding = Rounding(dtype or method.cache_dtype, self.spec.n_layers)
         inner = method.caches(self.spec, prompt_len)
         for layer in inner:
             layer.stack = inner
@@ -341,13 +322,6 @@ class KVCache(Bound):
         """Raises BudgetMiss when the prompt's end left more of a row than its budget and documented overhead."""
         self._refuse_half_a_prompt()
         self.meter.check_budget(self.method.name)
-
-
-def _projections(model: weakref.ref[PreTrainedModel]) -> Sequence[Projections]:
-    bound = model()
-    assert bound is not None, "the model is gone"
-    binding = bound.__dict__[BINDING]
-    return projections_of(bound, binding["spec"], binding["kind"], binding["modules"])
 
 
 def _now(device: torch.device) -> float:

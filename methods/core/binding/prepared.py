@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from methods.core.contract import Method, Vocabulary
+from methods.core.binding.projections import Projections, projections_of
+from methods.core.contract import SPANS, Method, ModelSpec, Vocabulary
 from methods.core.errors import UserError
 
 
@@ -36,6 +41,37 @@ class Prepared:
 def _weights(model: PreTrainedModel) -> list[tuple[str, int, int]]:
     """Where every parameter lies and how often it was written to, as far as PyTorch counts it."""
     return [(name, one.data_ptr(), 0 if one.is_inference() else one._version) for name, one in model.named_parameters()]
+
+
+def spec_for(method: Method, model: PreTrainedModel, binding: dict[str, Any], spans: Tensor | None) -> ModelSpec:
+    """What the method may know of the bound model, and has made of it; spans: as the cache was given them.
+
+    Raises UserError where it needs something that is not known.
+    """
+    spec: ModelSpec = binding["spec"]
+    unknown = [i for i, turning in enumerate(binding["turnings"]) if not turning.known]
+    if "rope" in method.needs and unknown:
+        raise UserError(
+            f"{method.name}: needs keys as they are before RoPE, and how layer {unknown[0]} of {spec.name} turns "
+            "them is not known"
+        )
+    if "spans" in method.needs and spans is None:
+        raise UserError(
+            f"{method.name}: needs to know which part of a prompt is {' or '.join(SPANS)}; "
+            'method.cache_for(model, spans=[{"context": (first, end), ...}, ...]) says so for every row'
+        )
+    return replace(
+        spec,
+        prepared=model.__dict__.setdefault("_kvfrontier_prepared", Prepared()).by(method, model),
+        vocabulary=vocabulary_for(method, model),
+        weights=partial(_projections, weakref.ref(model), binding),
+    )
+
+
+def _projections(model: weakref.ref[PreTrainedModel], binding: dict[str, Any]) -> Sequence[Projections]:
+    bound = model()
+    assert bound is not None, "the model is gone"
+    return projections_of(bound, binding["spec"], binding["kind"], binding["modules"])
 
 
 #: where a model keeps its tokenizer, and the vocabulary that was made of it

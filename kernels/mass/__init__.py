@@ -123,8 +123,13 @@ def attend_with_sums(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """What `attend` gives (None without v) and any sums over its rows, each [B, Hq, S], from one product q·k.
 
-    In one pass on a CPU in C++; elsewhere each on its own.
+    In one pass on a CPU in C++; in Triton in one pass after the output's, and one more where noise is asked for;
+    elsewhere each on its own.
     """
+    if on_triton(q, k, *(() if v is None else (v,))):
+        from kernels.mass import triton
+
+        return triton.attend_with_sums(q, k, v, rules, sums, q_pos, k_pos, layout)
     if rows.serves(q, k, v, rules):
         return rows.attend_with_sums(q, k, v, rules, sums, q_pos, k_pos, layout)
     out = None if v is None else attend(q, k, v, rules, q_pos=q_pos, k_pos=k_pos)

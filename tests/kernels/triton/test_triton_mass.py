@@ -1,10 +1,23 @@
 """Column sums in Triton against their definition, the noise bit by bit; poisoned outputs, fresh numbers, odd sizes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import Stem, attend_with_mass, ema_weights, mass, noisy_mass, uniform, weighted_mass
+from kernels import (
+    Stem,
+    Sums,
+    attend_with_mass,
+    attend_with_sums,
+    ema_weights,
+    mass,
+    noisy_mass,
+    uniform,
+    weighted_mass,
+)
+from kernels.launch import noting
 from tests.bounds import bound, near
 from tests.kernels.both_forms import DTYPES, RULES, Inputs, generator, moved, on_each_device, pairs, poison, using
 from tests.kernels.formula import allowed, formula
@@ -196,6 +209,56 @@ def test_output_and_mass_together_are_those_of_each_alone(size, rules, layout, d
     near(out, expected, case.allowed(rules, case.v))
     sums_expected = p[:, :, T - n :].sum(2)
     near(sums, sums_expected, case.allowed(rules, sums_expected))
+
+
+@on_each_device
+@pytest.mark.parametrize(
+    ("size", "rules", "layout"),
+    pairs([(1, 63), (40, 70)], ["plain", "all rules"], LAYOUTS),
+)
+def test_output_and_any_sums_are_the_reference_s(size, rules, layout, device, generator):
+    T, S = size
+    case = Case(generator, (2, 1), T, S, B=2)
+    weights, tau = torch.rand(2, T, generator=generator), 1 + torch.rand(2, T, generator=generator)
+    noise, of_slots = case.stem(), case.stem(fresh=False)
+    many = [
+        Sums(), Sums(newest=max(1, T // 3)), Sums(weights=weights[:1], squared=True), Sums(least=3, most=19),
+        Sums(stem=noise, tau=tau), Sums(stem=of_slots, weights=weights, newest=max(1, T // 2)), Sums(tau=2.0),
+    ]  # fmt: skip
+    few = [Sums(newest=max(1, T // 4), squared=True), Sums(newest=max(1, T // 2), weights=weights)]
+    at = {"q_pos": case.q_pos, "k_pos": case.k_pos, "layout": layout}
+    for asked, has_values in ((many, True), (few, False), ([], True)):
+        with using("reference"):
+            expected, sums = attend_with_sums(case.q, case.k, case.v, case.rules(rules), asked, **at)
+        q, k, v = moved(device, case.q, case.k, case.v if has_values else None)
+        at_there = {name: moved(device, x)[0] for name, x in at.items()}
+        with using("triton"):
+            there = [on(one, device) for one in asked]
+            out, got = attend_with_sums(q, k, v, case.rules(rules, device), there, **at_there)
+        if has_values:
+            near(out, expected, 2 * case.allowed(rules, case.v))
+        assert (out is not None) == has_values
+        for one, sum_, wanted in zip(asked, got, sums, strict=True):
+            near(sum_, wanted, 2 * (1 + one.squared) * case.allowed(rules, wanted, noisy=one.stem is not None))
+
+
+def on(one: Sums, device: str) -> Sums:
+    """The same sum for tensors that lie on the device."""
+    weights, tau = moved(device, one.weights, one.tau)
+    return replace(one, weights=weights, tau=tau, stem=one.stem and Stem(one.stem.state.to(device)))
+
+
+@on_each_device
+def test_sums_come_from_one_product_and_the_output_s_own(device, generator):
+    """One kernel for the output, one for all sums; noise needs its own log-sum-exp and nothing more."""
+    case = Case(generator, T=20, S=63)
+    asked = [Sums(), Sums(squared=True), Sums(newest=4), Sums(stem=case.stem()), Sums(stem=case.stem(), squared=True)]
+    asked[4] = replace(asked[4], stem=asked[3].stem)
+    at = {"q_pos": case.q_pos, "k_pos": case.k_pos, "layout": "tail"}
+    for n, kernels in ((3, ["rectangular", "columns"]), (5, ["rectangular", "rectangular", "columns"])):
+        with using("triton"), noting() as started:
+            attend_with_sums(case.q, case.k, case.v, case.rules("plain"), asked[:n], **at)
+        assert [variant.kernel.__name__ for variant in started] == kernels
 
 
 @on_each_device

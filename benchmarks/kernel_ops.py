@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import Rules, attend, backend, mass
-from kernels.attend import attend_pages
+from kernels.attend import Pages, attend_pages
 from kernels.attend_quantized import attend_quantized
 from kernels.quantize import dequantize, quantize
 
@@ -81,19 +81,19 @@ def _unpacked_first(q: Tensor, keys: Any, values: Any, rules: Rules, at: dict[st
 def ragged(length: int, rounds: int, threads: int) -> dict[str, Any]:
     """The same over pages of heads that hold different numbers of slots, and over a rectangle of as many."""
     q, k, v = _random(length)
-    shares = [1.6, 1.2, 0.8, 0.4]  # of the heads, in pages of 16
-    counts = [int(length * share) // 16 for share in shares]
-    P = sum(counts)
-    stored = k.reshape(-1, 16, 64)[:P], v.reshape(-1, 16, 64)[:P]
-    owner = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
-    pos = torch.cat([torch.arange(n * 16) for n in counts]).int().view(P, 16)
+    shares = [1.6, 1.2, 0.8, 0.4]  # of the heads
+    held = torch.tensor([int(length * share) for share in shares])
+    n = int(held.sum()) // 4
+    pos = torch.cat([torch.arange(m) for m in held.tolist()]).int()
+    flat = k.reshape(-1, 64)[: len(pos)], v.reshape(-1, 64)[: len(pos)], pos
+    at = torch.arange(len(pos), dtype=torch.int32)
     tail = k[:, :, :0], v[:, :, :0], torch.empty(1, 4, 0, dtype=torch.int32)
-    at, rules = {"q_pos": torch.tensor([[4 * length]], dtype=torch.int32)}, Rules(64**-0.5)
-    n = P * 16 // 4
-    run = partial(attend_pages, q, (*stored, pos, owner), tail, rules, **at)
+    now, rules = {"q_pos": torch.tensor([[4 * length]], dtype=torch.int32)}, Rules(64**-0.5)
+    pages = Pages(*flat, at, held.cumsum(0) - held, held, int(held.max()))
+    run = partial(attend_pages, q, pages, tail, rules, **now)
     rectangle = k[:, :, :n].contiguous(), v[:, :, :n].contiguous()
     ways = {
-        "rectangle": partial(attend, q, *rectangle, rules, **at, k_pos=torch.arange(n).view(1, 1, -1), layout="all"),
+        "rectangle": partial(attend, q, *rectangle, rules, **now, k_pos=torch.arange(n).view(1, 1, -1), layout="all"),
         "pages": run,
         "pages, in PyTorch": partial(plain_form, run),
     }

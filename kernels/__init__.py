@@ -1,6 +1,16 @@
 """Tensor operations under the cache: each op is a folder with its signature, its definition and its fast forms."""
 
-from kernels.attend import Layout, Rules, attend, attend_pages, attend_with_lse, merged, visible
+from kernels.attend import (
+    Layout,
+    Pages,
+    Rules,
+    attend,
+    attend_pages,
+    attend_pages_with_mass,
+    attend_with_lse,
+    merged,
+    visible,
+)
 from kernels.mass import (
     Sums,
     attend_with_mass,
@@ -14,10 +24,10 @@ from kernels.mass import (
 )
 from kernels.noise import Stem, gumbel, uniform
 from kernels.rotate import rotate
-from kernels.select import lowest, pages, top
+from kernels.select import lowest, top
 
 __all__ = [
-    "Layout", "Rules", "Stem", "Sums", "attend", "attend_pages", "attend_with_lse", "attend_with_mass",
-    "attend_with_sums", "attention_probs", "ema_weights", "gumbel", "lowest", "mass", "merged", "noisy_mass",
-    "noisy_rows", "pages", "rotate", "top", "uniform", "visible", "weighted_mass",
+    "Layout", "Pages", "Rules", "Stem", "Sums", "attend", "attend_pages", "attend_pages_with_mass", "attend_with_lse",
+    "attend_with_mass", "attend_with_sums", "attention_probs", "ema_weights", "gumbel", "lowest", "mass", "merged",
+    "noisy_mass", "noisy_rows", "rotate", "top", "uniform", "visible", "weighted_mass",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.attend import compiled, mixed, reference
 from kernels.attend.lse import log_sum_exp, merged
+from kernels.attend.pages import Pages
 from kernels.attend.reference import visible
 from kernels.attend.rules import Layout, Rules
 from kernels.backend import on_triton
@@ -46,25 +47,39 @@ def attend_with_lse(
 
 
 def attend_pages(
-    q: Tensor,
-    stored: tuple[Tensor, Tensor, Tensor, Tensor],
-    tail: tuple[Tensor, Tensor, Tensor],
-    rules: Rules,
-    *,
-    q_pos: Tensor,
+    q: Tensor, pages: Pages, tail: tuple[Tensor, Tensor, Tensor], rules: Rules, *, q_pos: Tensor
 ) -> Tensor:
-    """One query per row over ragged pages and a rectangular tail, in one softmax: [B, Hq, 1, Dv].
+    """One query per row over pages and a rectangular tail, in one softmax: [B, Hq, 1, Dv].
 
-    q [B, Hq, 1, D]; stored: k [P, page, D], v [P, page, Dv], pos [P, page], page_row [P] with values b * H + h in
-    ascending order; tail: k [B, H, t, D], v [B, H, t, Dv], pos [B, H, t]; q_pos [B, 1].
+    q [B, Hq, 1, D]; tail: k [B, H, t, D], v [B, H, t, Dv], pos [B, H, t]; q_pos [B, 1].
     """
-    if on_triton(q, stored[0], stored[1]):
+    if on_triton(q, pages.k, pages.v):
         from kernels.attend import triton
 
-        return triton.attend_pages(q, stored, tail, rules, q_pos)
-    if compiled.serves(q, stored, tail, rules):
-        return compiled.attend_pages(q, stored, tail, rules, q_pos)
-    return reference.attend_pages(q, stored, tail, rules, q_pos)
+        return triton.attend_pages(q, pages, tail, rules, q_pos)[0]
+    return attend_pages_with_mass(q, pages, tail, rules, q_pos=q_pos)[0]
 
 
-__all__ = ["Layout", "Rules", "attend", "attend_pages", "attend_with_lse", "merged", "visible"]
+def attend_pages_with_mass(
+    q: Tensor, pages: Pages, tail: tuple[Tensor, Tensor, Tensor], rules: Rules, *, q_pos: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `attend_pages` gives, and what every slot gets of every query head's attention: [B, Hq, most + t], float32.
+
+    A head's slots lie in the order of its pages, nothing in the places that it does not have, and the tail's behind
+    them. Keys and values are read once; a group's sum, or sum of squares, is taken of what is given.
+    """
+    if on_triton(q, pages.k, pages.v):
+        from kernels.attend import triton
+
+        out, mass = triton.attend_pages(q, pages, tail, rules, q_pos, mass=True)
+        assert mass is not None
+        return out, mass
+    if compiled.serves(q, pages, tail, rules):
+        return compiled.attend_pages(q, pages, tail, rules, q_pos)
+    return reference.attend_pages(q, pages, tail, rules, q_pos)
+
+
+__all__ = [
+    "Layout", "Pages", "Rules", "attend", "attend_pages", "attend_pages_with_mass", "attend_with_lse", "merged",
+    "visible",
+]  # fmt: skip

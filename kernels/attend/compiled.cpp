@@ -1,5 +1,5 @@
 // One query per row over ragged pages and a rectangular tail, in one softmax. Layouts as in kernels/attend; a row here is
-// one KV head of one sequence of the batch. Threads take equal shares of the pages, whichever rows they belong to.
+// one KV head of one sequence of the batch. Threads take pieces of the rows' slots, whichever rows they belong to.
 
 #include <algorithm>
 #include <cmath>
@@ -7,28 +7,25 @@
 #include <limits>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#else
-inline int omp_get_thread_num() { return 0; }
-#endif
-
 #include "../lanes.h"
 
 namespace {
 
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+// slots of a piece; their values serve all queries of a group from the cache
+constexpr int64_t PIECE = 128, NEAR = 64;
 
 struct Pages {
     const float *q;                // [rows, group, width]
-    const void *k, *v;             // [pages, page, width] and of the values' width
-    const int32_t *pos;            // [pages, page]
-    const int64_t *owner;          // [pages], ascending
+    const void *k, *v;             // [places, width] and of the values' width
+    const int32_t *pos;            // [places]
+    const int32_t *at;             // the places of every row's slots
+    const int64_t *first, *held;   // [rows], of `at`
     const void *tail_k, *tail_v;   // [rows, tail, …], rows lie tail_*_stride apart
     const int32_t *tail_pos;       // [batch, heads, tail], lying apart by the two strides
     const int32_t *q_pos;          // [batch]
-    float *out;                    // [rows, group, values' width]
-    int64_t rows, heads, group, width, value_width, pages, page, tail;
+    float *out, *mass;             // [rows, group, values' width], [rows, group, most + tail]
+    int64_t rows, heads, group, width, value_width, most, tail;
     int64_t tail_k_stride, tail_v_stride, tail_pos_batch, tail_pos_head;
     int64_t window; // how many tokens back a query sees; 0: all
     float scale;
@@ -36,75 +33,102 @@ struct Pages {
     int32_t kind; // of keys and values
 };
 
-// The scale, and -inf where the query does not see the slot.
-inline void mask(float *x, int64_t group, const int32_t *pos, int64_t slots, int32_t now, const Pages &a) {
-    for (int64_t g = 0; g < group; ++g, x += slots)
-        for (int64_t i = 0; i < slots; ++i) {
-            const bool seen = pos[i] >= 0 && pos[i] <= now && (a.window == 0 || now - pos[i] < a.window);
-            x[i] = seen ? x[i] * a.scale : NOTHING;
+// Slots `from` on of a row: n of its pages, or of its tail.
+struct Piece {
+    int64_t row, from, n;
+    bool tail;
+};
+
+// Calls do(i, n) for every n places from at[i] on that follow each other.
+template <class Do> inline void runs(const int32_t *at, int64_t n, Do act) {
+    for (int64_t i = 0, j; i < n; i = j) {
+        for (j = i + 1; j < n && at[j] == at[i] + (j - i); ++j) {
         }
+        act(i, j - i);
+    }
 }
 
-inline float largest(const float *x, int64_t n, float so_far) {
-    for (int64_t i = 0; i < n; ++i) so_far = std::max(so_far, x[i]);
-    return so_far;
+inline float scaled(float x, int32_t pos, int32_t now, const Pages &a) {
+    const bool seen = pos >= 0 && pos <= now && (a.window == 0 || now - pos < a.window);
+    return seen ? x * a.scale : NOTHING;
+}
+
+template <class E> void logits_of(const Piece &p, const Pages &a, const E *keys, const E *tail_keys) {
+    const int64_t G = a.group, wide = a.most + a.tail;
+    const float *q = a.q + p.row * G * a.width;
+    float *x = a.mass + p.row * G * wide + p.from + (p.tail ? a.most : 0);
+    const int32_t now = a.q_pos[p.row / a.heads], *at = a.at + a.first[p.row] + p.from;
+    if (p.tail) {
+        dots(q, G, tail_keys + p.row * a.tail_k_stride + p.from * a.width, p.n, a.width, x, wide);
+        const int32_t *pos = a.tail_pos + p.row / a.heads * a.tail_pos_batch + p.row % a.heads * a.tail_pos_head + p.from;
+        for (int64_t g = 0; g < G; ++g)
+            for (int64_t i = 0; i < p.n; ++i) x[g * wide + i] = scaled(x[g * wide + i], pos[i], now, a);
+        return;
+    }
+    runs(at, p.n, [&](int64_t i, int64_t n) { dots(q, G, keys + at[i] * a.width, n, a.width, x + i, wide); });
+    for (int64_t g = 0; g < G; ++g)
+        for (int64_t i = 0; i < p.n; ++i) x[g * wide + i] = scaled(x[g * wide + i], a.pos[at[i]], now, a);
+}
+
+// x becomes the softmax of its first n and last `tail` numbers, and 0 between them; all 0 for a query that sees nothing.
+inline void softmax(float *x, int64_t n, const Pages &a) {
+    const int64_t wide = a.most + a.tail;
+    std::fill(x + n, x + a.most, NOTHING);
+    const float most = wide ? *std::max_element(x, x + wide) : NOTHING;
+    if (most == NOTHING) return std::fill(x, x + wide, 0.0f);
+    const float share = 1 / exponentials(x, wide, most);
+    for (int64_t i = 0; i < wide; ++i) x[i] *= share;
+}
+
+template <class E> void mix(const Piece &p, const Pages &a, const E *values, const E *tail_values, E *near, float *out) {
+    const int64_t G = a.group, wide = a.most + a.tail, width = a.value_width;
+    const float *x = a.mass + p.row * G * wide + p.from + (p.tail ? a.most : 0);
+    for (int64_t t = 0; t < p.n; t += NEAR) {
+        const int64_t n = std::min(NEAR, p.n - t);
+        const E *v = tail_values + p.row * a.tail_v_stride + (p.from + t) * width;
+        if (!p.tail) {
+            const int32_t *at = a.at + a.first[p.row] + p.from + t;
+            v = values + at[0] * width;
+            if (at[n - 1] != at[0] + n - 1 || !std::is_sorted(at, at + n)) {
+                runs(at, n, [&](int64_t i, int64_t m) { std::copy_n(values + at[i] * width, m * width, near + i * width); });
+                v = near;
+            }
+        }
+        mixes(x + t, wide, G, v, n, width, out);
+    }
 }
 
 template <class E> void attend_pages_of(const Pages &a) {
-    const auto *keys = static_cast<const E *>(a.k), *values = static_cast<const E *>(a.v);
-    const auto *tail_keys = static_cast<const E *>(a.tail_k), *tail_values = static_cast<const E *>(a.tail_v);
-    const int64_t G = a.group, of_page = G * a.page, of_tail = G * a.tail, of_out = G * a.value_width;
-    std::vector<float> x(a.pages * of_page), y(a.rows * of_tail), most(a.rows * G);
-    // sums of every thread: in an order of their own, so that the same input gives the same output
-    std::vector<float> parts(a.threads * a.rows * of_out), totals(a.threads * a.rows * G);
+    const auto *k = static_cast<const E *>(a.k), *v = static_cast<const E *>(a.v);
+    const auto *tail_k = static_cast<const E *>(a.tail_k), *tail_v = static_cast<const E *>(a.tail_v);
+    const int64_t G = a.group, wide = a.most + a.tail, of_out = G * a.value_width;
+    std::vector<Piece> pieces;
+    std::vector<int64_t> begin; // of every row's pieces
+    for (int64_t row = 0; row < a.rows; ++row) {
+        begin.push_back(pieces.size());
+        for (const bool tail : {false, true}) {
+            const int64_t slots = tail ? a.tail : a.held[row];
+            for (int64_t i = 0; i < slots; i += PIECE) pieces.push_back({row, i, std::min(PIECE, slots - i), tail});
+        }
+    }
+    begin.push_back(pieces.size());
+    const auto all = static_cast<int64_t>(pieces.size());
+    std::vector<float> parts(all * of_out); // so that sums are in one order, whatever the threads
 #pragma omp parallel num_threads(a.threads)
     {
+        std::vector<E> near(NEAR * a.value_width);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < all; ++i) logits_of(pieces[i], a, k, tail_k);
 #pragma omp for schedule(static)
-        for (int64_t p = 0; p < a.pages; ++p) {
-            const int64_t row = a.owner[p];
-            float *mine = x.data() + p * of_page;
-            dots(a.q + row * G * a.width, G, keys + p * a.page * a.width, a.page, a.width, mine, a.page);
-            mask(mine, G, a.pos + p * a.page, a.page, a.q_pos[row / a.heads], a);
-        }
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < a.rows; ++row) {
-            float *mine = y.data() + row * of_tail;
-            dots(a.q + row * G * a.width, G, tail_keys + row * a.tail_k_stride, a.tail, a.width, mine, a.tail);
-            const int64_t b = row / a.heads, h = row % a.heads;
-            mask(mine, G, a.tail_pos + b * a.tail_pos_batch + h * a.tail_pos_head, a.tail, a.q_pos[b], a);
-            const int64_t first = std::lower_bound(a.owner, a.owner + a.pages, row) - a.owner;
-            const int64_t last = std::upper_bound(a.owner, a.owner + a.pages, row) - a.owner;
-            for (int64_t g = 0; g < G; ++g) {
-                float m = largest(mine + g * a.tail, a.tail, NOTHING);
-                for (int64_t p = first; p < last; ++p)
-                    m = largest(x.data() + p * of_page + g * a.page, a.page, m);
-                most[row * G + g] = m == NOTHING ? 0 : m; // a query that sees nothing: all its weights are 0
-            }
-        }
-#pragma omp for schedule(static)
-        for (int64_t p = 0; p < a.pages; ++p) {
-            const int64_t row = a.owner[p];
-            float *mine = x.data() + p * of_page;
-            const int64_t place = omp_get_thread_num() * a.rows + row;
-            for (int64_t g = 0; g < G; ++g)
-                totals[place * G + g] += exponentials(mine + g * a.page, a.page, most[row * G + g]);
-            const E *v = values + p * a.page * a.value_width;
-            mixes(mine, a.page, G, v, a.page, a.value_width, parts.data() + place * of_out);
-        }
+        for (int64_t r = 0; r < a.rows * G; ++r) softmax(a.mass + r * wide, a.held[r / G], a);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < all; ++i) mix(pieces[i], a, v, tail_v, near.data(), parts.data() + i * of_out);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < a.rows; ++row) {
-            float *mine = y.data() + row * of_tail, *out = a.out + row * of_out;
+            float *out = a.out + row * of_out;
             std::fill(out, out + of_out, 0.0f);
-            for (int64_t g = 0; g < G; ++g)
-                totals[row * G + g] += exponentials(mine + g * a.tail, a.tail, most[row * G + g]);
-            mixes(mine, a.tail, G, tail_values + row * a.tail_v_stride, a.tail, a.value_width, out);
-            for (int32_t i = 0; i < a.threads; ++i)
-                for (int64_t d = 0; d < of_out; ++d) out[d] += parts[(i * a.rows + row) * of_out + d];
-            for (int64_t g = 0; g < G; ++g) {
-                float total = 0;
-                for (int32_t i = 0; i < a.threads; ++i) total += totals[(i * a.rows + row) * G + g];
-                for (int64_t d = 0; d < a.value_width; ++d) out[g * a.value_width + d] *= total > 0 ? 1 / total : 0;
-            }
+            for (int64_t i = begin[row]; i < begin[row + 1]; ++i)
+                for (int64_t d = 0; d < of_out; ++d) out[d] += parts[i * of_out + d];
         }
     }
 }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.attend import compiled, reference
+from kernels.attend.pages import Pages
 
 if TYPE_CHECKING:
     from kernels.attend.rules import Layout, Rules
@@ -24,7 +25,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rules: Rules, q_pos: Tensor, k_pos: 
         tail = k, v, k_pos.expand(-1, k.shape[1], -1).to(torch.int32)
         pages = _no_pages(k, v)
         if compiled.serves(q, pages, tail, rules):
-            return compiled.attend_pages(q, pages, tail, rules, q_pos)
+            return compiled.attend_pages(q, pages, tail, rules, q_pos)[0]
     if rows.serves(q, k, v, rules):
         how = "tail" if layout == "causal" else "positions"
         out = rows.attend_with_sums(q, k, v, rules, [], q_pos, k_pos, how)[0]
@@ -33,6 +34,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rules: Rules, q_pos: Tensor, k_pos: 
     return reference.attend_positions(q, k, v, rules, q_pos, k_pos)
 
 
-def _no_pages(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    none = [x.new_empty(0, 1, x.shape[-1]) for x in (k, v)]
-    return none[0], none[1], k.new_empty(0, 1, dtype=torch.int32), k.new_empty(0, dtype=torch.int64)
+def _no_pages(k: Tensor, v: Tensor) -> Pages:
+    none = [x.new_empty(0, x.shape[-1]) for x in (k, v)]
+    nowhere = k.new_empty(0, dtype=torch.int32)
+    nothing = k.new_zeros(k.shape[0] * k.shape[1], dtype=torch.int64)
+    return Pages(none[0], none[1], nowhere, nowhere, nothing, nothing, 0)

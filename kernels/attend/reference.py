@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from kernels.attend.pages import Pages
     from kernels.attend.rules import Rules
 
 # elements of one block's [rows, S] scores; 2**22 float32 are 16 MiB
@@ -114,34 +115,25 @@ def _block(q: Tensor, k: Tensor, v: Tensor, rules: Rules, q_pos: Tensor, k_pos: 
 
 
 def attend_pages(
-    q: Tensor,
-    stored: tuple[Tensor, Tensor, Tensor, Tensor],
-    tail: tuple[Tensor, Tensor, Tensor],
-    rules: Rules,
-    q_pos: Tensor,
-) -> Tensor:
-    """One query per row over ragged pages and a rectangular tail, in one softmax: [B, Hq, 1, Dv].
-
-    q [B, Hq, 1, D]; stored: k [P, page, D], v [P, page, Dv], pos [P, page], page_row [P] with values b * H + h;
-    tail: k [B, H, t, D], v [B, H, t, Dv], pos [B, H, t]; q_pos [B, 1].
-    """
-    k, v, k_pos, page_row = stored
+    q: Tensor, pages: Pages, tail: tuple[Tensor, Tensor, Tensor], rules: Rules, q_pos: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `kernels.attend.attend_pages_with_mass` gives; slots are gathered in blocks, a head beside the others."""
     k_tail, v_tail, tail_pos = tail
     B, Hq, _, D = q.shape
     H, G = k_tail.shape[1], Hq // k_tail.shape[1]
     rows = q.reshape(B * H, G, D)
-    row_pos = q_pos.expand(B, H).reshape(B * H, 1)
-    x = _page_logits(rows[page_row], k, k_pos, rules, row_pos[page_row], page_row % H)  # [P, G, page]
-    head = torch.arange(B * H, device=q.device) % H
-    y = _page_logits(rows, k_tail.flatten(0, 1), tail_pos.flatten(0, 1), rules, row_pos, head)  # [B * H, G, t]
-    biggest = y.amax(-1) if y.shape[-1] else y.new_full((B * H, G), -torch.inf)
-    owner = page_row[:, None].expand(-1, G)
-    biggest = biggest.scatter_reduce(0, owner, x.amax(-1), "amax").clamp_min(torch.finfo(torch.float32).min)
-    p, r = (x - biggest[page_row][..., None]).exp(), (y - biggest[..., None]).exp()
-    total = r.sum(-1).index_add_(0, page_row, p.sum(-1))  # [B * H, G]
-    out = averages(r.to(q.dtype), v_tail.flatten(0, 1)).float()
-    out.index_add_(0, page_row, averages(p.to(q.dtype), v).float())
-    return (out / total.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).to(q.dtype).view(B, Hq, 1, -1)
+    row_pos, head = q_pos.expand(B, H).reshape(B * H, 1), torch.arange(B * H, device=q.device) % H
+    x = q.new_empty(B * H, G, pages.most + tail_pos.shape[2], dtype=torch.float32)
+    for now, places, real in pages.blocks(BLOCK_ELEMENTS):
+        k_pos = pages.pos[places].masked_fill(~real, -1)
+        x[..., now] = _page_logits(rows, pages.k[places], k_pos, rules, row_pos, head)
+    x[..., pages.most :] = _page_logits(rows, k_tail.flatten(0, 1), tail_pos.flatten(0, 1), rules, row_pos, head)
+    p = x.softmax(-1).nan_to_num(0.0)  # [B * H, G, S]
+    weights = p.to(q.dtype)
+    out = averages(weights[..., pages.most :], v_tail.flatten(0, 1)).float()
+    for now, places, _ in pages.blocks(BLOCK_ELEMENTS):
+        out += averages(weights[..., now], pages.v[places]).float()
+    return out.to(q.dtype).view(B, Hq, 1, -1), p.view(B, Hq, -1)
 
 
 def _page_logits(q: Tensor, k: Tensor, k_pos: Tensor, rules: Rules, q_pos: Tensor, head: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attend.pages import Pages
 from kernels.attend.rules import Rules
 from kernels.attend.splits import merged, pick_splits
 from kernels.attend.tiles import (
@@ -35,14 +36,15 @@ from kernels.launch import launch
 
 @triton.jit
 def sweep(
-    acc, biggest, total, q, q_at, slope, start, tau, K, V, POS, X, x_row, k_ss, v_ss, lo, hi, d, dv, scale, cap, window,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, biggest, total, q, q_at, slope, start, tau, K, V, POS, AT, X, x_row, k_ss, v_ss, lo, hi, d, dv, scale, cap,
+    window, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     POSITIONS: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, SLOPE: tl.constexpr,
     NOISE: tl.constexpr, TAU: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The running softmax over slots [lo, hi): weighted values, largest logit and sum of weights per row.
 
-    V None: no values are read.  X: where logits to the base e go, rows at x_row, or None.  EVEN: whole tiles only.
+    V None: no values are read.  AT: where the slots lie in K, V and POS; None: one after the other.
+    X: where logits to the base e go, rows at x_row, or None.  EVEN: whole tiles only.
     """
     for j in range(lo, hi, BLOCK_N):
         n = tl.arange(0, BLOCK_N)
@@ -51,9 +53,15 @@ def sweep(
         if not EVEN:
             k_mask, v_mask = inside[:, None] & k_mask, inside[:, None] & v_mask
         first = tl.cast(j, tl.int64)
-        k = tl.load(K + first * k_ss + n[:, None] * k_ss + d[None, :], mask=k_mask, other=0.0).to(q.dtype)  # [N, D]
+        keys, place = K + first * k_ss, n
+        if AT is not None:
+            keys, place = K, tl.load(AT + first + n, mask=inside, other=0).to(tl.int64)
+        k = tl.load(keys + place[:, None] * k_ss + d[None, :], mask=k_mask, other=0.0).to(q.dtype)  # [N, D]
         if POSITIONS:
-            k_at = tl.load(POS + first + n, mask=inside, other=-1).to(tl.int32)
+            slots = POS + first
+            if AT is not None:
+                slots = POS
+            k_at = tl.load(slots + place, mask=inside, other=-1).to(tl.int32)
         else:
             k_at = j + n
         x = scores(
@@ -72,8 +80,10 @@ def sweep(
         total = total * shrink + tl.sum(p, 1)
         biggest = bigger
         if V is not None:
-            at = V + first * v_ss + n[:, None] * v_ss + dv[None, :]
-            v = tl.load(at, mask=v_mask, other=0.0).to(q.dtype)  # [N, DV]
+            values = V + first * v_ss
+            if AT is not None:
+                values = V
+            v = tl.load(values + place[:, None] * v_ss + dv[None, :], mask=v_mask, other=0.0).to(q.dtype)  # [N, DV]
             acc = acc * shrink[:, None] + dot(p.to(q.dtype), v, UPCAST)
     return acc, biggest, total
 
@@ -135,30 +145,30 @@ def rectangular(
             whole = tl.minimum(hi, tl.program_id(0) * BLOCK_M // G + offset + 1)
         whole = lo + tl.maximum(whole - lo, 0) // BLOCK_N * BLOCK_N
         acc, biggest, total = sweep(
-            acc, biggest, total, q, q_at, slope, start, tau, keys, values, kp, X, x_row, k_ss, v_ss, lo, whole, d, dv,
-            scale, cap, window, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, False, CAP, False, SLOPES is not None,
+            acc, biggest, total, q, q_at, slope, start, tau, keys, values, kp, None, X, x_row, k_ss, v_ss, lo, whole, d,
+            dv, scale, cap, window, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, False, CAP, False, SLOPES is not None,
             START is not None, TAUS is not None, True, UPCAST,
         )  # fmt: skip
         lo = whole
     acc, biggest, total = sweep(
-        acc, biggest, total, q, q_at, slope, start, tau, keys, values, kp, X, x_row, k_ss, v_ss, lo, hi, d, dv,
+        acc, biggest, total, q, q_at, slope, start, tau, keys, values, kp, None, X, x_row, k_ss, v_ss, lo, hi, d, dv,
         scale, cap, window, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, POSITIONS, CAUSAL, CAP, WINDOW, SLOPES is not None,
         START is not None, TAUS is not None, False, UPCAST,
     )  # fmt: skip
     finish(acc, biggest, total, OUT, LSE, row * splits + tl.program_id(2), dv, real, DV)
 
 
-@triton.jit(do_not_specialize=["tail", "splits"])
+@triton.jit(do_not_specialize=["most", "tail", "splits"])
 def ragged(
-    Q, K, V, POS, FIRST, TAIL_K, TAIL_V, TAIL_POS, QPOS, SLOPES, OUT, LSE,
+    Q, K, V, POS, AT, FIRST, HELD, TAIL_K, TAIL_V, TAIL_POS, QPOS, SLOPES, OUT, LSE, X,
     q_sb, q_sh, k_ss, v_ss, tk_sb, tk_sh, tk_ss, tv_sb, tv_sh, tv_ss, tp_sb, tp_sh, qp_sb,
-    H, page, tail, splits, scale, cap, window,
+    H, most, tail, splits, scale, cap, window,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, j): one token's group of heads over part j of the head's own pages; the last has the tail.
 
-    FIRST: the first page of every row and head, and their number behind the last.
+    X: logits to the base e, [B, Hq, most + tail], or None.
     """
     r = tl.program_id(0)
     b, h = (r // H).to(tl.int64), (r % H).to(tl.int64)
@@ -173,28 +183,30 @@ def ragged(
     slope = tl.zeros((BLOCK_M,), tl.float32)
     if SLOPES is not None:
         slope = tl.load(SLOPES + head, mask=real, other=0.0)
-    begin, end = tl.load(FIRST + r) * page, tl.load(FIRST + r + 1) * page
-    split = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_N) * BLOCK_N
+    begin, held = tl.load(FIRST + r), tl.load(HELD + r)
+    split = tl.cdiv(tl.cdiv(held, splits), BLOCK_N) * BLOCK_N
     lo = tl.program_id(1) * split
-    hi = tl.minimum(lo + split, end - begin).to(tl.int32)
+    hi = tl.minimum(lo + split, held).to(tl.int32)
     lo = lo.to(tl.int32)
     nothing = tl.zeros((BLOCK_M,), tl.int32)
     one = tl.full((BLOCK_M,), 1.0, tl.float32)
+    row = b * H * G + head
+    x_row = tl.where(real, row * (most + tail), -1)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     biggest, total = tl.full((BLOCK_M,), -float("inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     acc, biggest, total = sweep(
-        acc, biggest, total, q, q_at, slope, nothing, one, K + begin * k_ss, V + begin * v_ss, POS + begin, None,
-        nothing, k_ss, v_ss, lo, hi, d, dv, scale, cap, window,
+        acc, biggest, total, q, q_at, slope, nothing, one, K, V, POS, AT + begin, X, x_row, k_ss, v_ss, lo, hi, d, dv,
+        scale, cap, window,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, True, CAP, WINDOW, SLOPES is not None, False, False, False, UPCAST,
     )  # fmt: skip
     mine = tl.where(tl.program_id(1) == splits - 1, tail, 0)
     acc, biggest, total = sweep(
         acc, biggest, total, q, q_at, slope, nothing, one, TAIL_K + b * tk_sb + h * tk_sh,
-        TAIL_V + b * tv_sb + h * tv_sh, TAIL_POS + b * tp_sb + h * tp_sh, None,
-        nothing, tk_ss, tv_ss, mine - mine, mine, d, dv, scale, cap, window,
+        TAIL_V + b * tv_sb + h * tv_sh, TAIL_POS + b * tp_sb + h * tp_sh, None, X,
+        tl.where(real, x_row + most, -1), tk_ss, tv_ss, mine - mine, mine, d, dv, scale, cap, window,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, True, CAP, WINDOW, SLOPES is not None, False, False, False, UPCAST,
     )  # fmt: skip
-    finish(acc, biggest, total, OUT, LSE, (b * H * G + head) * splits + tl.program_id(1), dv, real, DV)
+    finish(acc, biggest, total, OUT, LSE, row * splits + tl.program_id(1), dv, real, DV)
 
 
 def attend(
@@ -253,39 +265,49 @@ def attend(
 
 def attend_pages(
     q: Tensor,
-    stored: tuple[Tensor, Tensor, Tensor, Tensor],
+    pages: Pages,
     tail: tuple[Tensor, Tensor, Tensor],
     rules: Rules,
     q_pos: Tensor,
+    *,
+    mass: bool = False,
     splits: int | None = None,
-) -> Tensor:
-    """What `kernels.attend_pages` gives: every head's pages lie in one piece, from its own offset on."""
-    k, v, pos, page_row = stored
+) -> tuple[Tensor, Tensor | None]:
+    """What `kernels.attend_pages_with_mass` gives; no attention if mass is not set.
+
+    Logits are small beside the keys, so that these are read once and the attention is made of the logits.
+    """
     k_tail, v_tail, tail_pos = packed_rows(tail[0]), packed_rows(tail[1]), last_contiguous(tail[2])
-    q = packed_rows(q)
-    (B, Hq, _, D), H, DV = q.shape, k_tail.shape[1], v.shape[-1]
-    G, page = Hq // H, k.shape[1]
-    first = torch.searchsorted(page_row, torch.arange(B * H + 1, device=q.device), out_int32=False)
+    q, k, v = packed_rows(q), pages.k, pages.v
+    (B, Hq, _, D), (H, t), DV = q.shape, k_tail.shape[1:3], v.shape[-1]
+    G = Hq // H
     tile = tiles(G, D, DV, q.dtype)
     if splits is None:  # heads differ in length: more parts than for equal ones even that out
-        splits = pick_splits(q.device, triton.cdiv(B * H, 2), triton.cdiv(k.shape[0], B * H) * page)
+        splits = pick_splits(q.device, triton.cdiv(B * H, 2), triton.cdiv(len(pages.at), B * H))
     out = q.new_empty(B, Hq, 1, DV)
-    part, part_lse = out, None
+    logits = torch.full((B, Hq, pages.most + t), -torch.inf, device=q.device) if mass else None
+    lse = q.new_empty(B, Hq, 1, dtype=torch.float32) if mass else None
+    part, part_lse = out, lse
     if splits > 1:
         part = q.new_empty(B, Hq, 1, splits, DV, dtype=torch.float32)
         part_lse = q.new_empty(B, Hq, 1, splits, dtype=torch.float32)
     launch(
         ragged, (B * H, splits),
-        q, k, v, pos, first, k_tail, v_tail, tail_pos, q_pos, rules.slopes, part, part_lse,
-        q.stride(0), q.stride(1), k.stride(1), v.stride(1), *k_tail.stride()[:3], *v_tail.stride()[:3],
+        q, k, v, pages.pos, pages.at, pages.first, pages.held, k_tail, v_tail, tail_pos, q_pos, rules.slopes, part,
+        part_lse, logits,
+        q.stride(0), q.stride(1), k.stride(0), v.stride(0), *k_tail.stride()[:3], *v_tail.stride()[:3],
         *strides(tail_pos, 2), *strides(q_pos, 1),
-        H, page, k_tail.shape[2], splits, rules.scale, rules.softcap or 1.0, rules.window or 0,
+        H, pages.most, t, splits, rules.scale, rules.softcap or 1.0, rules.window or 0,
         G=G, D=D, DV=DV, CAP=rules.softcap is not None, WINDOW=rules.window is not None,
         UPCAST=upcast(q), **tile,
     )  # fmt: skip
     if splits > 1:
-        merged(part, part_lse, out, None, splits, B * Hq, DV)
-    return out
+        assert part_lse is not None
+        merged(part, part_lse, out, lse, splits, B * Hq, DV)
+    if logits is None or lse is None:
+        return out, None
+    # a row that sees nothing has no finite logit either
+    return out, logits.sub_(lse.clamp_min(torch.finfo(torch.float32).min)).exp_()
 
 
 def compile_cases(brief: bool = False) -> None:
@@ -299,7 +321,8 @@ def compile_cases(brief: bool = False) -> None:
         pos = torch.empty(1, 300, dtype=torch.int32)
         for T, splits in ((1, 2), (300, 1)):
             attend(q[:, :, :T], k, k, Rules(1.0), pos[:, :T], pos[:, None], "positions", splits=splits)
-        pages = k.view(-1, 15, D), k.view(-1, 15, D), pos.view(-1, 15), torch.zeros(20, dtype=torch.long)
+        first = torch.zeros(1, dtype=torch.long)
+        pages = Pages(k[0, 0], k[0, 0], pos[0], pos[0], first, first + 300, 300)
         attend_pages(q[:, :, :1], pages, (k, k, pos[:, None]), Rules(1.0), pos[:, :1], splits=2)
     attend(q[:, :, :1].float(), k.half(), k.half(), Rules(1.0), pos[:, :1], pos[:, None], "all")
     # the rules and layouts at one width, where the query and key of the last kind are small
@@ -307,6 +330,7 @@ def compile_cases(brief: bool = False) -> None:
     every = Rules(1.0, softcap=1.0, window=9, slopes=torch.empty(G))
     attend(q, k, k, every, *at, "causal")
     attend(q[:, :, :1], k, k, Rules(1.0), at[0][:, :1], at[1], "all", lse=True)
+    attend_pages(q[:, :, :1], pages, (k, k, pos[:, None]), Rules(1.0), pos[:, :1], mass=True, splits=1)
     if not brief:
         for rules in (Rules(1.0), Rules(1.0, softcap=1.0), Rules(1.0, window=9), every):
             for layout in ("all", "causal", "positions"):

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from kernels import backend, compiled
-from kernels.attend import Rules, attend, attend_pages, attend_with_lse
+from kernels.attend import Pages, Rules, attend, attend_pages, attend_pages_with_mass, attend_with_lse
 from kernels.attend_quantized import attend_quantized
 from kernels.bounds import bound
 from kernels.mass import attend_with_mass, mass, noisy_mass, weighted_mass
 from kernels.noise import Stem
 from kernels.quantize import dequantize, quantize
 from kernels.rotate import rotate
-from kernels.select import pages
 
 
 @dataclass(frozen=True)
@@ -133,19 +132,26 @@ def results(
     yield "noisy_mass", noisy_mass(q, k, plain, stem, **at), sums, off(sums, largest + noise.abs().max().item())
 
     keep = torch.rand(B * H, S, generator=g).to(device) < torch.linspace(0.1, 0.9, B * H, device=device)[:, None]
-    slots, page_row, _ = pages(keep, 16)
-    index = slots.clamp_min(0).view(-1, 16)
-    stored = [x.reshape(B * H * S, -1)[index] for x in (k, v)]
-    pos = torch.where(slots.view(-1, 16) >= 0, index % S, -1).int()
+    kept, n_held = keep.flatten().nonzero()[:, 0], keep.sum(-1)
+    order = torch.randperm(len(kept), generator=g).to(device)
+    places = torch.empty_like(order).index_copy(0, order, torch.arange(len(kept), device=device))
+    flat = [x.reshape(B * H * S, -1)[kept[order]] for x in (k, v)]
+    most = int(n_held.max())
+    paged = Pages(flat[0], flat[1], (kept[order] % S).int(), places.int(), n_held.cumsum(0) - n_held, n_held, most)
     k_tail, v_tail = random(B, H, 3, D), random(B, H, 3, D)
     tail_pos = torch.arange(S, S + 3, dtype=torch.int32, device=device).repeat(B, H, 1)
     held = {"q_pos": q_pos[:, -1:] + 3, "k_pos": torch.cat((torch.where(keep.view(B, H, S), k_pos, -1), tail_pos), 2)}
     p_held = probabilities(q[:, :, -1:], torch.cat((k, k_tail), 2), plain, **held)
     expected = p_held @ torch.cat((v, v_tail), 2).double().repeat_interleave(Hq // H, dim=1)
-    storage = (stored[0], stored[1], pos, page_row)
     tail = (k_tail, v_tail, tail_pos)
-    out = attend_pages(q[:, :, -1:], storage, tail, plain, q_pos=held["q_pos"])
+    out = attend_pages(q[:, :, -1:], paged, tail, plain, q_pos=held["q_pos"])
     yield "attend_pages", out, expected, off(torch.cat((v, v_tail), 2))
+    out, its_mass = attend_pages_with_mass(q[:, :, -1:], paged, tail, plain, q_pos=held["q_pos"])
+    yield "attend_pages_with_mass, output", out, expected, off(torch.cat((v, v_tail), 2))
+    order = keep.view(B, H, S).to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :most]
+    order = torch.cat((order, torch.arange(S, S + 3, device=device).expand(B, H, 3)), -1)
+    in_order = p_held[:, :, 0].gather(2, order.repeat_interleave(Hq // H, dim=1))
+    yield "attend_pages_with_mass, mass", its_mass, in_order, off(in_order)
 
     turn = 6.28 * torch.rand(B, 1, S, D // 4, generator=g).to(device)  # half of the channels
     pairs = torch.complex(*k[..., : D // 2].double().chunk(2, dim=-1)) * torch.polar(torch.ones_like(turn), turn)

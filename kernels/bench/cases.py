@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attend import Rules, attend, attend_pages
+from kernels.attend import Pages, Rules, attend, attend_pages, attend_pages_with_mass
 from kernels.attend_quantized import attend_quantized
-from kernels.mass import attend_with_mass, mass, noisy_mass
+from kernels.mass import Sums, attend_with_mass, attend_with_sums, mass, noisy_mass
 from kernels.noise import Stem
 from kernels.quantize import dequantize, quantize
 from kernels.rotate import rotate
-from kernels.select import compact, pages, top
+from kernels.select import compact, top
 
-# slots per page of ragged storage, elements per scale, and slots that stay in full precision: those of the stores
-PAGE, GROUP, RECENT = 16, 32, 128
+# elements per scale, and slots that stay in full precision: those of the stores
+GROUP, RECENT = 32, 128
 
 
 @dataclass(frozen=True)
@@ -123,23 +123,32 @@ def _a_quarter(one: Layer, shape: Shape, batch: int, S: int) -> Iterator[Case]:
     """A quarter of the slots: the same number in all heads, and from a tenth of the mean to its double."""
     B, H, n = batch, shape.n_kv_heads, S // 4
     q, rules, device = one.q, one.rules, one.q.device
-    k, v, at = one.k[:, :, :n], one.v[:, :, :n], {"q_pos": one.q_pos, "k_pos": one.k_pos[..., :n]}
+    k, v, at_even = one.k[:, :, :n], one.v[:, :, :n], {"q_pos": one.q_pos, "k_pos": one.k_pos[..., :n]}
     work, ends = 4.0 * q.numel() * n, 2 * q.nbytes
     even = "attend to a quarter"
     moved = k.nbytes + v.nbytes + ends
-    yield Case(even, lambda: attend(q, k, v, rules, **at, layout="all"), moved, work, "attend", decodes=True)
+    yield Case(even, lambda: attend(q, k, v, rules, **at_even, layout="all"), moved, work, "attend", decodes=True)
     share = torch.linspace(0.1, 1.9, B * H, device=device) if B * H > 1 else torch.ones(1, device=device)
     mask = torch.arange(S, device=device) < (share * n)[:, None]  # [B * H, S]
-    slots, page_row, counts = pages(mask, PAGE)
-    at_page = slots.clamp_min(0).view(-1, PAGE)
-    stored = [x.reshape(B * H * S, -1)[at_page] for x in (one.k, one.v)]
-    pos = torch.where(slots.view(-1, PAGE) >= 0, at_page % S, -1).int()
+    held = mask.sum(-1)
+    kept = mask.flatten().nonzero()[:, 0]
+    stored = [x.reshape(B * H * S, -1)[kept] for x in (one.k, one.v)]
+    at = torch.arange(len(kept), dtype=torch.int32, device=device)
+    places = Pages(stored[0], stored[1], (kept % S).int(), at, held.cumsum(0) - held, held, int(held.max()))
     tail = (one.k[:, :, :0], one.v[:, :, :0], one.k_pos[..., :0].expand(B, H, 0))
-    filled = sum(counts) * one.k.shape[-1] * one.k.itemsize * 2
+    moved = stored[0].nbytes + stored[1].nbytes + places.pos.nbytes + at.nbytes + ends
     yield Case(
         "attend_pages, a quarter on average",
-        lambda: attend_pages(q, (stored[0], stored[1], pos, page_row), tail, rules, q_pos=one.q_pos),
-        filled + pos.nbytes + ends,
+        lambda: attend_pages(q, places, tail, rules, q_pos=one.q_pos),
+        moved,
+        work,
+        even,
+        decodes=True,
+    )
+    yield Case(
+        "attend_pages_with_mass, a quarter on average",
+        lambda: attend_pages_with_mass(q, places, tail, rules, q_pos=one.q_pos),
+        moved + 4 * B * shape.n_heads * places.most,
         work,
         even,
         decodes=True,
@@ -156,6 +165,7 @@ def reading(shape: Shape, batch: int, T: int, dtype: torch.dtype, device: torch.
     window = {"q_pos": one.q_pos[:, -32:], "k_pos": one.k_pos}
     keys = [torch.arange(n, device=device) for n in (batch, shape.n_heads)]
     stem = Stem.of(0, keys[0][:, None, None], keys[1][:, None], one.q_pos[:, None])
+    three = [Sums(), Sums(squared=True), Sums(newest=32)]
     plain = "SDPA of PyTorch"
 
     def sdpa() -> Tensor:
@@ -169,6 +179,13 @@ def reading(shape: Shape, batch: int, T: int, dtype: torch.dtype, device: torch.
             "attend_with_mass of all queries",
             lambda: attend_with_mass(q, k, v, rules, T, **at, layout="tail"),
             moved + sums,
+            3 * half,
+            plain,
+        ),
+        Case(
+            "attend_with_sums of three",
+            lambda: attend_with_sums(q, k, v, rules, three, **at, layout="tail"),
+            moved + 3 * sums,
             3 * half,
             plain,
         ),

@@ -1,4 +1,4 @@
-"""Which slots to keep: masks from scores, and ragged pages from masks; and which one goes first.
+"""Which slots to keep: masks from scores, and slots from masks; and which one goes first.
 
 What a cache asks for when its prompt ends has one form, for every device: sorting, running sums and scattering are
 kernels of PyTorch's own. What it asks for at every token has a form in C++ too.
@@ -7,7 +7,7 @@ kernels of PyTorch's own. What it asks for at every token has a form in C++ too.
 from torch import Tensor
 
 from kernels.select import compiled, reference
-from kernels.select.reference import compact, pages, top
+from kernels.select.reference import compact, top
 
 
 def lowest(scores: Tensor, pos: Tensor) -> tuple[Tensor, bool]:
@@ -21,4 +21,4 @@ def lowest(scores: Tensor, pos: Tensor) -> tuple[Tensor, bool]:
     return reference.lowest(scores, pos)
 
 
-__all__ = ["compact", "lowest", "pages", "top"]
+__all__ = ["compact", "lowest", "top"]

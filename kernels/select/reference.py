@@ -35,24 +35,3 @@ def compact(keep: Tensor, n: int) -> tuple[Tensor, Tensor]:
     index = torch.where(keep, rank - 1, rank[..., -1:] + slot - rank)  # the others go behind the kept ones, in order
     order = torch.empty_like(keep, dtype=torch.long).scatter_(-1, index.long(), slot.long().expand(keep.shape))[..., :n]
     return order, torch.arange(order.shape[-1], device=keep.device) < rank[..., -1:]
-
-
-def pages(keep: Tensor, page: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Where each kept slot goes in flat storage of whole pages per row.
-
-    keep [R, S]. Returns (slots, rows, counts): slots [P * page] are the kept slots' numbers in [0, R * S), row after
-    row and ascending, -1 in the unused rest of a row's last page; rows [P] is the row that a page belongs to; counts
-    are the kept slots per row (one device-to-host copy).
-    """
-    R, S = keep.shape
-    counts = keep.sum(-1)  # [R]
-    n_pages = (counts + page - 1) // page  # [R]
-    first = (n_pages.cumsum(0) - n_pages) * page  # [R], a row's first flat place
-    rank = keep.cumsum(-1) - 1  # [R, S]
-    host = counts.tolist()
-    total = sum(-(-c // page) for c in host)
-    slots = torch.full((total * page,), -1, dtype=torch.long, device=keep.device)
-    index = (first[:, None] + rank)[keep]
-    slots[index] = torch.arange(R * S, device=keep.device).view(R, S)[keep]
-    rows = torch.repeat_interleave(torch.arange(R, device=keep.device), n_pages, output_size=total)
-    return slots, rows, host

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Rules, backend
+from kernels import Pages, Rules, backend
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -85,6 +85,23 @@ def interpret_quickly() -> None:
 
 if find_spec("triton") and not torch.cuda.is_available():
     interpret_quickly()
+
+
+def paged(
+    k: Tensor, v: Tensor, k_pos: Tensor, counts: list[int], S: int
+) -> tuple[Pages, tuple[Tensor, Tensor, Tensor]]:
+    """Of slots [B, H, S + t, ...] the first counts[b * H + h] of S in pages, in no order, and the last t as a tail."""
+    R, held = len(counts), torch.tensor(counts)
+    rows = torch.arange(R).repeat_interleave(held)
+    first = held.cumsum(0) - held
+    slots = torch.arange(len(rows)) - first[rows]
+    at = torch.randperm(len(rows) + 5)[: len(rows)]  # five places are spare
+    flat = [x.flatten(0, 1).new_zeros(len(rows) + 5, *x.shape[3:]) for x in (k, v, k_pos)]
+    flat[2] -= 1
+    for to, x in zip(flat, (k, v, k_pos), strict=True):
+        to[at] = x.flatten(0, 1)[rows, slots]
+    pages = Pages(flat[0], flat[1], flat[2].int(), at.int(), first, held, max(counts))
+    return pages, tuple(x[:, :, S:] for x in (k, v, k_pos))
 
 
 @contextmanager

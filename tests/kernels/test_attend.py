@@ -8,9 +8,10 @@ from torch import Tensor
 
 from kernels import Rules, attend, visible
 from kernels.attend import reference
-from kernels.attend.reference import attend_pages
 from tests.bounds import bound, near
+from tests.kernels.both_forms import paged
 from tests.kernels.formula import allowed, formula
+from tests.kernels.test_mass import dense
 
 SHAPES = {"gqa": (4, 2), "mha": (4, 4), "mqa": (4, 1)}
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
@@ -156,7 +157,7 @@ def test_half_precision_stays_near_the_formula_in_its_own_dtype(dtype):
 @pytest.mark.parametrize("heads", SHAPES)
 @pytest.mark.parametrize("t", [0, 1, 9])
 def test_pages_and_tail_are_one_softmax(t, heads, rules):
-    B, page, counts = 2, 4, [9, 0, 4, 1, 16, 3, 7, 8]
+    B, counts = 2, [9, 0, 4, 1, 16, 3, 7, 8]
     (Hq, H), S = SHAPES[heads], 16
     counts = counts[: B * H]
     q, k, v = random((Hq, H), 1, S + t)
@@ -166,10 +167,9 @@ def test_pages_and_tail_are_one_softmax(t, heads, rules):
     # a query with a fused projection's strides: rows are not one after the other
     q = torch.cat((q, q), dim=1)[:, :Hq]
     q_pos = torch.full((B, 1), S + t)
-    rows = torch.cat([torch.full((-(-n // page),), r) for r, n in enumerate(counts)]).long()
-    first = torch.cat([torch.arange(-(-n // page)) * page for n in counts]).long()
-    at = first[:, None] + torch.arange(page)
-    stored = [x.flatten(0, 1)[rows[:, None], at] for x in (k, v, k_pos)]
-    tail = [x[:, :, S:] for x in (k, v, k_pos)]
-    out = attend_pages(q, (*stored, rows), tuple(tail), rules_of(rules), q_pos)
+    pages, tail = paged(k, v, k_pos, counts, S)
+    out, mass = reference.attend_pages(q, pages, tail, rules_of(rules), q_pos)
     is_formula(out, q, k, v, rules_of(rules), q_pos, k_pos)
+    p = dense(q, k, rules_of(rules), q_pos, k_pos)[:, :, 0]
+    at = torch.cat((torch.arange(pages.most), torch.arange(S, S + t)))
+    near(mass, p[..., at], allowed(q, k, rules_of(rules), q_pos, k_pos))

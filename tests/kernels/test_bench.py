@@ -33,8 +33,10 @@ def test_a_brief_run_checks_times_and_writes_what_it_ran_on(tmp_path, capsys):
     assert ops >= {
         "attend",
         "attend_pages",
+        "attend_pages_with_mass",
         "attend_quantized",
         "attend_with_mass",
+        "attend_with_sums",
         "mass",
         "noisy_mass",
         "quantize",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import Rules, attend, attend_pages, attend_with_mass, backend, mass
+from kernels import Pages, Rules, attend, attend_pages, attend_pages_with_mass, attend_with_mass, backend, mass
 from kernels.attend_quantized import attend_quantized
 from kernels.launch import noting
 from kernels.quantize import quantize
@@ -31,10 +31,10 @@ class Step:
             "q_pos": torch.full((B, 1), S - 1, dtype=torch.int32, device=device),
             "k_pos": torch.arange(S, dtype=torch.int32, device=device).expand(B, H, S).contiguous(),
         }
-        n = S // 16 * B * H
-        rows = torch.arange(B * H, device=device).repeat_interleave(S // 16)
-        pos = torch.zeros(n, 16, dtype=torch.int32, device=device)
-        self.stored = (random(n, 16, D), random(n, 16, D), pos, rows)
+        held = torch.full((B * H,), S, device=device)
+        at = torch.arange(B * H * S, dtype=torch.int32, device=device)
+        flat = [x.flatten(0, 2) for x in (self.k, self.v, self.at["k_pos"])]
+        self.pages = Pages(*flat, at, held.cumsum(0) - held, held, S)
         self.tail = tuple(x[:, :, :5] for x in (self.k, self.v, self.at["k_pos"]))
 
         n = S - 56  # the rest is not packed
@@ -46,7 +46,11 @@ class Step:
         q, k, v, rules, at = self.q, self.k, self.v, self.rules, self.at
         yield "attend, all", lambda: attend(q, k, v, rules, **at, layout="all")
         yield "attend, positions", lambda: attend(q, k, v, rules, **at)
-        yield "attend_pages", lambda: attend_pages(q, self.stored, self.tail, rules, q_pos=at["q_pos"])
+        yield "attend_pages", lambda: attend_pages(q, self.pages, self.tail, rules, q_pos=at["q_pos"])
+        yield (
+            "attend_pages_with_mass",
+            lambda: attend_pages_with_mass(q, self.pages, self.tail, rules, q_pos=at["q_pos"]),
+        )
         yield "attend_quantized", lambda: attend_quantized(q, self.keys, self.values, rules, **at)
         yield "attend_with_mass", lambda: attend_with_mass(q, k, v, rules, 1, **at, layout="tail")
         yield "mass", lambda: mass(q, k, rules, **at, layout="tail")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kernels import Rules, attend_with_mass, backend, compiled
-from kernels.attend import attend_pages
+from kernels.attend import Pages, attend_pages, attend_pages_with_mass
 from kernels.attend import compiled as attend_compiled
 from kernels.attend_quantized import attend_quantized
 from kernels.attend_quantized import compiled as form
@@ -198,26 +198,30 @@ def test_the_process_keeps_its_small_numbers():
     assert done.stdout.strip() == "True", done.stderr
 
 
-def slots(counts: list[int], t: int, H: int, D: int, Dv: int, page: int = 16) -> tuple:
-    """Ragged pages and a tail of random slots: counts per row and head; places that are not used hold anything."""
+def slots(counts: list[int], t: int, H: int, D: int, Dv: int) -> tuple:
+    """Ragged pages and a tail of random slots: counts per row and head; heads lie between each other, in runs."""
     g = torch.Generator().manual_seed(sum(counts) + t)
-    owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor([-(-n // page) for n in counts]))
-    k, v = (torch.randn(len(owner), page, d, generator=g) for d in (D, Dv))
-    pos = torch.full((len(owner), page), -1, dtype=torch.int32)
-    for row, n in enumerate(counts):
-        places = pos[owner == row].flatten()
-        places[:n] = torch.randperm(900, generator=g)[:n].sort().values
-        pos[owner == row] = places.view(-1, page)
+    n = sum(counts)
+    k, v = (torch.randn(n + 30, d, generator=g) for d in (D, Dv))  # places that are not used hold anything
+    at = torch.randperm(n + 30, generator=g)[:n]
+    for i in range(0, n - 20, 40):  # runs of 20 places
+        at[i : i + 20] = at[i : i + 20].sort().values
+    at[: n // 3] = at[: n // 3].sort().values
+    pos = torch.randint(0, 900, (n + 30,), generator=g).int()
+    pos[torch.randint(0, n + 30, (9,), generator=g)] = -1  # freed places
+    held = torch.tensor(counts)
+    pages = Pages(k, v, pos, at.int(), held.cumsum(0) - held, held, max(counts))
     B = len(counts) // H
     tail = *(torch.randn(B, H, t + 7, d, generator=g)[:, :, :t] for d in (D, Dv)), torch.arange(900, 900 + t)
-    return (k, v, pos, owner), (*tail[:2], tail[2].int().expand(B, H, -1))
+    return pages, (*tail[:2], tail[2].int().expand(B, H, -1))
 
 
-def off(q: torch.Tensor, stored: tuple, tail: tuple) -> float:
-    """How far outputs over pages and tail may be off: the largest |q| |k| bounds every logit."""
-    k, v = (torch.cat((a.flatten(0, 1), b.flatten(0, 2))) for a, b in zip(stored[:2], tail[:2], strict=True))
+def off(q: torch.Tensor, pages: Pages, tail: tuple, size: float | None = None) -> float:
+    """How far outputs over pages and tail, or numbers of a size, may be off: the largest |q| |k| bounds every logit."""
+    k, v = (torch.cat((a.flatten(0, 2), b)) for a, b in zip(tail[:2], (pages.k, pages.v), strict=True))
     logit = (q.norm(dim=-1).max() * k.norm(dim=-1).max()).item() * q.shape[-1] ** -0.5
-    return bound(torch.float32, len(k), logit, size=v.abs().max().item(), width=q.shape[-1])
+    size = v.abs().max().item() if size is None else size
+    return bound(torch.float32, len(k), logit, size=size, width=q.shape[-1])
 
 
 @needs_compiler
@@ -230,39 +234,45 @@ def off(q: torch.Tensor, stored: tuple, tail: tuple) -> float:
         ([0, 0], 1, 2, 1, 32, 16),
         ([700, 3], 0, 2, 4, 128, 128),
         ([63, 17, 16, 1, 0, 200], 20, 3, 8, 80, 80),
+        ([130, 129], 150, 1, 2, 16, 16),
     ],
 )
 def test_pages_and_tail_are_one_softmax(counts, t, H, G, D, Dv, window, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    stored, tail = slots(counts, t, H, D, Dv)
+    pages, tail = slots(counts, t, H, D, Dv)
     B, rules = len(counts) // H, Rules(D**-0.5, window=window)
     q, q_pos = torch.randn(B, H * G, 1, D) * 3, torch.tensor([[900 + t, 905]])[:, :B].int().T
-    assert attend_compiled.serves(q, stored, tail, rules)
-    out = attend_pages(q, stored, tail, rules, q_pos=q_pos)
-    assert torch.equal(out, attend_pages(q, stored, tail, rules, q_pos=q_pos))  # whichever thread comes first
+    assert attend_compiled.serves(q, pages, tail, rules)
+    out, mass = attend_pages_with_mass(q, pages, tail, rules, q_pos=q_pos)
+    assert torch.equal(out, attend_pages(q, pages, tail, rules, q_pos=q_pos))  # whichever thread comes first
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    assert torch.equal(out, attend_pages(q, pages, tail, rules, q_pos=q_pos))  # and however many there are
     backend.use("reference")
-    near(out, attend_pages(q, stored, tail, rules, q_pos=q_pos), 2 * off(q, stored, tail))
+    expected, its_mass = attend_pages_with_mass(q, pages, tail, rules, q_pos=q_pos)
+    near(out, expected, 2 * off(q, pages, tail))
+    near(mass, its_mass, 2 * off(q, pages, tail, size=1.0))
 
 
 @needs_compiler
 def test_a_huge_logit_and_a_query_that_sees_nothing_stay_finite():
-    stored, tail = slots([40, 0], 3, 1, 64, 64)
-    stored[0][1, 2] = 1e4
+    pages, tail = slots([40, 0], 3, 1, 64, 64)
+    pages.k[pages.at[18]], pages.pos[pages.at[18]] = 1e4, 7
     q, q_pos = torch.ones(2, 2, 1, 64), torch.tensor([[902], [-1]], dtype=torch.int32)
-    out = attend_pages(q, stored, tail, Rules(1.0), q_pos=q_pos)
-    assert torch.equal(out[0, :, 0], stored[1][1, 2].expand(2, -1))  # all other weights are 0
-    assert (out[1] == 0).all()
+    out, mass = attend_pages_with_mass(q, pages, tail, Rules(1.0), q_pos=q_pos)
+    assert torch.equal(out[0, :, 0], pages.v[pages.at[18]].expand(2, -1))  # all other weights are 0
+    assert (out[1] == 0).all() and (mass[1] == 0).all()
+    assert (mass[0, :, 18] == 1).all() and (mass[0].sum(-1) == 1).all()
 
 
 @needs_compiler
 def test_pages_under_rules_that_the_loops_do_not_know_stay_in_pytorch():
-    stored, tail = slots([40, 20], 3, 2, 64, 64)
+    pages, tail = slots([40, 20], 3, 2, 64, 64)
     q = torch.randn(1, 4, 1, 64)
-    assert attend_compiled.serves(q, stored, tail, Rules(1.0, window=7))
-    assert not attend_compiled.serves(q, stored, tail, Rules(1.0, softcap=5.0))
-    assert not attend_compiled.serves(q, stored, tail, Rules(1.0, slopes=torch.ones(4)))
-    assert not attend_compiled.serves(q.double(), stored, tail, Rules(1.0))
-    assert not attend_compiled.serves(q, stored, tuple(x.mT.contiguous().mT for x in tail[:2]) + tail[2:], Rules(1.0))
+    assert attend_compiled.serves(q, pages, tail, Rules(1.0, window=7))
+    assert not attend_compiled.serves(q, pages, tail, Rules(1.0, softcap=5.0))
+    assert not attend_compiled.serves(q, pages, tail, Rules(1.0, slopes=torch.ones(4)))
+    assert not attend_compiled.serves(q.double(), pages, tail, Rules(1.0))
+    assert not attend_compiled.serves(q, pages, tuple(x.mT.contiguous().mT for x in tail[:2]) + tail[2:], Rules(1.0))
 
 
 @needs_compiler

@@ -5,11 +5,13 @@ import torch
 from torch import Tensor
 
 from kernels import (
+    Pages,
     Rules,
     Stem,
     Sums,
     attend,
     attend_pages,
+    attend_pages_with_mass,
     attend_with_lse,
     attend_with_mass,
     attend_with_sums,
@@ -28,6 +30,7 @@ from kernels.mass import rows
 from kernels.quantize import dequantize, quantize
 from tests.bounds import near
 from tests.kernels.allocations import Largest
+from tests.kernels.both_forms import paged
 from tests.kernels.formula import allowed, formula
 
 TYPES = [torch.float16, torch.bfloat16]
@@ -110,40 +113,23 @@ def test_sums_of_attention_are_those_over_the_same_numbers_in_float64(layout, dt
         near(noise, noisy, off)
 
 
-def paged(dtype: torch.dtype, counts: list[int], tail: int, page: int = 16) -> tuple:
-    """Pages of a row of two heads that hold so many slots, and a tail."""
-    g = torch.Generator().manual_seed(tail)
-    owner = torch.repeat_interleave(torch.arange(2), torch.tensor([-(-n // page) for n in counts]))
-    k, v = (torch.randn(len(owner), page, width, generator=g).to(dtype) for width in (32, 48))
-    pos = torch.cat(
-        [torch.arange(-(-n // page) * page).where(torch.arange(-(-n // page) * page) < n, -1) for n in counts]
-    )
-    ends = torch.arange(900, 900 + tail).int().expand(1, 2, -1)
-    tails = [torch.randn(1, 2, tail, width, generator=g).to(dtype) for width in (32, 48)]
-    return (k, v, pos.int().view(-1, page), owner), (*tails, ends)
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", TYPES)
 def test_pages_and_tail_are_one_softmax(dtype, form):
     backend.use(form)
-    stored, tail = paged(dtype, [40, 3], 5)
+    g, S, t = torch.Generator().manual_seed(5), 40, 5
+    k, v = (torch.randn(1, 2, S + t, width, generator=g).to(dtype) for width in (32, 48))
+    k_pos = torch.arange(S + t).repeat(1, 2, 1).int()
+    k_pos[0, 1, 3:S] = -1
+    pages, tail = paged(k, v, k_pos, [S, 3], S)
     q, q_pos = torch.randn(1, 4, 1, 32) * 2, torch.tensor([[905]], dtype=torch.int32)
     if form == "auto":
-        assert pages_compiled.serves(q, stored, tail, Rules(0.2))
-    out = attend_pages(q, stored, tail, Rules(0.2), q_pos=q_pos)
-    for h, (first, last, n) in enumerate([(0, 3, 40), (3, 4, 3)]):
-        k, v = (
-            torch.cat((pages[first:last].flatten(0, 1)[:n], end[0, h]))[None, None]
-            for pages, end in zip(stored[:2], tail[:2], strict=True)
-        )
-        at = {"q_pos": q_pos, "k_pos": torch.arange(n + 5)[None, None]}
-        mine = q[:, 2 * h : 2 * h + 2]
-        near(
-            out[:, 2 * h : 2 * h + 2],
-            formula(mine, k, v, Rules(0.2), **at),
-            allowed(mine, k.float(), Rules(0.2), **at, size=v),
-        )
+        assert pages_compiled.serves(q, pages, tail, Rules(0.2))
+    out, its_mass = attend_pages_with_mass(q, pages, tail, Rules(0.2), q_pos=q_pos)
+    at = {"q_pos": q_pos, "k_pos": k_pos}
+    near(out, formula(q, k, v, Rules(0.2), **at), allowed(q, k.float(), Rules(0.2), **at, size=v))
+    probs = attention_probs(q, k.float(), Rules(0.2), **at).view(1, 4, S + t)
+    near(its_mass, probs, 2 * allowed(q, k.float(), Rules(0.2), **at))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -183,17 +169,15 @@ def test_a_decoded_token_makes_nothing_of_the_slots_size_in_float32(form):
     S = 1 << 13
     q, k, v, at = given(1, S, torch.float16)
     q_pos, where = at["q_pos"], {**at, "k_pos": at["k_pos"].expand(-1, 2, -1)}
-    stored = (
-        *(x.reshape(-1, 16, x.shape[-1]) for x in (k, v)),
-        where["k_pos"].reshape(-1, 16),
-        torch.arange(4).repeat_interleave(S // 16),
-    )
+    held = torch.full((4,), S)
+    flat = [x.flatten(0, 2) for x in (k, v, where["k_pos"].int())]
+    pages = Pages(*flat, torch.arange(4 * S, dtype=torch.int32), held.cumsum(0) - held, held, S)
     tail = (*(x[:, :, :3] for x in (k, v)), where["k_pos"][:, :, :3])
     steps = {
         "all": lambda: attend(q, k, v, Rules(1.0), **at, layout="all"),
         "positions": lambda: attend(q, k, v, Rules(1.0, window=99), **at),
         "mass": lambda: attend_with_mass(q, k, v, Rules(1.0), 1, **at, layout="tail"),
-        "pages": lambda: attend_pages(q, stored, tail, Rules(1.0), q_pos=q_pos),
+        "pages": lambda: attend_pages(q, pages, tail, Rules(1.0), q_pos=q_pos),
         "codes": lambda: attend_quantized(q, (None, k), (None, v), Rules(1.0), **at, layout="all"),
     }
     for name, step in steps.items():

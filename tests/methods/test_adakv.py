@@ -8,7 +8,6 @@ from methods.adakv import AdaKV, best
 from methods.core.allocate import Uniform
 from methods.core.errors import UserError
 from methods.core.meter import nbytes
-from methods.core.stores.ragged import PAGE
 from tests.bounds import bound, near, run_off
 from tests.methods.conftest import kept, run
 
@@ -143,11 +142,9 @@ def test_heads_differ_and_what_they_give_up_is_freed(alpha, gqa):
     assert any(a != b for a, b in held)
     place = 2 * 16 * 4 + 4  # a key, a value and a position
     for ours, theirs, heads in zip(ada.layers, even.layers, held, strict=True):
-        pages = sum(-(-n // PAGE) for n in heads)
-        assert nbytes(ours.inner.tensors()) == pages * (PAGE * place + 8) + 2 * 16  # a page's owner, a head's layout
-        # the even split's bytes, but for the unused part of each head's last page and the pages' owners
+        # the even split's bytes, where each slot lies, and a head's layout
+        assert nbytes(ours.inner.tensors()) == sum(heads) * (place + 4) + 2 * 16
         assert nbytes(theirs.inner.tensors()) == 300 * place
-        assert pages * PAGE < 300 + 2 * PAGE
     ada.check_budget()
 
 

@@ -7,33 +7,29 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from kernels.attend import attend, attend_pages
-from kernels.select import pages
+from kernels.attend import Pages, attend, attend_pages, attend_pages_with_mass
 from methods.core.contract import Holding, Step
 from methods.core.store import Store
-
-# slots per page: a head wastes half a page on average; smaller pages make the decode product less efficient
-PAGE = 16
 
 
 class RaggedStore(Store):
     """A Store whose heads keep different numbers of slots.
 
-    Until the first `keep` it is a plain Store. Then the kept slots lie in flat pages, [P, PAGE, D], each page belonging
-    to one row and head (`page_row`, b * H + h); new tokens go to the rectangular tail that the base class holds.
-    Unused places of a head's last page, PAGE - 1 at most, have position -1; they are held, and documented on top of the
-    budget: what a row holds must not depend on the other rows, so that pages cannot be fitted to a batch. What a
-    decode step asks of the pages' layout lies on the device, so that it waits for nothing and does the same ops
-    whatever the numbers are.
+    Until the first `keep` it is a plain Store. Then the kept slots lie in flat pages of one slot each, [N, D], and a
+    table says where those of each row and head (b * H + h) lie: a head holds what it keeps and no place more. New
+    tokens go to the rectangular tail that the base class holds. A later `keep` moves the tail's slots into the places
+    that are freed, whichever head they were of; places that stay free are an eighth of what is held at most, else the
+    pages are made anew. What a decode step asks of the pages' layout lies on the device, so that it waits for nothing
+    and does the same ops whatever the numbers are.
     """
 
     def __init__(self, capacity: int | None = None):
         super().__init__(capacity)
-        self.pages: dict[str, Tensor] = {}  # "k", "v", "pos" and the side arrays, [P, PAGE, ...]
-        self.page_row = torch.empty(0)  # [P]
+        self.pages: dict[str, Tensor] = {}  # "k", "v", "pos" and the side arrays, [N, ...]
+        self.at = torch.empty(0)  # places of the first head's slots, then of the second's and so on, int32
         self.counts: list[int] = []  # slots in pages per row and head
         self.held = torch.empty(0)  # the same on the device, [B * H]
-        self.first = torch.empty(0)  # where each head's pages begin, counted in places, [B * H]
+        self.first = torch.empty(0)  # where each head's slots begin in `at`, [B * H]
 
     def __len__(self) -> int:
         return self.n + max(self.counts, default=0)
@@ -69,31 +65,61 @@ class RaggedStore(Store):
         self.track(name)
         at, real = self._places(n)
         old = values[:, :, :n].reshape(at.shape).masked_fill(~real, 0.0)  # [B * H, n]
-        self.pages[name].view(-1).index_add_(0, at.flatten(), old.flatten())
+        self.pages[name].index_add_(0, at.flatten(), old.flatten())
         self.buffers[name][:, :, : self.n] += values[:, :, n:]
 
     def keep(self, mask: Tensor, n: int, exact: bool = False) -> None:
-        """Drop all slots but those in mask [B, H, S], any number per head; their memory is freed."""
+        """Drop all slots but those in mask [B, H, S], any number per head; their places are freed, or taken by others.
+
+        Rows that lose no slot stay as they are: where a slot lies must not depend on other rows.
+        """
         B, H, S = mask.shape
-        lost = (self.pos >= 0).sum((1, 2)) > mask.sum((1, 2))  # [B]
-        tail = self._tail_of(lost) if self.counts else {}
-        if tail:  # only rows that lose slots are laid out anew: where a slot lies must not depend on other rows
-            in_pages = torch.arange(S, device=mask.device) < S - self.n
-            mask = mask & (lost[:, None, None] | in_pages)
-        slots, page_row, counts = pages(mask.reshape(B * H, S), PAGE)
-        whole = {name: self._whole(name, self._fill(name)) for name in self.buffers}
-        self.pages = {
-            name: x.reshape(B * H * S, *x.shape[3:])[slots.clamp_min(0)].view(-1, PAGE, *x.shape[3:])
-            for name, x in whole.items()
+        tail: dict[str, Tensor] = {}
+        if not self.counts:
+            where = mask.nonzero(as_tuple=True)
+            whole = {name: self._whole(name, self._fill(name)) for name in self.buffers}
+            self.pages = {name: x[where] for name, x in whole.items()}
+            self.at = torch.arange(len(where[0]), dtype=torch.int32, device=mask.device)
+        else:
+            lost = (self.pos >= 0).sum((1, 2)) > mask.sum((1, 2))  # [B]
+            tail = self._tail_of(lost)
+            if tail:
+                mask = mask & (lost[:, None, None] | (torch.arange(S, device=mask.device) < S - self.n))
+            self._refill(mask)
+        heads = 1 if not tail else self.buffers["pos"].shape[1]
+        empty = {
+            name: x.new_empty(B, heads if name == "pos" else H, 0, *x.shape[3:]) for name, x in self.buffers.items()
         }
-        self.pages["pos"] = torch.where(slots.view(-1, PAGE) >= 0, self.pages["pos"], -1)
-        empty = {name: x.new_empty(B, 1 if name == "pos" else H, 0, *x.shape[3:]) for name, x in whole.items()}
         self.buffers = tail or empty
         self.n, self.padded, self.free_slot = self.buffers["k"].shape[2], bool(tail), None
-        self.page_row, self.counts = page_row, counts
-        self.real = self._in_pages(counts) if not tail else None
         self.held = mask.sum(-1).flatten()
-        self.first = _first_pages(self.held) * PAGE
+        self.first = self.held.cumsum(0) - self.held
+        self.counts = self.held.tolist()
+        self.real = self._in_pages(self.counts) if not tail else None
+
+    def _refill(self, mask: Tensor) -> None:
+        """Frees what is not in mask [B, H, S] and moves the tail's slots that are into pages."""
+        n, size = max(self.counts), len(self.pages["pos"])
+        places = mask.new_zeros(mask.shape, dtype=torch.long)
+        places[..., :n] = self._places(n)[0].view(*mask.shape[:2], n)
+        row, head, slot = mask[..., n:].nonzero(as_tuple=True)
+        stay = places[..., :n][mask[..., :n]]
+        total = len(stay) + len(row)
+        if total > size:
+            to_come = total if self.to_come is None else self.to_come * len(self.held)
+            more = total + min(total // 8, to_come) - size
+            self.pages = {name: torch.cat((x, x.new_empty(more, *x.shape[1:]))) for name, x in self.pages.items()}
+            size += more
+        free = torch.ones(size, dtype=torch.bool, device=mask.device).index_fill(0, stay, False).nonzero()[:, 0]
+        to = free[: len(row)]
+        for name, x in self.pages.items():
+            x[to] = self.buffers[name][row, head if self.buffers[name].shape[1] > 1 else 0, slot].to(x.dtype)
+        self.pages["pos"][free[len(row) :]] = -1
+        places[row, head, n + slot] = to
+        at = places[mask]
+        if size - total > total // 8:
+            self.pages, at = {name: x[at] for name, x in self.pages.items()}, torch.arange(total, device=at.device)
+        self.at = at.to(torch.int32)
 
     def _tail_of(self, lost: Tensor) -> dict[str, Tensor]:
         """The tail without the rows lost [B]; nothing where no other has one."""
@@ -122,13 +148,14 @@ class RaggedStore(Store):
             return super().attend(step)
         if step.q.shape[2] > 1:
             return attend(step.q, *self.read(), step.rules, q_pos=step.pos, k_pos=self.pos)
-        return attend_pages(
-            step.q,
-            (self.pages["k"], self.pages["v"], self.pages["pos"], self.page_row),
-            (self.k, self.v, super().pos),
-            step.rules,
-            q_pos=step.pos,
-        )
+        return attend_pages(step.q, self._table(), (self.k, self.v, super().pos), step.rules, q_pos=step.pos)
+
+    def attend_with_mass(self, step: Step, n: int) -> tuple[Tensor, Tensor]:
+        """As the base's; of one token slots are read once, where they lie."""
+        if not self.counts or step.q.shape[2] > 1:
+            return super().attend_with_mass(step, n)
+        tail = self.k, self.v, super().pos
+        return attend_pages_with_mass(step.q, self._table(), tail, step.rules, q_pos=step.pos)
 
     def layout(self, T: int) -> str:
         """As the base's; "positions" once there are pages, as shorter heads have padding before the newest slots."""
@@ -138,25 +165,29 @@ class RaggedStore(Store):
         yield from super().tensors()
         yield from self.pages.values()
         if self.counts:
-            yield from (self.page_row, self.held, self.first)
+            yield from (self.at, self.held, self.first)
 
     def holding(self, visible: int | None = None) -> Holding:
-        """As the base's; pages, their layout and the unused places of last pages belong to the row of their head."""
+        """As the base's; a slot in pages has its place in the table, and a head its two numbers.
+
+        Free places of the pages are no row's own: they are shared out as padding.
+        """
         if not self.counts:
             return super().holding(visible)
         H, (kv, side, pos) = self.k.shape[1], self._per_slot()
-        in_pages = self._in_pages(self.counts)
-        n_pages = self._in_pages([-(-n // PAGE) for n in self.counts])
-        tail = [n - m for n, m in zip(self.counted(), in_pages)]  # less than nothing: the free slot is in a page
+        in_pages, slots = self._in_pages(self.counts), self.counted()
+        tail = [n - m for n, m in zip(slots, in_pages)]  # less than nothing: the free slot is in a page
         once = self.buffers["pos"].shape[1] == 1
-        layout = [n * self.page_row.element_size() + 2 * H * self.held.element_size() for n in n_pages]
+        layout = [m * self.at.element_size() + 2 * H * self.held.element_size() for m in in_pages]
         beside = [
-            t * side + (t // H if once else t) * pos + n * PAGE * (side + pos) + (n * PAGE - m) * kv + more
-            for t, n, m, more in zip(tail, n_pages, in_pages, layout)
+            t * side + (t // H if once else t) * pos + m * (side + pos) + more
+            for t, m, more in zip(tail, in_pages, layout)
         ]
-        held = [n * kv + more for n, more in zip(self.counted(), beside)]
+        held = [n * kv + more for n, more in zip(slots, beside)]
         places = sum(x.nbytes for x in self.buffers.values()) // len(self.k)
-        total = [places + n * PAGE * (kv + side + pos) + more for n, more in zip(n_pages, layout)]
+        free, rows = (len(self.pages["pos"]) - sum(in_pages)) * (kv + side + pos), len(in_pages)
+        shared = [free // rows + (i < free % rows) for i in range(rows)]
+        total = [places + m * (kv + side + pos) + more + f for m, more, f in zip(in_pages, layout, shared)]
         padding = [a - b for a, b in zip(total, held)]
         if self.whole is None:
             return Holding(held, beside, padding, [0] * len(held))
@@ -180,16 +211,16 @@ class RaggedStore(Store):
         super().reorder(rows)
         if not self.counts:
             return
-        H, device = self.buffers["k"].shape[1], self.page_row.device
+        H, device = self.buffers["k"].shape[1], self.at.device
         old = (rows.to(device)[:, None] * H + torch.arange(H, device=device)).flatten()  # [B * H]
         self.counts = [self.counts[i] for i in old.tolist()]
-        self.held, came_from = self.held[old], self.first[old] // PAGE
-        first, total = _first_pages(self.held), sum(-(-n // PAGE) for n in self.counts)
-        owners = torch.arange(len(old), device=device)
-        self.page_row = torch.repeat_interleave(owners, _n_pages(self.held), output_size=total)
-        order = torch.arange(total, device=device) + (came_from - first)[self.page_row]
-        self.pages = {name: x[order] for name, x in self.pages.items()}
-        self.first = first * PAGE
+        self.held, came_from = self.held[old], self.first[old]
+        self.first, total = self.held.cumsum(0) - self.held, sum(self.counts)
+        owners = torch.repeat_interleave(torch.arange(len(old), device=device), self.held, output_size=total)
+        order = torch.arange(total, device=device) + (came_from - self.first)[owners]
+        places = self.at[order].long()
+        self.pages = {name: x[places] for name, x in self.pages.items()}
+        self.at = torch.arange(total, dtype=torch.int32, device=device)
 
     def _fill_free_slot(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         if not self.counts:
@@ -212,9 +243,10 @@ class RaggedStore(Store):
             # pages have no place to spare: a head whose slot is in the tail writes once more what the first head with
             # a slot in pages writes, in the same place; with no such head all write the first place as it is
             head = torch.where(inside, torch.arange(len(inside), device=slot.device), inside.int().argmax())
-            at = torch.where(inside.any(), (self.first + slot.flatten())[head], 0)
+            entry = torch.where(inside.any(), (self.first + slot.flatten())[head], 0)
+            at = self.at[entry].long()
             for name, x in new.items():
-                flat = self.pages[name].flatten(0, 1)
+                flat = self.pages[name]
                 flat[at] = torch.where(inside.any(), x.flatten(0, 1)[head].to(flat.dtype), flat[at])
         if self.n > 0:
             # in the tail every head has places of its own: one whose slot is in pages writes its first as it is
@@ -227,10 +259,13 @@ class RaggedStore(Store):
     def _fill(self, name: str) -> float:
         return -1 if name == "pos" else self.fills.get(name, 0.0)
 
+    def _table(self) -> Pages:
+        p = self.pages
+        return Pages(p["k"], p["v"], p["pos"], self.at, self.first, self.held, max(self.counts))
+
     def _places(self, n: int) -> tuple[Tensor, Tensor]:
-        """Flat place of every head's i-th slot, and whether there is one, else some place; both [B * H, n]."""
-        i, last = torch.arange(n, device=self.held.device), len(self.page_row) * PAGE - 1
-        return (self.first[:, None] + i).clamp_max(last), i < self.held[:, None]
+        """The place of every head's i-th slot, and whether there is one, else some place; both [B * H, n]."""
+        return self._table().places(0, n)
 
     def _whole(self, name: str, fill: float) -> Tensor:
         """Pages and tail of one array as a padded rectangle [B, H, S, ...]."""
@@ -239,19 +274,7 @@ class RaggedStore(Store):
         tail = tail.expand(B, H, *tail.shape[2:])
         if not self.counts:
             return tail
-        n = max(self.counts)
-        at, real = self._places(n)
-        flat = self.pages[name].flatten(0, 1)
-        part = flat[at]  # [B * H, n, ...]
+        at, real = self._places(max(self.counts))
+        part = self.pages[name][at]  # [B * H, n, ...]
         part = part.masked_fill(~real.view(*real.shape, *(1,) * (part.dim() - 2)), fill)
         return torch.cat((part.view(B, H, *part.shape[1:]), tail.to(part.dtype)), dim=2)
-
-
-def _n_pages(held: Tensor) -> Tensor:
-    """Pages of every head that holds so many slots."""
-    return (held + PAGE - 1) // PAGE
-
-
-def _first_pages(held: Tensor) -> Tensor:
-    """The first page of every head, heads lying one after the other."""
-    return _n_pages(held).cumsum(0) - _n_pages(held)

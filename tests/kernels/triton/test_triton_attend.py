@@ -1,9 +1,11 @@
 """`attend` in Triton against its definition; poisoned outputs, fresh numbers, odd sizes."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from kernels import attend, attend_pages, attend_with_lse
 from tests.bounds import bound, near
@@ -14,11 +16,13 @@ from tests.kernels.both_forms import (
     generator,
     moved,
     on_each_device,
+    paged,
     pairs,
     poison,
     using,
 )
 from tests.kernels.formula import allowed, formula, largest_logit
+from tests.kernels.test_mass import dense
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poison")
@@ -169,26 +173,27 @@ def test_the_reference_s_log_sum_exp_is_the_formula_s(generator):
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize(("t", "splits"), [(0, 1), (1, 3), (9, 2)])
 def test_pages_and_tail_are_one_softmax(t, splits, rules, device, generator):
-    B, (Hq, H), page, S = 2, (4, 2), 16, 112
+    B, (Hq, H), S = 2, (4, 2), 112
     counts = [9, 0, 100, 31]
     case = Case(generator, (Hq, H), S=S + t, B=B)
     case.k_pos = torch.arange(S + t).repeat(B, H, 1)
     for r, n in enumerate(counts):
         case.k_pos[r // H, r % H, n:S] = -1
     case.q_pos = torch.full((B, 1), S + t)
-    rows = torch.cat([torch.full((-(-n // page),), r) for r, n in enumerate(counts)]).long()
-    first = torch.cat([torch.arange(-(-n // page)) * page for n in counts]).long()
-    at = first[:, None] + torch.arange(page)
-    stored = tuple(x.flatten(0, 1)[rows[:, None], at] for x in (case.k, case.v, case.k_pos))
-    tail = tuple(x[:, :, S:] for x in (case.k, case.v, case.k_pos))
+    pages, tail = paged(case.k, case.v, case.k_pos, counts, S)
     expected = formula(case.q, case.k, case.v, case.rules(rules), case.q_pos, case.k_pos)
-    q, stored, tail, q_pos = moved(device, case.q, (*stored, rows), tail, case.q_pos)
+    p = dense(case.q, case.k, case.rules(rules), case.q_pos, case.k_pos)[:, :, 0]
+    p = p[..., torch.cat((torch.arange(pages.most), torch.arange(S, S + t)))]
+    q, tail, q_pos = moved(device, case.q, tail, case.q_pos)
+    pages = replace(pages, **{name: x.to(device) for name, x in vars(pages).items() if isinstance(x, Tensor)})
     with using("triton"):
-        near(attend_pages(q, stored, tail, case.rules(rules, device), q_pos=q_pos), expected, case.allowed(rules))
+        out = attend_pages(q, pages, tail, case.rules(rules, device), q_pos=q_pos)
+    near(out, expected, case.allowed(rules))
     from kernels.attend import triton
 
-    out = triton.attend_pages(q, stored, tail, case.rules(rules, device), q_pos, splits=splits)
+    out, mass = triton.attend_pages(q, pages, tail, case.rules(rules, device), q_pos, mass=True, splits=splits)
     near(out, expected, case.allowed(rules))
+    near(mass, p, allowed(case.q, case.k, case.rules(rules), case.q_pos, case.k_pos))
 
 
 def test_splits_fill_the_device_and_never_fall_below_what_is_worth_a_program(monkeypatch):

@@ -1,16 +1,17 @@
-"""Ragged storage: what heads do not keep is freed, and pages stay whole. Its answers are tested in test_store.py."""
+"""Ragged storage: what heads do not keep is freed, or taken by others. Its answers are tested in test_store.py."""
 
 import pytest
 import torch
 
 from methods.core.meter import nbytes
-from methods.core.stores.ragged import PAGE, RaggedStore
+from methods.core.stores.ragged import RaggedStore
 
 B, H, S, D = 2, 3, 200, 8
 COUNTS = [[1, 16, 17], [0, 100, 33]]
 PLACE = 2 * D * 4
+ENTRY = 4 + 4  # of a slot in pages: its position, and where it lies
 NEW = 69  # tokens after the prompt
-LAYOUT = B * H * 16  # per head the number of its slots and where its pages begin
+LAYOUT = B * H * 16  # per head the number of its slots and where its table begins
 
 
 def filled() -> RaggedStore:
@@ -34,17 +35,13 @@ def ragged(side: bool = False) -> RaggedStore:
     return store
 
 
-def n_pages(counts: list[list[int]]) -> int:
-    return sum(-(-n // PAGE) for row in counts for n in row)
+def total(counts: list[list[int]]) -> int:
+    return sum(n for row in counts for n in row)
 
 
 @pytest.mark.parametrize("side", [False, True])
-def test_each_head_pays_for_its_own_pages(side):
-    store = ragged(side)
-    pages = n_pages(COUNTS)
-    assert pages == 1 + 1 + 2 + 0 + 7 + 3
-    expected = pages * PAGE * (PLACE + 4 + 4 * side) + pages * 8 + LAYOUT  # a page's owner is an int64
-    assert nbytes(store.tensors()) == expected
+def test_each_head_pays_for_its_own_slots_and_no_place_more(side):
+    assert nbytes(ragged(side).tensors()) == total(COUNTS) * (PLACE + ENTRY + 4 * side) + LAYOUT
 
 
 @pytest.mark.parametrize("side", [False, True])
@@ -60,16 +57,14 @@ def test_what_is_held_is_the_kept_slots_and_the_documented_overhead(side):
 
 
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 40])
-def test_a_heads_unused_places_are_fewer_than_a_page_and_documented_on_top(count):
+def test_what_a_row_holds_beside_its_slots_is_their_layout(count):
     counts = [[count, 1, 3], [16, count, count]]
     store = filled()
     store.keep(mask_of(counts), max(max(row) for row in counts))
     holding = store.holding()
     for row, own, beside, padding in zip(counts, holding.held, holding.beside, holding.padding, strict=True):
-        unused = sum(-n % PAGE for n in row)
-        assert own - beside == sum(row) * PLACE and unused <= len(row) * (PAGE - 1)
-        pages = (sum(row) + unused) // PAGE
-        assert beside == unused * PLACE + (sum(row) + unused) * 4 + pages * 8 + LAYOUT // B and padding == 0
+        assert own - beside == sum(row) * PLACE
+        assert beside == sum(row) * ENTRY + LAYOUT // B and padding == 0
 
 
 def test_pages_belong_to_their_head_after_rows_change_places():
@@ -77,7 +72,7 @@ def test_pages_belong_to_their_head_after_rows_change_places():
     before = store.pos
     store.reorder(torch.tensor([1, 1]))
     assert torch.equal(store.pos, before[[1, 1]])
-    assert nbytes(store.tensors()) == n_pages([COUNTS[1]] * 2) * (PAGE * (PLACE + 4) + 8) + LAYOUT
+    assert nbytes(store.tensors()) == 2 * sum(COUNTS[1]) * (PLACE + ENTRY) + LAYOUT
     store.reorder(torch.tensor([0, 1]))
     assert torch.equal(store.pos, before[[1, 1]])
 
@@ -110,7 +105,9 @@ def test_a_second_keep_takes_from_pages_and_tail_alike_and_frees_the_rest():
     counts = [[(S + 29) // 2 - (S - n - 1) // 2 for n in row] for row in COUNTS]
     assert [[(h >= 0).sum().item() for h in row] for row in store.pos] == counts
     assert (store.pos.remainder(2) == 0)[store.pos >= 0].all()
-    assert nbytes(store.tensors()) == n_pages(counts) * (PAGE * (PLACE + 8) + 8) + LAYOUT
+    # they are more slots than before, so that places were made, an eighth of them for what may come
+    places = total(counts) + total(counts) // 8
+    assert nbytes(store.tensors()) == places * (PLACE + 8) + total(counts) * 4 + LAYOUT
     mass = store.track("mass")
     expected = torch.where(store.pos < S, store.pos, 0).float()
     assert torch.equal(mass[store.pos >= 0], expected[store.pos >= 0])
@@ -147,9 +144,88 @@ def test_until_the_first_keep_it_is_a_rectangle():
     assert nbytes(store.tensors()) == B * H * S * PLACE + B * S * 4
 
 
-def test_padding_in_the_last_page_is_no_slot():
+def copied(store: RaggedStore) -> dict[str, int]:
+    """Where the pages' arrays lie."""
+    return {name: page.data_ptr() for name, page in store.pages.items()}
+
+
+def kept_by(store: RaggedStore) -> list[list[list[tuple]]]:
+    """Position, first channel of key and value, and mass of every head's slots, in order."""
+    k, v = store.read()
+    x = torch.stack((store.pos.float(), k[..., 0], v[..., 0], store.track("mass")), -1)
+    return [[[tuple(slot) for slot in head[head[:, 0] >= 0].tolist()] for head in row] for row in x]
+
+
+def test_a_later_keep_moves_new_slots_into_the_places_of_old_ones_whichever_head_they_were_of():
+    """Against a store that is gathered anew; heads grow and shrink, and their sum stays the same."""
+    store, g = ragged(side=True), torch.Generator().manual_seed(3)
+    expected, at = kept_by(store), None
+    for turn in range(12):
+        for i in range(16):
+            new = torch.randn(B, H, 1, D, generator=g)
+            now = S + 16 * turn + i
+            store.append(new, new, torch.full((B, 1), now))
+            for b in range(B):
+                for h in range(H):
+                    expected[b][h].append((float(now), new[b, h, 0, 0].item(), new[b, h, 0, 0].item(), 0.0))
+        gain = torch.randint(9, (B, H, len(store)), generator=g).float()
+        store.add("mass", gain)
+        # all heads together keep as many as before: rows do too, heads do not
+        scores = torch.where(store.pos >= 0, torch.rand(B, H, len(store), generator=g), -1.0)
+        n = torch.tensor([sum(row) for row in COUNTS])
+        rank = scores.flatten(1).argsort(dim=1, descending=True).argsort(dim=1)
+        mask = (rank < n[:, None]).view(B, H, -1)
+        real = store.pos >= 0
+        for b in range(B):
+            for h in range(H):
+                more, stays = gain[b, h][real[b, h]].tolist(), mask[b, h][real[b, h]].tolist()
+                slots = [(p, k, v, m + x) for (p, k, v, m), x in zip(expected[b][h], more, strict=True)]
+                expected[b][h] = [slot for slot, stay in zip(slots, stays, strict=True) if stay]
+        store.keep(mask, int(mask.sum(-1).max()))
+        assert kept_by(store) == expected
+        assert store.counts == [len(head) for row in expected for head in row]
+        assert at in (None, copied(store)), "pages were made anew"
+        at = copied(store)
+        assert nbytes(store.tensors()) == total(COUNTS) * (PLACE + ENTRY + 4) + LAYOUT
+
+
+def test_free_places_are_an_eighth_at_most_and_padding():
+    store, g = ragged(), torch.Generator().manual_seed(3)
+    most = 0
+    for turn in range(40):
+        new = torch.randn(B, H, 1, D, generator=g)
+        store.append(new, new, torch.full((B, 1), S + turn))
+        # every row grows by a slot a turn, then shrinks
+        n = torch.tensor([sum(row) for row in COUNTS]) + (turn if turn < 20 else 20 - 2 * (turn - 20))
+        scores = torch.where(store.pos >= 0, torch.rand(B, H, len(store), generator=g), -1.0)
+        rank = scores.flatten(1).argsort(dim=1, descending=True).argsort(dim=1)
+        store.keep((rank < n[:, None]).view(B, H, -1), 300)
+        held = total([store.counts])
+        free = len(store.pages["pos"]) - held
+        most = max(most, free)
+        assert 0 <= free <= held // 8
+        holding = store.holding()
+        assert sum(holding.held) == held * (PLACE + ENTRY) + LAYOUT
+        assert sum(holding.held) + sum(holding.padding) == nbytes(store.tensors())
+        assert (store.pages["pos"] >= 0).sum() == held == n.sum()
+    assert most > 0
+
+
+def test_no_more_places_are_made_than_tokens_will_come():
+    for to_come, more in ((None, 1000), (2, 2 * B * H)):
+        store = ragged()
+        for i in range(2):
+            one = torch.randn(B, H, 1, D)
+            store.append(one, one, torch.full((B, 1), S + i))
+        store.expect(to_come or 0)
+        real = store.pos >= 0
+        first = torch.zeros_like(real).scatter(2, real.int().argmax(-1, keepdim=True), True)
+        store.keep(real & ~(first & (store.pos < S)), 200)
+        held = total([store.counts])
+        assert len(store.pages["pos"]) - held == min(held // 8, more)
+
+
+def test_padding_is_no_slot():
     store = ragged()
-    real = store.pages["pos"] >= 0
-    assert real.sum().item() == sum(n for row in COUNTS for n in row)
-    owners = torch.bincount(store.page_row.repeat_interleave(PAGE)[real.flatten()], minlength=B * H)
-    assert owners.view(B, H).tolist() == COUNTS
+    assert (store.pages["pos"] >= 0).sum().item() == total(COUNTS)
+    assert (store.pos >= 0).sum(-1).tolist() == COUNTS

@@ -1,0 +1,40 @@
+"""Slots of heads that hold different numbers: flat storage, and a table that says where each head's slots lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Flat storage of N places, every place a page of its own, and whose they are; R = B * H heads, b * H + h.
+
+    k [N, D], v [N, Dv]; pos [N], int32, -1: nothing is there.  at [M], int32: places of the first head's slots, then of
+    the second's and so on.  first, held [R], int64: where each head's begin in `at`, and how many it has.
+    most: the largest of `held`, as the host knows it.
+    """
+
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    at: Tensor
+    first: Tensor
+    held: Tensor
+    most: int
+
+    def places(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """Places of every head's slots lo to hi, and whether there are so many, else some place; both [R, hi - lo]."""
+        i = torch.arange(lo, hi, device=self.at.device)
+        index = (self.first[:, None] + i).clamp_max(len(self.at) - 1)
+        return self.at[index].long(), i < self.held[:, None]
+
+    def blocks(self, elements: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Which slots of every head, their places and whether they are there, so many elements of keys at a time."""
+        size = max(1, elements // max(1, len(self.held) * self.k.shape[1]))
+        for lo in range(0, self.most, size):
+            hi = min(self.most, lo + size)
+            yield slice(lo, hi), *self.places(lo, hi)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from methods.core.contract import Step
+from methods.core.contract import LayerCache, ModelSpec, Step
 from methods.core.errors import UserError
-from methods.core.eviction import Eviction, EvictionContext
+from methods.core.eviction import Eviction, EvictionCache, EvictionContext
 from methods.core.store import Store
 
 
@@ -28,6 +28,21 @@ class Full(Eviction):
     def family(self) -> str:
         return "baseline"
 
+    def caches(self, spec: ModelSpec, prompt_len: int | None) -> list[LayerCache]:
+        return [FullCache(self, prompt_len) for _ in range(spec.n_layers)]
+
     def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """Never called: at budget 1 nothing has to go."""
         raise AssertionError("the full cache dropped a slot")
+
+
+class FullCache(EvictionCache):
+    """One layer of all slots, whose newest may be taken back."""
+
+    def croppable(self, columns: int) -> bool:
+        return self.sees is None and columns < len(self.store)
+
+    def crop(self, columns: int) -> Tensor:
+        self.store.crop(columns)
+        self.queries = []
+        return (self.store.pos[:, 0] >= 0).sum(-1)

@@ -265,6 +265,24 @@ class KVCache(Bound):
             raise RuntimeError("this cache has no rows yet: it has seen no token")
         return torch.arange(len(self._counts), device=self._counts.device)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the newest columns back, -tokens_to_remove of them as in transformers, where nothing has been dropped.
+
+        Raises NotImplementedError for a cache that has dropped or packed something, ValueError above 0.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give minus the number of tokens to take back")
+        layers, n = [layer.inner for layer in self.layers], -tokens_to_remove
+        if not all(layer.croppable(n) for layer in layers):
+            raise NotImplementedError(
+                "tokens cannot be taken back from a compressed cache; assisted generation is not for it"
+            )
+        if n:
+            left = [layer.crop(n) for layer in layers]  # the same in all of them
+            self._counts, self.meter.tokens, self._here = left[0].to(torch.int32), left[0].tolist(), None
+        for layer in self.layers:
+            layer.seen -= n
+
     def compress_next(self) -> None:
         """The next forward ends a prompt, as the first one did: what is stored then is compressed again.
 

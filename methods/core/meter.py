@@ -156,7 +156,7 @@ class Meter:
         self.peak_prompt = self.peak_decode = self.workspace = 0
         self.prompt: PromptEnd | None = None
         self.passes: list[Moment] = []  # those after the prompt
-        self._tokens: list[int] = []  # of every row, padding left out
+        self.tokens: list[int] = []  # of every row, padding left out
         self._slots: dict[int, tuple[int, int | None]] = {}  # per layer: bytes of one full-cache slot, sliding window
         self._device, self._itemsize = "cpu", 4  # of the model's keys
 
@@ -187,7 +187,7 @@ class Meter:
             if last:
                 self.end_prompt()
         elif step.stage is not Stage.MID_PROMPT and last:
-            self.passes.append(Moment(self._held(), list(self._tokens)))
+            self.passes.append(Moment(self._held(), list(self.tokens)))
 
     def end_prompt(self) -> None:
         """The prompt has ended, and what is held now is what was left of it."""
@@ -198,7 +198,7 @@ class Meter:
 
         behind: for every row of the batch how many passes it was fed after its own last one. They do not count.
         """
-        B = len(self._tokens)
+        B = len(self.tokens)
         prompt, (now, padding) = self.prompt, self._now()
         chosen = range(B) if rows is None else rows
         ends = [self._end(0 if behind is None else behind[row], now) for row in chosen]
@@ -235,7 +235,7 @@ class Meter:
 
     def reports(self, behind: Sequence[int] | None = None) -> list[Report]:
         """The ledger of every row."""
-        return [self.report([row], behind) for row in range(len(self._tokens))]
+        return [self.report([row], behind) for row in range(len(self.tokens))]
 
     def check_budget(self, method: str) -> None:
         """Raises BudgetMiss when a row held more at the prompt's end than asked for and documented."""
@@ -244,11 +244,11 @@ class Meter:
 
     def reorder(self, rows: Tensor) -> None:
         """Row i goes on from row rows[i], and has its history."""
-        if not self._tokens:
+        if not self.tokens:
             return
-        before, self._tokens = len(self._tokens), taken(self._tokens, rows)
+        before, self.tokens = len(self.tokens), taken(self.tokens, rows)
         alike = len(rows) == before and all(len(set(one.held)) == 1 for one in self._moments())
-        if alike and len(set(self._tokens)) == 1:  # then no device is waited for
+        if alike and len(set(self.tokens)) == 1:  # then no device is waited for
             return
         order = rows.tolist()
         for one in self._moments():
@@ -263,22 +263,22 @@ class Meter:
         new = [T] * B
         if step.padded and step.stage is not Stage.DECODE:
             new = (step.pos >= 0).sum(-1).tolist()
-        self._tokens = [n + m for n, m in zip(self._tokens or [0] * B, new, strict=True)]
+        self.tokens = [n + m for n, m in zip(self.tokens or [0] * B, new, strict=True)]
 
     def _prompt_end(self) -> PromptEnd:
-        layers, B = self._by_layer(), len(self._tokens)
+        layers, B = self._by_layer(), len(self.tokens)
         # the fullest row of a batch is padded by nothing: what all rows have is a place that ought to be free memory
         least = [min((n - m for n, m in zip(x.padding, x.alike or [0] * B)), default=0) for x in layers]
         surplus = self._total() - sum(sum(x.held) + sum(x.padding) for x in layers)
         more = [_part(max(0, surplus), [row], B) for row in range(B)]
         per_layer = [[n + extra for n in x.held] for x, extra in zip(layers, least)]
         held = [sum(row) + extra for row, extra in zip(zip(*per_layer), more)]
-        full = [self._full(n) for n in self._tokens]  # by row and layer
+        full = [self._full(n) for n in self.tokens]  # by row and layer
         asked = [x.budget_bytes(sizes) for x, sizes in zip(self.layers, zip(*full))]
         bits = [of_layer for x in self.layers if (of_layer := x.nominal_bits()) is not None]
         return PromptEnd(
             held,
-            list(self._tokens),
+            list(self.tokens),
             padding=sum(sum(x.padding) - B * extra for x, extra in zip(layers, least)),
             per_layer=per_layer,
             asked=[sum(row) for row in zip(*asked)],
@@ -289,11 +289,11 @@ class Meter:
 
     def _now(self) -> tuple[Moment, int]:
         """What is held now, and by no row's slot; the rows pay for what no layer accounts for."""
-        layers, B = self._by_layer(), len(self._tokens)
+        layers, B = self._by_layer(), len(self.tokens)
         held = [sum(row) for row in zip(*(x.held for x in layers))]
         padding = sum(sum(x.padding) for x in layers)
         surplus = max(0, self._total() - sum(held) - padding)
-        return Moment([n + _part(surplus, [row], B) for row, n in enumerate(held)], list(self._tokens)), padding
+        return Moment([n + _part(surplus, [row], B) for row, n in enumerate(held)], list(self.tokens)), padding
 
     def _held(self) -> list[int]:
         """What own slots of every row hold."""
@@ -306,7 +306,7 @@ class Meter:
 
     def _evenly(self, layer: LayerCache, billed: set[int]) -> Holding:
         """What a layer holds that does not say whose it is, and that no layer below it has been billed for."""
-        B, size = len(self._tokens), nbytes(layer.tensors(), billed)
+        B, size = len(self.tokens), nbytes(layer.tensors(), billed)
         held, beside = ([_part(n, [row], B) for row in range(B)] for n in (size, layer.overhead()))
         return Holding(held, beside, [0] * B)
 

@@ -14,6 +14,7 @@ from kernels.select import compact
 from methods.core.contract import Holding, Step
 from methods.core.decision import taken
 from methods.core.home.old_names import adopt
+from methods.core.stores.buffers import gathered, own
 
 
 def spare(n: int, to_come: int | None = None, part: int = 8) -> int:
@@ -110,7 +111,7 @@ class Store:
             return
         if not self.buffers and self.capacity is None:  # a whole prompt: no copy where the model's tensor is ours alone
             # positions are the layer's own: what it holds is the same whether a prompt comes whole or in chunks
-            self.buffers = {"k": _own(k), "v": _own(v), "pos": pos[:, None].to(torch.int32, copy=True)}
+            self.buffers = {"k": own(k), "v": own(v), "pos": pos[:, None].to(torch.int32, copy=True)}
             self.n = T
             return
         if not self.buffers:
@@ -130,12 +131,19 @@ class Store:
         """
         slots, real = compact(mask, n)  # [B, H, n]
         pos = self.pos.gather(2, slots)
-        self.buffers = {name: _gather(self.buffers[name][:, :, : self.n], slots) for name in self.buffers}
+        self.buffers = {name: gathered(self.buffers[name][:, :, : self.n], slots) for name in self.buffers}
         self.buffers["pos"] = torch.where(real, pos, -1)
         self.n = slots.shape[2]
         self.padded = not exact
         self.free_slot = None
         self.real = [mask.shape[1] * self.n] * mask.shape[0] if exact else None
+
+    def crop(self, columns: int) -> None:
+        """Take the newest columns back, of a store that has dropped nothing; their memory is freed."""
+        assert self.whole is None and self.free_slot is None, "what has been dropped does not come back"
+        self.n -= columns
+        self.buffers = {name: buffer[:, :, : self.n].clone() for name, buffer in self.buffers.items()}
+        self.padded, self.real = bool((self.buffers["pos"] < 0).any()), None
 
     def drop(self, slot: Tensor, rows: Sequence[bool] | None = None) -> None:
         """Free one place per row and head, slot [B, H], in place: the next token is written there.
@@ -335,15 +343,3 @@ class Store:
             buffer = self.buffers[name]
             buffer.scatter_(2, at if buffer.dim() == 3 else at[..., None].expand(-1, -1, -1, buffer.shape[3]), fill)
         self.free_slot = None
-
-
-def _own(x: Tensor) -> Tensor:
-    """x itself when it fills its storage, else a copy: a view would keep a larger tensor alive."""
-    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
-
-
-def _gather(x: Tensor, slots: Tensor) -> Tensor:
-    """The slots [B, H, n] of x [B, H or 1, S, ...] in new memory."""
-    if x.dim() == 3:
-        return x.expand(-1, slots.shape[1], -1).gather(2, slots)
-    return x.gather(2, slots[..., None].expand(-1, -1, -1, x.shape[-1]))

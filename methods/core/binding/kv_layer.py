@@ -72,9 +72,7 @@ class KVLayer(CacheLayerMixin):
         raise NotImplementedError("a new sequence needs a new cache: method.cache_for(model)")
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError(
-            "tokens cannot be taken back from a compressed cache; assisted generation is not for it"
-        )
+        raise NotImplementedError("layers are cropped together, by KVCache.crop")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.inner.reorder(beam_idx)

@@ -89,6 +89,14 @@ class LayerCache:
             f"{type(self).__name__}: this cache cannot be looked at by tokens that it does not store"
         )
 
+    def croppable(self, columns: int) -> bool:
+        """Whether the newest so many columns can be taken back: where nothing has been dropped, packed or summed up."""
+        return False
+
+    def crop(self, columns: int) -> Tensor:
+        """Take the newest so many columns back, where `croppable` says so; tokens of each row that are left, [B]."""
+        raise NotImplementedError
+
     def below(self, layer: int) -> LayerCache:
         """The cache of an earlier layer of the same sequences, whose turn in this pass is over: its slots, its scratch.
 

@@ -177,3 +177,38 @@ def test_a_cache_that_cannot_be_looked_at_says_so(llama):
     feed(llama, cache, ids, mask, (N,))
     with pytest.raises(NotImplementedError, match="cannot be looked at"):
         cache.probe(llama, AGAIN)
+
+
+@pytest.mark.parametrize("rows", [[N], [N, N - 9]])
+def test_tokens_of_a_cache_that_has_dropped_nothing_can_be_taken_back(llama, rows):
+    ids, mask = padded_prompt([n + 8 for n in rows])
+    cache, other = (load_method("full").cache_for(llama) for _ in range(2))
+    feed(llama, cache, ids[:, :N], mask[:, :N], (N,))
+    wrong = torch.randint(1, 97, (len(rows), 5))
+    feed(
+        llama,
+        cache,
+        torch.cat((ids[:, :N], wrong), dim=1),
+        torch.cat((mask[:, :N], torch.ones_like(wrong)), dim=1),
+        (5,),
+        N,
+    )
+    cache.crop(-5)
+    assert cache.get_seq_length() == N and len(cache.layers[0].inner.store) == N
+    later = feed(llama, cache, ids, mask, (3, 1, 4), start=N)
+    expected = feed(llama, other, ids, mask, (N, 3, 1, 4))[:, N:]
+    near(later, expected, run_off())
+    assert cache.report().held_end == other.report().held_end and cache.report().full == other.report().full
+    cache.crop(0)
+    with pytest.raises(ValueError, match=r"crop\(5\): give minus"):
+        cache.crop(5)
+
+
+def test_tokens_cannot_be_taken_back_from_what_has_dropped_packed_or_let_go(llama):
+    ids, mask = padded_prompt([N])
+    sliding = tiny_model("mistral")
+    for model, method in ((llama, "snapkv"), (llama, "h2o"), (llama, "kivi"), (sliding, "full")):
+        cache = load_method(method).cache_for(model)
+        feed(model, cache, ids, mask, (N,))
+        with pytest.raises(NotImplementedError, match="cannot be taken back from a compressed cache"):
+            cache.crop(-3)

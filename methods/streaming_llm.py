@@ -211,7 +211,10 @@ class StreamingCache(EvictionCache):
         """Free the oldest recent slot of every head, for the next token to take."""
         store, pos = self.store, self.store.pos
         recent = torch.where((pos >= 0) & ~self.method.are_sinks(store, step), pos, torch.iinfo(pos.dtype).max)
-        store.drop(recent.argmin(-1))
+        slot = recent.argmin(-1)  # [B, H]
+        if type(self.method).before_drop is not Eviction.before_drop:
+            self.method.before_drop(store, (pos >= 0).scatter(2, slot[..., None], False))
+        store.drop(slot)
         store.lose([True] * len(pos))
         self.dropped = True
         self.held = self.kept_per_head

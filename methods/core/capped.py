@@ -211,6 +211,8 @@ class CappedCache(EvictionCache):
         if store.padded:  # a row that is not full has a free place already
             free = (~real).to(torch.int8).argmax(-1)
             slot = torch.where(real.sum(-1) > self.capacity_there, slot, free)
+        if type(self.method).before_drop is not Eviction.before_drop:  # a mask of all slots, for those that look
+            self.method.before_drop(store, real.scatter(2, slot[..., None], False))
         store.drop(slot, over)
         store.lose(over)
         self.dropped = True

@@ -1,4 +1,4 @@
-"""What would make the host wait for a device, noticed without one."""
+"""What a decode step must not do, noticed without a device: make the host wait for it, or copy the cache."""
 
 import copy
 from collections.abc import Iterator
@@ -46,6 +46,22 @@ def no_waiting() -> Iterator[None]:
     """Fails where the host would wait for the device that holds the tensors, or send it numbers."""
     with _Calls(), _Ops():
         yield
+
+
+class NoCopies(TorchDispatchMode):
+    """Fails where so many bytes are allocated at once."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in inputs:
+                assert x.untyped_storage().nbytes() < self.limit, f"{func} makes a copy of {tuple(x.shape)}"
+        return out
 
 
 def without_contents(thing: Any) -> Any:

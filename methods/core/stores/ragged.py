@@ -45,12 +45,10 @@ class RaggedStore(Store):
     def track(
         self, name: str, fill: float = 0.0, width: tuple[int, ...] = (), dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """The side array in the order of `read`, [B, H, S]; a copy once there are pages: write with `add`."""
-        if width or dtype is not torch.float32:
-            raise NotImplementedError("RaggedStore: a side array holds one float32 per slot")
-        super().track(name, fill)
+        """The side array in the order of `read`, [B, H, S, *width]; a copy once there are pages: write with `add`."""
+        super().track(name, fill, width, dtype)
         if self.counts and name not in self.pages:
-            self.pages[name] = torch.full_like(self.pages["pos"], fill, dtype=torch.float32)
+            self.pages[name] = self.k.new_full((len(self.pages["pos"]), *width), fill, dtype=dtype)
         return self._whole(name, fill)
 
     def forget(self, name: str) -> None:
@@ -64,8 +62,8 @@ class RaggedStore(Store):
         n = max(self.counts)
         self.track(name)
         at, real = self._places(n)
-        old = values[:, :, :n].reshape(at.shape).masked_fill(~real, 0.0)  # [B * H, n]
-        self.pages[name].index_add_(0, at.flatten(), old.flatten())
+        old = values[:, :, :n].flatten(0, 1).masked_fill(~_like(real, values.dim() - 1), 0)  # [B * H, n, ...]
+        self.pages[name].index_add_(0, at.flatten(), old.flatten(0, 1))
         self.buffers[name][:, :, : self.n] += values[:, :, n:]
 
     def keep(self, mask: Tensor, n: int, exact: bool = False) -> None:
@@ -227,7 +225,10 @@ class RaggedStore(Store):
             super()._fill_free_slot(k, v, pos)
             return
         assert self.free_slot is not None
-        new = {name: torch.full_like(self.free_slot, fill, dtype=torch.float32) for name, fill in self.fills.items()}
+        new = {
+            name: (b := self.buffers[name]).new_full((*self.free_slot.shape, *b.shape[3:]), fill)
+            for name, fill in self.fills.items()
+        }
         self._write(self.free_slot, {"k": k[:, :, 0], "v": v[:, :, 0], "pos": pos.expand(self.free_slot.shape), **new})
         self.free_slot = None
 
@@ -276,5 +277,10 @@ class RaggedStore(Store):
             return tail
         at, real = self._places(max(self.counts))
         part = self.pages[name][at]  # [B * H, n, ...]
-        part = part.masked_fill(~real.view(*real.shape, *(1,) * (part.dim() - 2)), fill)
+        part = part.masked_fill(~_like(real, part.dim()), fill)
         return torch.cat((part.view(B, H, *part.shape[1:]), tail.to(part.dtype)), dim=2)
+
+
+def _like(x: Tensor, dim: int) -> Tensor:
+    """x with so many dimensions, the new ones behind its own."""
+    return x.view(*x.shape, *(1,) * (dim - x.dim()))

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM
 
 from methods import load_method, method_names
@@ -18,7 +17,7 @@ from tests.bounds import LOUDEST, SHARP, losses_off, near, run_off
 from tests.methods.conftest import kept, run
 from tests.methods.layer import context, filled, step_of
 from tests.tiny import equip, feed, padded_prompt
-from tests.waiting import no_waiting
+from tests.waiting import NoCopies, no_waiting
 
 NAMES = [name for name in method_names() if isinstance(load_method(name), Capped)]
 #: those that hold the same number of slots after every step; the others drop many at once
@@ -68,22 +67,6 @@ def test_bytes_equal_the_ledger_at_the_end_of_the_prompt_and_of_the_generation(n
         assert store.overhead() == side + store.k[:, :, :1].nbytes * 2 * (store.buffers["k"].shape[2] - held(cache)[0])
 
 
-class _NoCopies(TorchDispatchMode):
-    """Fails where as much as a layer's keys is allocated."""
-
-    def __init__(self, limit: int):
-        super().__init__()
-        self.limit = limit
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        inputs = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in inputs:
-                assert x.untyped_storage().nbytes() < self.limit, f"{func} makes a copy of {tuple(x.shape)}"
-        return out
-
-
 @pytest.mark.parametrize("name", CONSTANT)
 def test_a_decode_step_copies_no_cache_and_never_waits_for_the_device(name, gqa, monkeypatch):
     monkeypatch.setattr("methods.core.capped.check_scores", lambda *_: None)  # only a CPU looks at them
@@ -95,7 +78,7 @@ def test_a_decode_step_copies_no_cache_and_never_waits_for_the_device(name, gqa,
             layer.append(step), layer.attend(step), layer.end_step(step)
             where = {key: b.data_ptr() for key, b in layer.store.buffers.items()}
             continue
-        with no_waiting(), _NoCopies(limit=layer.store.k.nbytes):
+        with no_waiting(), NoCopies(limit=layer.store.k.nbytes):
             layer.append(step), layer.attend(step), layer.end_step(step)
         assert where == {key: b.data_ptr() for key, b in layer.store.buffers.items()}
     assert nbytes([layer.store.k]) == 2 * 201 * dim * 4

@@ -229,3 +229,20 @@ def test_padding_is_no_slot():
     store = ragged()
     assert (store.pages["pos"] >= 0).sum().item() == total(COUNTS)
     assert (store.pos >= 0).sum(-1).tolist() == COUNTS
+
+
+def test_side_arrays_of_any_type_and_width_follow_their_slots():
+    store = filled()
+    store.track("votes", 7.0, (3,), torch.uint8)
+    store.add("votes", torch.arange(S)[:, None].expand(B, H, S, 3).to(torch.uint8))
+    for start in (S, S + 20):
+        new = torch.randn(B, H, 20, D)
+        store.append(new, new, torch.arange(start, start + 20).expand(B, -1))
+        store.keep((store.pos >= 0) & (store.pos % 3 != 0), 300)
+        store.add("votes", torch.ones_like(store.track("votes", 7.0, (3,), torch.uint8)))
+    pos, votes = store.pos, store.track("votes", 7.0, (3,), torch.uint8)
+    expected = 7 + torch.where(pos < S, pos, 0) + torch.where(pos < S + 20, 2, 1)
+    assert votes.dtype == torch.uint8 and votes.shape == (*pos.shape, 3)
+    assert (votes == expected.to(torch.uint8)[..., None])[pos >= 0].all()
+    holding = store.holding()
+    assert sum(holding.held) + sum(holding.padding) == nbytes(store.tensors())

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +14,9 @@ from transformers import PreTrainedModel
 from methods.core.binding.kv_layer import KVLayer, PassState
 from methods.core.binding.lengths import Reach
 from methods.core.binding.padding import padding_first
-from methods.core.binding.passes import Bound, other_model
+from methods.core.binding.passes import other_model
 from methods.core.binding.prepared import spec_for
+from methods.core.binding.probed import Probed
 from methods.core.binding.rotation import Turning
 from methods.core.binding.rounding import Rounding
 from methods.core.contract import Method, Stage, Step
@@ -28,7 +27,7 @@ from methods.core.meter import Meter, Report
 BINDING = "_kvfrontier"
 
 
-class KVCache(Bound):
+class KVCache(Probed):
     """A transformers Cache whose layers belong to a method; made by `Method.cache_for`. The model is bound."""
 
     def __init__(
@@ -134,6 +133,18 @@ class KVCache(Bound):
         self.given_spans = self.given_spans.to(self._here.pos.device)
         return self.given_spans
 
+    def chunk(self, T: int) -> int | None:
+        """Tokens per pass in which the method reads a prompt that T new columns belong to; None: as they come."""
+        if self._probing or (self.prompt_len is not None and self.get_seq_length() >= self.prompt_len):
+            return None
+        self.prompt_len = self.prompt_len or T
+        return self.method.prompt_chunk(self.prompt_len)
+
+    @property
+    def counts(self) -> Tensor | None:  # type: ignore[override]
+        """Tokens of each row so far, [B]; None before the first."""
+        return self._counts
+
     def begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What the model is called with. Raises UserError where a method that looks at token ids is given none."""
         if "ids" not in self.method.needs:
@@ -149,46 +160,6 @@ class KVCache(Bound):
         """The model has done a pass; where it ended a prompt, the method may run it again."""
         if self._here is not None and self._here.stage is Stage.ENDS_PROMPT:
             self.end_prompt(model)
-
-    def end_prompt(self, model: nn.Module) -> None:
-        """The prompt has been read, and the method does what it does once then; the ledger is read afterwards."""
-        if type(self.method).after_prompt is Method.after_prompt:
-            return
-        began = _now(self.spec.device)
-        self.method.after_prompt(model, self)
-        self.compress_seconds += _now(self.spec.device) - began
-        self.prompt_ids, self.common = [], {}
-        self.meter.end_prompt()
-
-    def probe(self, model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> None:
-        """Run the model over extra tokens on top of what is held: every layer sees them and stores nothing.
-
-        ids [B, T]; mask [B, T]: 0 for padding, None: no padding. Each row's tokens stand behind its own. Layers answer
-        by `LayerCache.probe`, and `Method.end_pass` follows, with Stage.PROBE. The cache stands then where it stood.
-        """
-        assert self._counts is not None, "nothing has been read yet"
-        mask = torch.ones_like(ids) if mask is None else mask.to(ids.dtype)
-        old = torch.ones(len(ids), self.get_seq_length(), dtype=ids.dtype, device=ids.device)
-        positions = (self._counts[:, None] + mask.cumsum(-1) - 1).clamp_min(0)
-        decoder = getattr(model, "base_model", model)  # without the head, whose logits nobody asks for
-        seen = [layer.seen for layer in self.layers]
-        before = {name: getattr(self, name) for name in ("_here", "_counts", "reach", "_ids", "_pieces")}
-        named = {"position_ids": positions} if "position_ids" in inspect.signature(decoder.forward).parameters else {}
-        self._probing = True
-        try:
-            decoder(ids, attention_mask=torch.cat((old, mask), dim=1), past_key_values=self, use_cache=True, **named)
-        finally:
-            self._probing = False
-            for layer, n in zip(self.layers, seen, strict=True):
-                layer.seen = n
-            for name, value in before.items():
-                setattr(self, name, value)
-
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made once for the members of a group, behind the same prompts, that ask by one key."""
-        if key not in self.common:
-            self.common[key] = make()
-        return self.common[key]
 
     def _refuse_gaps(self, real: Tensor | None, order: Tensor | None, seen: Tensor) -> None:
         """Raises UserError where a prompt in pieces has padding behind tokens: what decides may lie a piece back."""
@@ -340,10 +311,3 @@ class KVCache(Bound):
         """Raises BudgetMiss when the prompt's end left more of a row than its budget and documented overhead."""
         self._refuse_half_a_prompt()
         self.meter.check_budget(self.method.name)
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, when all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -137,7 +137,7 @@ class EvictionCache(LayerCache):
     def __init__(self, method: Eviction, prompt_len: int | None):
         self.method = method
         make = method.store or method.allocator.new_store
-        self.store = make(capacity=prompt_len)
+        self.store = make(capacity=None if method.prompt_chunk(prompt_len or 0) else prompt_len)
         self.prompt_len = prompt_len
         self.prompt: list[int] = []  # tokens of each row's prompt, once it has ended
         self.kept_per_head: list[int] = []

@@ -7,11 +7,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from methods.core.binding.lengths import Lengths
+from methods.core.binding.pieces import joined, pieces_of
 from methods.core.contract import ModelSpec
 from methods.core.errors import UserError
 
@@ -24,6 +25,12 @@ class Bound(Cache):
 
     def begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What the model is called with."""
+        raise NotImplementedError
+
+    counts: Tensor | None  # tokens of each row so far, [B]
+
+    def chunk(self, T: int) -> int | None:
+        """Tokens per pass in which the method reads a prompt that T new columns belong to; None: as they come."""
         raise NotImplementedError
 
     def ended_pass(self, model: nn.Module) -> None:
@@ -59,6 +66,7 @@ class Passes:
         self.outermost: nn.Module | None = None  # the module whose pass it is
         self._stock: list[str] = []
         self._cache: Bound | None = None  # of the pass that goes on
+        self._before: list[Any] = []  # what earlier pieces of the prompt gave, of one that its method cuts
 
     def watch(self, model: PreTrainedModel) -> None:
         """Look at every pass of the model, or of a part of it that can be called by itself."""
@@ -68,8 +76,8 @@ class Passes:
                 part.register_forward_pre_hook(self.begin, with_kwargs=True)
                 part.register_forward_hook(self.end, always_call=True)
 
-    def begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a pass.
+    def begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a pass; of a prompt that is cut, the pieces but the last are read here, which this one becomes.
 
         Raises UserError if the cache is another model's or attention weights are asked for, CrossesSwitch as Lengths
         does.
@@ -90,18 +98,27 @@ class Passes:
                     "output_attentions=True: a compressed cache holds no attention over all tokens; leave it out, or "
                     "call the model without the cache of method.cache_for(model)"
                 )
+            pieces = pieces_of(cache, part, args, kwargs)
+            before = [part(**piece) for piece in pieces[:-1]]
+            if pieces:
+                args, kwargs = (), pieces[-1]
             cache.begin_pass(args, kwargs)
             self.lengths.begin(cache, args, kwargs)
             self._switch_on(part)
-            self._cache = cache
+            self._cache, self._before = cache, before
+            return (args, kwargs) if pieces else None
+        return None
 
-    def end(self, part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def end(self, part: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After a pass, also one that failed."""
-        if part is self.outermost:
-            cache = self._cache
-            self._switch_off()
-            if cache is not None and output is not None:  # None: it failed
-                cache.ended_pass(part)
+        if part is not self.outermost:
+            return None
+        cache, before = self._cache, self._before
+        self._switch_off()
+        if cache is None or output is None:  # None: it failed
+            return None
+        cache.ended_pass(part)
+        return joined(before, output) if before else None
 
     def _switch_on(self, part: nn.Module) -> None:
         self.outermost = part
@@ -116,7 +133,7 @@ class Passes:
     def _switch_off(self) -> None:
         if self.outermost is None:
             return
-        self.outermost = self._cache = None
+        self.outermost, self._cache, self._before = None, None, []
         for config, stock in zip(self.configs, self._stock, strict=True):
             config._attn_implementation_internal = stock
         if self.adapter is not None:

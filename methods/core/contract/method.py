@@ -102,6 +102,14 @@ class Method:
         stage, positions and samples are the whole pass's. What is held is measured afterwards.
         """
 
+    def prompt_chunk(self, n: int) -> int | None:
+        """Tokens per pass in which a prompt of n columns is read; None: as it comes.
+
+        Whatever the pieces that a prompt comes in, no pass crosses a multiple of it, counted by each row's own tokens:
+        what happens at these belongs in `LayerCache.end_step` of the rows that have reached one.
+        """
+        return None
+
     def planned_share(self, tokens: int, spec: Shape) -> float:
         """For plans: what a row of so many tokens will hold when its prompt has ended, as a share of a full cache."""
         return float(self.budget) if self.budget <= 1 else min(1.0, self.budget / max(1, tokens))

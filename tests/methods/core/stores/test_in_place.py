@@ -119,6 +119,24 @@ def test_256_tokens_make_no_tensor_of_the_caches_size_and_keep_what_a_store_that
     assert len(splits) > 4 or kind is OneEach
 
 
+@pytest.mark.skipif(compiled._compiler() is None, reason="gathers in PyTorch")
+@pytest.mark.parametrize("name", ["h2o", "keyformer", "tova"])
+def test_methods_that_rank_by_attention_read_slots_of_uneven_heads_once_where_they_lie(name, monkeypatch):
+    knobs = {"tova": {"granularity": "kv_head"}}.get(name, {})
+    method = replace(load_method(name, budget=0.5, **knobs), allocator=AdaKV())
+    (layer,) = method.caches(Spec(), None)
+    taken_in(layer, step_of(PROMPT, HQ, H, D))
+    taken_in(layer, token(0)), taken_in(layer, token(1))
+    assert layer.store.counts
+    total = sum(map(len, held(layer)))
+    for gathers in ("read", "mass"):
+        monkeypatch.setattr(RaggedStore, gathers, None)  # it would be called in vain
+    for i in range(2, 6):
+        with NoCopies(limit=layer.store.pages["k"].nbytes // 2):
+            taken_in(layer, token(i))
+        assert sum(map(len, held(layer))) == total
+
+
 class Weighs:
     """Every slot weighs 1 at first, and takes on the weight of what goes in its favour: the newest that stays."""
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import attend, compiled
+from kernels import attend, compiled, top
 from methods import load_method
 from methods.adakv import AdaKV
 from methods.core.capped import Capped
@@ -135,6 +135,45 @@ def test_methods_that_rank_by_attention_read_slots_of_uneven_heads_once_where_th
         with NoCopies(limit=layer.store.pages["k"].nbytes // 2):
             taken_in(layer, token(i))
         assert sum(map(len, held(layer))) == total
+
+
+WIDTHS, SINKS = (40, 260), 4
+
+
+@dataclass
+class Windows(AdaKV):
+    """As many slots as each head's window, whatever the scores."""
+
+    def pick(self, scores: Tensor, n: Tensor) -> Tensor:
+        assert (n * H == sum(WIDTHS)).all()
+        return top(scores, torch.tensor(WIDTHS).expand(len(n), -1))
+
+
+@dataclass
+class Rings(Capped):
+    """Each head keeps the first tokens and the newest of a window of its own."""
+
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
+        return store.pos.float().masked_fill(store.pos < SINKS, torch.inf)
+
+
+@pytest.mark.skipif(compiled._compiler() is None, reason="gathers in PyTorch")
+def test_windows_of_heads_are_rings_whose_oldest_slot_the_next_token_takes():
+    (layer,) = Rings(0.5, allocator=Windows()).caches(Spec(), None)
+    taken_in(layer, step_of(PROMPT, HQ, H, D))
+    taken_in(layer, token(0)), taken_in(layer, token(1))
+    where = {name: x.data_ptr() for name, x in layer.store.pages.items()}
+    for i in range(2, 300):
+        with NoCopies(limit=layer.store.pages["k"].nbytes // 2):
+            taken_in(layer, token(i))
+        newest = PROMPT + i
+        assert held(layer) == [[*range(SINKS), *range(newest + 1 - w + SINKS, newest + 1)] for w in WIDTHS]
+        assert where == {name: x.data_ptr() for name, x in layer.store.pages.items()}
+    k = layer.store.read()[0]
+    latest = (layer.store.pos == newest).nonzero()
+    assert latest[:, 1].tolist() == list(range(H))
+    for b, h, slot in latest.tolist():
+        assert torch.equal(k[b, h, slot], token(i).k[b, h, 0])
 
 
 class Weighs:

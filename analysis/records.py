@@ -73,6 +73,9 @@ SECONDS = Kind("a list of numbers above 0", _all(lambda value: is_number(value) 
 RUNS = Kind("a list of objects with conditions", _all(_has_conditions, least=1))
 NUMBERS = Kind("a list of numbers", _all(is_number))
 CURVE = Kind("a list of three numbers each", _all(lambda bin: NUMBERS.fits(bin) and len(bin) == 3))
+IDS = Kind("a list of whole numbers, 0 or more", _all(COUNT.fits))
+PLACES = Kind("a list of numbers or null", _all(lambda value: value is None or is_number(value)))
+WHOLE_OR_NULL = Kind("a whole number or null", lambda value: value is None or _is_whole(value))
 TURNS = Kind("a list of objects with score, held and full", _all(_is_turn, least=1))
 
 #: names of fields; a question mark ends the name of one that may be missing
@@ -97,7 +100,14 @@ SAMPLE = {
 }  # fmt: skip
 FAILED = SAMPLE | {"error": TEXT}
 SCORED = SAMPLE | {"score": SCORE}
+#: what a method predicts on the full cache's own answer, or why that is not known
+FORCED = {
+    "kl": PLACES, "differ": IDS, "clear": IDS, "counted": COUNT, "dnll": NUMBER_OR_NULL, "flip": WHOLE_OR_NULL,
+    "drawn?": FLAG,
+}  # fmt: skip
+BLANK = {"error": TEXT}
 FINISHED = SCORED | {
+    "ids?": IDS, "stop?": TEXT, "blank?": FLAG, "forced?": OBJECT,
     "weights?": WEIGHTS, "parts?": SCORES, "measure?": TEXT, "turns?": TURNS, "repeats?": TURNS, "curve?": CURVE,
     "tokens_in": COUNT, "tokens_out": COUNT, "batch": SOME,
     **{f"ledger.{name}": AMOUNT for name in ("full", "full_prompt", "held_prompt", "held_end", "read_step",
@@ -257,6 +267,10 @@ def check_fields(book: Any, fields: Mapping[str, Kind]) -> None:
 def check_sample(row: Any, fields: Mapping[str, Kind]) -> None:
     """As `check_fields`, for the line of a sample, which may have failed; fields: of one that has not."""
     check_fields(row, FAILED if isinstance(row, dict) and "error" in row else fields)
+    if isinstance(forced := row.get("forced"), dict) and "error" not in row:
+        check_fields(
+            row, {f"forced.{name}": kind for name, kind in (FORCED if "error" not in forced else BLANK).items()}
+        )
     if "times" in row and "error" not in row:
         check_fields(
             row, {f"{kind}.{name}": SECONDS for kind in ("times", "full_times") if kind in row for name in ROUNDS}

@@ -23,6 +23,7 @@ from methods.core.binding.prepared import remember
 from methods.core.contract import Method
 from methods.core.errors import UserError
 from runners.engine import answer, latency
+from runners.engine.fidelity.panel import Panel
 from runners.engine.generation import Prompt, generate
 from runners.engine.loading import Checkpoint
 from runners.engine.prompt import Encoder
@@ -82,6 +83,7 @@ class Run(ModelSetup):
         task.fit(lambda: self.encoder.tokens())
         self.examples = task.examples()
         check_sampling(self.sampling, self.examples)
+        self.panel = Panel(cfg.fidelity or "off", self.examples)  # YAML reads off as false
         latency.check_lengths(self.examples, self.checkpoint.window)
         hydra = cfg.hydra if "hydra" in cfg else HydraConfig.get()
         words, self.taken = list(hydra.overrides.task), auto.named_by(hydra)
@@ -123,6 +125,7 @@ class Run(ModelSetup):
             self.threads,
             self.cfg.time_limit,
             self.cfg.budget_miss,
+            self.panel,
         )
 
     def settings(self, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:

@@ -85,6 +85,7 @@ class GroupSizes:
         size = self.size.member(method, tokens, new, sum(map(rows_of, examples)), chunked)
         # later questions, choices and answers go on from a copy of what the earlier ones found
         copied = self.run.sampling.repeats > 1 or any(example.kind in ("turns", "choices") for example in examples)
+        copied |= any(self.run.panel.wants(examples))  # what has parted from the full cache's answer is read again
         return 2 * size if copied else size
 
     @cached_property

@@ -90,7 +90,7 @@ class Forced:
 def answer_of(row: Mapping[str, Any]) -> Answer | None:
     """The answer in a sample's line, the first of several; None where nothing was generated or no ids were kept."""
     one = (row.get("turns") or [row])[0]
-    if "ids" not in one or "stop" not in one:
+    if not isinstance(one.get("ids"), list) or "stop" not in one:
         return None
     return Answer(tuple(one["ids"]), one["stop"], bool(one.get("blank", False)))
 
@@ -98,7 +98,7 @@ def answer_of(row: Mapping[str, Any]) -> Answer | None:
 def forced_of(row: Mapping[str, Any]) -> Forced | None:
     """What a sample's line has of the forced pass; None where there was none."""
     found = row.get("forced")
-    if found is None:
+    if found is None or "error" in found:
         return None
     places: dict[str, Any] = {name: tuple(found[name]) for name in ("kl", "differ", "clear")}
     own = {name: found[name] for name in ("counted", "dnll", "flip", "drawn") if name in found}

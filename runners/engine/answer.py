@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from methods import load_method
 from methods.core.contract import Method
@@ -17,17 +18,19 @@ from runners.engine import rows
 from runners.engine.beam_search import search_beams
 from runners.engine.choices import Choices, encode
 from runners.engine.conversation import Conversation, dialogue
-from runners.engine.generation import Plan, Prompts, Timings, Took, through
+from runners.engine.fidelity.forcing import Forcing
+from runners.engine.generation import Plan, Prompts, Timings, Took, start, through
 from runners.engine.latency import measure
 from runners.engine.problem import problem
 from runners.engine.prompt import number_of
 from runners.engine.rows import failed
-from runners.engine.session import Generation, Member
+from runners.engine.session import Generation, Member, Session
 from runners.engine.setting import Setting
 from runners.engine.teacher_forcing import Text
 from runners.engine.time_limit import within
 from tasks.base import Example
 
+FULL = "full"  # the method that every other one is compared with
 RowsOrError = list[dict[str, Any]] | Exception  # of one method: a row per example, or what went wrong with it alone
 
 
@@ -49,14 +52,22 @@ def answer_together(
 
     An exception in a method's place concerns that method. Raises what concerns all of them, such as OutOfMemoryError.
     """
-    go = Pass(setting, methods, shared=True, limit=limit)
-    by_method: list[RowsOrError] = [[] for _ in methods]
+    # a full cache that has answered before answers once more, as the others' witness
+    panel = setting.panel
+    witness = panel is not None and _full_of(methods) is None and panel.has_time_for(batch)
+    go = Pass(setting, [load_method(FULL), *methods] if witness else methods, shared=True, limit=limit)
+    by_method: list[RowsOrError] = [[] for _ in go.methods]
     for _, members in groupby(batch, _alike):
         for i, more in enumerate(go.run(list(members))):
             before = by_method[i]
             if not isinstance(before, Exception):
                 by_method[i] = more if isinstance(more, Exception) else [*before, *more]
-    return by_method
+    return by_method[witness:]
+
+
+def _full_of(methods: Sequence[Method]) -> int | None:
+    """Which of some methods is the full cache."""
+    return next((i for i, method in enumerate(methods) if method.name == FULL), None)
 
 
 def why_alone(example: Example) -> str | None:
@@ -129,6 +140,29 @@ class Pass:
         """What each method makes of a batch of examples that are alike."""
         return _BY_KIND[_alike(batch[0])[0]](self, batch)
 
+    def forcing(self, batch: Sequence[Example]) -> Forcing | None:
+        """The forced half of a batch that is answered; None where it has none, or no full cache beside it."""
+        panel, full = self.setting.panel, _full_of(self.methods)
+        if panel is None or (full is None if self.shared else full is not None or self.methods[0].edits_model):
+            return None
+        wanted = panel.now(batch) if len(self.methods) > 1 or not self.shared else None
+        return None if wanted is None else Forcing(panel, wanted, full)
+
+    def answered(self, plan: Prompts | Conversation) -> tuple[Sequence[Member], Took]:
+        """As `through`, and then the forced half of the answers."""
+        found = self.through(plan)
+        if plan.forcing is not None:
+            plan.forcing.settle(plan.heard[0] if plan.heard else [], lambda: self._full_beside(plan))
+        return found
+
+    def _full_beside(self, plan: Prompts | Conversation) -> tuple[Session, Tensor]:
+        """A full cache that has read what a method alone has, and its logits."""
+        setting = self.setting
+        session, logits = start(
+            setting.model, load_method(FULL), plan.firsts, plan.samples, setting.chunk, setting.pad_id
+        )
+        return session, plan.ask(session, logits)
+
     def through(self, plan: Plan) -> tuple[Sequence[Member], Took]:
         """The caches behind a plan, in the order of the methods, and the time it took."""
         setting = self.setting
@@ -168,14 +202,16 @@ def _answers(go: Pass, batch: Sequence[Example]) -> list[RowsOrError]:
     """One question each: the prompt, then an answer, or several of them."""
     setting = go.setting
     encoded = [setting.encoder(example) for example in batch]
-    asked = Prompts([one.prompt for one in encoded], setting.protocol, setting.encoder.sampling.repeats)
-    members, took = go.through(asked)
+    repeats, forcing = setting.encoder.sampling.repeats, go.forcing(batch)
+    asked = Prompts([one.prompt for one in encoded], setting.protocol, repeats, forcing)
+    members, took = go.answered(asked)
 
     def rows_of(i: int, _: Member) -> list[dict[str, Any]]:
         heard = asked.of(i)
         answers, ledgers = zip(*(one.answers for one in heard)), list(zip(*(one.reports for one in heard)))
         costs = go.spent(i, list(map(rows.mean_ledger, ledgers)), asked.timings(took.prompt, i))
-        return [rows.repeated(setting, *one) for one in zip(batch, encoded, answers, ledgers, costs, strict=True)]
+        found = [rows.repeated(setting, *one) for one in zip(batch, encoded, answers, ledgers, costs, strict=True)]
+        return rows.with_forced(found, forcing.of(i) if forcing else ())
 
     return go.each(members, rows_of)
 
@@ -194,13 +230,17 @@ def _talks(go: Pass, batch: Sequence[Example]) -> list[RowsOrError]:
     setting = go.setting
     talks = [dialogue(setting.encoder, example) for example in batch]
     end = setting.encoder.tokenizer.eos_token_id
-    talk = Conversation(talks, batch[0].history, batch[0].recompress, setting.protocol, end, setting.model.device)
-    members, took = go.through(talk)
+    first, forcing = batch[0], go.forcing(batch)
+    talk = Conversation(talks, first.history, first.recompress, setting.protocol, end, setting.model.device, forcing)
+    members, took = go.answered(talk)
 
     def rows_of(i: int, _: Member) -> list[dict[str, Any]]:
         heard = [one for question in talk.heard if isinstance(one := question[i], Generation)]
         costs = go.spent(i, heard[-1].reports, talk.timings(took.prompt))
-        return [rows.talked(setting, *one, row, heard) for row, one in enumerate(zip(batch, talks, costs, strict=True))]
+        found = [
+            rows.talked(setting, *one, row, heard) for row, one in enumerate(zip(batch, talks, costs, strict=True))
+        ]
+        return rows.with_forced(found, forcing.of(i) if forcing else ())
 
     return go.each(members, rows_of)
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from runners.engine.fidelity.forcing import Forcing
 from runners.engine.generation import Reading, Timings, in_chunks
 from runners.engine.new_tokens import Answer, Limits
 from runners.engine.prompt import Encoded, Encoder, Tokenized
@@ -98,7 +99,7 @@ class Conversation:
 
     history, recompress: of its examples; see tasks/base.py.  ends: the token of an answer that does not end with one.
     firsts: what is read and compressed, a row per example.
-    heard: per question what each cache made of it.
+    heard: per question what each cache made of it.  forcing: the forced half of the first one's answer.
     """
 
     def __init__(
@@ -109,7 +110,9 @@ class Conversation:
         protocol: str,
         ends: int | None,
         device: torch.device,
+        forcing: Forcing | None = None,
     ):
+        self.forcing = forcing
         self.talks, self.history, self.recompress, self.ends, self.device = talks, history, recompress, ends, device
         prompts = [talk.first.prompt for talk in talks]
         parts = [(list(prompt.ids), []) if history == "none" else prompt.parts(protocol) for prompt in prompts]
@@ -122,6 +125,12 @@ class Conversation:
         """How the contexts are read; see `Plan`."""
         return in_chunks(self.firsts, chunk)
 
+    def ask(self, state: State, outputs: Tensor) -> Tensor:
+        """Feed what lies between the contexts and the first answer; the logits before that."""
+        if self.history == "none":
+            return state.feed([talk.later[0].golden for talk in self.talks], ends_prompt=self.recompress)
+        return state.feed(self._rests) if any(self._rests) else outputs
+
     def go_on(self, state: State, outputs: Tensor) -> None:
         """Ask all questions of a state behind the prompts; outputs: the logits after these. Then none can be asked."""
         logits = outputs
@@ -132,7 +141,7 @@ class Conversation:
                 self._answer(branch, self._feed(branch, [one.golden for one in asked]), [one.limits for one in asked])
             return
         if any(self._rests):
-            logits = self._timed("question", lambda: state.feed(self._rests))
+            logits = self._timed("question", lambda: self.ask(state, outputs))
         limits = [talk.first.prompt.limits for talk in self.talks]
         for asked in later:
             # the next question finds the reference, unless it is to find what is generated now
@@ -163,9 +172,14 @@ class Conversation:
         return self._timed("question", lambda: state.feed(parts, ends_prompt=self.recompress))
 
     def _answer(self, state: State, logits: Tensor, limits: Sequence[Limits]) -> None:
+        see = None
+        if self.forcing is not None and not self.heard:
+            see = self.forcing.see
+            exact_prefill = [int(self.history != "none" and not rest) for rest in self._rests]
+            self.forcing.hold(state, logits, limits, exact_prefill)
         # behind an answer that stays nothing may be fed that is no part of it
         exact = self.history == "own"
-        self.heard.append(self._timed("decode", lambda: state.answer(logits, limits, exact=exact)))
+        self.heard.append(self._timed("decode", lambda: state.answer(logits, limits, exact=exact, see=see)))
 
     def _timed(self, what: str, call: Callable[[], Result]) -> Result:
         began = now(self.device)

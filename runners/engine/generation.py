@@ -12,6 +12,7 @@ from torch import Tensor
 
 from methods.core.contract import Method
 from methods.core.meter import Report
+from runners.engine.fidelity.forcing import Forcing
 from runners.engine.new_tokens import Answer, Draw, Limits, Stops
 from runners.engine.session import Generation, Session, State, now
 from runners.engine.shared_prefill import Group
@@ -208,11 +209,11 @@ class Prompts:
     """A batch of prompts with one question each.
 
     repeats: answers per prompt, which all begin at the same compressed cache.
-    heard: per repeat what each cache answered.
+    heard: per repeat what each cache answered.  forcing: the forced half of the first of them.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], protocol: str, repeats: int = 1):
-        self.prompts, self.repeats = prompts, repeats
+    def __init__(self, prompts: Sequence[Prompt], protocol: str, repeats: int = 1, forcing: Forcing | None = None):
+        self.prompts, self.repeats, self.forcing = prompts, repeats, forcing
         parts = [prompt.parts(protocol) for prompt in prompts]
         self.firsts, self._rests = [first for first, _ in parts], [rest for _, rest in parts]
         self.samples, self.spans = [prompt.sample for prompt in prompts], [prompt.spans for prompt in prompts]
@@ -223,15 +224,23 @@ class Prompts:
         """How the prompts are read; see `Plan`."""
         return in_chunks(self.firsts, chunk)
 
+    def ask(self, state: State, outputs: Tensor) -> Tensor:
+        """Feed the questions; the logits before the first answer."""
+        return state.feed(self._rests) if any(self._rests) else outputs
+
     def go_on(self, state: State, outputs: Tensor) -> None:
         """Feed the questions and decode every repeat; outputs [caches * rows, V]: the logits after the prompts."""
         began = now(state.model.device)
-        if any(self._rests):
-            outputs = state.feed(self._rests)
+        outputs = self.ask(state, outputs)
         self._question = now(state.model.device) - began
         for repeat in range(self.repeats):
-            branch = state if repeat + 1 == self.repeats else state.fork()
-            self.heard.append(branch.answer(outputs, [prompt.limits_of(repeat) for prompt in self.prompts]))
+            limits = [prompt.limits_of(repeat) for prompt in self.prompts]
+            branch, see = state if repeat + 1 == self.repeats else state.fork(), None
+            if self.forcing is not None and repeat == 0:
+                see = self.forcing.see
+                # the first token comes from the exact prefill, unless something was fed after that
+                self.forcing.hold(branch, outputs, limits, [int(not rest) for rest in self._rests])
+            self.heard.append(branch.answer(outputs, limits, see=see))
 
     def of(self, member: int) -> list[Generation]:
         """What one cache has answered, per repeat."""

@@ -88,7 +88,7 @@ def answered(
         "score": score,
         **_parts(parts := setting.task.parts(example, prediction)),
         **({"measure": setting.task.measure(parts)} if parts else {}),
-        "stop": one.stop,
+        **_said(setting, one),
         "tokens_in": len(encoded.prompt.ids),
         "tokens_context": encoded.prompt.n_context,
         "tokens_out": len(one.ids),
@@ -116,7 +116,7 @@ def repeated(
     broken = next((row for row in rows if "error" in row), None)
     if broken is not None:
         return broken
-    kept = ("prediction", "thoughts", "by_prefill", "score", "parts", "stop", "tokens_out")
+    kept = ("prediction", "thoughts", "by_prefill", "score", "parts", "stop", "ids", "blank", "tokens_out")
     repeats = [
         {**{key: row[key] for key in kept if key in row}, "held": ledger.held_end, "full": ledger.full}
         for row, ledger in zip(rows, ledgers, strict=True)
@@ -131,6 +131,14 @@ def repeated(
     }
 
 
+def with_forced(rows: list[dict[str, Any]], forced: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """The rows with what was found of each where it read the full cache's answer; none for a row that failed."""
+    for row, found in zip(rows, forced):
+        if found is not None and "error" not in row:
+            row["forced"] = found
+    return rows
+
+
 def mean_ledger(ledgers: Sequence[Report]) -> Report:
     """The ledger of a sample that was answered several times from one compressed cache: means over the answers."""
     if len(ledgers) == 1:
@@ -141,6 +149,12 @@ def mean_ledger(ledgers: Sequence[Report]) -> Report:
             means[name] = round(fmean(getattr(one, name) for one in ledgers))
     # what was held layer by layer, and its bits, are of the prompt's end
     return dataclasses.replace(ledgers[0], **means)
+
+
+def _said(setting: Setting, one: Answer) -> dict[str, Any]:
+    """An answer's tokens and what ended it, and whether its text is blank."""
+    blank = not setting.encoder.text(one.ids).strip()
+    return {"stop": one.stop, "ids": one.ids, **({"blank": True} if blank else {})}
 
 
 def _first_alone(setting: Setting, example: Example, one: Answer, prediction: str, thoughts: str) -> bool:
@@ -178,7 +192,7 @@ def talked(
                 "prediction": prediction,
                 "by_prefill": exact and not turns and _first_alone(setting, example, answer, prediction, thoughts),
                 "score": setting.task.score(turn_example, prediction),
-                "stop": answer.stop,
+                **_said(setting, answer),
                 "tokens_out": len(answer.ids),
                 "held": question.reports[i].held_end,
                 "full": question.reports[i].full,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from runners.engine.time_limit import TimeLimit
+
+#: is shown a step of many caches: their logits [m * B, V], the tokens taken [m * B], and which m members they are of
+See = Callable[[Tensor, Tensor, Sequence[int]], None]
 
 # decode steps between two looks at whether all rows have ended: away from the CPU each look waits for the device
 LOOK_EVERY = {"cpu": 1, "cuda": 8}
@@ -83,8 +86,10 @@ class State(Protocol):
         """As `Session.run`."""
         ...
 
-    def answer(self, logits: Tensor, limits: Sequence[Limits], *, exact: bool = False) -> list[Generation | Exception]:
-        """Answers of every cache, from the logits after what was last fed."""
+    def answer(
+        self, logits: Tensor, limits: Sequence[Limits], *, exact: bool = False, see: See | None = None
+    ) -> list[Generation | Exception]:
+        """Answers of every cache, from the logits after what was last fed; see: is shown every step of many caches."""
         ...
 
     def fork(self) -> Self:
@@ -175,8 +180,10 @@ class Session:
         self.steps += done
         return rows.answers()
 
-    def answer(self, logits: Tensor, limits: Sequence[Limits], exact: bool = False) -> list[Generation | Exception]:
-        """What `decode` gives, with the rows' ledgers."""
+    def answer(
+        self, logits: Tensor, limits: Sequence[Limits], exact: bool = False, see: See | None = None
+    ) -> list[Generation | Exception]:
+        """What `decode` gives, with the rows' ledgers; a cache alone has nothing to see."""
         began, before = now(self.model.device), self.steps
         answers = self.decode(logits, limits, exact)
         seconds, steps = now(self.model.device) - began, self.steps - before

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from analysis.records import PROTOCOLS
 from methods.core.contract import Method
 from methods.core.errors import NotHere, UserError
+from runners.engine.fidelity.panel import Panel
 from runners.engine.prompt import Encoder
 from tasks.base import Example, Task
 
@@ -22,6 +23,7 @@ class Setting:
 
     tokenizes: the encoder, which only samples that have a text ask for.  limit: seconds that a batch may take.
     budget_miss: "keep" a sample that holds more than its budget and documented overhead, with its bytes, or "fail".
+    panel: which samples have the forced half of a fidelity panel; None: none.
     """
 
     model: PreTrainedModel
@@ -32,6 +34,7 @@ class Setting:
     threads: int
     limit: float | None = None
     budget_miss: str = "keep"
+    panel: Panel | None = None
 
     @property
     def encoder(self) -> Encoder:

@@ -22,7 +22,7 @@ from methods.core.group import Rows, Shared
 from methods.core.meter import Meter
 from runners.engine.new_tokens import Answer, Limits, NewTokens, behind
 from runners.engine.problem import problem
-from runners.engine.session import LOOK_EVERY, Generation, Session, now
+from runners.engine.session import LOOK_EVERY, Generation, See, Session, now
 from runners.engine.time_limit import TimeLimit
 
 if TYPE_CHECKING:
@@ -90,18 +90,28 @@ class Group:
             shared_objects += [member] if member not in self.active else [member.fate, *member.cache.shared_objects()]
         return copy.deepcopy(self, {id(one): one for one in shared_objects})
 
-    def answer(self, logits: Tensor, limits: Sequence[Limits], exact: bool = False) -> list[Generation | Exception]:
+    def only(self, members: Sequence[PrefillMember]) -> None:
+        """Go on with some of the active members, in this order; the others are left behind."""
+        rows = len(members) * self.B
+        self.active = list(members)
+        # what was fed is the same for all members
+        self.session.mask, self.session.counts = self.session.mask[:rows], self.session.counts[:rows]
+        self._gather(self.session.cache)
+
+    def answer(
+        self, logits: Tensor, limits: Sequence[Limits], exact: bool = False, see: See | None = None
+    ) -> list[Generation | Exception]:
         """Answers of all members, in their order; the error of one that has failed.
 
         A member leaves when all its rows have ended: nothing can be fed afterwards.
 
-        logits [active * B, V]: after what was last fed.  limits: one per prompt.
+        logits [active * B, V]: after what was last fed.  limits: one per prompt.  see: is shown every step.
         """
         assert not exact, "rows that end apart from each other cannot go on together"
-        self._decode(logits, limits)
+        self._decode(logits, limits, see)
         return [one for member in self.members if (one := member.heard or member.error) is not None]
 
-    def _decode(self, logits: Tensor, limits: Sequence[Limits]) -> None:
+    def _decode(self, logits: Tensor, limits: Sequence[Limits], see: See | None) -> None:
         if not self.active:
             return
         began = now(self.model.device)
@@ -113,7 +123,7 @@ class Group:
         # positions and mask are the same for all members and known before the first token: made once, for all steps
         pos = session.counts[: self.B] + torch.arange(steps, device=device)  # [B, steps]
         mask = torch.cat((session.mask[: self.B], session.mask.new_ones(self.B, steps)), dim=1)
-        new = rows.take(logits)
+        new = self._take(rows, logits, see)
         look_every = LOOK_EVERY.get(device.type, 1)
         for done in range(steps):
             # which rows have ended is known on the device: asking makes the host wait, so it is asked now and then
@@ -133,8 +143,15 @@ class Group:
             M = len(self.active)
             here = slice(done, done + 1)
             seen = mask[:, : n + done + 1].repeat(M, 1)
-            new = rows.take(session._forward(new[:, None], pos[:, here].repeat(M, 1), seen, False)[:, -1])
+            logits = session._forward(new[:, None], pos[:, here].repeat(M, 1), seen, False)[:, -1]
+            new = self._take(rows, logits, see)
         self._leave(rows, steps, began)
+
+    def _take(self, rows: NewTokens, logits: Tensor, see: See | None) -> Tensor:
+        new = rows.take(logits)
+        if see is not None:
+            see(logits, new, [self.members.index(member) for member in self.active])
+        return new
 
     def _leave(self, rows: NewTokens, steps: int, began: float, but: Sequence[int] = ()) -> None:
         """Let all members go that are not in `but`, places among the active."""

@@ -102,3 +102,6 @@ class Config:
     group: Group
     last_token: Literal["held"] | None = None
     sampling: Sampled = field(default_factory=Sampled)
+    fidelity: Annotated[Literal["auto", "full", "off", False], "one of auto, full, off"] = (
+        "auto"  # YAML reads off as false
+    )

@@ -54,7 +54,7 @@ def answer_together(
     """
     # a full cache that has answered before answers once more, as the others' witness
     panel = setting.panel
-    witness = panel is not None and _full_of(methods) is None and panel.has_time_for(batch)
+    witness = panel is not None and _full_of(methods) is None and any(panel.wants(batch))
     go = Pass(setting, [load_method(FULL), *methods] if witness else methods, shared=True, limit=limit)
     by_method: list[RowsOrError] = [[] for _ in go.methods]
     for _, members in groupby(batch, _alike):
@@ -143,10 +143,17 @@ class Pass:
     def forcing(self, batch: Sequence[Example]) -> Forcing | None:
         """The forced half of a batch that is answered; None where it has none, or no full cache beside it."""
         panel, full = self.setting.panel, _full_of(self.methods)
-        if panel is None or (full is None if self.shared else full is not None or self.methods[0].edits_model):
+        if panel is None:
             return None
-        wanted = panel.now(batch) if len(self.methods) > 1 or not self.shared else None
-        return None if wanted is None else Forcing(panel, wanted, full)
+        panel.begin()
+        if self.shared:
+            beside = full is not None and len(self.methods) > 1
+            wanted = panel.wants(batch) if beside else []
+        else:
+            (method,) = self.methods
+            beside = full is None and not method.edits_model  # the weights of a full cache are the model's own
+            wanted = panel.wants(batch, method.changes_prompt or why_alone(batch[0]) is not None) if beside else []
+        return Forcing(panel, wanted, full) if any(wanted) else None
 
     def answered(self, plan: Prompts | Conversation) -> tuple[Sequence[Member], Took]:
         """As `through`, and then the forced half of the answers."""

@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from methods import load_method
+from runners.engine.fidelity.panel import Panel
 from runners.memory import GroupSizes, Size, block_of, rows_of
 from tasks.base import Choice, Example, Forced, Turn
 from tests.methods.conftest import run, tiny_llama
@@ -29,6 +30,7 @@ def sizes() -> GroupSizes:
         checkpoint=SimpleNamespace(config=CONFIG),
         dtype=torch.float32,
         sampling=SimpleNamespace(repeats=1),
+        panel=Panel("off", []),
     )
     sizes = GroupSizes(run)  # type: ignore[arg-type]
     sizes._tokens = {"a/0": 100}
@@ -63,6 +65,12 @@ def test_questions_and_choices_go_on_from_a_copy(sizes):
     assert bytes_of(sizes, TURNS) == 2 * (25 + 10) * TOKEN
     # two prompts, and choices of at most as many tokens as letters
     assert bytes_of(sizes, CHOICES) == 2 * 2 * (25 + 6) * TOKEN
+
+
+def test_what_is_read_again_for_the_fidelity_panel_goes_on_from_a_copy(sizes):
+    once = bytes_of(sizes, PLAIN)
+    sizes.run.panel = Panel("auto", [PLAIN])
+    assert bytes_of(sizes, PLAIN) == 2 * once
 
 
 def test_later_answers_of_a_prompt_go_on_from_a_copy_too(sizes):

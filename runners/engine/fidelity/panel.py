@@ -1,4 +1,4 @@
-"""Which samples of a run have a forced half, and how much of its time that may take."""
+"""Which samples of a run have a forced half, and how much of its time that takes."""
 
 from __future__ import annotations
 
@@ -12,51 +12,45 @@ if TYPE_CHECKING:
     from tasks.base import Example
 
 TOKENS = 32  # of a full cache's answer that are forced
-SAMPLES = 50  # of a cell
-SHARE = 0.25  # of a run's time
+MOST, LEAST = 50, 20  # samples of a cell: more cost too much, fewer earn no label
+PART = 4  # one sample in so many, between the two
+KINDS = ("answer", "turns")
 
 
 class Panel:
     """The forced half of a run: its bounds, and the time it has taken.
 
-    Which samples it is made of depends on their content alone, and what it finds of one on nothing but that sample; a
-    run that has spent too much of its time on it leaves further samples out, for all caches of a group alike.
+    Which samples have one depends on their content and number alone, not on the clock, their order, batch or group: a
+    quarter of them, at least LEAST and at most MOST. In a group a sample costs no more than its own decoding, up to
+    TOKENS steps of it. Of a cache that reads its prompts alone it costs another pass over the prompt: there it is a
+    quarter of the samples, however few these are.
 
     how: "auto" within the bounds, "full" all samples and tokens, "off" nothing.  examples: of the run.
     """
 
     def __init__(self, how: str, examples: Sequence[Example]):
-        self.how = how
         self.most = None if how == "full" else TOKENS
-        able = [one.key for one in examples if one.kind in ("answer", "turns") and one.beams == 1]
+        able = [one.key for one in examples if one.kind in KINDS and one.beams == 1 and not one.error]
         in_turn = sorted(able, key=lambda key: (zlib.crc32(key.encode()), key))
-        self.chosen = frozenset({"full": able, "off": []}.get(how, in_turn[:SAMPLES]))
+        few = min(MOST, -(-len(able) // PART))
+        counts = {"full": (len(able), len(able)), "off": (0, 0)}.get(how, (max(LEAST, few), few))
+        self.chosen, self.chosen_alone = (frozenset(in_turn[:n]) for n in counts)
         self.seconds = 0.0
         self.began: float | None = None  # when the first sample did
-        self.left_out = 0  # samples, for want of time
 
-    def wants(self, batch: Sequence[Example]) -> list[bool]:
-        """Which examples of a batch are to have a forced half."""
-        return [one.key in self.chosen for one in batch]
-
-    def has_time_for(self, batch: Sequence[Example]) -> bool:
-        """Whether a batch that begins now has a forced half."""
-        return any(self.wants(batch)) and (self.how != "auto" or self.share <= SHARE)
-
-    def now(self, batch: Sequence[Example]) -> list[bool] | None:
-        """As `wants`, for a batch that begins; None where it has no forced half, or there is no time for it."""
-        self.began = time.perf_counter() if self.began is None else self.began
-        wanted = self.wants(batch)
-        if self.has_time_for(batch):
-            return wanted
-        self.left_out += sum(wanted)
-        return None
+    def wants(self, batch: Sequence[Example], alone: bool = False) -> list[bool]:
+        """Which examples of a batch have a forced half; alone: of a cache that can share no prompt."""
+        return [one.key in (self.chosen_alone if alone else self.chosen) for one in batch]
 
     @property
     def share(self) -> float:
         """The part of the time since the first sample that went into it."""
         spent = 0.0 if self.began is None else time.perf_counter() - self.began
         return self.seconds / spent if spent else 0.0
+
+    def begin(self) -> None:
+        """A sample is begun: time is counted from the first one on."""
+        self.began = time.perf_counter() if self.began is None else self.began
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:

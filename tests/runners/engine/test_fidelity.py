@@ -17,7 +17,7 @@ from runners.engine.fidelity.panel import Panel
 from runners.engine.fidelity.places import apart
 from runners.engine.prompt import Encoder
 from runners.engine.setting import Setting
-from tasks.base import GREEDY, Example, Sampling, Task, Turn
+from tasks.base import GREEDY, Choice, Example, Sampling, Task, Turn
 from tests.tiny import equip
 
 
@@ -302,36 +302,41 @@ def test_several_answers_to_a_prompt_have_ids_and_the_first_is_forced(model, tin
     assert len(ours[0]["forced"]["kl"]) == len(full[0]["repeats"][0]["ids"])
 
 
-def test_no_more_than_32_tokens_of_50_samples_are_forced(model, tiny_tokenizer):
+def test_no_more_than_32_tokens_are_forced(model, tiny_tokenizer):
     examples = [replace(one, max_new_tokens=40) for one in questions(2)]
     given = setting(model, tiny_tokenizer, examples, "auto")
     found = answer_together(given, METHODS[:3], examples)
     assert all(len(row["ids"]) > 32 and len(row["forced"]["kl"]) == 32 for rows in found[1:] for row in rows)
-    many = [replace(examples[0], id=f"x/{i}", question=f" who sat {i}?") for i in range(70)]
-    assert len(Panel("auto", many).chosen) == 50 and Panel("auto", many[::-1]).chosen == Panel("auto", many).chosen
-    assert len(Panel("full", many).chosen) == 70 and not Panel("off", many).chosen
-    assert Panel("auto", [replace(examples[0], beams=3)]).chosen == frozenset()
+
+
+def test_which_samples_are_forced_depends_on_their_content_and_number_alone():
+    many = [replace(questions(1)[0], id=f"x/{i}", question=f" who sat {i}?") for i in range(300)]
+    assert Panel("auto", many).chosen == Panel("auto", many[::-1]).chosen
+    counts = {n: (len((one := Panel("auto", many[:n])).chosen), len(one.chosen_alone)) for n in (1, 19, 24, 120, 300)}
+    assert counts == {1: (1, 1), 19: (19, 5), 24: (20, 6), 120: (30, 30), 300: (50, 50)}
+    assert len(Panel("full", many).chosen) == len(Panel("full", many).chosen_alone) == 300
+    assert not Panel("off", many).chosen
+    others = [replace(many[0], beams=3), replace(many[0], choices=(Choice("who?", "me"),))]
+    assert Panel("full", others).chosen == frozenset()
 
 
 def test_a_row_that_is_not_chosen_has_none_whatever_batch_it_is_in(model, tiny_tokenizer):
     examples = questions(3)
     given = setting(model, tiny_tokenizer, examples)
-    given.panel.chosen = frozenset([examples[1].key])
+    given.panel.chosen = given.panel.chosen_alone = frozenset([examples[1].key])
     _, ours = answer_together(given, METHODS[:2], examples)
     assert [("forced" in row) for row in ours] == [False, True, False]
+    (row,) = answer_together(given, METHODS[1:2], examples[:1])
+    assert "forced" not in row[0] and row[0]["group"] == 1  # nor is there a witness
+    assert [("forced" in row) for row in alone(given, METHODS[1], examples)] == [False, True, False]
 
 
-def test_no_sample_is_forced_while_a_quarter_of_the_time_has_gone_into_it(model, tiny_tokenizer):
+def test_the_time_that_goes_into_it_is_known(model, tiny_tokenizer):
     examples = questions(2)
     given = setting(model, tiny_tokenizer, examples, "auto")
-    _, first = answer_together(given, METHODS[:2], examples[:1])
-    assert "forced" in first[0] and given.panel.seconds > 0
-    given.panel.seconds += 1000
-    _, second = answer_together(given, METHODS[:2], examples[1:])
-    assert "forced" not in second[0] and given.panel.left_out == 1
-    (third,) = answer_together(given, METHODS[1:2], examples[1:])
-    assert "forced" not in third[0] and third[0]["group"] == 1  # nor is there a witness
-    assert "forced" in answer_together(replace(given, panel=Panel("full", examples)), METHODS[:2], examples)[1][1]
+    assert given.panel.share == 0
+    answer_together(given, METHODS[:3], examples)
+    assert 0 < given.panel.share < 1
 
 
 def test_a_pass_that_fails_is_named_and_costs_no_answer(model, tiny_tokenizer, monkeypatch):

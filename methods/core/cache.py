@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class KVCache(Probed):
         """dtype: of the numbers that it holds; None: as the method says, else as the model makes them."""
         binding = model.__dict__[BINDING]
         self.kind: str = binding["kind"]
+        self.model = weakref.ref(model)
         self.passes = weakref.ref(binding["passes"])  # weak: a copy of the cache has the same
         self.turnings: list[Turning] = binding["turnings"]
         self.spec = spec_for(method, model, binding, spans)
@@ -144,6 +146,14 @@ class KVCache(Probed):
     def counts(self) -> Tensor | None:  # type: ignore[override]
         """Tokens of each row so far, [B]; None before the first."""
         return self._counts
+
+    def edit(self) -> AbstractContextManager[None]:
+        """The model as the method needs it, for a pass."""
+        if type(self.method).edit is Method.edit:
+            return nullcontext()
+        model = self.model()
+        assert model is not None, "the model is gone"
+        return self.method.edit(model, self.spec.prepared)
 
     def begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What the model is called with. Raises UserError where a method that looks at token ids is given none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +32,10 @@ class Bound(Cache):
 
     def chunk(self, T: int) -> int | None:
         """Tokens per pass in which the method reads a prompt that T new columns belong to; None: as they come."""
+        raise NotImplementedError
+
+    def edit(self) -> AbstractContextManager[None]:
+        """The model as the cache's method needs it, for a pass."""
         raise NotImplementedError
 
     def ended_pass(self, model: nn.Module) -> None:
@@ -66,6 +71,7 @@ class Passes:
         self.outermost: nn.Module | None = None  # the module whose pass it is
         self._stock: list[str] = []
         self._cache: Bound | None = None  # of the pass that goes on
+        self._edit = ExitStack()  # what the method of that cache has made of the model
         self._before: list[Any] = []  # what earlier pieces of the prompt gave, of one that its method cuts
 
     def watch(self, model: PreTrainedModel) -> None:
@@ -106,6 +112,7 @@ class Passes:
             self.lengths.begin(cache, args, kwargs)
             self._switch_on(part)
             self._cache, self._before = cache, before
+            self._edit.enter_context(cache.edit())
             return (args, kwargs) if pieces else None
         return None
 
@@ -134,6 +141,7 @@ class Passes:
         if self.outermost is None:
             return
         self.outermost, self._cache, self._before = None, None, []
+        self._edit.close()
         for config, stock in zip(self.configs, self._stock, strict=True):
             config._attn_implementation_internal = stock
         if self.adapter is not None:

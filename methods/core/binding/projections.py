@@ -38,11 +38,13 @@ class Projection:
 
     weight [heads, D, width]: of a head's channel over the model's; in the model's dtype, and dequantized.
     bias: [heads, D], of the output [width], or None.  norm: what is applied to [..., heads, D] afterwards, or None.
+    source: the block's child that holds it, and which of its heads they are, [heads], where it holds others too.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     norm: Callable[[Tensor], Tensor] | None = None
+    source: tuple[str, Tensor | None] = ("", None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Heads' vectors [..., heads, D] of inputs [..., width]."""
@@ -149,12 +151,12 @@ def _inputs(module: nn.Module, spec: ModelSpec) -> Iterator[tuple[list[Projectio
     children = dict(module.named_children())
     Hq, H = spec.n_heads, spec.n_kv_heads
     G = Hq // H
-    named = {one: next((children[name] for name in names if name in children), None) for one, names in SEPARATE.items()}
-    if all(part is not None for part in named.values()):
-        parts = [_split(part, heads) for part, heads in zip(named.values(), (Hq, H, H))]
+    named = {one: next((name for name in names if name in children), "") for one, names in SEPARATE.items()}
+    if all(named.values()):
+        parts = [by_head(module, name, heads) for name, heads in zip(named.values(), (Hq, H, H))]
         yield tuple(_normed(one, name, children) for one, name in zip(parts, named))
-    for fused in (children[name] for name in FUSED if name in children):
-        whole = _split(fused, Hq + 2 * H)  # [Hq + 2 H, D, M]
+    for fused in (name for name in FUSED if name in children):
+        whole = by_head(module, fused, Hq + 2 * H)  # [Hq + 2 H, D, M]
         rows = torch.arange(Hq + 2 * H)
         groups = rows.view(H, G + 2)
         for q, k, v in (
@@ -171,18 +173,20 @@ def _outputs(module: nn.Module, heads: int, width: int) -> Iterator[Projection]:
         if part is None:
             continue
         matrix, bias = _matrix(part, heads * width)  # [M, heads * D]
-        yield Projection(matrix.T.reshape(heads, width, -1), bias)
+        yield Projection(matrix.T.reshape(heads, width, -1), bias, source=(name, None))
 
 
-def _split(part: nn.Module | None, heads: int) -> Projection:
-    assert part is not None
-    matrix, bias = _matrix(part, None)
-    return Projection(matrix.view(heads, -1, matrix.shape[1]), None if bias is None else bias.view(heads, -1))
+def by_head(module: nn.Module, child: str, heads: int) -> Projection:
+    """A child of the block as the projection of so many heads."""
+    matrix, bias = _matrix(getattr(module, child), None)
+    bias = None if bias is None else bias.view(heads, -1)
+    return Projection(matrix.view(heads, -1, matrix.shape[1]), bias, source=(child, None))
 
 
 def _rows(whole: Projection, rows: Tensor) -> Projection:
     rows = rows.to(whole.weight.device)
-    return Projection(whole.weight[rows], None if whole.bias is None else whole.bias[rows])
+    bias = None if whole.bias is None else whole.bias[rows]
+    return Projection(whole.weight[rows], bias, source=(whole.source[0], rows))
 
 
 def _matrix(part: nn.Module, inputs: int | None) -> tuple[Tensor, Tensor | None]:
@@ -228,7 +232,7 @@ def _fit(forms: list[Projection], hidden: Tensor, actual: Tensor) -> Projection 
         if abs(factor - 1) < 1e-2:
             return form
         if form.norm is None:
-            return Projection(form.weight * factor, None if form.bias is None else form.bias * factor)
+            return replace(form, weight=form.weight * factor, bias=None if form.bias is None else form.bias * factor)
     return None
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from methods.core.binding.rounding import cache_dtype
 from methods.core.budget import check_budget
@@ -44,7 +45,7 @@ class Method:
     needs_split: ClassVar[bool] = False
     #: changes the prompt's own hidden states, so the cell cannot share a prompt pass
     changes_prompt: ClassVar[bool] = False
-    #: its `prepare` changes the model itself, so that no other cell may use the same one
+    #: its `prepare` changes the model itself for good, so that no other cell may use the same one; `edit` needs no such
     edits_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -83,6 +84,15 @@ class Method:
 
         A method that edits weights here says so with `edits_model`; one that does not and edits them is refused.
         """
+
+    def edit(self, model: nn.Module, prepared: Any) -> AbstractContextManager[None]:
+        """The model as this method's passes need it inside the block, and as it was, bit for bit, after it.
+
+        Entered around every pass on a cache of the method, so that other caches and calls meet the untouched model:
+        what costs time is made in `prepare`, whose result is given. `binding.edits` replaces parts and leaves out
+        projections that are not needed.
+        """
+        return nullcontext()
 
     def calibrate(self, model: PreTrainedModel, rows: Sequence[Tensor], seed: int, **options: Any) -> Calibration:
         """What `runner=calibrate` saves for `prepare` to load, from rows of token ids [1, T] run through the model.

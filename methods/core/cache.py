@@ -54,6 +54,7 @@ class KVCache(Probed):
         self._samples = samples
         self._here: PassState | None = None
         self._counts: Tensor | None = None  # [B], tokens per row so far
+        self._prompt_tokens: Tensor | None = None  # [B], of each row's last prompt
         self._pieces: tuple[bool, int] = False, 0  # of the prompt: was one longer than a token, single ones since then
         self._again = False
         self._probing = False
@@ -121,7 +122,12 @@ class KVCache(Probed):
         if order is not None:
             pos = pos.gather(1, order)
             ids = None if ids is None else ids.gather(1, order)
-        return PassState(total, stage, pos, seen, real is not None, order, ids)
+        if stage is Stage.MID_PROMPT:  # padding comes before a row's tokens: what is still to come is none
+            left = self.prompt_len - total
+            self._prompt_tokens = torch.where(self._counts > 0, self._counts + left, -1)
+        elif stage is Stage.ENDS_PROMPT:
+            self._prompt_tokens = self._counts
+        return PassState(total, stage, pos, seen, real is not None, order, ids, self._prompt_tokens)
 
     @property
     def spans(self) -> Tensor | None:
@@ -204,6 +210,8 @@ class KVCache(Probed):
         self.prompt_len, self._here, self.reach = other.prompt_len, other._here, other.reach
         self.prompt_ids, self.rounding = list(other.prompt_ids), other.rounding
         self._counts = other._counts if rows is None else other._counts[rows]
+        prompt = other._prompt_tokens
+        self._prompt_tokens = prompt if rows is None or prompt is None else prompt[rows]
         self._samples = other._samples if rows is None else other._samples[rows]
         self.given_spans = (
             other.given_spans
@@ -228,7 +236,7 @@ class KVCache(Probed):
         self.meter.reorder(beam_idx)
         if self._counts is not None:
             self._counts = self._counts[beam_idx.to(self._counts.device)]
-        for name in ("_samples", "given_spans"):
+        for name in ("_samples", "given_spans", "_prompt_tokens"):
             if isinstance(one := getattr(self, name), Tensor):
                 setattr(self, name, one[beam_idx.to(one.device)])
 

@@ -85,7 +85,7 @@ class KVLayer(CacheLayerMixin):
         step = Step(
             layer=self.index, n_layers=len(cache.layers), stage=here.stage, q=q, k=k, v=v, pos=here.pos,
             seen=here.seen, padded=here.padded, samples=cache.samples, rules=rules, rope=cache.spec.ropes[self.index],
-            ids=here.ids, spans=cache.spans, **self.extras,
+            prompt_len=here.prompt, ids=here.ids, spans=cache.spans, **self.extras,
         )  # fmt: skip
         self.extras = {}
         if here.order is not None:
@@ -130,3 +130,4 @@ class PassState:
     padded: bool
     order: Tensor | None = None  # [B, T], of the columns as a step has them; None: as they came
     ids: Tensor | None = None  # [B, T], in that order, where the method asks for them
+    prompt: Tensor | None = None  # [B], tokens of each row's prompt; -1: not known yet

@@ -32,6 +32,8 @@ class Step:
 
     q [B, Hq, T, D], k [B, H, T, D], v [B, H, T, Dv]: after RoPE, as the model would attend with them.
     pos [B, T]: the tokens' positions in their own row, int32, -1 for padding.
+    prompt_len [B]: tokens of each row's prompt, also while it comes in chunks, int32; -1 for a row of which nothing but
+    padding has come.
     padded: whether any token of this step is padding.  seen: tokens per row before this step, [B], int32.
     samples [B]: numbers that identify the rows' samples, for keyed randomness.
     hidden [B, T, M]: input of the attention block.  turned: whether RoPE turned k.  cos, sin [B or 1, T, R / 2]: where
@@ -58,6 +60,7 @@ class Step:
     sin: Tensor | None = None
     turned: bool | None = None
     interleaved: bool = False
+    prompt_len: Tensor | None = None
     ids: Tensor | None = None
     spans: Tensor | None = None
     memo: dict[Any, Tensor] = field(default_factory=dict)

@@ -33,6 +33,7 @@ class Told(EvictionCache):
         super().append(step)
         self.ids.append(step.ids)
         self.parts.append(step.span("context"))
+        self.prompts = [*getattr(self, "prompts", []), step.prompt_len.tolist()]
 
 
 @dataclass
@@ -88,6 +89,22 @@ def test_ids_and_parts_reach_the_step_of_every_row_in_order(llama, tokenizer, pi
     with torch.no_grad():
         llama(ids[:, :1], past_key_values=cache, use_cache=True)
     assert torch.equal(told.ids[-1], ids[:, :1])
+
+
+@pytest.mark.parametrize("pieces", [(N,), (10, 14), (3, 20, 1)])
+def test_the_length_of_a_rows_prompt_is_known_in_every_chunk_of_it(llama, tokenizer, pieces):
+    ids, mask = padded_prompt([N, N - 5])
+    cache = Odd(budget=0.5).cache_for(llama, prompt_len=N, tokenizer=tokenizer, spans=spans(2))
+    feed(llama, cache, ids, mask, pieces)
+    told = cache.layers[1].inner.prompts
+    first = [N, -1] if pieces[0] == 3 else [N, N - 5]  # of the short row nothing but padding has come
+    assert told == [first, *[[N, N - 5]] * (len(pieces) - 1)]
+    cache.reorder_cache(torch.tensor([1, 1]))
+    with torch.no_grad():
+        llama(ids[:, :1], past_key_values=cache, use_cache=True)
+        cache.compress_next()
+        llama(ids[:, :4], past_key_values=cache, use_cache=True)
+    assert told[len(pieces) :] == [] and cache.layers[1].inner.prompts[-2:] == [[N - 5] * 2, [N] * 2]
 
 
 def test_columns_that_change_places_take_their_ids_along(llama, tokenizer):

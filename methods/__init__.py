@@ -6,15 +6,17 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from methods.core.build import Part, check_part
-from methods.core.errors import UserError
-from methods.core.typed import conform
+from methods.core.build import Part, arguments_of, check_part, resolve
+from methods.core.errors import NotHere, UserError
+from methods.core.typed import TARGET, conform, shown
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from methods.core.contract import Method
 
+#: knobs that every method which drops slots takes, whether its YAML names them or not
+SHARED = ("pin", "score_by", "draw", "decode")
 #: what a method's YAML holds beside the arguments of its class: the points of its frontier, and how it is trained
 BLOCKS = ("sweep", "train")
 _YAMLS = Path(__file__).resolve().parent.parent / "conf" / "method"
@@ -29,7 +31,8 @@ def load_method(name: str, *, cache_dtype: str = "auto", **knobs: Any) -> Method
     """The method `name` with its YAML's defaults, some knobs changed: load_method("snapkv", budget=0.25, window=16).
 
     cache_dtype: of the numbers that its caches hold: auto (as the model makes them), float32, float16 or bfloat16.
-    Raises UserError for a name without a YAML, listing the names, and for a knob that the YAML does not have.
+    Raises UserError for a name without a YAML, listing the names, and for a knob that the YAML does not have, but for
+    those that all methods of its kind take.
     """
     from omegaconf import OmegaConf
 
@@ -37,7 +40,7 @@ def load_method(name: str, *, cache_dtype: str = "auto", **knobs: Any) -> Method
         raise UserError(f"method={name}: no such method; there are {', '.join(method_names())}")
     config = {key: value for key, value in _plain(name).items() if key not in BLOCKS}
     for key in knobs:
-        if key not in config:
+        if key not in config and key not in SHARED:
             raise UserError(f"method.{key}={knobs[key]}: {name} has no such knob; it has {', '.join(map(str, config))}")
     # what conf/config.yaml holds on the top level for the YAMLs to refer to
     top = {"budget": knobs.get("budget", 0.5), "seed": knobs.get("seed", 0)}
@@ -64,7 +67,24 @@ def method_part(config: Any) -> Part:
     if isinstance(config, dict):
         conform(config.get("sweep"), dict[str, list[Any]] | None, "method.sweep")
         config = {key: value for key, value in config.items() if key not in BLOCKS}
+        _check_shared(config)
     return check_part(config, Method, "method")
+
+
+def _check_shared(config: dict[str, Any]) -> None:
+    """Raises NotHere for a knob of methods that drop slots at one that does not."""
+    from methods.core.contract import Method
+
+    given = [key for key in SHARED if key in config]
+    if not given or not isinstance(config.get(TARGET), str):
+        return
+    kind = resolve(config[TARGET], Method, "method")
+    lacking = next((key for key in given if key not in arguments_of(kind)[0]), None)
+    if lacking is not None:
+        raise NotHere(
+            f"method.{lacking}={shown(config[lacking])}: {kind.__name__} ranks no slots that could be pinned or drawn "
+            f"instead; leave method.{lacking} out"
+        )
 
 
 def method_yaml(name: str) -> DictConfig:

@@ -12,7 +12,6 @@ Here:  true eviction while decoding, as in the release's real-drop code; its mas
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from methods.core.capped import Capped, whole_slots
@@ -48,10 +47,13 @@ class H2O(Capped):
             store.add("mass", mass.view(B, H, -1, S).sum(dim=2))
 
     def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
-        """Collected attention; the newest are +inf."""
-        last = step.pos[:, -1:, None]  # [B, 1, 1]
+        """Collected attention."""
         collected = store.track("mass")
         if self.normalise:
-            collected = collected / (last - store.pos + 1).clamp_min(1)
+            collected = collected / (step.pos[:, -1:, None] - store.pos + 1).clamp_min(1)
+        return collected
+
+    def protected(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
+        """The newest."""
         recent = cut.budget_slots - whole_slots(self.heavy, cut.budget_slots)
-        return collected.masked_fill(store.pos > last - recent, torch.inf)
+        return store.pos > step.pos[:, -1:, None] - recent

@@ -125,15 +125,21 @@ class Keyformer(Capped):
         return mass.view(B, H, -1, S).sum(dim=2)
 
     def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
-        """Noisy attention collected so far; the newest are +inf."""
-        last = step.pos[:, -1:, None]  # [B, 1, 1]
-        slots = cut.budget_slots + 1 if self.compat else cut.budget_slots
-        recent = whole_slots(self.recent, slots)
+        """Noisy attention collected so far."""
         score = store.track("score")
-        if self.compat:
-            score = score.masked_fill(store.pos == last - recent + 1, torch.finfo(score.dtype).min)
-            recent = recent - 1
-        return score.masked_fill(store.pos > last - recent, torch.inf)
+        if self.compat and self.pins.is_own:  # the token that has just left the recent ones
+            left = store.pos == step.pos[:, -1:, None] - self.n_recent(cut)
+            score = score.masked_fill(left, torch.finfo(score.dtype).min)
+        return score
+
+    def protected(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
+        """The newest."""
+        return store.pos > step.pos[:, -1:, None] - self.n_recent(cut)
+
+    def n_recent(self, cut: EvictionContext) -> Tensor:
+        """How many of the newest stay, [B, 1, 1]."""
+        slots = cut.budget_slots + 1 if self.compat else cut.budget_slots
+        return whole_slots(self.recent, slots) - (1 if self.compat else 0)
 
     def _without_gap(self, n: int) -> int:
         """Slots; the release's masks show one less, the token that is about to leave the recent window."""

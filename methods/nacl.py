@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kernels import gumbel, mass, top
 from methods.core.budget import slots
+from methods.core.capped import whole_slots
 from methods.core.contract import Stage, Step
 from methods.core.errors import UserError
 from methods.core.eviction import Eviction, EvictionContext
@@ -88,6 +89,11 @@ class NACL(Eviction):
             raise UserError(f"NACL: method.min_len={self.min_len}; it is a number of tokens, at least 0")
         if self.decode_interval is not None and self.decode_interval < 1:
             raise UserError(f"NACL: method.decode_interval={self.decode_interval}; it is null or at least 1")
+        if self.decode_interval and self.decode.every:
+            raise UserError(
+                f"NACL: method.decode_interval={self.decode_interval}, method.decode.every={self.decode.every}; they "
+                "say the same, give one"
+            )
 
     @property
     def shares(self) -> tuple[float, float, float, float]:
@@ -116,7 +122,7 @@ class NACL(Eviction):
 
     @property
     def interval(self) -> int | None:
-        return self.decode_interval
+        return self.decode_interval or super().interval
 
     def query_window(self, n: int) -> int:
         return self.sizes(n).proxies
@@ -137,25 +143,39 @@ class NACL(Eviction):
         return proxies if self.proxy_causal and proxies <= step.q.shape[2] else 0
 
     def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
-        """[B, H, S]: +inf for what is kept, -inf for the rest; the choice is NACL's own."""
+        """[B, H, S]: 1 for what is kept, -inf for the rest; the choice is NACL's own."""
         k, _ = store.read()  # [B, H, S, D]
         B, H, S, _ = k.shape
         rows = [self.sizes(n) for n in cut.prompt]
-        sinks, recent, by_score, by_chance, proxies = (
-            torch.tensor(column, device=k.device)[:, None, None] for column in zip(*rows, strict=True)
+        by_score, by_chance, proxies = (
+            torch.tensor(column, device=k.device)[:, None, None] for column in list(zip(*rows, strict=True))[2:]
         )  # each [B, 1, 1]
         scores = self.proxy_scores(store, step, cut, proxies[:, 0]).view(B, H, -1, S).sum(dim=2)  # [B, H, S]
 
-        protected = (cut.age_rank >= 0) & ((cut.age_rank < sinks) | (cut.age_rank >= cut.n - recent))
-        others = (cut.age_rank >= 0) & ~protected
+        pinned = self.pinned(store, step, cut)
+        pinned = torch.zeros_like(cut.real) if pinned is None else pinned
+        if not self.pins.is_own:  # what is left is shared as the two shares are among themselves
+            left = (cut.budget_slots - pinned.sum(-1, keepdim=True)).clamp_min(0)  # [B, H, 1]
+            scored, drawn = self.shares[1:3]
+            by_score = whole_slots(scored / (scored + drawn), left) if scored + drawn else left
+            by_chance = left - by_score
+        others = (cut.age_rank >= 0) & ~pinned
         best = top(scores.masked_fill(~others, -torch.inf), by_score[..., 0])
         heads = torch.arange(H, device=k.device)[None, :, None]
         layer = torch.full_like(heads, step.layer)
         # a later draw is another one
         drawn_at = (step.pos[:, -1:, None],) if cut.again else ()
         noise = gumbel(self.seed, step.samples[:, None, None], layer, heads, store.pos, *drawn_at)
-        drawn = top((scores / self.temperature + noise).masked_fill(~others | best, -torch.inf), by_chance[..., 0])
-        return torch.where(protected | best | drawn, torch.inf, -torch.inf)
+        chosen = top((scores / self.temperature + noise).masked_fill(~others | best, -torch.inf), by_chance[..., 0])
+        return torch.where(pinned | best | chosen, 1.0, -torch.inf)
+
+    def protected(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
+        """The first and the newest."""
+        rows = [self.sizes(n) for n in cut.prompt]
+        sinks, recent = (
+            torch.tensor(column, device=store.pos.device)[:, None, None] for column in list(zip(*rows, strict=True))[:2]
+        )
+        return (cut.age_rank >= 0) & ((cut.age_rank < sinks) | (cut.age_rank >= cut.n - recent))
 
     def proxy_scores(self, store: Store, step: Step, cut: EvictionContext, proxies: Tensor) -> Tensor:
         """Attention that the last `proxies` [B, 1] queries of each row give every slot, [B, Hq, S]."""

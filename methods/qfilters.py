@@ -29,7 +29,7 @@ from methods.core.artefacts import Calibration
 from methods.core.capped import Capped, CappedCache
 from methods.core.capture import capture_steps
 from methods.core.contract import LayerCache, ModelSpec, Step
-from methods.core.errors import UserError
+from methods.core.errors import NotHere, UserError
 from methods.core.eviction import Eviction, EvictionCache, EvictionContext
 from methods.core.store import Store
 
@@ -64,7 +64,7 @@ class Filtered(Eviction):
         super().__post_init__()
         if self.sinks < 0 or (self.window or 0) < 0:
             raise UserError(f"QFilters: method.sinks={self.sinks}, method.window={self.window}; both are at least 0")
-        if 1 < self.budget <= self.sinks + (self.window or 0):
+        if 1 < self.budget <= self.sinks + (self.window or 0) and self.pins.is_own:
             raise UserError(
                 f"QFilters: budget={self.budget} slots do not hold method.sinks={self.sinks}, "
                 f"method.window={self.window} and one more; raise budget or lower these"
@@ -129,25 +129,38 @@ class Filtered(Eviction):
         """The cache of a layer with these filters [H, D]."""
         raise NotImplementedError
 
-    def slots(self, n: int) -> int:
-        return max(super().slots(n), self.sinks + (self.window or 0) + 1)
+    @property
+    def least(self) -> int:
+        return self.sinks + (self.window or 0) + 1
 
-    def protected(self, store: Store, step: Step, window: int | Tensor) -> Tensor:
-        """The slots' scores, [B, H, S]; +inf for sinks and the newest; window: an int or [B, 1, 1]."""
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
+        """Products of keys and filter, [B, H, S]."""
+        return store.track(SCORE)
+
+    def protected(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
+        """Sinks and the newest."""
         pos, newest = store.pos, step.pos[:, -1:, None]  # [B, H, S], [B, 1, 1]
-        return store.track(SCORE).masked_fill((pos < self.sinks) | (pos > newest - window), torch.inf)
+        return (pos < self.sinks) | (pos > newest - self.n_newest(cut))
+
+    def n_newest(self, cut: EvictionContext) -> int | Tensor:
+        """How many of the newest stay, an int or [B, 1, 1]."""
+        return self.window or 0
 
 
 @dataclass
 class QFilters(Filtered):
     """Drop prompt slots once, when the prompt ends; null `window` is 0."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decode.every:
+            raise NotHere(
+                f"method.decode.every={self.decode.every}: QFilters forgets the prompt's scores once they have "
+                "decided; method=qfilters_capped drops while decoding"
+            )
+
     def layer(self, prompt_len: int | None, filters: Tensor) -> LayerCache:
         return OneShotCache(self, prompt_len, filters)
-
-    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
-        """Products of keys and filter, [B, H, S]."""
-        return self.protected(store, step, self.window or 0)
 
 
 @dataclass
@@ -161,9 +174,10 @@ class CappedQFilters(Capped, Filtered):
         return Filtered.caches(self, spec, prompt_len)
 
     def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
-        """Products of keys and filter, [B, H, S]."""
-        window = (cut.budget_slots - self.sinks) // 2 if self.window is None else self.window
-        return self.protected(store, step, window)
+        return Filtered.score(self, store, step, cut)
+
+    def n_newest(self, cut: EvictionContext) -> int | Tensor:
+        return (cut.budget_slots - self.sinks) // 2 if self.window is None else self.window
 
 
 class FilteredCache(EvictionCache):

@@ -111,22 +111,26 @@ class Scissorhands(Capped):
             step.memo.update({(*key, i): track for i, track in enumerate(tracks)})
 
     def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
-        """Minus the votes; the newest are +inf."""
+        """Minus the votes."""
         against = _ones(self._votes(store)).double()  # [B, H, S]
-        last = step.pos[:, -1:, None]
         if self.normalise:
-            against = against / (last - store.pos + 1).clamp(1, self.history)
+            against = against / (step.pos[:, -1:, None] - store.pos + 1).clamp(1, self.history)
         scores = -against
         if self.tie == "prob":
             scores = ranks(scores, self._seen(store).sum(-1, dtype=torch.float64))
-        return scores.masked_fill(store.pos > last - self.recent, torch.inf)
+        return scores
+
+    def protected(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
+        """The newest."""
+        return store.pos > step.pos[:, -1:, None] - self.recent
 
     def _least(self) -> int:
         """The smallest full cache that holds the recent slots and one more after a drop."""
+        recent = self.recent if self.pins.is_own else 0
         if self.drop >= 1:
-            return self.recent + int(self.drop) + 1
-        k = self.recent + 2
-        while k - self._goes(k) < self.recent + 1:
+            return recent + int(self.drop) + 1
+        k = recent + 2
+        while k - self._goes(k) < recent + 1:
             k += 1
         return k
 

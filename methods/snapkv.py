@@ -44,7 +44,7 @@ class SnapKV(Eviction):
             )
         if self.pooling not in ("max", "avg"):
             raise UserError(f"SnapKV: method.pooling={self.pooling}; it is max or avg")
-        if 1 < self.budget <= self.window:
+        if 1 < self.budget <= self.window and self.pins.is_own:
             raise UserError(
                 f"SnapKV: budget={self.budget} slots do not hold method.window={self.window} and one more; "
                 "raise budget or lower method.window"
@@ -53,19 +53,38 @@ class SnapKV(Eviction):
     def query_window(self, n: int) -> int:
         return self.window
 
-    def slots(self, n: int) -> int:
-        return max(super().slots(n), self.window + 1)
+    @property
+    def least(self) -> int:
+        return self.window + 1
 
     def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
-        """Pooled scores per slot, [B, H, S]; the window's own slots are +inf."""
+        """Pooled scores per slot, [B, H, S]."""
         scores = self.window_scores(store, step, cut)  # [B, Hq, S]
         B, H, S = store.pos.shape
-        in_window = cut.age_rank >= cut.n - self.window  # [B, H, S]
-        outside = (in_window | (cut.age_rank < 0)).repeat_interleave(scores.shape[1] // H, dim=1)  # [B, Hq, S]
-        # neither the window's own scores nor padding may leak into the slots beside them through the pooling
-        scores = self.pool(scores.masked_fill(outside, 0.0 if self.pooling == "avg" else -torch.inf))
-        scores = scores.view(B, H, -1, S).mean(dim=2)  # [B, H, S]
-        return scores.masked_fill(in_window, torch.inf)
+        outside = cut.age_rank < 0  # [B, H, S]
+        if self.pins.is_own:
+            outside = outside | self.protected(store, step, cut)
+        else:  # the window's slots compete, by the mean of the fewer queries that see them
+            scores = scores / self.seen_by(store, cut).repeat_interleave(scores.shape[1] // H, dim=1)
+        outside = outside.repeat_interleave(scores.shape[1] // H, dim=1)  # [B, Hq, S]
+        # neither the scores of a window that stays nor padding may leak into the slots beside them through the pooling
+        scores = scores.masked_fill(outside, 0.0 if self.pooling == "avg" else -torch.inf)
+        if store.padded or cut.again:  # padding may stand between a row's slots: they are neighbours all the same
+            order = cut.real.to(torch.int8).argsort(dim=-1, stable=True).repeat_interleave(scores.shape[1] // H, dim=1)
+            scores = torch.empty_like(scores).scatter_(2, order, self.pool(scores.gather(2, order)))
+        else:
+            scores = self.pool(scores)
+        return scores.view(B, H, -1, S).mean(dim=2)  # [B, H, S]
+
+    def protected(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
+        """The window's own slots."""
+        return cut.age_rank >= cut.n - self.window
+
+    def seen_by(self, store: Store, cut: EvictionContext) -> Tensor:
+        """How many of the window's queries come at or after each slot, [B, H, S], at least 1."""
+        q_pos = cut.q_pos[:, -self.window :]  # [B, W]
+        queries = (q_pos >= 0).sum(-1)[:, None, None]
+        return (q_pos[:, -1, None, None] - store.pos + 1).minimum(queries).clamp_min(1)
 
     def window_scores(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """Attention that the window's queries give every slot, [B, Hq, S]."""

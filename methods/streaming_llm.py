@@ -26,7 +26,8 @@ from kernels import attend
 from kernels.attend.reference import averages, logits
 from methods.core.contract import Holding, LayerCache, ModelSpec, Stage, Step
 from methods.core.decision import real_tokens, taken
-from methods.core.errors import UserError
+from methods.core.errors import NotHere, UserError
+from methods.core.evicting.nulls import recency_scores
 from methods.core.eviction import Eviction, EvictionCache, EvictionContext
 from methods.core.store import Store
 
@@ -52,6 +53,18 @@ class StreamingLLM(Eviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pins.at == "none":
+            self.sinks = 0  # all that it protects; what it scores by is recency
+        for key, value, typed in (
+            ("pin", self.pins.at, self.pins.at not in ("own", "none")),
+            ("score_by", self.score_by, self.score_by != "own"),
+            ("decode.every", self.decode.every, self.decode.every is not None),
+        ):
+            if typed:
+                raise NotHere(
+                    f"method.{key}={value}: StreamingLLM is recency with its first slots pinned, one out for each that "
+                    "comes in, and its positions are numbered by that; method=recency takes it"
+                )
         if self.sinks < 0 or 1 < self.budget <= self.sinks:
             raise UserError(
                 f"StreamingLLM: method.sinks={self.sinks}, budget={self.budget}; sinks is at least 0 and leaves a slot "
@@ -80,8 +93,9 @@ class StreamingLLM(Eviction):
             )
         return [StreamingCache(self, prompt_len) for _ in range(spec.n_layers)]
 
-    def slots(self, n: int) -> int:
-        return max(super().slots(n), self.sinks + 1)
+    @property
+    def least(self) -> int:
+        return self.sinks + 1
 
     def capacity(self, n: int) -> int:
         """Slots per head after a prompt of n tokens; a number of slots also bounds what a shorter prompt grows to."""
@@ -90,8 +104,12 @@ class StreamingLLM(Eviction):
         return self.slots(n) if self.budget < 1 else int(self.budget)
 
     def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
-        """The newest first, [B, H, S]; sinks are +inf."""
-        return store.pos.float().masked_fill(self.are_sinks(store, step), torch.inf)
+        """The newest first, [B, H, S]."""
+        return recency_scores(store)
+
+    def protected(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
+        """The sinks."""
+        return self.are_sinks(store, step)
 
     def are_sinks(self, store: Store, step: Step) -> Tensor:
         """Which slots stay as sinks, [B, H, S]: in a sliding layer while later queries see them."""

@@ -10,7 +10,6 @@ Here:  query heads are averaged directly, whatever KV head they share. granulari
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from methods.core.capped import Capped
@@ -49,4 +48,8 @@ class TOVA(Capped):
             mass = store.mass(step, 1)
         groups = 1 if self.granularity == "layer" else H
         row = mass.view(B, groups, -1, S).mean(dim=2).expand(B, H, S)
-        return row.masked_fill(store.pos == step.pos[:, -1:, None], torch.inf) if self.protect_last else row
+        return row
+
+    def protected(self, store: Store, step: Step, cut: EvictionContext) -> Tensor | None:
+        """None, or the newest."""
+        return store.pos == step.pos[:, -1:, None] if self.protect_last else None

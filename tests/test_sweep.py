@@ -427,6 +427,17 @@ def test_a_knob_of_one_value_is_for_all_methods_of_a_sweep(command):
     assert code == 2 and "method.bits: no such setting" in err
 
 
+def test_knobs_that_all_methods_take_stand_in_no_yaml_and_are_said_as_typed(command, tmp_path):
+    words = ("-m", "method=snapkv,random,kivi", "method.pin=none,boundary", "budget=0.5", "task.limit=1")
+    code, out, err = command(*words)
+    assert code == 0, err
+    assert all(f"{name} pin={pin}" in out for name in ("snapkv", "random") for pin in ("none", "boundary"))
+    assert "left out: method=kivi method.pin=none budget=0.5: method.pin=none: Codec ranks no slots" in err
+    cells = [json.loads((path / "cell.json").read_text()) for path in (tmp_path / "results").glob("*/*/snapkv-*")]
+    assert sorted(cell["identity"]["method"]["config"]["pin"] for cell in cells) == ["boundary", "none"]
+    assert all("method.pin=" in cell["runs"][0]["command"] and "++" not in cell["runs"][0]["command"] for cell in cells)
+
+
 def test_a_sweep_composes_each_method_once(command, monkeypatch):
     composed, real = [], ConfigLoaderImpl._load_configuration_impl
 

@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from run import CONF
+from runners.settings.composing import with_shared
 from runners.settings.explain import EXPECTED, explain
 
 WRONG: dict[str, Any] = {
@@ -42,7 +43,7 @@ WRONG: dict[str, Any] = {
 def composed(*overrides: str) -> DictConfig:
     """A configuration as run.py has it, and Hydra told so."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
+        cfg = compose("config", overrides=with_shared(overrides), return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]

@@ -81,7 +81,7 @@ class Capped(Eviction):
         return self.capacity(n)
 
     def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
-        """Scores [B, H, S]: the lowest goes first, at equal scores the newest; +inf stays, never -inf.
+        """Scores [B, H, S]: the lowest goes first, at equal scores the newest; never -inf.
 
         Asked for after every token of a full cache, so it must not make the host wait. Slots do not lie in order of
         position then: a new token takes a freed place, and `store.pos` says how old a slot is. Padding need not be
@@ -143,7 +143,7 @@ class CappedCache(EvictionCache):
         if self.method.budget == 1:
             return
         self.held = self._count()
-        self.capacity, self.target_size = self._sizes_for(step, self.prompt)
+        self.capacity, self.target_size = self._sizes_for(step, self.prompt, decoding=True)
         if step.rules.window is not None and min(self.capacity) >= step.rules.window - 1:
             self.capacity = []  # no query sees more than that anyway
             return
@@ -170,14 +170,17 @@ class CappedCache(EvictionCache):
         sizes = self._sizes_for(step, prompt)
         return [target if n > capacity else n for n, capacity, target in zip(held, *sizes, strict=True)]
 
-    def _sizes_for(self, step: Step, prompt: list[int]) -> tuple[list[int], list[int]]:
-        """Each row's capacity, and what it starts again from above it."""
-        share, window = self.method.allocator.slots, step.rules.window
-        capacity, target_size = (
-            [_within(share(step.layer, step.n_layers, of(n)), window) for n in prompt]
-            for of in (self.method.capacity, self.method.target_size)
+    def _sizes_for(self, step: Step, prompt: list[int], decoding: bool = False) -> tuple[list[int], list[int]]:
+        """Each row's capacity, and what it starts again from above it; decoding: from the prompt's end on."""
+        method, window = self.method, step.rules.window
+        capacity, target_size = (  # the latter last: it is what a cut leaves
+            [_within(n, window) for n in self._kept_here(step, [of(n) for n in prompt], prompt)]
+            for of in (method.capacity, method.target_size)
         )
-        return capacity, target_size
+        if decoding and method.decode.every:
+            more = method.decode.every - 1
+            return [_within(n + more, window) for n in target_size], target_size
+        return [max(n, m) for n, m in zip(capacity, target_size, strict=True)], target_size
 
     def _let_go(self, step: Step, next_query: Tensor) -> None:
         """Nothing once slots have been dropped: those that no query sees are the next to go, one for each token."""
@@ -185,7 +188,7 @@ class CappedCache(EvictionCache):
             super()._let_go(step, next_query)
 
     def _scores(self, step: Step, cut: EvictionContext) -> Tensor:
-        """The method's scores; a sliding layer first lets go of what no later query sees."""
+        """The scores; a sliding layer first lets go of what no later query sees."""
         scores = super()._scores(step, cut)
         if step.rules.window is None:
             return scores
@@ -202,12 +205,12 @@ class CappedCache(EvictionCache):
         real = store.pos >= 0  # [B, H, S]
         budget_slots = self.capacity_there[..., None]
         context = EvictionContext(
-            step.q, step.pos, real, self.prompt, self.capacity, budget_slots, self.mass, again=True
+            step.q, step.pos, real, self.prompt, self.capacity, budget_slots, self.mass, True, *self._of_pins()
         )
         scores = self._scores(step, context)
         slot, odd = lowest(scores, store.pos)  # [B, H]
         if odd:
-            check_scores(self.method.score, scores.masked_fill(~real, -torch.inf), real)
+            check_scores(self.method.score, context._ranked.masked_fill(~real, -torch.inf), real)
         if store.padded:  # a row that is not full has a free place already
             free = (~real).to(torch.int8).argmax(-1)
             slot = torch.where(real.sum(-1) > self.capacity_there, slot, free)

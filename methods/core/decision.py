@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from methods.core.contract import Step
+from methods.core.errors import UserError
+
+if TYPE_CHECKING:
+    from methods.core.store import Store
 
 Value = TypeVar("Value")
 
@@ -27,6 +31,8 @@ class EvictionContext:
     kept_per_head: slots that may stay per head, for each row.  budget_slots [B, 1, 1]: the same on the device.
     mass [B, Hq, S]: what `Eviction.n_window_queries` asked for in the step that decides; None if it asked for nothing.
     again: whether the rows have been cut before.
+    mean_kept: slots that may stay per head, for each row, on average over layers and heads; empty: `kept_per_head`.
+    prompt_end [B, 1, 1]: tokens of each row up to its prompt's end; None before that.
     """
 
     q: Tensor
@@ -37,6 +43,12 @@ class EvictionContext:
     budget_slots: Tensor
     mass: Tensor | None = None
     again: bool = False
+    mean_kept: list[int] = field(default_factory=list)
+    prompt_end: Tensor | None = None
+    _ranked: Tensor = field(init=False, repr=False)  # what ranks the slots that are not pinned, once it is known
+
+    def __post_init__(self) -> None:
+        self.mean_kept = self.mean_kept or self.kept_per_head
 
     @cached_property
     def n(self) -> Tensor:
@@ -47,6 +59,13 @@ class EvictionContext:
     def age_rank(self) -> Tensor:
         """How many older slots the head holds, [B, H, S], -1 for padding; where slots lie in order of position."""
         return torch.where(self.real, self.real.cumsum(-1) - 1, -1)
+
+    def ranks(self, store: Store) -> Tensor:
+        """`age_rank` wherever the slots of the store lie."""
+        if store.in_order:
+            return self.age_rank
+        padding = self.real.shape[-1] - self.n  # of position -1, so that it comes before all slots
+        return torch.where(self.real, store.pos.argsort(-1).argsort(-1) - padding, -1)
 
     @property
     def rank(self) -> Tensor:
@@ -71,6 +90,17 @@ def check_scores(score: Callable[..., Tensor], scores: Tensor, real: Tensor) -> 
     code = inspect.unwrap(score).__code__
     what = f"NaN for {broken} of {int(real.sum())} slots" if broken else "-inf for all slots of a row"
     raise FloatingPointError(f"{code.co_name} gave {what}: {code.co_filename}, line {code.co_firstlineno}")
+
+
+def check_unpinned(score: Callable[..., Tensor], scores: Tensor, real: Tensor, pin: str) -> None:
+    """Raises UserError if a method's `score` keeps slots by +inf, which no other pins could take the place of."""
+    if bool(((scores == torch.inf) & real).any()):
+        code = inspect.unwrap(score).__code__
+        raise UserError(
+            f"method.pin={pin}: {code.co_name} gives +inf to what shall stay ({code.co_filename}, line "
+            f"{code.co_firstlineno}), which no pins can take the place of; let `protected` say it, or give "
+            "method.pin=own"
+        )
 
 
 def joined(queries: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -23,11 +23,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from methods import SHARED
+
 #: settings of a cell that choose no file and are set in no method
 NUMBERS = ("budget", "seed")
 CONF = Path(__file__).resolve().parents[2] / "conf"
 # what Hydra adds to a command's words once it knows its mode
 MODES = ([], ["hydra.mode=RUN"], ["hydra.mode=MULTIRUN"])
+
+_SHARED = tuple(f"method.{key}{end}" for key in SHARED for end in "=.")
 
 # by the loader of a command, so that they end with it
 _COMPOSED: WeakKeyDictionary[ConfigLoader, dict[tuple[str, ...], DictConfig]] = WeakKeyDictionary()
@@ -63,10 +67,15 @@ class Composer:
         if not knobs:
             return self._composed[files]
         cfg = copy.deepcopy(self._composed[files])
-        parsed = OverridesParser.create().parse_overrides(knobs)
+        parsed = OverridesParser.create().parse_overrides(with_shared(knobs))
         ConfigLoaderImpl.validate_sweep_overrides_legal(parsed, RunMode.RUN, from_shell=False)
         ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)
         return cfg
+
+
+def with_shared(words: Sequence[str]) -> list[str]:
+    """The overrides; those of knobs that methods take whether their YAML names them or not may add them."""
+    return [f"++{word}" if word.startswith(_SHARED) else word for word in words]
 
 
 def once(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
@@ -95,7 +104,11 @@ def once(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
                 self._apply_overrides_to_config(parse(added), cfg)
                 cfg.hydra.overrides.hydra.extend(added)
                 return cfg
-        cfg = load(self, config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
+        given = with_shared(overrides)
+        cfg = load(self, config_name, given, run_mode, from_shell, validate_sweep_overrides)
+        typed = dict(zip(given, overrides, strict=True))
+        for words in (cfg.hydra.overrides.task, cfg.hydra.overrides.hydra):
+            words[:] = [typed.get(word, word) for word in words]
         if not validate_sweep_overrides:
             first[self] = config_name, list(overrides), cfg
         return cfg

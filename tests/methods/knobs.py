@@ -11,9 +11,10 @@ SETS: dict[str, list[dict[str, Any]]] = {
     "adakv": [
         {**SNAPKV, "allocator": {"alpha": 0.5, "safeguard": "release"}},
         {"allocator": {"alpha": 0.0, "safeguard": "reserve"}},
+        {"pin": "boundary", "score_by": "random_in_counts"},
     ],
     "full": [],
-    "h2o": [{"heavy": 0.25, "normalise": True}, {"evict": "per_chunk"}],
+    "h2o": [{"heavy": 0.25, "normalise": True}, {"evict": "per_chunk", "pin": "boundary"}],
     "keyformer": [
         {"recent": 0.5, "noise": "per_token", "tau_init": 1.5, "tau_end": 3.0, "new_tokens": 3},
         {"noise": "none", "compat": "official_mask"},
@@ -41,7 +42,7 @@ SETS: dict[str, list[dict[str, Any]]] = {
         {"paper_form": True},
     ],
     "nacl": [
-        {"preset": "code", "temperature": 0.5, "min_len": 70, "proxy_causal": False},
+        {"pin": "boundary", "preset": "code", "temperature": 0.5, "min_len": 70, "proxy_causal": False},
         {"protect": 0.2, "by_score": 0.3, "by_chance": 0.5, "proxy": 0.5, "decode_interval": 2},
     ],
     "per_token": [
@@ -50,12 +51,13 @@ SETS: dict[str, list[dict[str, Any]]] = {
     ],
     "qfilters": [{"window": 5, "sinks": 3, "skip": [0]}],
     "qfilters_capped": [{"window": 5, "sinks": 3, "skip": [0]}, {"evict": "per_chunk"}],
-    "random": [],
+    "random": [{"pin": "boundary", "decode": {"every": 2}, "draw": "fresh"}],
+    "recency": [{"evict": "per_chunk"}],
     "scissorhands": [
         {"history": 7, "recent": 3, "drop": 5, "tie": "prob", "normalise": True},
         {"drop": 1, "evict": "per_chunk"},
     ],
-    "snapkv": [SNAPKV],
+    "snapkv": [{**SNAPKV, "pin": "none"}],
     "snapkv+kivi": [
         {**SNAPKV, "store": {"key_bits": 8, "value_bits": 2, "group": 16, "residual": 32}},
     ],

@@ -4,10 +4,11 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kernels import Rules
 from methods.core.contract import LayerCache, Stage, Step
-from methods.core.eviction import EvictionContext
+from methods.core.eviction import Eviction, EvictionContext
 from methods.core.store import Store
 
 
@@ -33,6 +34,12 @@ def context(store: Store, step: Step, kept: int, **fields: Any) -> EvictionConte
     rows, slots = len(store.pos), torch.full((len(store.pos), 1, 1), kept)
     fields = {"q": step.q, "q_pos": step.pos, "real": store.pos >= 0, "prompt": [len(store)] * rows} | fields
     return EvictionContext(kept_per_head=[kept] * rows, budget_slots=slots, **fields)
+
+
+def ranked(method: Eviction, store: Store, step: Step, cut: EvictionContext) -> Tensor:
+    """The method's scores [B, H, S], +inf for what is pinned."""
+    scores, pinned = method.score(store, step, cut), method.pinned(store, step, cut)
+    return scores if pinned is None else scores.masked_fill(pinned, torch.inf)
 
 
 def filled(n: int, kv_heads: int = 1) -> Store:

@@ -12,7 +12,7 @@ from tests.bounds import SHARP, bound, half_digit, near, run_off
 from tests.kernels.formula import NOISIEST
 from tests.methods.conftest import kept, run
 from tests.methods.dense import HeavyHitters, Recorded, check
-from tests.methods.layer import Spec, context, filled, kept_after, scripted, step_of
+from tests.methods.layer import Spec, context, filled, kept_after, ranked, scripted, step_of
 from tests.tiny import feed, tiny_model
 
 
@@ -49,7 +49,7 @@ def test_sizes_of_the_paper():
     assert method.slots(1920) == method.capacity(1920) == 1152
     store = filled(1200)
     store.track("score")
-    scores = method.score(store, step_of(1200), context(store, step_of(1200), 1152))
+    scores = ranked(method, store, step_of(1200), context(store, step_of(1200), 1152))
     assert scores.isinf().sum() == 345  # and 807 key tokens
 
 

@@ -9,7 +9,7 @@ from methods.core.contract import Stage
 from methods.core.errors import UserError
 from tests.bounds import bound, half_digit, near, run_off
 from tests.methods.conftest import kept, run
-from tests.methods.layer import context, filled, step_of
+from tests.methods.layer import context, filled, ranked, step_of
 
 
 def keep(scores: list[float], budget: int, **knobs) -> list[int]:
@@ -18,7 +18,7 @@ def keep(scores: list[float], budget: int, **knobs) -> list[int]:
     mass = torch.tensor(scores + [9.0, 9.0])[None, None]  # the window's own columns must not count
     store, step = filled(10), step_of(10)
     method.window_scores = lambda *args: mass
-    scores = method.score(store, step, context(store, step, budget))
+    scores = ranked(method, store, step, context(store, step, budget))
     mask = method.allocator.pick(scores, torch.tensor([budget]))
     return mask[0, 0].nonzero().flatten().tolist()
 
@@ -140,7 +140,7 @@ def test_a_sliding_layer_lets_go_of_what_no_later_query_sees(monkeypatch):
     cache = load_method("snapkv", budget=12, window=4).cache_for(model)
     trimmed = run(model, cache, ids, new=new)
     assert len(cache.layers[0].inner.store) < 16 + 64
-    monkeypatch.setattr("methods.core.eviction.spare", lambda window: 1000)
+    monkeypatch.setattr("methods.core.evicting.layer.spare", lambda window: 1000)
     whole = load_method("snapkv", budget=12, window=4).cache_for(model)
     near(run(model, whole, ids, new=new), trimmed, run_off(trimmed))
     assert len(whole.layers[0].inner.store) == 12 + 90

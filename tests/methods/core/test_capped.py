@@ -15,7 +15,7 @@ from methods.core.errors import UserError
 from methods.core.meter import nbytes
 from tests.bounds import LOUDEST, SHARP, losses_off, near, run_off
 from tests.methods.conftest import kept, run
-from tests.methods.layer import context, filled, step_of
+from tests.methods.layer import context, filled, ranked, step_of
 from tests.tiny import equip, feed, padded_prompt
 from tests.waiting import NoCopies, no_waiting
 
@@ -276,5 +276,5 @@ def test_a_share_of_the_slots_is_cut_as_a_budget_is_at_every_size():
 )
 def test_the_newest_slots_are_an_exact_share_of_the_slots(name, knobs, size, newest):
     method, store = load_method(name, **knobs), filled(200)
-    scores = method.score(store, step_of(200), context(store, step_of(200), size))
+    scores = ranked(method, store, step_of(200), context(store, step_of(200), size))
     assert scores.isinf().sum() == newest

@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.generations import chosen
+from analysis.names import numbers_of
 from analysis.rows import SAMPLE, SHARES, cell_of, samples_of, table_of, why
 
 CACHE = ".analysis.parquet"
@@ -121,7 +122,7 @@ def load_results(results: str | Path, all_generations: bool = False) -> Results:
         _keep(root, samples, new_books)
     drawn, said = chosen(pd.DataFrame(cells).set_index("cell", drop=False), all_generations)
     remaining = samples[samples["cell"].isin(drawn.index)].reset_index(drop=True)
-    return Results(root, drawn, remaining, problems + [said] * bool(said))
+    return Results(root, drawn, remaining, problems + [said] * bool(said) + numbers_of(drawn))
 
 
 def sample_texts(results: Results, cell: str, ids: set[str]) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,15 @@ def told_apart(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.assign(model=model, task=task, paired=cells["fingerprint"])
 
 
+def numbers_of(cells: pd.DataFrame) -> list[str]:
+    """A line where caches of the cells hold numbers of several types, whose shares are no one scale."""
+    held = {"auto" if (one := json.loads(passes).get("cache_dtype")) is None else one for passes in cells["passes"]}
+    if len(held) < 2:
+        return []
+    return [f"caches of {' and '.join(sorted(held))} numbers (cache.dtype) are shown apart: a share is of a full cache "
+            "of the same type"]  # fmt: skip
+
+
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested knobs under dotted names."""
     settings: dict[str, Any] = {}
@@ -40,7 +49,8 @@ def varied(knobs: list[dict[str, Any]]) -> list[str]:
 
 def _model(row: pd.Series) -> dict[str, Any]:
     made_of = {name: row[name] for name in ("dtype", "weights", "files")}
-    return {**made_of, **flat(json.loads(row["passes"]))}
+    # records made before caches could hold another type than the model's do not say so
+    return {**made_of, "cache_dtype": "auto", **flat(json.loads(row["passes"]))}
 
 
 def _renamed(cells: pd.DataFrame, column: str, settings: Callable[[pd.Series], dict[str, Any]]) -> pd.Series:

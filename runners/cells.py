@@ -69,6 +69,8 @@ class Run(ModelSetup):
     method: the name of the method that `cfg.method` describes.  load: where the model comes from.
     """
 
+    rounds = True
+
     def __init__(
         self,
         cfg: DictConfig,
@@ -87,7 +89,7 @@ class Run(ModelSetup):
         latency.check_lengths(self.examples, self.checkpoint.window)
         hydra = cfg.hydra if "hydra" in cfg else HydraConfig.get()
         words, self.taken = list(hydra.overrides.task), auto.named_by(hydra)
-        self.full = self._cell("full", load_method("full"), {}, words)
+        self.full = self._cell("full", load_method("full").holding_in(self.cache_dtype), {}, words)
         self.cell = self.cell_of(method, plain(cfg.method), words)
 
     def cell_of(self, name: str, knobs: dict[str, Any], words: Sequence[str]) -> Cell:
@@ -95,7 +97,10 @@ class Run(ModelSetup):
 
         knobs: the method's configuration, resolved.  words: the overrides that name the cell, as typed.
         """
-        cell = self.full if name == "full" else self._cell(name, build_method(name, knobs), knobs, words)
+        if name == "full":
+            cell = self.full
+        else:
+            cell = self._cell(name, build_method(name, knobs).holding_in(self.cache_dtype), knobs, words)
         check_protocol(self.examples, self.cfg.protocol, [cell.method], self.cfg.last_token)
         return cell
 
@@ -138,6 +143,8 @@ class Run(ModelSetup):
             "threads": " and ".join(map(str, threads)),
             "batch_size": self.cfg.batch_size,
         }
+        if self.cache_dtype_name:
+            settings["cache.dtype"] = self.cache_dtype_name
         for key in ("chunk", "last_token"):
             if self.cfg[key] is not None:
                 settings[key] = self.cfg[key]
@@ -282,6 +289,7 @@ class Run(ModelSetup):
                 "chunk": self.cfg.chunk,
                 **({"last_token": held} if (held := self.cfg.last_token) else {}),
                 **({"sampling": drawn} if (drawn := told(self.sampling)) else {}),
+                **({"cache_dtype": held_in} if (held_in := self.cache_dtype_name) else {}),
             },
         }
         notes = {

@@ -22,16 +22,18 @@ if TYPE_CHECKING:
 class Size:
     """Bytes of caches for a model with this configuration."""
 
-    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype):
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, held: torch.dtype | None = None):
+        """dtype: of the model.  held: of the numbers in caches; None: the same."""
+        number = (held or dtype).itemsize
         heads = config.get("num_attention_heads") or config.get("n_head") or config.get("n_heads") or 1
         kv_heads = config.get("num_key_value_heads") or config.get("num_kv_heads") or heads
         width = config.get("head_dim") or (
             (config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 0) // heads
         )
         layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("n_layers") or 1
-        self.shape = Shape(layers, kv_heads, width, dtype.itemsize)
+        self.shape = Shape(layers, kv_heads, width, number)
         #: keys and values of one token in all layers
-        self.token = 2 * layers * kv_heads * width * dtype.itemsize
+        self.token = 2 * layers * kv_heads * width * number
         self.vocabulary, self.itemsize = config.get("vocab_size") or 0, dtype.itemsize
 
     def prompt(self, tokens: int, rows: int) -> int:
@@ -56,7 +58,7 @@ class GroupSizes:
 
     def __init__(self, run: Run):
         self.run = run
-        self.size = Size(run.checkpoint.config, run.dtype)
+        self.size = Size(run.checkpoint.config, run.dtype, run.cache_dtype)
         self.max_cells = run.cfg.group.max_cells or sys.maxsize
         self._tokens: dict[str, int] = {}  # of prompts, by example
 

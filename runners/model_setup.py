@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import psutil
 import torch
@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kernels import backend as kernels_backend
 from kernels import compiled
+from methods.core.binding.rounding import cache_dtype
 from methods.core.errors import UserError
 from methods.core.typed import shown
 from runners.engine import thoughts
@@ -37,6 +38,8 @@ class ModelSetup:
     """
 
     sampling: Sampling = GREEDY
+    #: whether it runs caches that may hold another type than the model's
+    rounds: ClassVar[bool] = False
 
     def __init__(self, cfg: DictConfig, load: Loads | None = None):
         self.cfg = cfg
@@ -46,11 +49,22 @@ class ModelSetup:
         self.backend = pick_backend(str(cfg.kernels.backend), self.device)
         self.dtype = pick_dtype(str(cfg.dtype), self.checkpoint, self.device)
         self.threads = pick_threads(cfg.threads)
+        given = cache_dtype(cfg.cache.dtype)
+        #: of the numbers that caches hold; None: the model's own
+        self.cache_dtype = None if given == self.dtype else given
+        if self.cache_dtype and not self.rounds:
+            raise UserError(f"cache.dtype={cfg.cache.dtype}: only runner=evaluate holds caches in another type than "
+                            "the model's; leave it out")  # fmt: skip
 
     @property
     def dtype_name(self) -> str:
         """The data type of the weights, as records have it."""
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def cache_dtype_name(self) -> str | None:
+        """The type of the numbers that caches hold, as records have it; None: the model's own."""
+        return None if self.cache_dtype is None else str(self.cache_dtype).removeprefix("torch.")
 
     @property
     def reasoning(self) -> str:

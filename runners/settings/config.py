@@ -50,6 +50,13 @@ class Tracking:
 
 
 @dataclass
+class Cache:
+    """What caches hold; see methods/core/binding/rounding.py."""
+
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+
+
+@dataclass
 class Kernels:
     """Which form of the ops is taken; see kernels.backend."""
 
@@ -105,3 +112,4 @@ class Config:
     fidelity: Annotated[Literal["auto", "full", "off", False], "one of auto, full, off"] = (
         "auto"  # YAML reads off as false
     )
+    cache: Cache = field(default_factory=Cache)

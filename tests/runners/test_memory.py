@@ -29,6 +29,7 @@ def sizes() -> GroupSizes:
         cfg=OmegaConf.create({"chunk": None, "group": {"max_cells": None, "max_bytes": None}}),
         checkpoint=SimpleNamespace(config=CONFIG),
         dtype=torch.float32,
+        cache_dtype=None,
         sampling=SimpleNamespace(repeats=1),
         panel=Panel("off", []),
     )
@@ -84,6 +85,9 @@ def test_rows_are_prompts_and_blocks_what_has_logits_at_once():
     assert block_of(replace(CHOICES, stride=2)) == 2
     fed = Forced("", "prefix", 0, 97, 80, 8, range(80, 97))
     assert block_of(replace(PLAIN, forced=fed)) == 8 and block_of(replace(PLAIN, forced=replace(fed, stride=500))) == 97
+    held = Size(CONFIG, torch.float32, torch.float16)
+    assert 2 * held.token == Size(CONFIG, torch.float32).token and held.shape.itemsize == 2
+    assert held.logits(8, 3) == Size(CONFIG, torch.float32).logits(8, 3)  # of the model, not of its caches
     assert Size(CONFIG, torch.float32).logits(8, 3) == 8 * 3 * 100 * (4 + 4)
 
 

@@ -143,11 +143,8 @@ class Run(ModelSetup):
             "threads": " and ".join(map(str, threads)),
             "batch_size": self.cfg.batch_size,
         }
-        if self.cache_dtype_name:
-            settings["cache.dtype"] = self.cache_dtype_name
-        for key in ("chunk", "last_token"):
-            if self.cfg[key] is not None:
-                settings[key] = self.cfg[key]
+        more = {"cache.dtype": self.cache_dtype_name, "chunk": self.cfg.chunk, "last_token": self.cfg.last_token}
+        settings |= {key: value for key, value in more.items() if value is not None}
         settings |= {f"sampling.{key}": value for key, value in told(self.sampling).items()}
         return ", ".join(f"{key}={value}" for key, value in settings.items())
 

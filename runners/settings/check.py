@@ -12,11 +12,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from methods.core.budget import check_budget
 from methods.core.errors import UserError
 from methods.core.typed import conform, hints_of, no_target, settings
-from runners.settings.config import Cache, Config, Group, Kernels, Model, Sampled, Tracking
+from runners.settings.config import CacheNumbers, Config, Group, Kernels, Model, Sampled, Tracking
 from runners.settings.explain import pip_install
 
 PARTS = ("method", "task", "runner")
-SEVERAL = (Model, Tracking, Kernels, Group, Sampled, Cache)  # settings of settings
+SEVERAL = (Model, Tracking, Kernels, Group, Sampled, CacheNumbers)  # settings of settings
 
 
 def check_config(cfg: DictConfig) -> None:

@@ -50,7 +50,7 @@ class Tracking:
 
 
 @dataclass
-class Cache:
+class CacheNumbers:
     """What caches hold; see methods/core/binding/rounding.py."""
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -112,4 +112,4 @@ class Config:
     fidelity: Annotated[Literal["auto", "full", "off", False], "one of auto, full, off"] = (
         "auto"  # YAML reads off as false
     )
-    cache: Cache = field(default_factory=Cache)
+    cache: CacheNumbers = field(default_factory=CacheNumbers)

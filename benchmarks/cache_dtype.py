@@ -122,7 +122,9 @@ def main() -> None:
         share = found["bytes_held"][given.dtype][method] / found["bytes_held"]["float32"][method]
         print(f"  {method:10} {ms:8.2f} ms/token   {ratio['median']:.3f} of float32's "
               f"({ratio['low']:.3f} to {ratio['high']:.3f})   bytes {share:.1%}")  # fmt: skip
-    given.out.write_text(json.dumps({"commit": commit(), **hardware(), "decode": found}, indent=1) + "\n")
+    given.out.write_text(
+        json.dumps({"commit": commit(), **hardware(), "decode": found}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -97,9 +97,8 @@ class Run(ModelSetup):
 
         knobs: the method's configuration, resolved.  words: the overrides that name the cell, as typed.
         """
-        if name == "full":
-            cell = self.full
-        else:
+        cell = self.full
+        if name != "full":
             cell = self._cell(name, build_method(name, knobs).holding_in(self.cache_dtype), knobs, words)
         check_protocol(self.examples, self.cfg.protocol, [cell.method], self.cfg.last_token)
         return cell

@@ -336,8 +336,9 @@ class Store:
     def _fill_free_slot(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         assert self.free_slot is not None
         at = self.free_slot[..., None]  # [B, H, 1]
-        self.buffers["k"].scatter_(2, at[..., None].expand(-1, -1, -1, k.shape[-1]), k)
-        self.buffers["v"].scatter_(2, at[..., None].expand(-1, -1, -1, v.shape[-1]), v)
+        rows, heads = (torch.arange(n, device=at.device) for n in at.shape[:2])
+        for name, new in (("k", k), ("v", v)):  # on a CPU `scatter_` copies all of a 16-bit tensor, and back
+            self.buffers[name][rows[:, None], heads, self.free_slot] = new[:, :, 0]
         self.buffers["pos"].scatter_(2, at, pos[:, None].expand(at.shape).to(torch.int32))
         for name, fill in self.fills.items():
             buffer = self.buffers[name]

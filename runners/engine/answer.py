@@ -55,7 +55,7 @@ def answer_together(
     # a full cache that has answered before answers once more, as the others' witness
     panel = setting.panel
     witness = panel is not None and _full_of(methods) is None and any(panel.wants(batch))
-    go = Pass(setting, [load_method(FULL), *methods] if witness else methods, shared=True, limit=limit)
+    go = Pass(setting, [_full_beside(methods), *methods] if witness else methods, shared=True, limit=limit)
     by_method: list[RowsOrError] = [[] for _ in go.methods]
     for _, members in groupby(batch, _alike):
         for i, more in enumerate(go.run(list(members))):
@@ -63,6 +63,11 @@ def answer_together(
             if not isinstance(before, Exception):
                 by_method[i] = more if isinstance(more, Exception) else [*before, *more]
     return by_method[witness:]
+
+
+def _full_beside(methods: Sequence[Method]) -> Method:
+    """The full cache that methods are held against: it holds numbers of their type."""
+    return load_method(FULL).holding_in(methods[0].cache_dtype)
 
 
 def _full_of(methods: Sequence[Method]) -> int | None:
@@ -166,7 +171,7 @@ class Pass:
         """A full cache that has read what a method alone has, and its logits."""
         setting = self.setting
         session, logits = start(
-            setting.model, load_method(FULL), plan.firsts, plan.samples, setting.chunk, setting.pad_id
+            setting.model, _full_beside(self.methods), plan.firsts, plan.samples, setting.chunk, setting.pad_id
         )
         return session, plan.ask(session, logits)
 
@@ -290,7 +295,7 @@ def _timed(go: Pass, batch: Sequence[Example]) -> list[RowsOrError]:
     setting, ((method,), (example,)) = go.setting, (go.methods, batch)
     what = example.timed
     assert what is not None
-    full = load_method("full")
+    full = _full_beside([method])
     methods = [method] if method.name == full.name else [method, full]
     ours, *others = measure(setting.model, methods, what, setting.chunk)
     timings = Timings(ours.prompt, 0.0, ours.step * what.steps, what.length * what.batch, what.steps)

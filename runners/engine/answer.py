@@ -55,7 +55,7 @@ def answer_together(
     # a full cache that has answered before answers once more, as the others' witness
     panel = setting.panel
     witness = panel is not None and _full_of(methods) is None and any(panel.wants(batch))
-    go = Pass(setting, [_full_beside(methods), *methods] if witness else methods, shared=True, limit=limit)
+    go = Pass(setting, [_full_like(methods), *methods] if witness else methods, shared=True, limit=limit)
     by_method: list[RowsOrError] = [[] for _ in go.methods]
     for _, members in groupby(batch, _alike):
         for i, more in enumerate(go.run(list(members))):
@@ -65,7 +65,7 @@ def answer_together(
     return by_method[witness:]
 
 
-def _full_beside(methods: Sequence[Method]) -> Method:
+def _full_like(methods: Sequence[Method]) -> Method:
     """The full cache that methods are held against: it holds numbers of their type."""
     return load_method(FULL).holding_in(methods[0].cache_dtype)
 
@@ -171,7 +171,7 @@ class Pass:
         """A full cache that has read what a method alone has, and its logits."""
         setting = self.setting
         session, logits = start(
-            setting.model, _full_beside(self.methods), plan.firsts, plan.samples, setting.chunk, setting.pad_id
+            setting.model, _full_like(self.methods), plan.firsts, plan.samples, setting.chunk, setting.pad_id
         )
         return session, plan.ask(session, logits)
 
@@ -295,7 +295,7 @@ def _timed(go: Pass, batch: Sequence[Example]) -> list[RowsOrError]:
     setting, ((method,), (example,)) = go.setting, (go.methods, batch)
     what = example.timed
     assert what is not None
-    full = _full_beside([method])
+    full = _full_like([method])
     methods = [method] if method.name == full.name else [method, full]
     ours, *others = measure(setting.model, methods, what, setting.chunk)
     timings = Timings(ours.prompt, 0.0, ours.step * what.steps, what.length * what.batch, what.steps)

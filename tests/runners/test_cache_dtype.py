@@ -111,3 +111,11 @@ def test_a_model_whose_keys_float16_does_not_hold_is_said_with_its_layer_and_bfl
     assert code == 2 and "values of layer 1 reach" in err
     code, _, err = run_command("method=snapkv", "method.window=8", "cache.dtype=bfloat16", *given)
     assert code == 0, err
+
+
+@pytest.mark.parametrize("company", [(), ("group.max_cells=1",)], ids=["together", "alone"])
+def test_what_keeps_all_predicts_what_the_full_cache_of_its_type_predicts(company, command, tmp_path):
+    code, _, err = command("method=random", "budget=1", "cache.dtype=float16", "fidelity=full", *company)
+    assert code == 0, err
+    forced = [row["forced"] for row in samples(tmp_path / "results", "random").values()]
+    assert forced and {k for one in forced for k in one["kl"]} == {0.0}

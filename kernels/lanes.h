@@ -140,7 +140,13 @@ inline Lanes exponential(Lanes x) {
 // x becomes exp(x - most); their sum
 inline float exponentials(float *x, int64_t n, float most) {
     float total = 0;
-    for (int64_t i = 0; i < n; i += LANES) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const Lanes y = exponential(load(x + i) - most);
+        store(x + i, y);
+        total += sum(y);
+    }
+    for (; i < n; i += LANES) {
         float part[LANES];
         const int64_t here = std::min<int64_t>(LANES, n - i);
         for (int l = 0; l < LANES; ++l) part[l] = l < here ? x[i + l] - most : -1e30f;

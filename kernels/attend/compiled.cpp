@@ -39,45 +39,64 @@ struct Piece {
     bool tail;
 };
 
-// Calls do(i, n) for every n places from at[i] on that follow each other.
-template <class Do> inline void runs(const int32_t *at, int64_t n, Do act) {
+// Calls act(i, n) for every n places from at[i] on that follow each other; x are the places' numbers, `width` each, which
+// the processor is asked for before they are due where they lie apart.
+template <class E, class Act> inline void runs(const int32_t *at, int64_t n, const E *x, int64_t width, Act act) {
+    constexpr int64_t AHEAD = 8, LINE = 64 / sizeof(E);
     for (int64_t i = 0, j; i < n; i = j) {
         for (j = i + 1; j < n && at[j] == at[i] + (j - i); ++j) {
         }
+        if (j - i < AHEAD && i + AHEAD < n)
+            for (int64_t d = 0; d < width; d += LINE) __builtin_prefetch(x + at[i + AHEAD] * width + d);
         act(i, j - i);
     }
 }
 
-inline float scaled(float x, int32_t pos, int32_t now, const Pages &a) {
-    const bool seen = pos >= 0 && pos <= now && (a.window == 0 || now - pos < a.window);
-    return seen ? x * a.scale : NOTHING;
+// The scale, and -inf where the query does not see the slot; x of every query of the group, `wide` apart.
+inline void mask(float *x, int64_t wide, const int32_t *pos, int64_t n, int32_t now, const Pages &a) {
+    const int32_t oldest = a.window ? std::max<int32_t>(0, now - static_cast<int32_t>(a.window) + 1) : 0;
+    for (int64_t g = 0; g < a.group; ++g, x += wide)
+        for (int64_t i = 0; i < n; ++i) x[i] = (pos[i] >= oldest) & (pos[i] <= now) ? x[i] * a.scale : NOTHING;
 }
 
 template <class E> void logits_of(const Piece &p, const Pages &a, const E *keys, const E *tail_keys) {
     const int64_t G = a.group, wide = a.most + a.tail;
     const float *q = a.q + p.row * G * a.width;
     float *x = a.mass + p.row * G * wide + p.from + (p.tail ? a.most : 0);
-    const int32_t now = a.q_pos[p.row / a.heads], *at = a.at + a.first[p.row] + p.from;
+    const int32_t now = a.q_pos[p.row / a.heads];
     if (p.tail) {
         dots(q, G, tail_keys + p.row * a.tail_k_stride + p.from * a.width, p.n, a.width, x, wide);
-        const int32_t *pos = a.tail_pos + p.row / a.heads * a.tail_pos_batch + p.row % a.heads * a.tail_pos_head + p.from;
-        for (int64_t g = 0; g < G; ++g)
-            for (int64_t i = 0; i < p.n; ++i) x[g * wide + i] = scaled(x[g * wide + i], pos[i], now, a);
-        return;
+        const int32_t *pos = a.tail_pos + p.row / a.heads * a.tail_pos_batch + p.row % a.heads * a.tail_pos_head;
+        return mask(x, wide, pos + p.from, p.n, now, a);
     }
-    runs(at, p.n, [&](int64_t i, int64_t n) { dots(q, G, keys + at[i] * a.width, n, a.width, x + i, wide); });
-    for (int64_t g = 0; g < G; ++g)
-        for (int64_t i = 0; i < p.n; ++i) x[g * wide + i] = scaled(x[g * wide + i], a.pos[at[i]], now, a);
+    const int32_t *at = a.at + a.first[p.row] + p.from;
+    int32_t pos[PIECE];
+    for (int64_t i = 0; i < p.n; ++i) pos[i] = a.pos[at[i]];
+    runs(at, p.n, keys, a.width, [&](int64_t i, int64_t n) { dots(q, G, keys + at[i] * a.width, n, a.width, x + i, wide); });
+    mask(x, wide, pos, p.n, now, a);
+}
+
+inline float largest(const float *x, int64_t n, float so_far) {
+    Lanes most = Lanes{} + so_far;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const Lanes y = load(x + i);
+        most = y > most ? y : most;
+    }
+    for (; i < n; ++i) so_far = std::max(so_far, x[i]);
+    for (int l = 0; l < LANES; ++l) so_far = std::max(so_far, most[l]);
+    return so_far;
 }
 
 // x becomes the softmax of its first n and last `tail` numbers, and 0 between them; all 0 for a query that sees nothing.
 inline void softmax(float *x, int64_t n, const Pages &a) {
-    const int64_t wide = a.most + a.tail;
-    std::fill(x + n, x + a.most, NOTHING);
-    const float most = wide ? *std::max_element(x, x + wide) : NOTHING;
-    if (most == NOTHING) return std::fill(x, x + wide, 0.0f);
-    const float share = 1 / exponentials(x, wide, most);
-    for (int64_t i = 0; i < wide; ++i) x[i] *= share;
+    float *tail = x + a.most;
+    std::fill(x + n, tail, 0.0f);
+    const float most = largest(tail, a.tail, largest(x, n, NOTHING));
+    if (most == NOTHING) return std::fill(x, tail + a.tail, 0.0f);
+    const float share = 1 / (exponentials(x, n, most) + exponentials(tail, a.tail, most));
+    for (int64_t i = 0; i < n; ++i) x[i] *= share;
+    for (int64_t i = 0; i < a.tail; ++i) tail[i] *= share;
 }
 
 template <class E> void mix(const Piece &p, const Pages &a, const E *values, const E *tail_values, E *near, float *out) {
@@ -90,7 +109,7 @@ template <class E> void mix(const Piece &p, const Pages &a, const E *values, con
             const int32_t *at = a.at + a.first[p.row] + p.from + t;
             v = values + at[0] * width;
             if (at[n - 1] != at[0] + n - 1 || !std::is_sorted(at, at + n)) {
-                runs(at, n, [&](int64_t i, int64_t m) { std::copy_n(values + at[i] * width, m * width, near + i * width); });
+                runs(at, n, values, width, [&](int64_t i, int64_t m) { std::copy_n(values + at[i] * width, m * width, near + i * width); });
                 v = near;
             }
         }

@@ -28,6 +28,7 @@ import pandas as pd  # noqa: E402
 
 from analysis import stats  # noqa: E402
 from analysis.load import NothingToRead, Results, load_results  # noqa: E402
+from analysis.names import numbers_of  # noqa: E402
 from analysis.tables import HELD, NOT_HELD, OPEN  # noqa: E402
 from benchmarks.tables import RANDOM, SEEDS, searched  # noqa: E402
 
@@ -69,12 +70,18 @@ class Records:
 
     def __init__(self, results: Results, seeds: int = len(SEEDS)):
         self.results, self.seeds = results, seeds  # seeds that a method which draws at random needs
+        self.mixed = numbers_of(results.cells)  # bytes of two types are no one scale
 
     def samples(self, task: str, method: str, budget: float = 1.0, protocol: str = "aware", **knobs: object) -> Scores:
         """The finished samples of the cells that have these knobs, one cell per seed.
 
-        Raises NothingToRead if there is none, or if a method that draws at random has too few seeds.
+        Raises NothingToRead if there is none, if a method that draws at random has too few seeds, and where caches of
+        several types lie in the folder.
         """
+        if self.mixed:
+            raise NothingToRead(
+                f"{self.results.root}: {self.mixed[0]}; claims take records of one, in a folder of its own"
+            )
         cells = self.results.cells
         same = cells[(cells["task"] == task) & (cells["method"] == method) & (cells["protocol"] == protocol)]
         where = f"{method} at budget {budget:g} {knobs or ''} on {task}, {protocol}"

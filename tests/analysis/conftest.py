@@ -16,14 +16,14 @@ class Book:
         self, method="full", scores=(1.0,), budget=1.0, *, task="quiz-mini", share=None, seed=0, subsets=None,
         protocol="aware", config=None, notes=None, metric=None, conditions=1, model="tiny", predictions=None,
         fingerprint=None, weights="sha256:0", dtype="float32", torch="", rows=None, code=None, files=None, place=None,
-        began=None,
+        began=None, cache_dtype=None,
     ) -> Path:  # fmt: skip
         """One cell whose samples have these scores; None is a failed sample. Subsets default to one.
 
         rows: for every sample, what its line has besides or instead.  code, files, place, began: of format 2, in which
         the weights are a condition too.
         """
-        own = hash(str((config, fingerprint, weights, dtype, code, files)))
+        own = hash(str((config, fingerprint, weights, dtype, code, files, cache_dtype)))
         folder = self.root / model / task / f"{method}-b{budget:g}-{protocol}-{seed}-{abs(own) % 10**8}"
         folder.mkdir(parents=True)
         identity = {
@@ -34,6 +34,7 @@ class Book:
             "protocol": protocol,
             "seed": seed,
             "dtype": dtype,
+            **({"passes": {"cache_dtype": cache_dtype}} if cache_dtype else {}),
         }
         family = {"full": "baseline", "kivi": "quantization"}.get(method, "eviction")
         runs = [

@@ -43,3 +43,14 @@ def test_bits_are_read_from_the_configuration():
     assert bits('{"key_bits": 4, "value_bits": 2}') == "K4V2" and bits('{"key_bits": 4, "value_bits": 4}') == "4 bits"
     assert bits('{"table": "C2.25"}') == "C2.25" and bits('{"table": "C2.50"}') == "C2.50"
     assert bits('{"table": "assets/x/mixed-3.yaml"}') == "mixed-3" and bits('{"budget": 0.5}') == ""
+
+
+def test_shares_of_two_types_of_numbers_are_never_on_one_curve_and_a_line_says_so(book):
+    for held in (None, "float16"):
+        book.cell(cache_dtype=held)
+        book.cell("snapkv", budget=0.5, cache_dtype=held)
+    found = load_results(book.root)
+    assert sorted(found.cells["model"].unique()) == ["tiny (cache_dtype=auto)", "tiny (cache_dtype=float16)"]
+    assert [line for line in found.problems if "caches of auto and float16 numbers" in line]
+    for _, panel in points(found).groupby("model"):
+        assert list(panel["method"]) == ["full", "snapkv"]

@@ -139,3 +139,12 @@ def test_every_core_method_meets_every_task_and_has_its_papers_claim():
         assert grid["params"]["task"] == "longbench,needle,reasoning,summarization"
         expected = yaml.safe_load(tables.EXPECTED["core"].read_text())
         assert set(grid["params"]["method"].split(",")) <= set(expected) <= set(method_names())
+
+
+def test_records_of_two_types_of_caches_test_no_claim(book):
+    for held in (None, "float16"):
+        book.cell(scores=[1.0] * 20, task="longbench-mini", cache_dtype=held)
+    with pytest.raises(
+        NothingToRead, match=r"caches of auto and float16 numbers \(cache\.dtype\).*claims take records of one"
+    ):
+        records(book).samples("longbench-mini", "full")

@@ -144,6 +144,19 @@ def test_slots_of_a_budget_take_half_the_bytes(name, gqa):
     assert [2 * n for n in sizes["float16"]] == [*sizes["float32"]]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_sliding_layers_hold_as_many_slots_in_half_the_bytes(name, equipped):
+    model, sizes = equipped("mistral"), []
+    for dtype in ("float16", "float32"):
+        method = load_method(name, cache_dtype=dtype, **({} if name == "full" else {"budget": 1.0}))
+        cache = method.cache_for(model)
+        out = run(model, cache, tokens(60), new=tokens(6, seed=2))
+        assert out.isfinite().all()
+        report = cache.report()
+        sizes.append((report.full, report.held_prompt - report.overhead))
+    assert [2 * n for n in sizes[0]] == [*sizes[1]]
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if isinstance(load_method(name), Codec)])
 def test_residual_windows_are_held_in_16_bits_and_codes_stay_as_they_are(name, gqa):
     sizes = {}

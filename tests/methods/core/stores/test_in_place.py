@@ -176,6 +176,46 @@ def test_windows_of_heads_are_rings_whose_oldest_slot_the_next_token_takes():
         assert torch.equal(k[b, h, slot], token(i).k[b, h, 0])
 
 
+@dataclass
+class WholeAndWindow(AdaKV):
+    """The first head keeps everything, the second its newest slots."""
+
+    def pick(self, scores: Tensor, n: Tensor) -> Tensor:
+        real = scores > -torch.inf
+        newest = real.flip(-1).cumsum(-1).flip(-1) <= WIDTHS[0]
+        return real & (newest | (torch.arange(H) == 0)[:, None])
+
+
+@dataclass
+class Policies(Eviction):
+    """Heads follow policies of their own, once in 16 tokens."""
+
+    interval = 16
+
+    def again(self, n: int, held: int) -> int:
+        return held - 1
+
+    def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
+        return store.pos.float()
+
+
+@pytest.mark.skipif(compiled._compiler() is None, reason="gathers in PyTorch")
+def test_a_head_that_keeps_everything_grows_into_the_places_of_one_that_has_a_window():
+    (layer,) = Policies(0.5, allocator=WholeAndWindow()).caches(Spec(), None)
+    taken_in(layer, step_of(PROMPT, HQ, H, D))
+    made = set()
+    for i in range(160):
+        taken_in(layer, token(i))
+        new = (i + 1) % 16  # since the last cut
+        window = list(range(PROMPT + i + 1 - WIDTHS[0] - new, PROMPT + i + 1))
+        assert held(layer) == [list(range(PROMPT + i + 1)), window]
+        made.add(layer.store.pages["k"].data_ptr())
+        spare = len(layer.store.pages["pos"]) - sum(layer.store.counts)
+        assert spare <= sum(layer.store.counts) // 8
+    # 160 slots more than at first: an eighth at a time
+    assert len(made) <= 5
+
+
 class Weighs:
     """Every slot weighs 1 at first, and takes on the weight of what goes in its favour: the newest that stays."""
 

@@ -12,6 +12,7 @@ from kernels.attend import (
     visible,
 )
 from kernels.mass import (
+    Attended,
     Sums,
     attend_with_mass,
     attend_with_sums,
@@ -27,7 +28,7 @@ from kernels.rotate import rotate
 from kernels.select import lowest, top
 
 __all__ = [
-    "Layout", "Pages", "Rules", "Stem", "Sums", "attend", "attend_pages", "attend_pages_with_mass", "attend_with_lse",
-    "attend_with_mass", "attend_with_sums", "attention_probs", "ema_weights", "gumbel", "lowest", "mass", "merged",
-    "noisy_mass", "noisy_rows", "rotate", "top", "uniform", "visible", "weighted_mass",
+    "Attended", "Layout", "Pages", "Rules", "Stem", "Sums", "attend", "attend_pages", "attend_pages_with_mass",
+    "attend_with_lse", "attend_with_mass", "attend_with_sums", "attention_probs", "ema_weights", "gumbel", "lowest",
+    "mass", "merged", "noisy_mass", "noisy_rows", "rotate", "top", "uniform", "visible", "weighted_mass",
 ]  # fmt: skip

@@ -19,13 +19,13 @@ Here:  the paper's rule, not the release's masks, which lose every token that le
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels import Stem, Sums, attend_with_sums, noisy_mass, noisy_rows
+from kernels import Stem, Sums, noisy_mass, noisy_rows
 from methods.core.capped import Capped, CappedCache, whole_slots
 from methods.core.contract import LayerCache, ModelSpec, Stage, Step
 from methods.core.errors import UserError
@@ -98,6 +98,20 @@ class Keyformer(Capped):
             return 1
         return step.q.shape[2] if self.noise == "none" and self.tau_init == 1 and _in_prompt(step) else 0
 
+    def stem(self, step: Step) -> Stem | None:
+        """Keys of the noise but for the query's and the slots' positions: seed, sample, layer, head, [B, Hq, 1]."""
+        if self.noise == "none":
+            return None
+        layer = torch.full_like(step.samples, step.layer)
+        heads = torch.arange(step.q.shape[1], device=step.q.device)[:, None]
+        return Stem.of(self.seed, step.samples[:, None, None], layer[:, None, None], heads)
+
+    def sums(self, store: Store, step: Step) -> Mapping[Hashable, Sums]:
+        """In a prompt the noisy softmax comes with the plain one, from the same product q·k."""
+        if self.budget == 1 or not _in_prompt(step) or self.n_window_queries(store, step):
+            return {}
+        return {("keyformer", self.seed, self.noise, self.tau_init): self.asked(step, self.stem(step), None)}
+
     def asked(self, step: Step, stem: Stem | None, t: Tensor | None) -> Sums:
         """The sum over the step's queries that chooses key tokens; stem, t as in `rows`."""
         if stem is not None and self.noise == "fresh":
@@ -163,22 +177,12 @@ class KeyformerCache(CappedCache):
         if self.stem is not None:
             self.stem = Stem(self.stem.state.index_select(0, rows))
 
-    def attend(self, step: Step) -> Tensor:
-        """In a prompt the noisy softmax comes with the plain one, from the same product q·k."""
-        store, method = self.store, self.method
-        if method.budget == 1 or self.n_window_queries or not _in_prompt(step):
-            return super().attend(step)
-        at = {"q_pos": step.pos, "k_pos": store.pos, "layout": store.layout(step.q.shape[2])}
-        one = method.asked(step, self._stem(step), None)
-        out, (self.mass,) = attend_with_sums(step.q, *store.read(), step.rules, [one], **at)
-        assert out is not None
-        return out
-
     def _observe(self, step: Step) -> None:
         if self.method.budget == 1:
             return
         t = None if _in_prompt(step) or self.began is None else step.pos - self.began + 1
-        rows = self._rows(step, t)
+        mass = next(iter(self.sums.values()), self.mass)  # in the prompt the noisy sum, else the query's attention
+        rows = self.method.rows(self.store, step, mass, self._stem(step), t)
         if step.stage is Stage.ENDS_PROMPT:
             self.began = step.pos[:, -1:] + 1
         if not self.method.shared:
@@ -192,22 +196,10 @@ class KeyformerCache(CappedCache):
         # handed on from layer to layer; the last one has the sum
         self.scratch["rows"] = rows + self.below(step.layer - 1).scratch.pop("rows") if step.layer else rows
 
-    def _rows(self, step: Step, t: Tensor | None) -> Tensor:
-        """What `Keyformer.rows` gives, computed once for all caches that hold the same whole prompt and draw alike."""
-        method = self.method
-        if t is not None or self.mass is not None or self.kept_per_head:  # slots may have been dropped
-            return method.rows(self.store, step, self.mass, self._stem(step), t)
-        key = ("keyformer", method.seed, method.noise, method.tau_init, len(self.store))
-        if key not in step.memo:
-            step.memo[key] = method.rows(self.store, step, self.mass, self._stem(step), t)
-        return step.memo[key]
-
     def _stem(self, step: Step) -> Stem | None:
-        """Keys of the noise but for the query's and the slots' positions."""
-        if self.stem is None and self.method.noise != "none":
-            layer = torch.full_like(step.samples, step.layer)
-            heads = torch.arange(step.q.shape[1], device=step.q.device)[:, None]
-            self.stem = Stem.of(self.method.seed, step.samples[:, None, None], layer[:, None, None], heads)
+        """The same for all steps of a sequence."""
+        if self.stem is None:
+            self.stem = self.method.stem(step)
         return self.stem
 
     def _decide(self, step: Step) -> None:

@@ -16,7 +16,7 @@ from kernels.attend.rules import Rules
 from kernels.backend import on_triton
 from kernels.mass import compiled, noisy, reference, rows, weighted
 from kernels.mass.reference import attention_probs
-from kernels.mass.sums import Sums, summed
+from kernels.mass.sums import Attended, Sums, of_one_query, summed
 from kernels.mass.weighted import ema_weights
 from kernels.noise import Stem
 
@@ -120,12 +120,15 @@ def attend_with_sums(
     q_pos: Tensor,
     k_pos: Tensor,
     layout: str = "positions",
-) -> tuple[Tensor | None, list[Tensor]]:
+) -> Attended:
     """What `attend` gives (None without v) and any sums over its rows, each [B, Hq, S], from one product q·k.
 
     In one pass on a CPU in C++; in Triton in one pass after the output's, and one more where noise is asked for;
-    elsewhere each on its own.
+    elsewhere each on its own. Of one query they are made of its attention, which comes with its output.
     """
+    if q.shape[2] == 1 and v is not None and all(one.plain for one in sums):
+        out, probs = attend_with_mass(q, k, v, rules, 1, q_pos=q_pos, k_pos=k_pos, layout=layout)
+        return out, [of_one_query(probs, one, q_pos, k_pos) for one in sums]
     if on_triton(q, k, *(() if v is None else (v,))):
         from kernels.mass import triton
 
@@ -137,6 +140,6 @@ def attend_with_sums(
 
 
 __all__ = [
-    "Sums", "attend_with_mass", "attend_with_sums", "attention_probs", "ema_weights", "mass", "noisy_mass",
+    "Attended", "Sums", "attend_with_mass", "attend_with_sums", "attention_probs", "ema_weights", "mass", "noisy_mass",
     "noisy_rows", "weighted_mass",
 ]  # fmt: skip

@@ -33,6 +33,25 @@ class Sums:
     stem: Stem | None = None
     tau: float | Tensor = 1.0
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is of the model's own attention."""
+        return self.stem is None and isinstance(self.tau, (int, float)) and self.tau == 1
+
+
+#: an output [B, Hq, T, Dv], where one is asked for, and sums [B, Hq, S]
+Attended = tuple[Tensor | None, list[Tensor]]
+
+
+def of_one_query(probs: Tensor, one: Sums, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    """A sum without noise over the only query, whose attention is probs [B, Hq, S]."""
+    p = probs.square() if one.squared else probs
+    if one.least > 0 or one.most is not None:
+        back = q_pos[:, :, None] - k_pos  # [B, H or 1, S]
+        near = back >= one.least if one.most is None else (back >= one.least) & (back < one.most)
+        p = p.unflatten(1, (near.shape[1], -1)).masked_fill(~near[:, :, None], 0.0).flatten(1, 2)
+    return p if one.weights is None else p * one.weights[:, None]
+
 
 def summed(q: Tensor, k: Tensor, rules: Rules, one: Sums, q_pos: Tensor, k_pos: Tensor) -> Tensor:
     """One sum, [B, Hq, S]; rows in blocks of queries. A query at -1 or that sees nothing gives nothing."""

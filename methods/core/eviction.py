@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from kernels import Sums
 from methods.core.allocate import Allocator, Uniform
 from methods.core.budget import slots
 from methods.core.contract import LayerCache, Method, ModelSpec, Step
@@ -119,6 +120,17 @@ class Eviction(Method):
         The step is in the store already. The sums come with the step's own output, for less than they cost alone.
         """
         return 0
+
+    def sums(self, store: Store, step: Step) -> Mapping[Hashable, Sums]:
+        """Sums over the rows of the step's attention that `observe_sums` wants, by keys that say what they depend on.
+
+        They come with the step's own output, from the same product q·k. Caches of a group that hold the same prompt and
+        ask by the same key compute them once.
+        """
+        return {}
+
+    def observe_sums(self, store: Store, step: Step, sums: Mapping[Hashable, Tensor]) -> None:
+        """What was asked for, each [B, Hq, S], before `observe`; nothing unless overridden."""
 
     def observe(self, store: Store, step: Step, mass: Tensor | None) -> None:
         """Statistics after every step, in side arrays of the store; nothing unless overridden.

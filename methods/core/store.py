@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kernels import Layout, attend, attend_with_mass, mass
+from kernels import Attended, Layout, Sums, attend, attend_with_mass, attend_with_sums, mass
 from kernels.select import compact
 from methods.core.contract import Holding, Step
 from methods.core.decision import taken
@@ -140,7 +140,6 @@ class Store:
 
     def crop(self, columns: int) -> None:
         """Take the newest columns back, of a store that has dropped nothing; their memory is freed."""
-        assert self.whole is None and self.free_slot is None, "what has been dropped does not come back"
         self.n -= columns
         self.buffers = {name: buffer[:, :, : self.n].clone() for name, buffer in self.buffers.items()}
         self.padded, self.real = bool((self.buffers["pos"] < 0).any()), None
@@ -192,6 +191,11 @@ class Store:
         """Attention that the slots get from the step's newest n queries, [B, Hq, S], slots in the order of `read`."""
         q, pos = step.q[:, :, -n:], step.pos[:, -n:]
         return mass(q, self.read()[0], step.rules, **self._mass_layout(step, pos))
+
+    def attend_with_sums(self, step: Step, sums: Sequence[Sums], output: bool = True) -> Attended:
+        """What `attend` gives, None without `output`, and sums over its rows, each [B, Hq, S], slots as in `read`."""
+        (k, v), at = self.read(), self._mass_layout(step, step.pos)
+        return attend_with_sums(step.q, k, v if output else None, step.rules, sums, **at)
 
     def layout(self, T: int) -> str:
         """What `kernels.mass` may be told of a step of T tokens: "tail" where no slot is padding and they come last."""

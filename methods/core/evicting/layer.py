@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kernels import top
+from kernels import Sums, top
 from methods.core.budget import share
 from methods.core.contract import Holding, LayerCache, Stage, Step
 from methods.core.decision import (
@@ -49,12 +49,22 @@ class EvictionCache(LayerCache):
         self.queries: list[tuple[Tensor, Tensor]] = []  # the newest ones, as many as `query_window` needs
         self.n_window_queries = 0  # of this step
         self.mass: Tensor | None = None  # their attention, until the step ends
+        self.asked: Mapping[Hashable, Sums] = {}  # sums over this step's attention
+        self.sums: dict[Hashable, Tensor] = {}  # their values, until the step ends
 
     def append(self, step: Step) -> None:
         self.store.append(step.k, step.v, step.pos, step.padded)
         self.n_window_queries = self.method.n_window_queries(self.store, step)
+        self.asked = self.method.sums(self.store, step)
 
     def attend(self, step: Step) -> Tensor:
+        if self.asked:
+            window = [Sums(newest=self.n_window_queries)] if self.n_window_queries else []
+            out, values = self.store.attend_with_sums(step, [*self.asked.values(), *window])
+            assert out is not None
+            self.sums = dict(zip(self.asked, values, strict=False))
+            self.mass = values[-1] if window else None
+            return out
         if not self.n_window_queries:
             return self.store.attend(step)
         out, self.mass = self.store.attend_with_mass(step, self.n_window_queries)
@@ -63,13 +73,16 @@ class EvictionCache(LayerCache):
     def end_step(self, step: Step) -> None:
         if self.n_window_queries and self.mass is None:  # the output was another cache's
             self.mass = self._shared_mass(step)
+        if self.asked:
+            self.sums = self.sums or self._shared_sums(step)
+            self.method.observe_sums(self.store, step, self.sums)
         self._observe(step)
         self._trim(step)
         self._remember(step)
         self._decide(step)
         if step.stage is not Stage.MID_PROMPT:  # packing is lossy, so a long prompt is packed once, whole
             self.store.pack(step)
-        self.mass = None
+        self.mass, self.sums = None, {}
 
     def tensors(self) -> Iterable[Tensor]:
         return self.store.tensors()
@@ -109,6 +122,16 @@ class EvictionCache(LayerCache):
         if key not in step.memo:
             step.memo[key] = self.store.mass(step, self.n_window_queries)
         return step.memo[key]
+
+    def _shared_sums(self, step: Step) -> dict[Hashable, Tensor]:
+        """The sums that were asked for, computed once for all caches that hold the same whole prompt."""
+        known = {} if self.kept_per_head else step.memo  # slots may have been dropped
+        keys = {key: ("sums", key, len(self.store)) for key in self.asked}
+        missing = [key for key in self.asked if keys[key] not in known]
+        asked = [self.asked[key] for key in missing]
+        values = self.store.attend_with_sums(step, asked, output=False)[1] if missing else []
+        known.update({keys[key]: value for key, value in zip(missing, values, strict=True)})
+        return {key: known[keys[key]] for key in self.asked}
 
     def _trim(self, step: Step) -> None:
         """In a sliding layer, let go of what no later query can see, now and then."""

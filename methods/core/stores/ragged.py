@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from kernels import Attended, Sums
 from kernels.attend import Pages, attend, attend_pages, attend_pages_with_mass
+from kernels.mass.sums import of_one_query
 from methods.core.contract import Holding, Step
 from methods.core.store import Store
 
@@ -154,6 +156,13 @@ class RaggedStore(Store):
             return super().attend_with_mass(step, n)
         tail = self.k, self.v, super().pos
         return attend_pages_with_mass(step.q, self._table(), tail, step.rules, q_pos=step.pos)
+
+    def attend_with_sums(self, step: Step, sums: Sequence[Sums], output: bool = True) -> Attended:
+        """As the base's; of one token slots are read once, where they lie."""
+        if not (self.counts and output and step.q.shape[2] == 1 and all(one.plain for one in sums)):
+            return super().attend_with_sums(step, sums, output)
+        out, probs = self.attend_with_mass(step, 1)
+        return out, [of_one_query(probs, one, step.pos, self.pos) for one in sums]
 
     def layout(self, T: int) -> str:
         """As the base's; "positions" once there are pages, as shorter heads have padding before the newest slots."""

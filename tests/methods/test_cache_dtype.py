@@ -23,7 +23,8 @@ from tests.bounds import bound, edges_off, near
 from tests.kernels.allocations import Largest
 from tests.kernels.both_forms import using
 from tests.methods.conftest import kept, run
-from tests.tiny import SIZES, tiny_model
+from tests.methods.knobs import knobs_of, others
+from tests.tiny import SIZES, padded_prompt, tiny_model
 
 NAMES = method_names()
 TYPES = ["float16", "bfloat16"]
@@ -142,6 +143,20 @@ def test_slots_of_a_budget_take_half_the_bytes(name, gqa):
         for x in packed or store.read():
             assert x.dtype == getattr(torch, dtype)
     assert [2 * n for n in sizes["float16"]] == [*sizes["float32"]]
+
+
+@pytest.mark.parametrize("case", others())
+def test_other_knobs_hold_16_bits_too(case, gqa):
+    name, knobs = knobs_of(case)
+    ids, mask = padded_prompt([90, 61])
+    for dtype, form in (("float16", "auto"), ("bfloat16", "reference")):
+        method = load_method(name, cache_dtype=dtype, budget=0.5, **{**SIZES.get(name, {}), **knobs})
+        with using(form):
+            cache = method.cache_for(gqa)
+            out = run(gqa, cache, ids, new=torch.cat([tokens(4, seed=2)] * 2), mask=mask)
+        assert out.isfinite().all()
+        held = {x.dtype for layer in cache.layers for x in layer.inner.tensors() if x.dim() == 4 and x.shape[-1] == 16}
+        assert held <= {getattr(torch, dtype), torch.float16, torch.uint8}, held
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,9 +16,11 @@ from analysis import screen
 from analysis.files import CannotWrite, given_path
 from analysis.load import NothingToRead
 
-_ALL = ("frontier", "report", "compare", "leaderboard", "tables")
+_ALL = ("frontier", "report", "compare", "leaderboard", "audit", "tables")
 #: those that are here: what writes the repository's own pages is part of no wheel
-NAMES = tuple(name for name in _ALL if Path(__file__).with_name(f"{name}.py").is_file())
+NAMES = tuple(
+    name for name in _ALL if any((Path(__file__).parent / at).is_file() for at in (f"{name}.py", f"{name}/__main__.py"))
+)
 RESULTS = Path("results")
 
 

@@ -82,7 +82,8 @@ def labels(cells: pd.DataFrame) -> pd.Series:
         configs = [flat(json.loads(c)) for c in group["config"]]
         differ = [name for name in varied(configs) if name.rpartition(".")[2] not in ALONG]
         for cell, config in zip(group.index, configs):
-            by_cell[cell] = " ".join([str(method), *(f"{name}={config.get(name)}" for name in differ)])
+            # a knob that a configuration lacks is one that was not set
+            by_cell[cell] = " ".join([str(method), *(f"{name}={config[name]}" for name in differ if name in config)])
     return pd.Series(by_cell).reindex(cells.index)
 
 

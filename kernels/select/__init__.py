@@ -21,4 +21,12 @@ def lowest(scores: Tensor, pos: Tensor) -> tuple[Tensor, bool]:
     return reference.lowest(scores, pos)
 
 
-__all__ = ["compact", "lowest", "top"]
+def put(buffer: Tensor, slot: Tensor, value: Tensor) -> None:
+    """Write value [B, H, ...] into one place of every head of buffer [B, H, places, ...]; slot [B, H], long."""
+    if compiled.puts(buffer, slot):
+        compiled.put(buffer, slot, value)
+    else:
+        reference.put(buffer, slot, value)
+
+
+__all__ = ["compact", "lowest", "put", "top"]

@@ -1,6 +1,7 @@
-// The slot of every head that goes first.
+// The slot of every head that goes first, and what is put into it.
 
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 // slot [batch, heads]: of the slots that are no padding (pos >= 0) the one with the lowest score, the newest at equal
@@ -27,4 +28,10 @@ extern "C" int32_t lowest(const float *scores, int64_t score_batch, int64_t scor
             slot[b * heads + h] = best;
         }
     return odd;
+}
+
+// The value [rows, size bytes] of every row goes into its place of a buffer [rows, places, size bytes].
+extern "C" void put(char *buffer, int64_t row, int64_t place, const int64_t *slot, const char *value, int64_t value_row,
+                    int64_t rows, int64_t size) {
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(buffer + r * row + slot[r] * place, value + r * value_row, size);
 }

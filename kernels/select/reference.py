@@ -25,6 +25,12 @@ def lowest(scores: Tensor, pos: Tensor) -> tuple[Tensor, bool]:
     return slot, scores.device.type == "cpu" and bool((scores.isnan() | (scores == -torch.inf)).any())
 
 
+def put(buffer: Tensor, slot: Tensor, value: Tensor) -> None:
+    """What `kernels.select.put` does."""
+    rows, heads = (torch.arange(n, device=slot.device) for n in slot.shape)
+    buffer[rows[:, None], heads, slot] = value.to(buffer.dtype)
+
+
 def compact(keep: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Slot numbers of the kept slots, ascending, and which of them are real: both [..., n].
 

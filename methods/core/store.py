@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import Attended, Layout, Sums, attend, attend_with_mass, attend_with_sums, mass
-from kernels.select import compact
+from kernels.select import compact, put
 from methods.core.contract import Holding, Step
 from methods.core.decision import taken
 from methods.core.home.old_names import adopt
@@ -339,12 +339,11 @@ class Store:
 
     def _fill_free_slot(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         assert self.free_slot is not None
-        at = self.free_slot[..., None]  # [B, H, 1]
-        rows, heads = (torch.arange(n, device=at.device) for n in at.shape[:2])
-        for name, new in (("k", k), ("v", v)):  # on a CPU `scatter_` copies all of a 16-bit tensor, and back
-            self.buffers[name][rows[:, None], heads, self.free_slot] = new[:, :, 0]
-        self.buffers["pos"].scatter_(2, at, pos[:, None].expand(at.shape).to(torch.int32))
+        slot = self.free_slot
+        B, H = slot.shape
+        for name, new in (("k", k[:, :, 0]), ("v", v[:, :, 0]), ("pos", pos.expand(B, H))):
+            put(self.buffers[name], slot, new)
         for name, fill in self.fills.items():
             buffer = self.buffers[name]
-            buffer.scatter_(2, at if buffer.dim() == 3 else at[..., None].expand(-1, -1, -1, buffer.shape[3]), fill)
+            put(buffer, slot, buffer.new_full((B, H, *buffer.shape[3:]), fill))
         self.free_slot = None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import backend, compiled, lowest, top
-from kernels.select import compact
+from kernels.select import compact, put
 
 INF = float("inf")
 
@@ -107,3 +107,19 @@ def test_the_loop_takes_floats_and_whole_positions_alone():
     assert form.serves(scores, pos) and form.serves(scores, pos[:, :1].expand(1, 2, 4))
     assert not form.serves(scores.double(), pos) and not form.serves(scores, pos.long())
     assert not form.serves(scores.mT.contiguous().mT, pos)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.uint8])
+@pytest.mark.parametrize("rest", [(), (5,), (3, 2)])
+def test_a_value_is_put_into_one_place_of_every_head_and_nowhere_else(form, dtype, rest):
+    g = torch.Generator().manual_seed(0)
+    buffer = torch.randint(0, 9, (2, 3, 7, *rest), generator=g).to(dtype)
+    value = torch.randint(10, 20, (3, 2, *rest), generator=g).transpose(0, 1)  # of no order of its own
+    slot = torch.randint(0, 7, (2, 3), generator=g)
+    expected = buffer.clone()
+    for b in range(2):
+        for h in range(3):
+            expected[b, h, slot[b, h]] = value[b, h].to(dtype)
+    for whole in (buffer.clone(), torch.cat((buffer, buffer), dim=2)[:, :, :7]):
+        put(whole, slot, value.float())
+        assert torch.equal(whole, expected)

@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from analysis.load import load_results
 from analysis.points import points
+from methods.core.binding.rounding import Rounding
 from tests.test_run import samples, split
 
 __all__ = ["split"]
@@ -114,8 +116,18 @@ def test_a_model_whose_keys_float16_does_not_hold_is_said_with_its_layer_and_bfl
 
 
 @pytest.mark.parametrize("company", [(), ("group.max_cells=1",)], ids=["together", "alone"])
-def test_what_keeps_all_predicts_what_the_full_cache_of_its_type_predicts(company, command, tmp_path):
-    code, _, err = command("method=random", "budget=1", "cache.dtype=float16", "fidelity=full", *company)
+def test_every_cache_of_a_run_holds_the_type_the_one_that_fidelity_is_measured_against_too(
+    company, command, tmp_path, monkeypatch
+):
+    made, begin = [], Rounding.__init__
+
+    def noted(self, dtype, n_layers):
+        made.append(dtype)
+        begin(self, dtype, n_layers)
+
+    monkeypatch.setattr(Rounding, "__init__", noted)
+    words = ("method=random", "budget=0.5", "cache.dtype=float16", "fidelity=full", "model.check=off", *company)
+    code, _, err = command(*words)
     assert code == 0, err
-    forced = [row["forced"] for row in samples(tmp_path / "results", "random").values()]
-    assert forced and {k for one in forced for k in one["kl"]} == {0.0}
+    assert all("forced" in row for row in samples(tmp_path / "results", "random").values())
+    assert set(made) == {torch.float16}

@@ -3,7 +3,7 @@
 Writes frontier.png, .svg and .pdf (a panel per task), frontier.csv, frontier.md and frontier.tex. A curve's points
 are a method's cells; the black line is the full cache with its interval; hollow points only simulate their saving, or
 hold more than their budget in more than a tenth of their samples; the wide grey line is the front, which no point
-beats.
+beats. Where answers' tokens are recorded, fidelity.png, .svg and .pdf draw how far they are from the full cache's.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from analysis.command import Command
 from analysis.files import check_out, one_line, write, write_csv
 from analysis.load import NothingToRead, load_results
 from analysis.pages import latex
+from analysis.pages.fidelity import draw, has_panels
 from analysis.paired import WHOLE
 from analysis.points import AXES, curves, on_front, points
 
@@ -140,10 +141,20 @@ def summary(table: pd.DataFrame, x: str = "held") -> pd.DataFrame:
                 "worst subset": "" if full else f"{p['worst']} {p['worst_difference']:+.{digits}f}",
                 "lost/won": "" if full or p["better"] == "lower" else f"{p['lost']}/{p['won']}",
                 "p (Holm)": "" if full else stats.p_text(p["p_holm"]),
+                **(_fidelity(p) if has_panels(table) else {}),
                 "note": ", ".join(notes).replace("_", " "),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _fidelity(p: pd.Series) -> dict[str, str]:
+    kl, agree = ("" if pd.isna(p[name]) else p[name] for name in ("kl", "agree"))
+    return {
+        "fidelity": p["fidelity"],
+        "KL, nats": "" if kl == "" else f"{kl:.3g}",
+        "same token": "" if agree == "" else f"{agree:.0%}",
+    }
 
 
 def _difference(p: pd.Series) -> str:
@@ -228,6 +239,8 @@ def run(given: argparse.Namespace) -> int:
     out = given.out or (given.results if given.results.is_dir() else given.results.parent)
     marked = table.assign(front=on_front(table), family_front=on_front(table, "family"))
     style.save(figure, out / "frontier")
+    if (panels := draw(table, "share", AXIS_NAMES[given.x])) is not None:
+        style.save(panels, out / "fidelity")
     write_csv(out / "frontier.csv", marked.drop(columns=["cells", "full_cells"]))
     write(out / "frontier.md", page(table, areas(results, table, given.x), given.x))
     write(out / "frontier.tex", latex.tables(table))

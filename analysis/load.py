@@ -25,7 +25,7 @@ from analysis.rows import SAMPLE, SHARES, cell_of, samples_of, table_of, why
 
 CACHE = ".analysis.parquet"
 RUN = "python run.py" if __package__ == "analysis" else "kvfrontier run"  # where it is installed
-READER = 3  # what another one has kept of a record is read again
+READER = 4  # what another one has kept of a record is read again
 
 
 class NothingToRead(ValueError):

@@ -7,6 +7,7 @@ import pandas as pd
 
 from analysis import stats
 from analysis.load import Results
+from analysis.pages.fidelity import with_panels
 from analysis.paired import KEYS, WHOLE, Cells, alike, gathered, holm, near_chance, seed_scores, subset_means
 
 #: what the horizontal axis shows, as shares of the full cache's bytes: held when the prompt has ended, read by the last
@@ -28,7 +29,7 @@ def points(results: Results, x: str = "held", resamples: int = stats.RESAMPLES) 
     its p after the correction is no sign of one.  p_holm: corrected for the methods compared on the same task; none for
     the full cache.  worst, worst_difference: the subset that lost most.  near_chance: the full cache's score is no more
     than guessing.  at_chance: nor is the point's own.  partial: most of the samples are missing; such a point is on no
-    front.
+    front.  fidelity: the label of the whole task's fidelity panel, whose numbers stand behind it.
     """
     rows: list[dict] = []
     for task in gathered(results, x):
@@ -41,6 +42,7 @@ def points(results: Results, x: str = "held", resamples: int = stats.RESAMPLES) 
         table["p_holm"] = others.groupby([*KEYS, "category"])["p"].transform(lambda p: holm(list(p)))
         table["tie"] |= table["p_holm"] >= stats.SURE
         table = table.sort_values([*KEYS, "label", "budget", "bits"], kind="stable", ignore_index=True)
+        table = with_panels(results, table)
     return table
 
 

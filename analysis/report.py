@@ -31,9 +31,10 @@ FLIPS = 20  # samples per cell and category, at most
 NUMBERS = [
     "budget", "n", "seeds", "share", "bytes", "score", "score_low", "score_high", "full", "difference",
     "difference_low", "difference_high", "retained", "retained_low", "retained_high", "lost", "won", "p_flips",
-    "p_holm", "worst_difference", "digits",
+    "p_holm", "worst_difference", "digits", "kl", "agree", "clear_flips", "shared_prefix", "identical", "out_ratio",
+    "n_forced", "n_free",
 ]  # fmt: skip
-WORDS = [*KEYS, "category", "label", "method", "bits", "family", "unit", "metric", "better", "worst"]
+WORDS = [*KEYS, "category", "label", "method", "bits", "family", "unit", "metric", "better", "worst", "fidelity"]
 SWITCHES = ["simulated", "tie", "near_chance", "partial", "front"]
 
 

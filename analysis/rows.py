@@ -8,18 +8,20 @@ from typing import Any
 import pandas as pd
 
 from analysis import records
+from analysis.fidelity.numbers import told
 from analysis.generations import asked
 
 FORMATS = (1, 2)  # of records that can be read
 METRIC = {"name": "score", "unit": "points of 100", "better": "higher", "scale": 100.0, "digits": 2}
-#: columns of `Results.samples` that hold no text; `load.sample_texts` reads the texts, `size` bytes from byte `at` on
+#: columns of `Results.samples` that hold no text; `load.sample_texts` reads the texts, `size` bytes from byte `at` on.
+#: `said`: an answer's token ids and what was forced, as JSON of `fidelity.numbers.told`
 SAMPLE = {
     "id": "", "key": "", "end": "", "subset": "", "category": "", "measure": "", "weight": 1.0, "chance": 0.0,
     "control": False,
     "score": float("nan"), "error": "", "tokens_in": 0, "tokens_out": 0, "held": float("nan"), "held_end": float("nan"),
     "read": float("nan"), "peak": float("nan"), "bytes": float("nan"), "bytes_full": float("nan"),
     "length": float("nan"), "depth": float("nan"), "prompt_s": float("nan"), "n_prompt": 0, "decode_s": float("nan"),
-    "steps": 0, "alone": True, "above": False, "at": 0, "size": 0,
+    "steps": 0, "alone": True, "above": False, "said": "", "at": 0, "size": 0,
 }  # fmt: skip
 SHARES = ("held", "held_end", "read", "peak")
 #: of a record's ledger, bytes
@@ -161,6 +163,7 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
         "decode_s": times["decode"],
         "steps": times["steps"],
         "alone": "group" not in line,
+        "said": json.dumps(said, separators=(",", ":")) if (said := told(line)) else "",
     }
 
 

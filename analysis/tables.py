@@ -22,9 +22,11 @@ import pandas as pd
 import yaml
 
 from analysis.command import Command
+from analysis.fidelity.panel import COLOURS
 from analysis.files import given_path, whole, write
 from analysis.frontier import markdown
 from analysis.load import NothingToRead, Results, load_results
+from analysis.pages.fidelity import has_panels
 from analysis.points import WHOLE, points
 
 HOME = Path(__file__).resolve().parent.parent
@@ -37,6 +39,10 @@ KEPT = [
     "score", "score_low", "score_high", "full", "difference", "difference_low", "difference_high", "tie", "retained",
     "lost", "won", "p_holm", "worst", "worst_difference", "near_chance", "better", "unit", "metric", "digits",
 ]  # fmt: skip
+FIDELITY = [
+    "fidelity", "kl", "kl_low", "kl_high", "agree", "clear_flips", "shared_prefix", "identical", "out_ratio",
+    "n_forced", "n_free",
+]  # fmt: skip
 
 
 def snapshot(results: Results, command: str, expected: dict[str, str] | None = None) -> dict[str, Any]:
@@ -47,7 +53,8 @@ def snapshot(results: Results, command: str, expected: dict[str, str] | None = N
     table = points(results)
     if table.empty:
         raise NothingToRead("no finished cell with a full cache beside it")
-    whole = table[table["category"] == WHOLE][KEPT].sort_values(["task", "protocol", "label", "budget"])
+    kept = [*KEPT, *(FIDELITY if has_panels(table) else [])]
+    whole = table[table["category"] == WHOLE][kept].sort_values(["task", "protocol", "label", "budget"])
     rows = json.loads(whole.to_json(orient="records", double_precision=5))
     for row in rows if expected else ():
         row["expected"] = (expected or {}).get(row["label"].split()[0], "")
@@ -65,8 +72,8 @@ def snapshot(results: Results, command: str, expected: dict[str, str] | None = N
 def grid(book: dict[str, Any]) -> str:
     """One line per method and budget, one column per task: the score, and the interval of the difference to full.
 
-    A score that is no more than noise away from the full cache's is bold. What a method's paper claims stands in its
-    first line.
+    A score that is no more than noise away from the full cache's is bold; what is wrong with its answers
+    stands behind it. What a method's paper claims stands in its first line.
     """
     table = pd.DataFrame(book["points"])
     if "bits" not in table:
@@ -124,7 +131,8 @@ def _entry(point: pd.Series, most: int) -> str:
     coarse = max(0, digits - 1)
     ends = [f"{point[end]:+.{coarse}f}" for end in ("difference_low", "difference_high")]
     interval = "-" if pd.isna(point["difference_low"]) else ", ".join(ends)
-    return f"{f'**{score}**' if point['tie'] else score} ({interval})"
+    label = f" {point['fidelity']}" if point.get("fidelity") in COLOURS else ""
+    return f"{f'**{score}**' if point['tie'] else score} ({interval}){label}"
 
 
 def pages() -> list[Path]:

@@ -19,7 +19,7 @@ from runners import pair
 from runners.base import Runner
 from runners.cells import Run
 from runners.records.record import check_writable
-from runners.report import remarks
+from runners.report import fidelity, remarks
 from runners.report import run_table as show
 from runners.report import sweep_table as overview
 from runners.report.compare import compare_scores
@@ -154,6 +154,8 @@ class Evaluate(Runner):
                 show.say(f"{exact}, which no method changes; last_token=held lets the compressed cache answer")
             for line in remarks.reasoning(samples, run.reasoning):
                 show.say(line)
+            cells = [(run.cell.name, run.cell, ours)]
+            fidelity.print_panels(run, cells, fidelity.panels(run, cells, full, self.resamples))
             draw_all(run.examples, [cell.record.folder for cell in run.cells])
 
     def _failures(self, run: Run) -> int:

@@ -95,6 +95,15 @@ def answer_of(row: Mapping[str, Any]) -> Answer | None:
     return Answer(tuple(one["ids"]), one["stop"], bool(one.get("blank", False)))
 
 
+def told(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What `answer_of` and `forced_of` read of a sample's line, without the rest; empty where there is nothing."""
+    if answer_of(row) is None:
+        return {}
+    one = (row.get("turns") or [row])[0]
+    kept = {name: one[name] for name in ("ids", "stop", "blank") if name in one}
+    return {**kept, **({"forced": row["forced"]} if "forced" in row else {})}
+
+
 def forced_of(row: Mapping[str, Any]) -> Forced | None:
     """What a sample's line has of the forced pass; None where there was none."""
     found = row.get("forced")

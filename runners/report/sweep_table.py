@@ -12,7 +12,7 @@ import torch
 from analysis import screen
 from methods.core.errors import BudgetMiss
 from runners.jobs import shard
-from runners.report import remarks
+from runners.report import fidelity, remarks
 from runners.report import run_table as show
 from runners.report.compare import Compared, compare_scores
 from runners.report.heat_map import draw_all
@@ -39,21 +39,25 @@ def report_sweep(sweep: Sweep, resamples: int) -> int:
         _report_times(sweep)
         return max(_failures(sweep), sweep.code)
     full = _finished(sweep, sweep.members[0])
+    in_order = sorted(sweep.members, key=lambda m: (m.cell is not run.full, m.cell.name, -m.cell.method.budget))
+    cells = [(_name(member), member.cell, _finished(sweep, member)) for member in in_order]
+    panels = fidelity.panels(run, cells, full, resamples)
+    labels = {id(cell): fidelity.coloured(one.label) for _, cell, one in panels}
     lower = run.task.metric.better == "lower"
     lines, missed = [], []
-    for member in sorted(sweep.members, key=lambda m: (m.cell is not run.full, m.cell.name, -m.cell.method.budget)):
-        ours = _finished(sweep, member)
+    for member, (_, _, ours) in zip(in_order, cells, strict=True):
         paired = run.scored(ours, full)
         rows = compare_scores(run.task, paired, resamples, seed=0) if paired else []
         if line := remarks.misses(list(ours.values())):
             missed.append(f"{_name(member)} {member.cell.method.budget:g}: {line}")
-        for name, cells in _lines(rows, list(ours.values()), lower):
-            lines.append((name, [_name(member), f"{member.cell.method.budget:g}", *cells]))
+        for name, texts in _lines(rows, list(ours.values()), lower):
+            label = [labels.get(id(member.cell), "-")] if panels else []
+            lines.append((name, [_name(member), f"{member.cell.method.budget:g}", *texts, *label]))
     several = len({name for name, _ in lines if name}) > 1
-    columns = ["n", "score", "difference", "95 % interval", "KV bytes", "worst"]
-    table = screen.new_table("method", "budget", *["row"] * several, *columns, left=("row", "worst"))
-    for name, cells in lines:
-        table.add_row(*cells[:2], *[name] * several, *cells[2:])
+    columns = ["n", "score", "difference", "95 % interval", "KV bytes", "worst", *["fidelity"] * bool(panels)]
+    table = screen.new_table("method", "budget", *["row"] * several, *columns, left=("row", "worst", "fidelity"))
+    for name, texts in lines:
+        table.add_row(*texts[:2], *[name] * several, *texts[2:])
     screen.print_table(table)
     for line in show.about(run.task.metric):
         show.say(line)
@@ -68,6 +72,7 @@ def report_sweep(sweep: Sweep, resamples: int) -> int:
         cut = sum(row["cut"] for row in full.values())
         show.say(f"{run.settings(pairs)}; {cut} of {len(full)} samples cut in the middle")
     _remark(sweep)
+    fidelity.print_panels(run, cells, panels)
     draw_all(run.examples, [member.cell.record.folder for member in sweep.members])
     show.say(f"records: {run.full.record.folder.parent}")
     return max(_failures(sweep), sweep.code)

@@ -23,6 +23,7 @@ ABOUT = (
     "fidelity: KL per token and tokens that stay likeliest, of a method that reads the full cache's answer (forced); "
     "shared prefix, identical answers, length, and points more of every fault, of its own answers (free)"
 )
+PARTED = " forced answers part elsewhere than the free ones, by near ties or another batch"
 EXACT = 1e-5  # nats: more than that before anything compressed was read is no rounding
 
 
@@ -99,8 +100,7 @@ def remarks(run: Run, cells: Sequence[tuple[str, Cell, Panel]], rows: Sequence[M
     for name, cell, one in cells:
         who = f"fidelity of {name} {cell.method.budget:g}"
         if one.apart:
-            where = "part elsewhere than the free ones, by near ties or another batch"
-            said.append(f"{who}: {one.apart} of {one.n_forced} forced answers {where}")
+            said.append(f"{who}: {one.apart} of {one.n_forced}{PARTED}")
         if one.faulty:
             said.append(f"{who}: the logits of {one.faulty} samples are not finite")
         if one.short:

@@ -17,6 +17,12 @@ from analysis.fidelity.numbers import (
     shared_prefix,
 )  # fmt: skip
 from analysis.fidelity.panel import Sample, panel, sample_of
+from analysis.frontier import main, summary
+from analysis.load import load_results
+from analysis.pages.fidelity import ANCHORS, NUMBERS, draw, has_panels
+from analysis.points import points
+from analysis.report import page
+from analysis.tables import grid, snapshot
 
 E = 0  # the end token
 FULL = (5, 6, 7, 8, 9, E)
@@ -217,3 +223,60 @@ def test_a_line_without_ids_leaves_the_panel_blank():
     assert sample_of("a", "q", {"stop": "end"}, row) is None and sample_of("a", "q", row, {"stop": "end"}) is None
     assert sample_of("a", "q", row, row) == Sample("a", "q", Answer((1, 0), "end"), Answer((1, 0), "end"))
     assert panel([], True) is None
+
+
+SAID = {"ids": list(WHOLE.ids), "stop": "end"}
+
+
+def forced_row(kl: float) -> dict:
+    return {**SAID, "forced": {"kl": [0.0, kl, kl], "differ": [], "clear": [], "counted": 1, "dnll": 0.0, "flip": None}}
+
+
+def cells(book, n: int = 20) -> None:
+    """A full cache, and methods that are near, far, and not read at all."""
+    book.cell(scores=[1.0] * n, rows=[SAID] * n)
+    for method, kl in (("snapkv", 0.01), ("h2o", 1.5), ("tova", 0.0)):
+        book.cell(method, [0.9] * n, 0.5, rows=[forced_row(kl)] * n)
+
+
+def test_points_have_the_panel_of_the_whole_task(book):
+    cells(book)
+    table = points(load_results(book.root), resamples=50).set_index("method")
+    assert table["fidelity"].to_dict() == {"full": "", "snapkv": "near", "h2o": "far", "tova": "unread"}
+    assert table.loc["h2o", "kl"] == table.loc["h2o", "kl_max"] == 1.5 and table.loc["h2o", "n_forced"] == 20
+    assert table.loc["h2o", "kl_solved"] == 1.5 and table.loc["snapkv", "out_ratio"] == 1
+    assert table.loc["full", list(NUMBERS)].isna().all()
+
+
+def test_of_several_seeds_the_most_harmful_panel_counts(book):
+    book.cell(scores=[1.0] * 20, rows=[SAID] * 20)
+    for seed, kl in enumerate((0.01, 1.5, 0.2)):
+        book.cell("random", [0.9] * 20, 0.5, seed=seed, rows=[forced_row(kl)] * 20)
+    table = points(load_results(book.root), resamples=50).set_index("method")
+    assert table.loc["random", "fidelity"] == "far" and table.loc["random", "seeds"] == 3
+
+
+def test_older_records_and_other_contents_leave_the_panel_blank(book):
+    book.cell(scores=[1.0] * 20, rows=[{**SAID, "key": "a"}] * 20)
+    book.cell("snapkv", [0.9] * 20, 0.5)
+    book.cell("h2o", [0.9] * 20, 0.5, rows=[{"key": "a"}] * 20)
+    table = points(load_results(book.root), resamples=50)
+    assert not has_panels(table) and "fidelity" not in summary(table) and draw(table, "share", "bytes") is None
+    assert "fidelity" not in snapshot(load_results(book.root), "x")["points"][0]
+
+
+def test_tables_figures_and_pages_show_the_panel(book, tmp_path):
+    cells(book)
+    assert main([str(book.root)]) == 0
+    text = (book.root / "frontier.md").read_text()
+    assert "| far | 1.5 | 100% |" in text and "| unread | 0 | 100% |" in text
+    svg = (book.root / "fidelity.svg").read_text()
+    assert all(name in svg for name in [*ANCHORS, "snapkv", "nats per token"])
+    assert "kl_q99" in (book.root / "frontier.csv").read_text()
+    results = load_results(book.root)
+    results.pack(tmp_path / "packed.parquet")
+    packed = load_results(tmp_path / "packed.parquet")
+    told = snapshot(packed, "x")
+    assert {row["label"]: row["fidelity"] for row in told["points"]}["tova"] == "unread"
+    assert " far |" in grid(told) and " unread |" in grid(told) and " near |" not in grid(told)
+    assert page(results)

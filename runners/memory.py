@@ -68,6 +68,9 @@ class GroupSizes:
         rows = sum(map(rows_of, examples))
         prompt = self.size.prompt(max(map(self.tokens, examples)), rows)
         logits = self.size.logits(max(map(block_of, examples)), rows)
+        # cells without the full cache have one beside them all the same
+        beside = self.member_bytes(self.run.full.method, examples) if any(self.run.panel.wants(examples)) else 0
+        prompt += beside
         group: list[SweepCell] = []
         held = prompt
         for member in members:

@@ -24,6 +24,7 @@ from runners import evaluate, model_setup, sweep
 from runners.engine import answer
 from runners.records import provenance as revision
 from runners.records import record
+from tests.rows import timeless
 
 ROOT = Path(run.__file__).parent
 TEXT = "the cat sat on a mat and read about a long river in the north where nobody answers questions. "
@@ -81,7 +82,7 @@ def samples(results: Path, method: str = "nacl") -> dict[str, dict]:
 
 def without_times(rows: dict[str, dict]) -> dict[str, dict]:
     """The rows without what depends on who shared a pass."""
-    return {id: {key: value for key, value in r.items() if key not in ("timings", "group")} for id, r in rows.items()}
+    return {id: timeless(row) for id, row in rows.items()}
 
 
 def test_a_run_prints_its_source_first_and_ends_with_the_table_and_the_record(command, tmp_path):

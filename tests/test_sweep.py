@@ -26,6 +26,7 @@ from methods.snapkv import SnapKV
 from runners import model_setup, sweep
 from runners.engine.loading import load_model
 from tests.bounds import losses_off, near
+from tests.rows import timeless
 from tests.tasks.choice_items import write
 from tests.test_run import write_split
 
@@ -65,7 +66,7 @@ def records(results: Path) -> dict[str, list[dict]]:
 def without_times(rows: list[dict]) -> dict[str, dict]:
     """The rows by sample, without what depends on who shared a pass; fails if a sample is there twice."""
     assert len({row["id"] for row in rows}) == len(rows)
-    return {row["id"]: {k: v for k, v in row.items() if k not in ("timings", "group")} for row in rows}
+    return {row["id"]: timeless(row) for row in rows}
 
 
 def comparable(results: Path) -> dict[str, dict[str, dict]]:
@@ -90,7 +91,7 @@ def test_a_sweep_writes_the_records_of_its_single_runs(command, tmp_path):
 def test_a_sweep_ends_with_one_line_per_cell(command, tmp_path):
     code, out, _ = command(*GRID)
     assert code == 0
-    lines = [line.split() for line in out.splitlines()]
+    lines = [line.split() for line in out.partition("KV bytes:")[0].splitlines()]
     # a cell's remark below the table, such as samples above its budget, has a colon behind its budget
     table = [tuple(line[:3]) for line in lines if len(line) > 6 and line[0] in ("full", "nacl", "snapkv")]
     table = [line for line in table if not line[1].endswith(":")]
@@ -580,12 +581,9 @@ def end(child: int) -> int:
     return os.waitstatus_to_exitcode(found[1])
 
 
-def lines(results: Path) -> dict[str, list[str]]:
-    """Every file of records as text, line by line, without times and without who shared a pass."""
-    return {
-        cell: [json.dumps({k: v for k, v in row.items() if k not in ("timings", "group")}) for row in rows]
-        for cell, rows in records(results).items()
-    }
+def lines(results: Path) -> dict[str, list[dict]]:
+    """Every file of records line by line, without times and without who shared a pass."""
+    return {cell: [timeless(row) for row in rows] for cell, rows in records(results).items()}
 
 
 def cell_files(results: Path) -> dict[str, str]:

@@ -55,7 +55,7 @@ def answer_together(
     # a full cache that has answered before answers once more, as the others' witness
     panel = setting.panel
     witness = panel is not None and _full_of(methods) is None and any(panel.wants(batch))
-    go = Pass(setting, [_full_like(methods), *methods] if witness else methods, shared=True, limit=limit)
+    go = Pass(setting, [_full_like(methods), *methods] if witness else methods, True, limit, witness)
     by_method: list[RowsOrError] = [[] for _ in go.methods]
     for _, members in groupby(batch, _alike):
         for i, more in enumerate(go.run(list(members))):
@@ -133,13 +133,14 @@ def _answer(
 class Pass:
     """One way through batches: of a method alone, whose errors are raised, or of methods that share their prompts.
 
-    limit: seconds that those have which share.
+    limit: seconds that those have which share.  witness: the first of them is nobody's, and only seen by the others.
     """
 
     setting: Setting
     methods: Sequence[Method]
     shared: bool = False
     limit: float | None = None
+    witness: bool = False
 
     def run(self, batch: Sequence[Example]) -> list[RowsOrError]:
         """What each method makes of a batch of examples that are alike."""
@@ -206,7 +207,7 @@ class Pass:
                 ledger.check_budget(self.methods[index].name)
         seconds = {key: round(value, 6) if isinstance(value, float) else value for key, value in vars(timings).items()}
         shared = {"batch": len(ledgers), "threads": self.setting.threads, "timings": seconds}
-        group = {"group": len(self.methods)} if self.shared else {}
+        group = {"group": len(self.methods) - self.witness} if self.shared else {}
         return [{**shared, **group, "ledger": ledger.to_dict()} for ledger in ledgers]
 
 

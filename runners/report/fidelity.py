@@ -97,6 +97,8 @@ def remarks(run: Run, cells: Sequence[tuple[str, Cell, Panel]], rows: Sequence[M
     said = [ABOUT] if cells else []
     if run.panel.began is not None and run.panel.seconds:
         said.append(f"the forced half took {run.panel.share:.0%} of the time; fidelity=off leaves it out")
+    if run.panel.noise is not None:
+        said.append(f"noise floor: the full cache is {run.panel.noise:.2g} nats from itself in a batch of another size")
     for name, cell, one in cells:
         who = f"fidelity of {name} {cell.method.budget:g}"
         if one.apart:

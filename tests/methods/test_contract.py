@@ -7,6 +7,8 @@ import torch
 from omegaconf import OmegaConf
 from transformers import DynamicCache
 
+from analysis.fidelity.numbers import Answer, Forced
+from analysis.fidelity.panel import Sample, panel
 from methods import BLOCKS, SHARED, load_method, method_names, method_yaml
 from methods.core.bind import unbound
 from methods.core.budget import check_budget, slots
@@ -15,6 +17,7 @@ from methods.core.errors import UserError
 from methods.core.eviction import Eviction
 from methods.core.stores.codec import Codec
 from methods.lococo import LoCoCo
+from runners.engine.fidelity.places import apart
 from tests.bounds import near, near_codes, run_off
 from tests.methods.conftest import kept, run
 from tests.methods.knobs import FIXED, SETS, knobs_of, others, read_by_piece
@@ -286,13 +289,30 @@ def test_generate_beams_and_copies_work(name, gqa):
 def test_what_is_dropped_shows_in_the_next_logits(name, gqa):
     if name == "full":
         return
-    ids, new = tokens(), tokens(1, seed=2)
-    method = budgeted(name, 40)
+    ids, new = tokens(), tokens(3, seed=2)
+    method = budgeted(name)
     small = run(gqa, method.cache_for(gqa), ids, new=new)
     full = run(gqa, load_method("full").cache_for(gqa), ids, new=new)
     if not method.changes_prompt:  # it attends in full, by the same call or by one that also sums the attention
         near(small[:, 0], full[:, 0], run_off(full))
     assert (small[:, 1] - full[:, 1]).abs().max() > 2 * run_off(full)
+    assert not is_unread(small, full)
+
+
+def is_unread(ours: torch.Tensor, full: torch.Tensor) -> bool:
+    """Whether the fidelity panel says of logits [1, T, V] that the compressed cache was not what attention read."""
+    places = apart(full[0], ours, full[0].argmax(-1))  # [5, 1, T]
+    forced = Forced(tuple(places[0, 0].tolist()), (), (), counted=1, dnll=0.0)
+    answer = Answer(tuple(full[0].argmax(-1).tolist()), "length")
+    found = panel([Sample("a", "a", answer, answer, forced)], compressed=True, resamples=1)
+    assert found is not None and found.faulty == 0
+    return found.unread
+
+
+def test_a_cache_that_drops_for_show_is_unread(gqa):
+    ids, new = tokens(), tokens(3, seed=2)
+    full = run(gqa, load_method("full").cache_for(gqa), ids, new=new)
+    assert is_unread(run(gqa, load_method("full").cache_for(gqa), ids, new=new), full)
 
 
 @pytest.mark.parametrize(("case", "order"), in_turns([[1, 0], [0, 0]]))

@@ -159,11 +159,19 @@ class Forcing:
         twin.only(chosen)
         tokens = torch.tensor([[*ids, *[0] * (n - len(ids))] for ids in self.said], device=logits.device)
         twin.session.expect(n - 1)
+        lone = None
+        if self.panel.noise is None and logits.dtype != torch.float32 and n > 1:
+            lone, noise = twin.fork(), []  # the full cache once more, in a batch of another size
+            lone.only([lone.members[self.full]])
         found = []
         for t in range(n):
             found.append(apart(logits[0], logits[1:], tokens[:, t]))
             if t + 1 < n:
                 logits = twin.run(tokens[:, t : t + 1]).view(len(chosen), rows, -1)
+                if lone is not None:
+                    noise.append(apart(logits[0], lone.run(tokens[:, t : t + 1])[None], tokens[:, t])[0].mean())
+        if lone is not None:
+            self.panel.noise = float(torch.stack(noise).mean())
         return torch.stack(found, dim=2).cpu()
 
     def _beside(self, full: Session, logits: Tensor) -> None:

@@ -36,6 +36,9 @@ class Panel:
         counts = {"full": (len(able), len(able)), "off": (0, 0)}.get(how, (max(LEAST, few), few))
         self.chosen, self.chosen_alone = (frozenset(in_turn[:n]) for n in counts)
         self.seconds = 0.0
+        #: mean KL of the full cache against itself in a batch of another size, once it is known: where the numbers of
+        #: the model are no float32, what is below that says nothing
+        self.noise: float | None = None
         self.began: float | None = None  # when the first sample did
 
     def wants(self, batch: Sequence[Example], alone: bool = False) -> list[bool]:

@@ -1,5 +1,6 @@
 """The forced half of the panel: worked numbers, and runs in groups and alone."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -245,6 +246,19 @@ def test_a_budget_of_one_is_the_full_cache(model, tiny_tokenizer):
         for row, theirs in zip(ours, full, strict=True):
             assert row["ids"] == theirs["ids"] and max(map(abs, row["forced"]["kl"])) < 1e-6
             assert row["forced"]["differ"] == [] and row["forced"]["flip"] is None
+
+
+def test_in_bfloat16_the_noise_floor_is_known(model, tiny_tokenizer):
+    examples = questions(2)
+    given = setting(copy.deepcopy(model).to(torch.bfloat16), tiny_tokenizer, examples)
+    _, ours, _ = answer_together(given, METHODS[:3], examples[:1])
+    assert given.panel.noise is not None and 0 <= given.panel.noise < max(ours[0]["forced"]["kl"])
+    once = given.panel.noise
+    answer_together(given, METHODS[:3], examples[1:])
+    assert given.panel.noise == once  # it is looked for once
+    exact = setting(model, tiny_tokenizer, examples)
+    answer_together(exact, METHODS[:3], examples[:1])
+    assert exact.panel.noise is None
 
 
 def test_a_cache_that_attention_did_not_read_is_at_zero_exactly(model, tiny_tokenizer):

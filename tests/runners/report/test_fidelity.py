@@ -27,7 +27,7 @@ def rows(n: int, **more) -> dict:
 
 def run(n: int, seconds: float = 1.0):
     examples = [Example(f"qa/{i}", "text", "who?", ["me"], 8, {"subset": "qa", "category": "QA"}) for i in range(n)]
-    panel = SimpleNamespace(began=0.0, seconds=seconds, share=0.125)
+    panel = SimpleNamespace(began=0.0, seconds=seconds, share=0.125, noise=2e-5)
     task = SimpleNamespace(metric=SimpleNamespace(better="higher"))
     return SimpleNamespace(full=cell(1), examples=examples, task=task, panel=panel)
 
@@ -59,7 +59,9 @@ def test_red_and_yellow_labels_and_every_number_fit_in_80_columns():
 def test_what_is_odd_is_said_below_the_table(capsys):
     one, panels = found(20, forced=forced(0.01, first=1e-3, flip=1))
     said = fidelity.remarks(one, panels, [])
-    assert any("took 12% of the time" in line for line in said)
+    assert any("took 12% of the time" in line for line in said) and any(
+        "2e-05 nats from itself" in line for line in said
+    )
     parted = "20 of 20 forced answers part elsewhere than the free ones"
     assert any(line.startswith(f"fidelity of snapkv 0.5: {parted}") for line in said)
     assert any("up to 0.001 nats off" in line for line in said)
@@ -69,6 +71,7 @@ def test_what_is_odd_is_said_below_the_table(capsys):
 
 def test_records_without_ids_have_no_panel_and_nothing_is_said(capsys):
     one = run(20, seconds=0.0)
+    one.panel.noise = None
     old = {f"qa/{i}": done(f"qa/{i}") for i in range(20)}
     assert fidelity.panels(one, [("snapkv", cell(), rows(20))], old, 100) == []
     assert fidelity.panels(one, [("snapkv", cell(), old)], rows(20), 100) == []

@@ -1,7 +1,7 @@
 """One sample beside the full cache: its answer's token ids, and how far the two caches' predictions are apart.
 
 Standard library only. What is read of a sample's line: `ids`, `stop` and `blank` of an answer, and `forced`, what was
-found where the method read the full cache's own answer (docs/fidelity.md).
+found where the method read the full cache's own answer (docs/numbers.md).
 """
 
 from __future__ import annotations

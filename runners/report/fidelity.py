@@ -92,13 +92,9 @@ def coloured(label: str) -> str:
     return f"[{colour}]{label}[/{colour}]" if colour else label or "-"
 
 
-def remarks(run: Run, cells: Sequence[tuple[str, Cell, Panel]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def remarks(cells: Sequence[tuple[str, Cell, Panel]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is to be said of the panels; rows: of all cells."""
     said = [ABOUT] if cells else []
-    if run.panel.began is not None and run.panel.seconds:
-        said.append(f"the forced half took {run.panel.share:.0%} of the time; fidelity=off leaves it out")
-    if run.panel.noise is not None:
-        said.append(f"noise floor: the full cache is {run.panel.noise:.2g} nats from itself in a batch of another size")
     for name, cell, one in cells:
         who = f"fidelity of {name} {cell.method.budget:g}"
         if one.apart:
@@ -115,14 +111,26 @@ def remarks(run: Run, cells: Sequence[tuple[str, Cell, Panel]], rows: Sequence[M
     return said
 
 
+def about_this_run(run: Run) -> list[str]:
+    """What the forced half has taken of the time, and its noise floor; nothing where nothing was computed."""
+    said = []
+    if run.panel.began is not None and run.panel.seconds:
+        said.append(f"the forced half took {run.panel.share:.0%} of the time; fidelity=off leaves it out")
+    if run.panel.noise is not None:
+        said.append(f"noise floor: the full cache is {run.panel.noise:.2g} nats from itself in a batch of another size")
+    return said
+
+
 def print_panels(
     run: Run, cells: Sequence[tuple[str, Cell, Mapping[str, Any]]], found: Sequence[tuple[str, Cell, Panel]]
 ) -> None:
     """Print the table of the panels and what is to be said; nothing where nothing was generated."""
     if found:
         screen.print_table(table(found))
-    for line in remarks(run, found, [row for _, _, rows in cells for row in rows.values()]):
+    for line in remarks(found, [row for _, _, rows in cells for row in rows.values()]):
         show.say(line)
+    for line in about_this_run(run):  # what a run that finds everything on disk does not print again
+        show.note(line)
 
 
 def _number(value: float | None) -> str:

@@ -76,7 +76,7 @@ def test_a_prompt_in_one_forward_is_read_in_the_methods_own_chunks(llama):
     # the same by hand: what has been dropped is not attended to
     stock = load_method("full").cache_for(llama)
     near(out[:, :CHUNK], feed(llama, stock, ids[:, :CHUNK], torch.ones_like(ids[:, :CHUNK]), (CHUNK,)), run_off())
-    assert not torch.allclose(out[:, -1], llama(ids).logits[:, -1])
+    assert float((out[:, -1] - llama(ids).logits[:, -1]).abs().max()) > run_off()
 
 
 @pytest.mark.parametrize("pieces", [(10, 33), (1, 7, 8, 1, 26), (8, 8, 8, 8, 8, 3), (43,)])

@@ -193,7 +193,7 @@ def test_rows_are_numbered_on_the_device_that_holds_them(llama):
     for layer in cache.layers:
         layer.inner.reorder = lambda rows: seen.append(rows.device.type)
     # no GPU is here: a cache whose numbers are said to lie on another device
-    cache._counts, cache._samples = cache._counts.to("meta"), None
+    cache._counts, cache._samples, cache._prompt_tokens = cache._counts.to("meta"), None, None
     cache.batch_select_indices(torch.tensor([1, 0]))
     cache.batch_repeat_interleave(1)
     assert set(seen) == {"meta"}

@@ -39,6 +39,7 @@ ENOUGH = 250  # samples behind a verdict; of fewer the interval is shown alone
 BUDGETS = (0.7, 0.5, 0.2, 0.1)
 BITS = {"kivi": (8, 4, 2), "per_token": (8, 4, 2)}
 SIZES = {"lococo": (256, 128)}
+SAME = ("recency",)  # with nothing pinned it keeps what window keeps
 #: methods that learn something of the model first, by whose name it lies in assets, and there the files of it
 LEARNED = {
     "qfilters": "qfilters", "qfilters_capped": "qfilters", "lococo": "lococo", "kvtuner": "kvtuner",
@@ -54,11 +55,14 @@ PREPARE = (
     ["runner=train", "method=lococo", "budget=256"],
     ["runner=train", "method=lococo", "budget=128"],
 )
+#: two bytes a number, as such models are served
+CACHE = ["cache.dtype=float16", "fidelity=off"]
 #: by name: the published file or folder that it needs, and the overrides of the command, {data} standing for it
 PIECES: dict[str, tuple[str, list[str]]] = {
     "perplexity": (
         "wikitext-2/test.txt",
-        ["task=perplexity", "task.data={data}", "task.length=1024", "task.prompt=992", "task.limit=250"],
+        ["task=perplexity", "task.data={data}", "task.length=1024", "task.prompt=1008", "task.limit=250",
+         "batch_size=8"],
     ),
     **{
         f"needle-{length}": (
@@ -66,21 +70,21 @@ PIECES: dict[str, tuple[str, list[str]]] = {
             ["task=needle", "task.data=real", "task.kinds=[single,passkey]", f"task.lengths=[{length}]",
              f"task.repeats={repeats}"],
         )
-        for length, repeats in ((1024, 12), (2048, 2), (4096, 1), (7500, 1))
+        for length, repeats in ((1024, 12), (2048, 1), (4096, 1), (7500, 1))
     },
     "ruler": (
         "",
         ["task=ruler", "task.data=assets/needle-real", "task.subset=[niah_single_1,niah_single_2,niah_multikey_1]",
-         "task.lengths=[1024]", "task.samples=84"],
+         "task.lengths=[1024]", "task.samples=20"],
     ),
     "longbench-real": ("", ["task=longbench", "task.data=real"]),
     # its answers begin with the word that decides, which would come from the exact prompt
     "region": ("", ["task=longbench", "task.data=real", "task.subset=region", "last_token=held"]),
     "fewshot-real": ("", ["task=lm_eval", "task.data=real"]),
-    "ppl-real": ("", ["task=perplexity", "task.data=real", "task.length=900", "task.prompt=868"]),
+    "ppl-real": ("", ["task=perplexity", "task.data=real", "task.length=900", "task.prompt=868", "batch_size=8"]),
     "summaries": (
         "summarization",
-        ["task=summarization", "task.data={data}", "task.limit=25", "task.max_new_tokens=64"],
+        ["task=summarization", "task.data={data}", "task.limit=20", "task.max_new_tokens=64"],
     ),
     "choices": (
         "multiple-choice",
@@ -96,7 +100,7 @@ def cells() -> Iterator[list[str]]:
     """
     for path in sorted((HOME / "conf" / "method").glob("*.yaml")):
         name = path.stem
-        if name == "full" or (name in LEARNED and not made(name)):
+        if name in ("full", *SAME) or (name in LEARNED and not made(name)):
             continue
         if name in BITS:
             yield from ([f"method={name}", f"method.bits={bits}"] for bits in BITS[name])
@@ -121,7 +125,7 @@ def command(piece: str, results: Path) -> list[str] | None:
         return None
     grid = ",".join(quote(" ".join(cell)) for cell in cells())
     named = [word.replace("{data}", str(data)) for word in words]
-    return [f"model={MODEL}", *named, f"results={results}", f"cells=[{grid}]"]
+    return [f"model={MODEL}", *CACHE, *named, f"results={results}", f"cells=[{grid}]"]
 
 
 def run(words: list[str], until: float) -> int:

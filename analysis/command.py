@@ -16,7 +16,7 @@ from analysis import screen
 from analysis.files import CannotWrite, given_path
 from analysis.load import NothingToRead
 
-_ALL = ("frontier", "report", "compare", "leaderboard", "audit", "tables")
+_ALL = ("frontier", "report", "compare", "leaderboard", "audit", "heads", "tables")
 #: those that are here: what writes the repository's own pages is part of no wheel
 NAMES = tuple(
     name for name in _ALL if any((Path(__file__).parent / at).is_file() for at in (f"{name}.py", f"{name}/__main__.py"))

@@ -52,6 +52,9 @@ class PerRow(LayerCache, Generic[R]):
         longest = max(pos.shape[2] for pos in held)
         return torch.cat([F.pad(pos, (0, longest - pos.shape[2]), value=-1) for pos in held])
 
+    def positions(self) -> Tensor:
+        return self.pos
+
     def append(self, step: Step) -> None:
         if step.padded and len(self.memories) < step.q.shape[0]:
             self.memories = [self.memories[0].copy(slice(row, row + 1)) for row in range(step.q.shape[0])]

@@ -40,7 +40,8 @@ def test_a_command_reads_a_folder_under_both_of_its_names(book, tmp_path, capsys
 def test_what_is_no_command_is_named_with_those_there_are(capsys, tmp_path):
     assert command.main(["fronteer"]) == 2
     assert capsys.readouterr().err == (
-        "analysis: no command fronteer; give one of frontier, report, compare, leaderboard, audit, tables, or --help\n"
+        "analysis: no command fronteer; give one of frontier, report, compare, leaderboard, audit, heads, tables, "
+        "or --help\n"
     )
     assert command.main([]) == 2 and "no command is given" in capsys.readouterr().err
     for word in ("--help", "-h"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -160,6 +161,17 @@ class LayerCache:
     def nominal_bits(self) -> Sequence[float] | None:
         """Of each row, bits of a number's code, scales and what is not packed left out; None: numbers are not coded."""
         return None
+
+    def positions(self) -> Tensor | None:
+        """Positions of the slots that are held, [B, H, S], -1 where a head holds fewer; None: it has no such list."""
+        return None
+
+    def traits(self, row: int) -> Mapping[str, Any]:
+        """What else a row's heads are told apart by, such as `policy`, `bits` or `rank`: a word or number by name.
+
+        One for all heads, or a list with one per KV head; `runner=heads` writes them down.
+        """
+        return {}
 
     def reorder(self, rows: Tensor) -> None:
         """Let row i go on from row rows[i]: beam search. rows [B], long."""

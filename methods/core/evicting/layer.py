@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from methods.core.decision import (
 )
 from methods.core.evicting.nulls import random_scores, recency_scores
 from methods.core.store import spare
+from methods.core.stores.quantized import QuantizedStore
 
 if TYPE_CHECKING:
     from methods.core.eviction import Eviction
@@ -106,6 +107,12 @@ class EvictionCache(LayerCache):
 
     def expect(self, new: int) -> None:
         self.store.expect(new)
+
+    def positions(self) -> Tensor:
+        return self.store.pos
+
+    def traits(self, row: int) -> Mapping[str, Any]:
+        return self.store.traits(row) if isinstance(self.store, QuantizedStore) else {}
 
     def reorder(self, rows: Tensor) -> None:
         self.store.reorder(rows)

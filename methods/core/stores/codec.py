@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +110,12 @@ class CodecCache(LayerCache):
 
     def nominal_bits(self) -> Sequence[float] | None:
         return self.store.nominal_bits()
+
+    def positions(self) -> Tensor:
+        return self.store.pos
+
+    def traits(self, row: int) -> Mapping[str, Any]:
+        return self.store.traits(row)
 
     def reorder(self, rows: Tensor) -> None:
         self.store.reorder(rows)

@@ -179,6 +179,10 @@ class QuantizedStore(Store):
         """Bits of a code, of keys and values; None before the prompt has ended."""
         return [sum(scheme.bits for scheme in pair) / len(pair) for pair in self.chosen] or None
 
+    def traits(self, row: int) -> dict[str, int]:
+        """Bits of a row's keys and values, once the prompt is whole."""
+        return dict(zip(("key bits", "value bits"), (scheme.bits for scheme in self.chosen[row])))
+
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
         self.chosen = taken(self.chosen, rows)

@@ -89,7 +89,7 @@ class Records:
         for cell, row in same.iterrows():
             config = json.loads(row["config"])
             asked = math.isclose(row["budget"], budget) and all(config.get(k) == v for k, v in knobs.items())
-            if asked and not _extra(config, knobs):
+            if asked and not _extra(config, knobs) and "last_token" not in json.loads(row["passes"]):
                 rows = self.results.finished[self.results.finished["cell"] == cell].set_index("id")
                 by_seed.setdefault(int(row["seed"]), rows)
                 if method not in RANDOM:  # its seeds are the same run again

@@ -30,7 +30,7 @@ sys.path.insert(0, str(HOME))  # run as a file, only its own folder would be on 
 
 from analysis.load import NothingToRead, load_results  # noqa: E402
 from analysis.tables import OPEN  # noqa: E402
-from benchmarks.claims import KIVI_LOST, NACL_LEFT, Claim, Records, Row, difference, left, lococo  # noqa: E402
+from benchmarks.claims import KIVI_LOST, NACL_LEFT, Claim, Records, Row, Scores, difference, left, lococo  # noqa: E402
 from runners.jobs import quote  # noqa: E402
 
 MODEL = "smollm2-135m"
@@ -77,7 +77,7 @@ PIECES: dict[str, tuple[str, list[str]]] = {
         ["task=ruler", "task.data=assets/needle-real", "task.subset=[niah_single_1,niah_single_2,niah_multikey_1]",
          "task.lengths=[1024]", "task.samples=20"],
     ),
-    "longbench-real": ("", ["task=longbench", "task.data=real"]),
+    "longbench-real": ("", ["task=longbench", "task.data=real", "task.subset=profile_qa"]),
     # its answers begin with the word that decides, which would come from the exact prompt
     "region": ("", ["task=longbench", "task.data=real", "task.subset=region", "last_token=held"]),
     "fewshot-real": ("", ["task=lm_eval", "task.data=real"]),
@@ -152,26 +152,48 @@ def table(results: Path, said: str) -> int:
     return 0
 
 
+def by_length(what: str, ours: Scores, theirs: Scores) -> Iterator[tuple[str, tuple[Scores, Scores]]]:
+    """Two cells' samples, apart by their lengths where these are tagged and differ; what: said of them."""
+    table = ours.seeds[0]
+    lengths = sorted(table["length"].dropna().unique())
+    if len(lengths) < 2:
+        yield what, (ours, theirs)
+        return
+    for length in lengths:
+        ids = set(table.index[table["length"] == length])
+        yield f"{what}, {length:,.0f} tokens", (ours.only(ids), theirs.only(ids))
+
+
+def _scores(full: Scores) -> bool:
+    """Whether a full cache scores anything, of which a share could be left."""
+    return any(seed["score"].any() for seed in full.seeds)
+
+
 def about(records: Records, tasks: Sequence[str]) -> Iterator[Callable[[], Claim]]:
     """The papers' claims, each over the tasks that have been run; perplexity is compared, and has no share left."""
     better = {task: records.samples(task, "full").metric["better"] for task in tasks}
     points = [task for task in tasks if better[task] == "higher"]
 
     def left_of(method: str, budget: float, least: float, said: str) -> Claim:
-        rows = [left(task, records.samples(task, method, budget), records.samples(task, "full"), least)
-                for task in points]  # fmt: skip
+        rows = []
+        for task in points:
+            pair = records.samples(task, method, budget), records.samples(task, "full")
+            rows += [left(what, *both, least) for what, both in by_length(task, *pair) if _scores(both[1])]
         return Claim(method, said, rows)
+
+    def beside(what: str, ours: Scores, theirs: Scores, border: float = 0.0, strict: bool = True) -> list[Row]:
+        return [difference(part, *both, border, strict) for part, both in by_length(what, ours, theirs)]
 
     def against() -> Iterator[Row]:
         for task in tasks:
             for budget in BUDGETS if better[task] == "lower" or task.startswith("needle") else ():
                 ours = records.samples(task, "qfilters", budget)
-                yield difference(f"{task} at {budget:g}", ours, records.samples(task, "streaming_llm", budget))
+                yield from beside(f"{task} at {budget:g}", ours, records.samples(task, "streaming_llm", budget))
 
     def packed() -> Iterator[Row]:
         for task in points:
             ours = records.samples(task, "kivi", key_bits=4, value_bits=4)
-            yield difference(task, ours, records.samples(task, "full"), -KIVI_LOST, strict=False)
+            yield from beside(task, ours, records.samples(task, "full"), -KIVI_LOST, strict=False)
 
     def tuned(mode: str, method: str) -> Claim:
         rows = []
@@ -179,7 +201,7 @@ def about(records: Records, tasks: Sequence[str]) -> Iterator[Callable[[], Claim
             full = records.samples(task, "full")
             for table in sorted((HOME / "assets" / "kvtuner").glob(f"{ARTEFACTS}/{mode}/*.yaml")):
                 ours = records.samples(task, method, table=table.stem)
-                rows.append(difference(f"{task}, {table.stem} bits", ours, full, -KIVI_LOST, strict=False))
+                rows += beside(f"{task}, {table.stem} bits", ours, full, -KIVI_LOST, strict=False)
         said = f"searched tables of bits: no more than {KIVI_LOST:g} point of 100 below the full cache ({mode})"
         return Claim(method, said, rows)
 

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from benchmarks import real
-from benchmarks.claims import Claim, Row
+from benchmarks.claims import Claim, Row, Scores
 from methods import method_names
 
 ROW = Row("task", 96.0, 95.5, 96.5, "%", 250, "held")
@@ -44,3 +45,17 @@ def test_a_verdict_needs_enough_samples(n, said):
     claim = Claim("nacl", "", [replace(ROW, n=n)])
     assert [row.verdict for row in real.told(claim).rows] == [said]
     assert real.told(claim).rows[0].low == ROW.low
+
+
+def test_samples_of_several_lengths_are_compared_length_by_length():
+    def scores(lengths):
+        table = pd.DataFrame({"length": lengths, "score": 1.0}, index=[f"{i}" for i in range(len(lengths))])
+        return Scores([table], {}, "samples", "nacl")
+
+    mixed = scores([1024.0, 2048.0, 1024.0])
+    parts = dict(real.by_length("needle", mixed, mixed))
+    assert {what: [*ours.seeds[0].index] for what, (ours, _) in parts.items()} == {
+        "needle, 1,024 tokens": ["0", "2"], "needle, 2,048 tokens": ["1"],
+    }  # fmt: skip
+    for alike in (scores([1024.0] * 2), scores([float("nan")] * 2)):
+        assert [what for what, _ in real.by_length("needle", alike, alike)] == ["needle"]

@@ -149,7 +149,7 @@ class StreamingCache(EvictionCache):
             dropped = self.kept_per_head != self.prompt
             self.held = self._count()  # at a later prompt's end maybe fewer than it allows
             self.kept_per_head = [self._capacity(n, step.rules.window) for n in self.prompt]
-            self.store.max_slots = max(self.kept_per_head) + 1
+            self.store.cap(max(self.kept_per_head) + 1)
             if dropped:
                 self._hold_sinks(step, whole)
             return
@@ -254,7 +254,7 @@ class StreamingCache(EvictionCache):
             pos = torch.cat((pos[:, :, :s] + gap[..., None], pos[:, :, s:]), dim=2)
             return attend(step.q, store.k, store.v, step.rules, q_pos=step.pos, k_pos=pos)
         assert step.rope is not None
-        store.k[:, :, :s] = step.rope.rotate(self.sink_k, gap[..., None].expand(-1, -1, s))
+        store.rekey(step.rope.rotate(self.sink_k, gap[..., None].expand(-1, -1, s)))
         return store.attend(step)
 
     def _attend_band(self, step: Step) -> Tensor:

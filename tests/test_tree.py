@@ -225,6 +225,58 @@ def test_no_file_of_runners_outside_learn_names_a_method():
     assert named + papers == []
 
 
+def fields_of(*classes: str) -> set[str]:
+    """What the constructors of these classes assign to self."""
+    nodes = [
+        node
+        for path in (ROOT / "methods" / "core" / "store.py", *sources("methods/core/stores"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and node.name in classes
+    ]
+    made = [f for node in nodes for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
+    written = [one for f in made for node in ast.walk(f) for one in targets(node)]
+    return {one.attr for one in written if ast.unparse(one.value) == "self"}
+
+
+def targets(node: ast.AST) -> list[ast.Attribute]:
+    """The attributes that a statement assigns to or deletes, or an element of which."""
+    given = getattr(node, "targets", [getattr(node, "target", None)])
+    whole = [part for one in given if one is not None for part in getattr(one, "elts", [one])]
+    bare = []
+    for part in whole:
+        while isinstance(part, ast.Subscript):
+            part = part.value
+        bare.append(part)
+    return [part for part in bare if isinstance(part, ast.Attribute)]
+
+
+def writes_to_stores(path: Path, fields: set[str]) -> list[str]:
+    """Statements that write a store's field, or into one, from outside."""
+    return [
+        f"{path.name}:{one.lineno} writes {ast.unparse(one)}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for one in targets(node)
+        if one.attr in fields and "store" in ast.unparse(one.value).split(".")[-1]
+    ]
+
+
+def test_nobody_writes_the_fields_of_a_store_from_outside():
+    fields = {"k", "v", "pos"} | fields_of("Counted", "Store", "RaggedStore", "QuantizedStore")
+    assert {"buffers", "n", "max_slots", "whole", "pages", "parts", "fills"} <= fields
+    paths = [path for folder in ("methods", "runners") for path in sources(folder)]
+    assert [place for path in paths for place in writes_to_stores(path, fields)] == []
+
+
+def test_a_write_to_a_store_is_found(tmp_path):
+    file = tmp_path / "x.py"
+    file.write_text(
+        "self.store.max_slots = 3\nstore.k[:, :2] = k\ntwin.store.buffers['k'] *= 2\nstore.n, y = 1, 2\n"
+        "self.store = store\nself.n = store.n\ndel store.fills['x']\nstore.track('x')[0] = 1\n"
+    )
+    found = [one.split(" ")[0] for one in writes_to_stores(file, {"k", "n", "max_slots", "buffers", "fills"})]
+    assert sorted(found) == [f"x.py:{n}" for n in (1, 2, 3, 4, 7)]
+
+
 def test_imports_inside_functions_are_the_ones_that_cannot_be_at_the_top():
     """Of our own modules, in the library: a cache's binding, which needs the contract; torch, which a mistyped key
     must not wait for; forms of sums of attention, which are built on attention; and Triton's, whose package is not

@@ -13,8 +13,8 @@ from torch import Tensor
 class Pages:
     """Flat storage of N places, every place a page of its own, and whose they are; R = B * H heads, b * H + h.
 
-    k [N, D], v [N, Dv]; pos [N], int32, -1: nothing is there.  at [M], int32: places of the first head's slots, then of
-    the second's and so on.  first, held [R], int64: where each head's begin in `at`, and how many it has.
+    k [N, D], v [N, Dv]; pos [N], int32, -1 where a slot has been freed.  at [M], int32: places of the first head's
+    slots, then of the second's and so on.  first, held [R], int64: where in `at` a head's begin, and how many it has.
     most: the largest of `held`, as the host knows it.
     """
 

@@ -148,7 +148,7 @@ class CappedCache(EvictionCache):
             self.capacity = []  # no query sees more than that anyway
             return
         self.capacity_there = on_device(self.capacity, step.pos.device)[:, None]
-        self.store.max_slots = max(self.capacity) + 1
+        self.store.cap(max(self.capacity) + 1)
 
     def _kept_after_prompt(self, step: Step) -> list[int]:
         if self.method.changes_prompt and self.method.budget != 1:  # the prompt's last token is like any other

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -46,11 +47,7 @@ class Store(Counted):
         """capacity: places to make room for at the first append, for a prompt that comes in chunks."""
         super().__init__()
         self.capacity = capacity
-        self.n = 0  # places in use
-        self.padded = False  # whether any place in use is padding
-        self.buffers: dict[str, Tensor] = {}  # "k", "v", "pos" and the side arrays, slots on dimension 2
         self.fills: dict[str, float] = {}  # side arrays: a new slot's value
-        self.free_slot: Tensor | None = None  # [B, H], one of every head, freed, that the next token takes
         self.max_slots: int | None = None  # places that will ever be needed; None: it is not known
         self.to_come: int | None = None  # tokens that will still come one at a time; None: it is not known
         self.in_order = True  # whether slots lie in order of position: until a freed one is filled again
@@ -72,10 +69,10 @@ class Store(Counted):
     ) -> Tensor:
         """The side array `name`, [B, H, S, *width]; new slots start at `fill`. Writing to it in place is allowed.
 
-        width: () or a number of elements per slot.
+        width: of what a slot has, () being one number.
         """
         if name not in self.buffers:
-            self.fills[name] = fill
+            self.fills[name], self._sizes = fill, ((), (0, 0, 0))
             shape = (*self.k.shape[:2], self.buffers["k"].shape[2], *width)
             self.buffers[name] = torch.full(shape, fill, dtype=dtype, device=self.k.device)
         return self.buffers[name][:, :, : self.n]
@@ -125,6 +122,38 @@ class Store(Counted):
         self.padded = not exact
         self.free_slot = None
         self.real = [mask.shape[1] * self.n] * mask.shape[0] if exact else None
+
+    def replace(self, k: Tensor, v: Tensor, pos: Tensor, exact: bool = False, **side: Tensor) -> None:
+        """These are now the slots: k [B, H, S, D], v [B, H, S, Dv], pos [B, H or 1, S], -1 for padding.
+
+        side: side arrays [B, H, S, ...] that are tracked; those that are not given start anew. Types stay what they
+        were. exact promises that no slot is padding, a plain value as in `keep`.  Raises ValueError for other shapes
+        than these, and for a side array that is not tracked.
+        """
+        if unknown := set(side) - set(self.fills):
+            raise ValueError(f"{type(self).__name__}.replace: {', '.join(sorted(unknown))}: no such side array")
+        H, S = k.shape[1:3]
+        given = {"k": k, "v": v, "pos": pos, **side}
+        for name, x in given.items():
+            old, heads = self.buffers[name], (1, H) if name == "pos" else (H,)
+            if x.shape[0] != len(old) or x.shape[1] not in heads or x.shape[2] != S or x.shape[3:] != old.shape[3:]:
+                raise ValueError(
+                    f"{type(self).__name__}.replace: {name} {list(x.shape)} beside keys {list(k.shape)}; it held "
+                    f"{list(old.shape)}, and rows, heads and widths stay"
+                )
+        slots = {name: own(x.to(self.buffers[name].dtype)) for name, x in given.items()}
+        for name, fill in self.fills.items():
+            if name not in side:
+                old = self.buffers[name]
+                slots[name] = old.new_full((*k.shape[:3], *old.shape[3:]), fill)
+        self.buffers = slots
+        self.n, self.free_slot, self.in_order = S, None, False
+        self.padded = not exact and bool((pos < 0).any())
+        self.real = None
+
+    def rekey(self, k: Tensor) -> None:
+        """Other keys [B, H, s, D] for the first s slots of a store that has been cut, in place."""
+        self.buffers["k"][:, :, : k.shape[2]] = k
 
     def crop(self, columns: int) -> None:
         """Take the newest columns back, of a store that has dropped nothing; their memory is freed."""
@@ -211,6 +240,21 @@ class Store(Counted):
     def expect(self, new: int) -> None:
         """So many tokens will be appended one at a time: no places are made for more."""
         self.to_come = new or None
+
+    def cap(self, places: int) -> None:
+        """So many places are all that will ever be needed: none are made beyond them while decoding."""
+        self.max_slots = places
+
+    def detach(self) -> None:
+        """Let no later gradient reach what is held."""
+        self.buffers = {name: buffer.detach() for name, buffer in self.buffers.items()}
+
+    def select(self, rows: Tensor) -> Self:
+        """These rows in a store of their own, which shares nothing with this one."""
+        twin = copy.copy(self)
+        twin.__dict__ = {name: copy.copy(x) if isinstance(x, (dict, list)) else x for name, x in vars(self).items()}
+        twin.reorder(rows)
+        return twin
 
     def reorder(self, rows: Tensor) -> None:
         """Row i goes on from row rows[i]."""

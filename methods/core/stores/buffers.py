@@ -13,4 +13,4 @@ def gathered(x: Tensor, slots: Tensor) -> Tensor:
     """The slots [B, H, n] of x [B, H or 1, S, ...] in new memory."""
     if x.dim() == 3:
         return x.expand(-1, slots.shape[1], -1).gather(2, slots)
-    return x.gather(2, slots[..., None].expand(-1, -1, -1, x.shape[-1]))
+    return x.gather(2, slots.view(*slots.shape, *(1,) * (x.dim() - 3)).expand(*slots.shape, *x.shape[3:]))

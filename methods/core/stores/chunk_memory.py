@@ -103,7 +103,7 @@ class ChunkMemory:
 
     def detach(self) -> None:
         """Let no later gradient reach what is held."""
-        self.store.buffers = {name: buffer.detach() for name, buffer in self.store.buffers.items()}
+        self.store.detach()
 
     def _next_piece(self, step: Step) -> None:
         """Compress if it is due, then append the rest of a chunk, and further chunks as long as nothing is due."""
@@ -155,16 +155,13 @@ class ChunkMemory:
 
     def _compress(self) -> None:
         """Fill the store anew, without free places."""
-        old = self.store
-        fewer = self.compressed(Slots(old.k, old.v, old.pos, old.track("mass")))
-        self.store = store = Store()
-        store.n, store.buffers, store.fills = self.method.slots, vars(fewer), dict(old.fills)
-        store.max_slots, store.to_come = self.method.max_slots + 1, old.to_come
+        store = self.store
+        store.replace(**vars(self.compressed(Slots(store.k, store.v, store.pos, store.track("mass")))), exact=True)
+        store.cap(self.method.max_slots + 1)
 
     def copy(self, rows: slice) -> Self:
         """The same for some of the rows."""
-        twin, old = copy.copy(self), self.store
-        twin.store = store = Store(old.capacity)
-        store.n, store.fills, store.max_slots, store.to_come = old.n, dict(old.fills), old.max_slots, old.to_come
-        store.buffers = {name: buffer[rows].clone() for name, buffer in old.buffers.items()}
+        twin = copy.copy(self)
+        held = len(self.store.pos) if len(self.store) else 0
+        twin.store = self.store.select(torch.arange(held)[rows])
         return twin

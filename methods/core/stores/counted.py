@@ -17,12 +17,11 @@ class Counted:
     Both are known along the way wherever they can be, so that no device is waited for.
     """
 
-    buffers: dict[str, Tensor]
-    n: int
-    padded: bool
-    free_slot: Tensor | None
-
     def __init__(self) -> None:
+        self.n = 0  # places in use
+        self.padded = False  # whether any place in use is padding
+        self.buffers: dict[str, Tensor] = {}  # "k", "v", "pos" and the side arrays, slots on dimension 2
+        self.free_slot: Tensor | None = None  # [B, H], one of every head, freed, that the next token takes
         self.real: list[int] | None = None  # slots of every row, over all its heads; None: to be counted
         self.whole: list[bool] | None = None  # rows that have dropped nothing; None: as positions are held
         self._sizes: tuple[tuple[Any, ...], tuple[int, int, int]] = ((), (0, 0, 0))  # of which arrays, and of a slot

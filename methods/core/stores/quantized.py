@@ -121,6 +121,15 @@ class QuantizedStore(Store):
         super().keep(mask, n, exact)
         self.counts = None
 
+    def replace(self, k: Tensor, v: Tensor, pos: Tensor, exact: bool = False, **side: Tensor) -> None:
+        self._refuse_if_packed("replace slots")
+        super().replace(k, v, pos, exact, **side)
+        self.counts = None
+
+    def rekey(self, k: Tensor) -> None:
+        self._refuse_if_packed("turn keys")
+        super().rekey(k)
+
     def drop(self, slot: Tensor, rows: Sequence[bool] | None = None) -> None:
         raise NotImplementedError(
             f"{type(self).__name__}: cannot free a single slot for the next token; pair it with a method that drops "

@@ -97,6 +97,23 @@ class RaggedStore(Store):
         self.counts = self.held.tolist()
         self.real = self._in_pages(self.counts) if not tail else None
 
+    def replace(self, k: Tensor, v: Tensor, pos: Tensor, exact: bool = False, **side: Tensor) -> None:
+        super().replace(k, v, pos, exact, **side)
+        self.pages, self.counts = {}, []
+        if self.padded:  # heads that hold fewer pay for no more
+            self.keep(self.pos >= 0, self.n)
+
+    def rekey(self, k: Tensor) -> None:
+        if self.counts:
+            raise NotImplementedError(
+                f"{type(self).__name__}: keys of heads that hold different numbers stay as they are"
+            )
+        super().rekey(k)
+
+    def detach(self) -> None:
+        super().detach()
+        self.pages = {name: x.detach() for name, x in self.pages.items()}
+
     def _refill(self, mask: Tensor) -> None:
         """Frees what is not in mask [B, H, S] and moves the tail's slots that are into pages."""
         n, size = max(self.counts), len(self.pages["pos"])
@@ -114,7 +131,6 @@ class RaggedStore(Store):
         to = free[: len(row)]
         for name, x in self.pages.items():
             x[to] = self.buffers[name][row, head if self.buffers[name].shape[1] > 1 else 0, slot].to(x.dtype)
-        self.pages["pos"][free[len(row) :]] = -1
         places[row, head, n + slot] = to
         at = places[mask]
         if size - total > total // 8:

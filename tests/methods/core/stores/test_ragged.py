@@ -1,10 +1,14 @@
 """Ragged storage: what heads do not keep is freed, or taken by others. Its answers are tested in test_store.py."""
 
+import copy
+
 import pytest
 import torch
 
+from methods.core.contract import Stage
 from methods.core.meter import nbytes
 from methods.core.stores.ragged import RaggedStore
+from tests.methods.layer import step_of
 
 B, H, S, D = 2, 3, 200, 8
 COUNTS = [[1, 16, 17], [0, 100, 33]]
@@ -207,8 +211,33 @@ def test_free_places_are_an_eighth_at_most_and_padding():
         holding = store.holding()
         assert sum(holding.held) == held * (PLACE + ENTRY) + LAYOUT
         assert sum(holding.held) + sum(holding.padding) == nbytes(store.tensors())
-        assert (store.pages["pos"] >= 0).sum() == held == n.sum()
+        assert held == n.sum() == len(set(store.at.tolist()))
     assert most > 0
+
+
+def test_what_lies_in_a_free_place_is_read_by_nobody():
+    store, g = ragged(side=True), torch.Generator().manual_seed(4)
+    step = step_of(1, 2 * H, H, D, rows=B, stage=Stage.DECODE, start=S)
+    store.append(step.k, step.v, step.pos)
+    store.keep((store.pos >= 0) & ((store.pos % 50 != 2) | (store.pos >= S)), 100)
+    twin = copy.deepcopy(store)
+    free = torch.ones(len(store.pages["pos"]), dtype=torch.bool).index_fill(0, store.at.long(), False)
+    assert free.any()
+    for name, x in store.pages.items():
+        x[free] = 7 if name == "pos" else torch.nan
+    for T in (1, 2):
+        new = step_of(T, 2 * H, H, D, rows=B, stage=Stage.TURN, start=S + T)
+        for one in (store, twin):
+            one.append(new.k, new.v, new.pos)
+        assert torch.equal(store.attend(new), twin.attend(new))
+        for ours, theirs in zip(store.attend_with_mass(new, 1), twin.attend_with_mass(new, 1), strict=True):
+            assert torch.equal(ours, theirs)
+    for change in (lambda s: s.drop(torch.full((B, H), 3)), lambda s: s.reorder(torch.tensor([1, 0]))):
+        change(store), change(twin)
+        assert torch.equal(store.pos, twin.pos) and kept_by(store) == kept_by(twin)
+    mask = (store.pos >= 0) & (torch.rand(store.pos.shape, generator=g) < 0.5)
+    store.keep(mask, 100), twin.keep(mask, 100)
+    assert torch.equal(store.pos, twin.pos) and kept_by(store) == kept_by(twin)
 
 
 def test_no_more_places_are_made_than_tokens_will_come():

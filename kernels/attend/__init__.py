@@ -3,13 +3,15 @@
 Layouts: q [B, Hq, T, D]; k [B, H, S, D]; v [B, H, S, Dv]; Hq is a multiple of H and query head h reads KV head
 h // (Hq // H). Positions are the tokens' own, int, -1 for padding: q_pos [B, T]; k_pos [B, H or 1, S].
 
+A slot may weigh: `bias` is added to its logits and `factor` multiplies its value, [B, H or 1, S], float32 (`weighed`).
+
 Keys and values may be float16 or bfloat16 under float32 queries: they are converted tile by tile, where they are used,
 and arithmetic is in float32.
 """
 
 from torch import Tensor
 
-from kernels.attend import compiled, mixed, reference
+from kernels.attend import compiled, mixed, reference, weighed
 from kernels.attend.lse import log_sum_exp, merged
 from kernels.attend.pages import Pages
 from kernels.attend.reference import visible
@@ -18,9 +20,20 @@ from kernels.backend import on_triton
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, layout: Layout = "positions"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rules: Rules,
+    *,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    layout: Layout = "positions",
+    bias: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """Attention output [B, Hq, T, Dv] in q's dtype; rows that see no slot give 0."""
+    if bias is not None or factor is not None:
+        return weighed.attend(q, k, v, rules, q_pos, k_pos, bias, factor)
     if on_triton(q, k, v):
         from kernels.attend import triton
 
@@ -35,48 +48,73 @@ def attend(
 
 
 def attend_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, layout: Layout = "positions"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rules: Rules,
+    *,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    layout: Layout = "positions",
+    bias: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `attend` gives, and each row's log-sum-exp of its logits, [B, Hq, T], float32; -inf where it sees none."""
-    if on_triton(q, k, v):
+    weigh = bias is not None or factor is not None
+    if not weigh and on_triton(q, k, v):
         from kernels.attend import triton
 
         return triton.attend(q, k, v, rules, q_pos, k_pos, layout, lse=True)
-    out = attend(q, k, v, rules, q_pos=q_pos, k_pos=k_pos, layout=layout)
-    return out, log_sum_exp(q, k, rules, q_pos, k_pos)
+    out = attend(q, k, v, rules, q_pos=q_pos, k_pos=k_pos, layout=layout, bias=bias, factor=factor)
+    return out, log_sum_exp(q, k, rules, q_pos, k_pos, bias)
 
 
 def attend_pages(
-    q: Tensor, pages: Pages, tail: tuple[Tensor, Tensor, Tensor], rules: Rules, *, q_pos: Tensor
+    q: Tensor,
+    pages: Pages,
+    tail: tuple[Tensor, Tensor, Tensor],
+    rules: Rules,
+    *,
+    q_pos: Tensor,
+    bias: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """One query per row over pages and a rectangular tail, in one softmax: [B, Hq, 1, Dv].
 
-    q [B, Hq, 1, D]; tail: k [B, H, t, D], v [B, H, t, Dv], pos [B, H, t]; q_pos [B, 1].
+    q [B, Hq, 1, D]; tail: k [B, H, t, D], v [B, H, t, Dv], pos [B, H, t]; q_pos [B, 1]; bias, factor of the tail, where
+    the pages have them.
     """
-    if on_triton(q, pages.k, pages.v):
+    if bias is None and factor is None and on_triton(q, pages.k, pages.v):
         from kernels.attend import triton
 
         return triton.attend_pages(q, pages, tail, rules, q_pos)[0]
-    return attend_pages_with_mass(q, pages, tail, rules, q_pos=q_pos)[0]
+    return attend_pages_with_mass(q, pages, tail, rules, q_pos=q_pos, bias=bias, factor=factor)[0]
 
 
 def attend_pages_with_mass(
-    q: Tensor, pages: Pages, tail: tuple[Tensor, Tensor, Tensor], rules: Rules, *, q_pos: Tensor
+    q: Tensor,
+    pages: Pages,
+    tail: tuple[Tensor, Tensor, Tensor],
+    rules: Rules,
+    *,
+    q_pos: Tensor,
+    bias: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `attend_pages` gives, and what every slot gets of every query head's attention: [B, Hq, most + t], float32.
 
     A head's slots lie in the order of its pages, nothing in the places that it does not have, and the tail's behind
     them. Keys and values are read once; a group's sum, or sum of squares, is taken of what is given.
     """
-    if on_triton(q, pages.k, pages.v):
+    if bias is None and factor is None and on_triton(q, pages.k, pages.v):
         from kernels.attend import triton
 
         out, mass = triton.attend_pages(q, pages, tail, rules, q_pos, mass=True)
         assert mass is not None
         return out, mass
     if compiled.serves(q, pages, tail, rules):
-        return compiled.attend_pages(q, pages, tail, rules, q_pos)
-    return reference.attend_pages(q, pages, tail, rules, q_pos)
+        return compiled.attend_pages(q, pages, tail, rules, q_pos, bias, factor)
+    return reference.attend_pages(q, pages, tail, rules, q_pos, bias, factor)
 
 
 __all__ = [

@@ -25,6 +25,8 @@ struct Pages {
     const int32_t *tail_pos;       // [batch, heads, tail], lying apart by the two strides
     const int32_t *q_pos;          // [batch]
     float *out, *mass;             // [rows, group, values' width], [rows, group, most + tail]
+    const float *bias, *factor;    // [places], or null: what slots add to their logits, and multiply their values by
+    const float *tail_bias, *tail_factor; // [rows, tail], or null
     int64_t rows, heads, group, width, value_width, most, tail;
     int64_t tail_k_stride, tail_v_stride, tail_pos_batch, tail_pos_head;
     int64_t window; // how many tokens back a query sees; 0: all
@@ -52,11 +54,13 @@ template <class E, class Act> inline void runs(const int32_t *at, int64_t n, con
     }
 }
 
-// The scale, and -inf where the query does not see the slot; x of every query of the group, `wide` apart.
-inline void mask(float *x, int64_t wide, const int32_t *pos, int64_t n, int32_t now, const Pages &a) {
+// Scale and bias, and -inf where the query does not see the slot; x of every query of the group, `wide` apart.
+inline void mask(float *x, int64_t wide, const int32_t *pos, const float *bias, int64_t n, int32_t now, const Pages &a) {
     const int32_t oldest = a.window ? std::max<int32_t>(0, now - static_cast<int32_t>(a.window) + 1) : 0;
-    for (int64_t g = 0; g < a.group; ++g, x += wide)
+    for (int64_t g = 0; g < a.group; ++g, x += wide) {
         for (int64_t i = 0; i < n; ++i) x[i] = (pos[i] >= oldest) & (pos[i] <= now) ? x[i] * a.scale : NOTHING;
+        for (int64_t i = 0; bias && i < n; ++i) x[i] += bias[i];
+    }
 }
 
 template <class E> void logits_of(const Piece &p, const Pages &a, const E *keys, const E *tail_keys) {
@@ -67,13 +71,15 @@ template <class E> void logits_of(const Piece &p, const Pages &a, const E *keys,
     if (p.tail) {
         dots(q, G, tail_keys + p.row * a.tail_k_stride + p.from * a.width, p.n, a.width, x, wide);
         const int32_t *pos = a.tail_pos + p.row / a.heads * a.tail_pos_batch + p.row % a.heads * a.tail_pos_head;
-        return mask(x, wide, pos + p.from, p.n, now, a);
+        return mask(x, wide, pos + p.from, a.tail_bias ? a.tail_bias + p.row * a.tail + p.from : nullptr, p.n, now, a);
     }
     const int32_t *at = a.at + a.first[p.row] + p.from;
     int32_t pos[PIECE];
+    float bias[PIECE];
     for (int64_t i = 0; i < p.n; ++i) pos[i] = a.pos[at[i]];
+    for (int64_t i = 0; a.bias && i < p.n; ++i) bias[i] = a.bias[at[i]];
     runs(at, p.n, keys, a.width, [&](int64_t i, int64_t n) { dots(q, G, keys + at[i] * a.width, n, a.width, x + i, wide); });
-    mask(x, wide, pos, p.n, now, a);
+    mask(x, wide, pos, a.bias ? bias : nullptr, p.n, now, a);
 }
 
 inline float largest(const float *x, int64_t n, float so_far) {
@@ -99,7 +105,13 @@ inline void softmax(float *x, int64_t n, const Pages &a) {
     for (int64_t i = 0; i < a.tail; ++i) tail[i] *= share;
 }
 
-template <class E> void mix(const Piece &p, const Pages &a, const E *values, const E *tail_values, E *near, float *out) {
+// The attention x [group] to n <= NEAR slots times their factors, into y [group, NEAR]; at: their places, null in the tail.
+inline void multiply(const float *x, int64_t wide, const float *factor, const int32_t *at, int64_t n, int64_t G, float *y) {
+    for (int64_t g = 0; g < G; ++g)
+        for (int64_t i = 0; i < n; ++i) y[g * NEAR + i] = x[g * wide + i] * factor[at ? at[i] : i];
+}
+
+template <class E> void mix(const Piece &p, const Pages &a, const E *values, const E *tail_values, E *near, float *weighed, float *out) {
     const int64_t G = a.group, wide = a.most + a.tail, width = a.value_width;
     const float *x = a.mass + p.row * G * wide + p.from + (p.tail ? a.most : 0);
     for (int64_t t = 0; t < p.n; t += NEAR) {
@@ -113,7 +125,16 @@ template <class E> void mix(const Piece &p, const Pages &a, const E *values, con
                 v = near;
             }
         }
-        mixes(x + t, wide, G, v, n, width, out);
+        const float *factor = p.tail ? a.tail_factor : a.factor;
+        if (!factor) {
+            mixes(x + t, wide, G, v, n, width, out);
+            continue;
+        }
+        if (p.tail)
+            multiply(x + t, wide, factor + p.row * a.tail + p.from + t, nullptr, n, G, weighed);
+        else
+            multiply(x + t, wide, factor, a.at + a.first[p.row] + p.from + t, n, G, weighed);
+        mixes(weighed, NEAR, G, v, n, width, out);
     }
 }
 
@@ -136,12 +157,13 @@ template <class E> void attend_pages_of(const Pages &a) {
 #pragma omp parallel num_threads(a.threads)
     {
         std::vector<E> near(NEAR * a.value_width);
+        std::vector<float> weighed(G * NEAR);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < all; ++i) logits_of(pieces[i], a, k, tail_k);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < a.rows * G; ++r) softmax(a.mass + r * wide, a.held[r / G], a);
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < all; ++i) mix(pieces[i], a, v, tail_v, near.data(), parts.data() + i * of_out);
+        for (int64_t i = 0; i < all; ++i) mix(pieces[i], a, v, tail_v, near.data(), weighed.data(), parts.data() + i * of_out);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < a.rows; ++row) {
             float *out = a.out + row * of_out;

@@ -24,7 +24,8 @@ class _Pages(ctypes.Structure):
     _fields_ = [
         ("q", c_void_p), ("k", c_void_p), ("v", c_void_p), ("pos", c_void_p), ("at", c_void_p), ("first", c_void_p),
         ("held", c_void_p), ("tail_k", c_void_p), ("tail_v", c_void_p), ("tail_pos", c_void_p), ("q_pos", c_void_p),
-        ("out", c_void_p), ("mass", c_void_p), ("rows", c_int64), ("heads", c_int64), ("group", c_int64),
+        ("out", c_void_p), ("mass", c_void_p), ("bias", c_void_p), ("factor", c_void_p), ("tail_bias", c_void_p),
+        ("tail_factor", c_void_p), ("rows", c_int64), ("heads", c_int64), ("group", c_int64),
         ("width", c_int64), ("value_width", c_int64), ("most", c_int64), ("tail", c_int64), ("tail_k_stride", c_int64),
         ("tail_v_stride", c_int64), ("tail_pos_batch", c_int64), ("tail_pos_head", c_int64), ("window", c_int64),
         ("scale", c_float), ("threads", c_int32), ("kind", c_int32),
@@ -48,7 +49,13 @@ def serves(q: Tensor, pages: Pages, tail: tuple[Tensor, Tensor, Tensor], rules: 
 
 
 def attend_pages(
-    q: Tensor, pages: Pages, tail: tuple[Tensor, Tensor, Tensor], rules: Rules, q_pos: Tensor
+    q: Tensor,
+    pages: Pages,
+    tail: tuple[Tensor, Tensor, Tensor],
+    rules: Rules,
+    q_pos: Tensor,
+    bias: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `kernels.attend.attend_pages_with_mass` gives."""
     k_tail, v_tail, tail_pos = tail
@@ -57,7 +64,11 @@ def attend_pages(
     q, q_pos = q.contiguous(), q_pos.to(torch.int32).contiguous()
     out, mass = q.new_empty(B, Hq, 1, width), q.new_empty(B, Hq, pages.most + t)
     places = pages.k, pages.v, pages.pos, pages.at, pages.first, pages.held
-    pointers = [x.data_ptr() for x in (q, *places, k_tail, v_tail, tail_pos, q_pos, out, mass)]
+    # what slots weigh, those in pages and those behind them
+    bias, factor = (None if x is None else x.float().expand(B, H, t).contiguous() for x in (bias, factor))
+    weights = pages.bias, pages.factor, bias, factor
+    given = q, *places, k_tail, v_tail, tail_pos, q_pos, out, mass, *weights
+    pointers = [None if x is None else x.data_ptr() for x in given]
     sizes = B * H, H, Hq // H, D, width, pages.most, t
     strides = k_tail.stride(1), v_tail.stride(1), tail_pos.stride(0), tail_pos.stride(1)
     how = rules.window or 0, rules.scale, torch.get_num_threads(), compiled.KINDS[pages.k.dtype]

@@ -22,12 +22,12 @@ def merged(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> Tensor:
     return ((a.float() * wa + b.float() * wb) / torch.where(total == 0, 1, total)).to(a.dtype)
 
 
-def log_sum_exp(q: Tensor, k: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+def log_sum_exp(q: Tensor, k: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor, bias: Tensor | None = None) -> Tensor:
     """Of each query's logits over the slots that it sees, [B, Hq, T], float32; -inf where it sees none."""
     B, Hq, T, _ = q.shape
     rows = max(1, BLOCK_ELEMENTS // max(1, B * Hq * k.shape[2]))
     blocks = [
-        logits(q[:, :, i : i + rows], k, rules, q_pos[:, i : i + rows], k_pos).logsumexp(-1).view(B, Hq, -1)
+        logits(q[:, :, i : i + rows], k, rules, q_pos[:, i : i + rows], k_pos, bias).logsumexp(-1).view(B, Hq, -1)
         for i in range(0, T, rows)
     ]
     return torch.cat(blocks, dim=2) if blocks else q.new_empty(B, Hq, 0, dtype=torch.float32)

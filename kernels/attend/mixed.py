@@ -23,7 +23,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rules: Rules, q_pos: Tensor, k_pos: 
         return one_token.attend_with_mass(q, k, v, rules)[0]
     if q.shape[2] == 1:
         tail = k, v, k_pos.expand(-1, k.shape[1], -1).to(torch.int32)
-        pages = _no_pages(k, v)
+        pages = Pages.none(k, v)
         if compiled.serves(q, pages, tail, rules):
             return compiled.attend_pages(q, pages, tail, rules, q_pos)[0]
     if rows.serves(q, k, v, rules):
@@ -32,10 +32,3 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rules: Rules, q_pos: Tensor, k_pos: 
         assert out is not None
         return out
     return reference.attend_positions(q, k, v, rules, q_pos, k_pos)
-
-
-def _no_pages(k: Tensor, v: Tensor) -> Pages:
-    none = [x.new_empty(0, x.shape[-1]) for x in (k, v)]
-    nowhere = k.new_empty(0, dtype=torch.int32)
-    nothing = k.new_zeros(k.shape[0] * k.shape[1], dtype=torch.int64)
-    return Pages(none[0], none[1], nowhere, nowhere, nothing, nothing, 0)

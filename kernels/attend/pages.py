@@ -16,6 +16,7 @@ class Pages:
     k [N, D], v [N, Dv]; pos [N], int32, -1 where a slot has been freed.  at [M], int32: places of the first head's
     slots, then of the second's and so on.  first, held [R], int64: where in `at` a head's begin, and how many it has.
     most: the largest of `held`, as the host knows it.
+    bias, factor: what the slots weigh, [N], float32, as in `weighed`; None: nothing.
     """
 
     k: Tensor
@@ -25,6 +26,15 @@ class Pages:
     first: Tensor
     held: Tensor
     most: int
+    bias: Tensor | None = None
+    factor: Tensor | None = None
+
+    @classmethod
+    def none(cls, k: Tensor, v: Tensor) -> Pages:
+        """No slots, for heads of k [B, H, S, D] and v [B, H, S, Dv], which all lie elsewhere."""
+        nowhere = k.new_empty(0, dtype=torch.int32)
+        nothing = k.new_zeros(k.shape[0] * k.shape[1], dtype=torch.int64)
+        return cls(k.new_empty(0, k.shape[-1]), v.new_empty(0, v.shape[-1]), nowhere, nowhere, nothing, nothing, 0)
 
     def places(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """Places of every head's slots lo to hi, and whether there are so many, else some place; both [R, hi - lo]."""

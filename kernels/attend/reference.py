@@ -53,8 +53,8 @@ def _widened(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         yield at, x[..., at : at + size, :].to(dtype)
 
 
-def logits(q: Tensor, k: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-    """Masked scores before the softmax, [B, H, G, T, S], float32; unseen slots are -inf."""
+def logits(q: Tensor, k: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Masked scores before the softmax, [B, H, G, T, S], float32; unseen slots are -inf. bias: as in `weighed`."""
     B, Hq, T, D = q.shape
     H = k.shape[1]
     G = Hq // H
@@ -64,6 +64,8 @@ def logits(q: Tensor, k: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor) -> 
     if rules.slopes is not None:
         distance = q_pos[:, None, None, :, None] - k_pos[:, :, None, None, :]  # [B, H or 1, 1, T, S]
         x = x - rules.slopes.view(1, H, G, 1, 1) * distance
+    if bias is not None:
+        x = x + bias[:, :, None, None]
     return x.masked_fill(~visible(q_pos, k_pos, rules.window)[:, :, None], -torch.inf)
 
 
@@ -115,7 +117,13 @@ def _block(q: Tensor, k: Tensor, v: Tensor, rules: Rules, q_pos: Tensor, k_pos: 
 
 
 def attend_pages(
-    q: Tensor, pages: Pages, tail: tuple[Tensor, Tensor, Tensor], rules: Rules, q_pos: Tensor
+    q: Tensor,
+    pages: Pages,
+    tail: tuple[Tensor, Tensor, Tensor],
+    rules: Rules,
+    q_pos: Tensor,
+    bias: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `kernels.attend.attend_pages_with_mass` gives; slots are gathered in blocks, a head beside the others."""
     k_tail, v_tail, tail_pos = tail
@@ -126,24 +134,40 @@ def attend_pages(
     x = q.new_empty(B * H, G, pages.most + tail_pos.shape[2], dtype=torch.float32)
     for now, places, real in pages.blocks(BLOCK_ELEMENTS):
         k_pos = pages.pos[places].masked_fill(~real, -1)
-        x[..., now] = _page_logits(rows, pages.k[places], k_pos, rules, row_pos, head)
-    x[..., pages.most :] = _page_logits(rows, k_tail.flatten(0, 1), tail_pos.flatten(0, 1), rules, row_pos, head)
+        more = None if pages.bias is None else pages.bias[places]
+        x[..., now] = _page_logits(rows, pages.k[places], k_pos, rules, row_pos, head, more)
+    more = None if bias is None else bias.flatten(0, 1)
+    x[..., pages.most :] = _page_logits(rows, k_tail.flatten(0, 1), tail_pos.flatten(0, 1), rules, row_pos, head, more)
     p = x.softmax(-1).nan_to_num(0.0)  # [B * H, G, S]
     weights = p.to(q.dtype)
+    if factor is not None:
+        assert pages.factor is not None, "slots in pages and behind them weigh alike"
+        weights = p.clone()
+        for now, places, _ in pages.blocks(BLOCK_ELEMENTS):
+            weights[..., now] *= pages.factor[places][:, None]
+        weights[..., pages.most :] *= factor.flatten(0, 1)[:, None]
+        weights = weights.to(q.dtype)
     out = averages(weights[..., pages.most :], v_tail.flatten(0, 1)).float()
     for now, places, _ in pages.blocks(BLOCK_ELEMENTS):
         out += averages(weights[..., now], pages.v[places]).float()
     return out.to(q.dtype).view(B, Hq, 1, -1), p.view(B, Hq, -1)
 
 
-def _page_logits(q: Tensor, k: Tensor, k_pos: Tensor, rules: Rules, q_pos: Tensor, head: Tensor) -> Tensor:
-    """Masked scores [R, G, s] of q [R, G, D] over k [R, s, D]; k_pos [R, s], q_pos [R, 1], head [R] the KV head."""
+def _page_logits(
+    q: Tensor, k: Tensor, k_pos: Tensor, rules: Rules, q_pos: Tensor, head: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Masked scores [R, G, s] of q [R, G, D] over k [R, s, D].
+
+    k_pos, bias [R, s], q_pos [R, 1], head [R] the KV head.
+    """
     x = products(q, k).float() * rules.scale
     if rules.softcap is not None:
         x = torch.tanh(x / rules.softcap) * rules.softcap
     distance = q_pos - k_pos  # [R, s]
     if rules.slopes is not None:
         x = x - rules.slopes.view(-1, q.shape[1])[head][..., None] * distance[:, None]
+    if bias is not None:
+        x = x + bias[:, None]
     seen = (k_pos >= 0) & (distance >= 0)
     if rules.window is not None:
         seen &= distance < rules.window

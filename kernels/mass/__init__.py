@@ -1,8 +1,9 @@
 """Attention probabilities and their column sums, without an [n, n] matrix.
 
-q [B, Hq, T, D], k [B, H, S, D], v [B, H, S, Dv]; positions as in `attend`: q_pos [B, T], k_pos [B, H or 1, S], int, -1
-for padding. A query that sees nothing gives nothing. layout="tail": no slot is padding and the queries are the newest
-slots in order; "positions" is always right. Sums over the last w queries are those of q[:, :, -w:], q_pos[:, -w:].
+q [B, Hq, T, D], k [B, H, S, D], v [B, H, S, Dv]; positions and weights of slots as in `attend`: q_pos [B, T], k_pos
+[B, H or 1, S], int, -1 for padding, bias and factor. A query that sees nothing gives nothing. layout="tail": no slot is
+padding and the queries are the newest slots in order; "positions" is always right. Sums over the last w queries are
+those of q[:, :, -w:], q_pos[:, -w:].
 """
 
 from collections.abc import Sequence
@@ -14,15 +15,26 @@ from kernels import compiled as compiled_forms
 from kernels.attend import attend
 from kernels.attend.rules import Rules
 from kernels.backend import on_triton
-from kernels.mass import compiled, noisy, reference, rows, weighted
+from kernels.mass import compiled, noisy, reference, rows, weighed, weighted
 from kernels.mass.reference import attention_probs
 from kernels.mass.sums import Attended, Sums, of_one_query, summed
 from kernels.mass.weighted import ema_weights
 from kernels.noise import Stem
 
 
-def mass(q: Tensor, k: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, layout: str = "positions") -> Tensor:
+def mass(
+    q: Tensor,
+    k: Tensor,
+    rules: Rules,
+    *,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    layout: str = "positions",
+    bias: Tensor | None = None,
+) -> Tensor:
     """Attention that each slot receives from the queries, summed over them: [B, Hq, S], float32."""
+    if bias is not None:
+        return summed(q, k, rules, Sums(), q_pos, k_pos, bias)
     if on_triton(q.detach(), k.detach()):
         from kernels.mass import triton
 
@@ -94,9 +106,23 @@ def noisy_rows(probs: Tensor, stem: Stem, k_pos: Tensor, tau: Tensor, q_pos: Ten
 
 
 def attend_with_mass(
-    q: Tensor, k: Tensor, v: Tensor, rules: Rules, n: int, *, q_pos: Tensor, k_pos: Tensor, layout: str = "positions"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rules: Rules,
+    n: int,
+    *,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    layout: str = "positions",
+    bias: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `attend` gives, and `mass` of the newest n of the queries, computed together."""
+    if bias is not None or factor is not None:
+        out, (sums,) = weighed.attend_with_sums(q, k, v, rules, [Sums(newest=n)], q_pos, k_pos, bias, factor)
+        assert out is not None
+        return out, sums
     if on_triton(q, k, v):
         from kernels.mass import triton
 
@@ -120,12 +146,16 @@ def attend_with_sums(
     q_pos: Tensor,
     k_pos: Tensor,
     layout: str = "positions",
+    bias: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Attended:
     """What `attend` gives (None without v) and any sums over its rows, each [B, Hq, S], from one product q·k.
 
     In one pass on a CPU in C++; in Triton in one pass after the output's, and one more where noise is asked for;
     elsewhere each on its own. Of one query they are made of its attention, which comes with its output.
     """
+    if bias is not None or factor is not None:
+        return weighed.attend_with_sums(q, k, v, rules, sums, q_pos, k_pos, bias, factor)
     if q.shape[2] == 1 and v is not None and all(one.plain for one in sums):
         out, probs = attend_with_mass(q, k, v, rules, 1, q_pos=q_pos, k_pos=k_pos, layout=layout)
         return out, [of_one_query(probs, one, q_pos, k_pos) for one in sums]

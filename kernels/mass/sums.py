@@ -53,8 +53,13 @@ def of_one_query(probs: Tensor, one: Sums, q_pos: Tensor, k_pos: Tensor) -> Tens
     return p if one.weights is None else p * one.weights[:, None]
 
 
-def summed(q: Tensor, k: Tensor, rules: Rules, one: Sums, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-    """One sum, [B, Hq, S]; rows in blocks of queries. A query at -1 or that sees nothing gives nothing."""
+def summed(
+    q: Tensor, k: Tensor, rules: Rules, one: Sums, q_pos: Tensor, k_pos: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """One sum, [B, Hq, S]; rows in blocks of queries. A query at -1 or that sees nothing gives nothing.
+
+    bias: as in `attend`.
+    """
     q, k = q.detach(), k.detach()
     B, Hq, T, _ = q.shape
     H, S = k.shape[1], k.shape[2]
@@ -64,7 +69,7 @@ def summed(q: Tensor, k: Tensor, rules: Rules, one: Sums, q_pos: Tensor, k_pos: 
     rows = max(1, BLOCK_ELEMENTS // max(1, B * Hq * S))
     for i in range(0 if one.newest is None else T - one.newest, T, rows):
         now = slice(i, min(T, i + rows))
-        x = logits(q[:, :, now], k, rules, q_pos[:, now], k_pos)  # [B, H, G, t, S]
+        x = logits(q[:, :, now], k, rules, q_pos[:, now], k_pos, bias)  # [B, H, G, t, S]
         if one.stem is not None:
             state = one.stem.state.view(*shape, -1, 1)
             part = Stem(state if state.shape[3] == 1 else state[:, :, :, now])

@@ -11,6 +11,6 @@ from methods.core.store import Store
 
 def attend_beside(store: Store, step: Step) -> Tensor:
     """Output [B, Hq, T, Dv] of the step's queries over the store's slots and the step's own tokens, in one softmax."""
-    old = attend_with_lse(step.q, *store.read(), step.rules, q_pos=step.pos, k_pos=store.pos)
+    old = attend_with_lse(step.q, *store.read(), step.rules, q_pos=step.pos, k_pos=store.pos, **store.weights())
     own = attend_with_lse(step.q, step.k, step.v, step.rules, q_pos=step.pos, k_pos=step.pos[:, None])
     return merged(*old, *own)

@@ -28,6 +28,11 @@ def spare(n: int, to_come: int | None = None, part: int = 8) -> int:
     return places if to_come is None else min(places, to_come - 1)
 
 
+#: side arrays that weigh a slot in every attention: what is added to its logits, and what multiplies its value; their
+#: names in `kernels.attend`, and what a new slot has
+WEIGHTS = {"logit_bias": ("bias", 0.0), "value_factor": ("factor", 1.0)}
+
+
 class Store(Counted):
     """Keys, values, positions and side arrays of the slots that one layer holds.
 
@@ -69,13 +74,20 @@ class Store(Counted):
     ) -> Tensor:
         """The side array `name`, [B, H, S, *width]; new slots start at `fill`. Writing to it in place is allowed.
 
-        width: of what a slot has, () being one number.
+        width: of what a slot has, () being one number. What is tracked as "logit_bias" is added to the slots' logits
+        and "value_factor" multiplies their values, in all attention; both are one float32, and new slots weigh nothing.
         """
+        if name in WEIGHTS:
+            fill, width, dtype = WEIGHTS[name][1], (), torch.float32
         if name not in self.buffers:
             self.fills[name], self._sizes = fill, ((), (0, 0, 0))
             shape = (*self.k.shape[:2], self.buffers["k"].shape[2], *width)
             self.buffers[name] = torch.full(shape, fill, dtype=dtype, device=self.k.device)
         return self.buffers[name][:, :, : self.n]
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the slots weigh, for `kernels.attend`: bias and factor [B, H, S], where they are tracked."""
+        return {op: self.track(name) for name, (op, _) in WEIGHTS.items() if name in self.fills} if self.fills else {}
 
     def forget(self, name: str) -> None:
         """Free the side array `name`."""
@@ -198,7 +210,8 @@ class Store(Counted):
             layout = "all"
         else:
             layout = "causal" if self.n == T else "positions"
-        return attend(step.q, *self.read(), step.rules, q_pos=step.pos, k_pos=self.pos, layout=layout)
+        at: dict[str, Any] = {"q_pos": step.pos, "k_pos": self.pos, "layout": layout, **self.weights()}
+        return attend(step.q, *self.read(), step.rules, **at)
 
     def attend_with_mass(self, step: Step, n: int) -> tuple[Tensor, Tensor]:
         """What `attend` gives, and what `mass` gives, computed together."""
@@ -207,7 +220,9 @@ class Store(Counted):
     def mass(self, step: Step, n: int) -> Tensor:
         """Attention that the slots get from the step's newest n queries, [B, Hq, S], slots in the order of `read`."""
         q, pos = step.q[:, :, -n:], step.pos[:, -n:]
-        return mass(q, self.read()[0], step.rules, **self._mass_layout(step, pos))
+        at = self._mass_layout(step, pos)
+        at.pop("factor", None)  # the attention that a slot gets is not its value's
+        return mass(q, self.read()[0], step.rules, **at)
 
     def attend_with_sums(self, step: Step, sums: Sequence[Sums], output: bool = True) -> Attended:
         """What `attend` gives, None without `output`, and sums over its rows, each [B, Hq, S], slots as in `read`."""
@@ -219,7 +234,7 @@ class Store(Counted):
         return "tail" if not self.padded and (self.in_order or T == 1) else "positions"
 
     def _mass_layout(self, step: Step, q_pos: Tensor) -> dict[str, Any]:
-        return {"q_pos": q_pos, "k_pos": self.pos, "layout": self.layout(step.q.shape[2])}
+        return {"q_pos": q_pos, "k_pos": self.pos, "layout": self.layout(step.q.shape[2]), **self.weights()}
 
     def add(self, name: str, values: Tensor) -> None:
         """Add values [B, H, S] to the side array `name`, slots in the order of `read`."""

@@ -10,8 +10,20 @@ from kernels import Rules
 from tests.bounds import bound
 
 
-def formula(q: Tensor, k: Tensor, v: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-    """The definition, one query and head at a time: softmax over exactly the slots that may be seen."""
+def formula(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rules: Rules,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    bias: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """The definition, one query and head at a time: softmax over exactly the slots that may be seen.
+
+    bias, factor [B, H, S]: what is added to a slot's logits, and what multiplies its value.
+    """
     q, k, v = q.double(), k.double(), v.double()
     B, Hq, T, _ = q.shape
     H = k.shape[1]
@@ -29,7 +41,10 @@ def formula(q: Tensor, k: Tensor, v: Tensor, rules: Rules, q_pos: Tensor, k_pos:
             x = rules.softcap * torch.tanh(x / rules.softcap)
         if rules.slopes is not None:
             x = x - rules.slopes[h].double() * (at - slot_pos[seen])
-        out[b, h, t] = x.softmax(-1) @ v[b, g, seen]
+        if bias is not None:
+            x = x + bias[b, g, seen].double()
+        p = x.softmax(-1) if factor is None else x.softmax(-1) * factor[b, g, seen].double()
+        out[b, h, t] = p @ v[b, g, seen]
     return out
 
 

@@ -124,7 +124,7 @@ class EvictionCache(LayerCache):
     def _shared_mass(self, step: Step) -> Tensor:
         """The window queries' attention, computed once for all caches that hold the same whole prompt."""
         key = ("mass", self.n_window_queries, len(self.store))
-        if self.kept_per_head:  # slots may have been dropped
+        if self.kept_per_head or self.store.weights():  # slots may have been dropped, or weigh
             return self.store.mass(step, self.n_window_queries)
         if key not in step.memo:
             step.memo[key] = self.store.mass(step, self.n_window_queries)
@@ -132,7 +132,7 @@ class EvictionCache(LayerCache):
 
     def _shared_sums(self, step: Step) -> dict[Hashable, Tensor]:
         """The sums that were asked for, computed once for all caches that hold the same whole prompt."""
-        known = {} if self.kept_per_head else step.memo  # slots may have been dropped
+        known = {} if self.kept_per_head or self.store.weights() else step.memo  # slots may have been dropped, or weigh
         keys = {key: ("sums", key, len(self.store)) for key in self.asked}
         missing = [key for key in self.asked if keys[key] not in known]
         asked = [self.asked[key] for key in missing]

@@ -12,7 +12,7 @@ from kernels.select import compact
 from methods.core.budget import share
 from methods.core.contract import Holding, Step
 from methods.core.decision import taken
-from methods.core.store import Store
+from methods.core.store import WEIGHTS, Store
 from methods.core.stores.packed import GrowableBuffer, PackedTensor, RowGroup
 from methods.core.stores.scheme import Scheme
 
@@ -140,6 +140,10 @@ class QuantizedStore(Store):
         self, name: str, fill: float = 0.0, width: tuple[int, ...] = (), dtype: torch.dtype = torch.float32
     ) -> Tensor:
         self._refuse_if_packed("follow single slots")
+        if name in WEIGHTS:
+            raise NotImplementedError(
+                f"{type(self).__name__}: packed slots weigh alike; {name} needs a store of plain slots"
+            )
         return super().track(name, fill, width, dtype)
 
     def forget(self, name: str) -> None:

@@ -11,7 +11,7 @@ from kernels import Attended, Sums
 from kernels.attend import Pages, attend, attend_pages, attend_pages_with_mass
 from kernels.mass.sums import of_one_query
 from methods.core.contract import Holding, Step
-from methods.core.store import Store
+from methods.core.store import WEIGHTS, Store
 
 
 class RaggedStore(Store):
@@ -49,8 +49,9 @@ class RaggedStore(Store):
     ) -> Tensor:
         """The side array in the order of `read`, [B, H, S, *width]; a copy once there are pages: write with `add`."""
         super().track(name, fill, width, dtype)
+        fill, width = self.fills[name], self.buffers[name].shape[3:]
         if self.counts and name not in self.pages:
-            self.pages[name] = self.k.new_full((len(self.pages["pos"]), *width), fill, dtype=dtype)
+            self.pages[name] = self.k.new_full((len(self.pages["pos"]), *width), fill, dtype=self.buffers[name].dtype)
         return self._whole(name, fill)
 
     def forget(self, name: str) -> None:
@@ -163,15 +164,17 @@ class RaggedStore(Store):
         if not self.counts:
             return super().attend(step)
         if step.q.shape[2] > 1:
-            return attend(step.q, *self.read(), step.rules, q_pos=step.pos, k_pos=self.pos)
-        return attend_pages(step.q, self._table(), (self.k, self.v, super().pos), step.rules, q_pos=step.pos)
+            return attend(step.q, *self.read(), step.rules, q_pos=step.pos, k_pos=self.pos, **self.weights())
+        tail = self.k, self.v, super().pos
+        return attend_pages(step.q, self._table(), tail, step.rules, q_pos=step.pos, **self._weights_of_tail())
 
     def attend_with_mass(self, step: Step, n: int) -> tuple[Tensor, Tensor]:
         """As the base's; of one token slots are read once, where they lie."""
         if not self.counts or step.q.shape[2] > 1:
             return super().attend_with_mass(step, n)
         tail = self.k, self.v, super().pos
-        return attend_pages_with_mass(step.q, self._table(), tail, step.rules, q_pos=step.pos)
+        at = self._weights_of_tail()
+        return attend_pages_with_mass(step.q, self._table(), tail, step.rules, q_pos=step.pos, **at)
 
     def attend_with_sums(self, step: Step, sums: Sequence[Sums], output: bool = True) -> Attended:
         """As the base's; of one token slots are read once, where they lie."""
@@ -287,7 +290,11 @@ class RaggedStore(Store):
 
     def _table(self) -> Pages:
         p = self.pages
-        return Pages(p["k"], p["v"], p["pos"], self.at, self.first, self.held, max(self.counts))
+        weights = {op: p[name] for name, (op, _) in WEIGHTS.items() if name in p}
+        return Pages(p["k"], p["v"], p["pos"], self.at, self.first, self.held, max(self.counts), **weights)
+
+    def _weights_of_tail(self) -> dict[str, Tensor]:
+        return {op: self.buffers[name][:, :, : self.n] for name, (op, _) in WEIGHTS.items() if name in self.fills}
 
     def _places(self, n: int) -> tuple[Tensor, Tensor]:
         """The place of every head's i-th slot, and whether there is one, else some place; both [B * H, n]."""

@@ -130,6 +130,7 @@ class Example:
     stride: tokens of a choice that are fed at once; None: all of them.
     timed: random tokens to be timed on; there are no strings then.
     weight: of the score in the mean over its subset.
+    begins: how the answer begins; it is fed token by token behind the prompt, as though it had been generated.
     """
 
     id: str
@@ -155,6 +156,7 @@ class Example:
     timed: Timed | None = None
     weight: float = 1
     stop: tuple[str, ...] = ()
+    begins: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -163,8 +165,9 @@ class Example:
         It does not depend on which other samples were chosen.
         """
         told = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("error", "weight")}
-        if not self.stop:  # as it was told before there were any
-            del told["stop"]
+        for name in ("stop", "begins"):  # as it was told before there were any
+            if not told[name]:
+                del told[name]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=_told).encode()).hexdigest()[:16]
 
     @property

@@ -89,6 +89,11 @@ def latency(at: Path) -> list[str]:
     return ["task.lengths=[200]", "task.batches=[2]", "task.new_tokens=3", "task.rounds=1"]
 
 
+def reasoning_decode(at: Path) -> list[str]:
+    return ["task.samples=1", "task.steps=[3,3]", "task.nodes=[3,4]", "task.operations=[2]", "task.distances=[20]",
+            "task.before=20", "task.max_new_tokens=4"]  # fmt: skip
+
+
 CASES: dict[str, Callable[[Path], list[str]]] = {
     "gsm8k": gsm8k,
     "latency": latency,
@@ -100,6 +105,7 @@ CASES: dict[str, Callable[[Path], list[str]]] = {
     "needle": written("single"),
     "perplexity": perplexity,
     "reasoning": reasoning,
+    "reasoning_decode": reasoning_decode,
     "ruler": written("vt"),
     "summarization": summarization,
     "summarization_keyformer": summarization_keyformer,

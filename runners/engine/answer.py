@@ -97,7 +97,9 @@ def _alike(example: Example) -> tuple[Any, ...]:
         return ("turns", example.history, len(example.turns), example.history == "own" and example.id)
     if example.kind == "choices":
         return ("choices", example.stride)
-    return ("beams", example.id) if example.beams > 1 else ("answer",)
+    if example.beams > 1:
+        return ("beams", example.id)
+    return ("answer", example.begins)  # which is fed token by token, in all rows alike
 
 
 def _answer(

@@ -32,6 +32,7 @@ class Prompt:
     ends, stops: token ids and strings that end the generation, after `min_new_tokens`.
     sample: a number that identifies the sample; a method's randomness and that of the answer are keyed by it.
     spans: its parts by name (methods.core.contract.SPANS): the first token and the one behind the last.
+    begins: the answer's first tokens, which are given: each is fed behind the prompt in a pass of its own.
     held: under `protocol=query_aware` the last token is fed after compression, as before choices (choices.py).
     """
 
@@ -45,6 +46,7 @@ class Prompt:
     stops: Stops | None = None
     sampling: Sampling = GREEDY
     spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    begins: tuple[int, ...] = ()
 
     @property
     def limits(self) -> Limits:
@@ -218,6 +220,7 @@ class Prompts:
         self.firsts, self._rests = [first for first, _ in parts], [rest for _, rest in parts]
         self.samples, self.spans = [prompt.sample for prompt in prompts], [prompt.spans for prompt in prompts]
         self.heard: list[list[Generation | Exception]] = []
+        self._fed = [bool(rest or prompt.begins) for rest, prompt in zip(self._rests, prompts)]  # behind the prompt
         self._question = 0.0
 
     def reading(self, chunk: int | None) -> Reading:
@@ -225,8 +228,11 @@ class Prompts:
         return in_chunks(self.firsts, chunk)
 
     def ask(self, state: State, outputs: Tensor) -> Tensor:
-        """Feed the questions; the logits before the first answer."""
-        return state.feed(self._rests) if any(self._rests) else outputs
+        """Feed the questions, and what is given of the answers; the logits before the first token that is not."""
+        outputs = state.feed(self._rests) if any(self._rests) else outputs
+        for tokens in zip(*(prompt.begins for prompt in self.prompts), strict=True):
+            outputs = state.run(torch.tensor(tokens)[:, None])
+        return outputs
 
     def go_on(self, state: State, outputs: Tensor) -> None:
         """Feed the questions and decode every repeat; outputs [caches * rows, V]: the logits after the prompts."""
@@ -239,7 +245,7 @@ class Prompts:
             if self.forcing is not None and repeat == 0:
                 see = self.forcing.see
                 # the first token comes from the exact prefill, unless something was fed after that
-                self.forcing.hold(branch, outputs, limits, [int(not rest) for rest in self._rests])
+                self.forcing.hold(branch, outputs, limits, [int(not fed) for fed in self._fed])
             self.heard.append(branch.answer(outputs, limits, see=see))
 
     def of(self, member: int) -> list[Generation]:

@@ -74,7 +74,8 @@ class Encoder:
 
     def __call__(self, example: Example) -> Encoded:
         """Raises ValueError if the question alone leaves no room for context."""
-        _, cut, made = self._fit(example, example.max_new_tokens, example.whole_question)
+        new = example.max_new_tokens + len(self.plain(example.begins))
+        _, cut, made = self._fit(example, new, example.whole_question)
         return self.encoded(example, made, cut)
 
     def fit(self, example: Example, new: int) -> tuple[str, bool]:
@@ -113,6 +114,7 @@ class Encoder:
             stops=self.stops_of(example),
             sampling=self.sampling,
             spans=made.spans,
+            begins=tuple(self.plain(example.begins)),
         )
         return Encoded(prompt, cut, bos=made.ids.count(self.tokenizer.bos_token_id))
 

@@ -79,7 +79,8 @@ def answered(
     if not math.isfinite(score):
         return failed(example, f"the score is not finite ({score})")
     # nothing is fed between compression and the first token, and that is all that was said; beams compete beyond it
-    exact = not encoded.prompt.parts(setting.protocol)[1] and example.beams == 1
+    fed = encoded.prompt.parts(setting.protocol)[1] or encoded.prompt.begins
+    exact = not fed and example.beams == 1
     return {
         **about(example),
         "prediction": prediction,

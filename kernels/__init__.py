@@ -9,6 +9,7 @@ from kernels.attend import (
     attend_pages_with_mass,
     attend_with_lse,
     merged,
+    merged_all,
     visible,
 )
 from kernels.mass import (
@@ -30,5 +31,5 @@ from kernels.select import lowest, top
 __all__ = [
     "Attended", "Layout", "Pages", "Rules", "Stem", "Sums", "attend", "attend_pages", "attend_pages_with_mass",
     "attend_with_lse", "attend_with_mass", "attend_with_sums", "attention_probs", "ema_weights", "gumbel", "lowest",
-    "mass", "merged", "noisy_mass", "noisy_rows", "rotate", "top", "uniform", "visible", "weighted_mass",
+    "mass", "merged", "merged_all", "noisy_mass", "noisy_rows", "rotate", "top", "uniform", "visible", "weighted_mass",
 ]  # fmt: skip

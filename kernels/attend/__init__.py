@@ -12,7 +12,7 @@ and arithmetic is in float32.
 from torch import Tensor
 
 from kernels.attend import compiled, mixed, reference, weighed
-from kernels.attend.lse import log_sum_exp, merged
+from kernels.attend.lse import log_sum_exp, merged, merged_all
 from kernels.attend.pages import Pages
 from kernels.attend.reference import visible
 from kernels.attend.rules import Layout, Rules
@@ -119,5 +119,6 @@ def attend_pages_with_mass(
 
 __all__ = [
     "Layout", "Pages", "Rules", "attend", "attend_pages", "attend_pages_with_mass", "attend_with_lse", "merged",
+    "merged_all",
     "visible",
 ]  # fmt: skip

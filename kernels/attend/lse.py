@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +16,24 @@ if TYPE_CHECKING:
 
 def merged(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> Tensor:
     """One softmax over two sets of slots, from the output [B, Hq, T, Dv] and log-sum-exp [B, Hq, T] of each."""
-    most = torch.maximum(lse_a, lse_b)
-    most = torch.where(most == -torch.inf, 0.0, most)  # a query that sees nothing in either
-    wa, wb = (lse_a - most).exp()[..., None], (lse_b - most).exp()[..., None]
-    total = wa + wb
-    return ((a.float() * wa + b.float() * wb) / torch.where(total == 0, 1, total)).to(a.dtype)
+    return merged_all([(a, lse_a), (b, lse_b)])[0]
+
+
+def merged_all(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One softmax over sets of slots, from each one's output and log-sum-exp: output, and log-sum-exp of all.
+
+    Arithmetic is in float32; the output has the type of the first.
+    """
+    lse = torch.stack([one for _, one in parts])  # [n, B, Hq, T]
+    most = lse.amax(0)
+    most = torch.where(most == -torch.inf, 0.0, most)  # a query that sees nothing in any
+    weights = (lse - most).exp()
+    total = weights.sum(0)
+    out = torch.zeros_like(parts[0][0], dtype=torch.float32)
+    for (x, _), weight in zip(parts, weights, strict=True):
+        out += x.float() * weight[..., None]
+    out /= torch.where(total == 0, 1, total)[..., None]
+    return out.to(parts[0][0].dtype), most + total.log()
 
 
 def log_sum_exp(q: Tensor, k: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor, bias: Tensor | None = None) -> Tensor:

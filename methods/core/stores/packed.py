@@ -13,6 +13,7 @@ from kernels.attend_quantized import attend_quantized
 from kernels.quantize import Packed, dequantize, quantize
 from methods.core.contract import Step
 from methods.core.store import spare
+from methods.core.stores.parts import Part
 from methods.core.stores.scheme import Scheme
 
 
@@ -177,8 +178,8 @@ class PackedTensor:
         self.start, self.end = 0, n
 
 
-class RowGroup:
-    """Rows of the batch that hold the same number of slots, none of them padding."""
+class RowGroup(Part):
+    """A part whose keys and values are each packed and recent tokens, attended to in one op."""
 
     def __init__(self, keys: PackedTensor, values: PackedTensor, pos: GrowableBuffer):
         """pos [B, H or 1, n]: positions of the slots."""
@@ -186,13 +187,23 @@ class RowGroup:
 
     @property
     def rows(self) -> int:
-        """How many rows of the batch the group has."""
         return self.keys.recent.shape[0]
 
     @property
+    def n(self) -> int:
+        return self.pos.n
+
+    @property
+    def positions(self) -> Tensor:
+        return self.pos.used.expand(-1, self.keys.recent.shape[1], -1)
+
+    @property
     def used(self) -> int:
-        """Bytes of places in use."""
         return self.keys.used + self.values.used + self.pos.nbytes
+
+    @property
+    def beside(self) -> int:
+        return self.pos.nbytes
 
     def used_of(self, visible: int | None) -> int:
         """`used`, but where nothing is packed of the `visible` newest slots alone: all that later queries can see."""
@@ -202,11 +213,12 @@ class RowGroup:
 
     @property
     def free(self) -> int:
-        """Bytes of places not in use."""
         return self.keys.free + self.values.free + self.pos.free
 
+    def read(self) -> tuple[Tensor, Tensor]:
+        return self.keys.read(), self.values.read()
+
     def append(self, k: Tensor, v: Tensor, pos: Tensor, to_come: int | None = None) -> None:
-        """k [B, H, T, D], v [B, H, T, Dv], pos [B, 1, T]; to_come: as in PackedTensor."""
         self.keys.append(k, to_come)
         self.values.append(v, to_come)
         T = pos.shape[-1]
@@ -214,7 +226,6 @@ class RowGroup:
         self.pos.append(pos.expand(-1, self.pos.buffer.shape[1], -1), T, later)
 
     def attend(self, step: Step) -> Tensor:
-        """Output [B, Hq, T, Dv] of the queries of these rows, their own tokens included."""
         keys, values = self.keys, self.values
         layout: Layout = "all" if step.q.shape[2] == 1 and step.rules.window is None else "positions"
         at = {"q_pos": step.pos, "k_pos": self.pos.used, "layout": layout}
@@ -223,12 +234,11 @@ class RowGroup:
         return attend_quantized(step.q, (keys.packed, keys.newest), (values.packed, values.newest), step.rules, **at)
 
     def pack(self, to_come: int | None = None) -> None:
-        """Pack what is due of keys and of values; to_come: as in `append`."""
         self.keys.pack(to_come)
         self.values.pack(to_come)
 
     def keep_newest(self, n: int) -> None:
-        """Let go of packed slots beyond the n newest, as far as they are whole groups."""
+        """Packed slots go in whole groups."""
         group = self.keys.scheme.group if self.keys.scheme.dim == 2 else 1
         extra = min(self.pos.n - n, self.keys.n_final, self.values.n_final) // group * group
         if extra > 0:
@@ -242,5 +252,9 @@ class RowGroup:
         return heads * sum(x.scheme.nbytes(self.pos.n, x.recent.shape[-1], x.recent.element_size()) for x in sides)
 
     def select(self, rows: Tensor) -> RowGroup:
-        """These rows, in memory of their own."""
         return RowGroup(self.keys.select(rows), self.values.select(rows), self.pos.select(rows))
+
+    def tensors(self) -> Iterable[Tensor]:
+        yield from self.keys.tensors()
+        yield from self.values.tensors()
+        yield self.pos.buffer

@@ -11,6 +11,7 @@ from torch import Tensor
 from methods.core.contract import Holding, LayerCache, Method, ModelSpec, Shape, Stage, Step
 from methods.core.errors import UserError
 from methods.core.store import spare
+from methods.core.stores.parts import PartedStore
 from methods.core.stores.quantized import QuantizedStore
 
 
@@ -73,9 +74,9 @@ class Codec(Method):
 
 
 class CodecCache(LayerCache):
-    """One layer under a Codec: append, attend, and let the store pack."""
+    """One layer under a Codec, or another method that packs: append, attend, and let the store pack."""
 
-    def __init__(self, store: QuantizedStore):
+    def __init__(self, store: PartedStore):
         self.store = store
         self.sees: int | None = None  # slots of a head that the next query of a sliding layer can see
 

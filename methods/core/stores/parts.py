@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -206,6 +206,18 @@ class PartedStore(Store):
         if not self.parts:
             return super().held_bytes(visible)
         return [part.used_of(visible) // part.rows for part in self.parts for _ in range(part.rows)]
+
+    def budget_bytes(self, full: Sequence[int]) -> list[int]:
+        """Bytes that the budget allows of so many in full precision; all of them unless overridden."""
+        return list(full)
+
+    def nominal_bits(self) -> Sequence[float] | None:
+        """Of each row, bits of a number's code; None before anything is packed."""
+        return None
+
+    def traits(self, row: int) -> Mapping[str, Any]:
+        """What a row's record says of how it is packed, once the prompt is whole."""
+        return {}
 
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)

@@ -56,17 +56,15 @@ class QuantizedStore(PartedStore):
         return self.schemes[best]
 
     def budget_bytes(self, full: Sequence[int]) -> list[int]:
-        """Bytes that the budget allows of so many in full precision; without one, what the only scheme comes to."""
+        """As the base's; without a budget what the only scheme comes to."""
         if self.budget is not None:
             return [int(share(self.budget, n) * size) for n, size in zip(self._slots(), full, strict=True)]
         return [part.nbytes() // part.rows for part in self.parts for _ in range(part.rows)] or list(full)
 
     def nominal_bits(self) -> Sequence[float] | None:
-        """Bits of a code, of keys and values; None before the prompt has ended."""
         return [sum(scheme.bits for scheme in pair) / len(pair) for pair in self.chosen] or None
 
     def traits(self, row: int) -> dict[str, int]:
-        """Bits of a row's keys and values, once the prompt is whole."""
         return dict(zip(("key bits", "value bits"), (scheme.bits for scheme in self.chosen[row])))
 
     def packs(self, counts: Sequence[int]) -> bool:

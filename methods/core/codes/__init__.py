@@ -1,0 +1,1 @@
+"""Forms of keys and values in fewer bits, in whole bytes; `segments` holds what they make."""

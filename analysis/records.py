@@ -113,7 +113,8 @@ FINISHED = SCORED | {
     **{f"ledger.{name}": AMOUNT for name in ("full", "full_prompt", "held_prompt", "held_end", "read_step",
                                              "peak_prompt", "peak_decode")},
     **{f"ledger.{name}?": AMOUNT for name in ("padding", "padding_end", "workspace", "adapter", "host", "asked",
-                                              "overhead")},
+                                              "overhead", "full_read", "read_turn", "moved_step", "moved_turn")},
+    "ledger.binds?": TEXT,
     "ledger.per_layer?": AMOUNTS, "ledger.nominal_bits?": NUMBER_OR_NULL, "ledger.effective_bits?": NUMBER_OR_NULL,
     "timings.prompt": AMOUNT, "timings.decode": AMOUNT, "timings.n_prompt": COUNT, "timings.steps": COUNT,
 }  # fmt: skip
@@ -131,7 +132,7 @@ ROUNDS = ("prompts", "steps")
 #: parts that are the sample's own score without being the first, where its line names none, as lines did before
 NOT_FIRST = ("ROUGE-L", "flexible")
 #: of a ledger, what is no number of bytes that rows share
-NOT_SHARED = ("n_layers", "share", "nominal_bits", "effective_bits")
+NOT_SHARED = ("n_layers", "share", "nominal_bits", "effective_bits", "binds")
 
 
 class Line(NamedTuple):
@@ -218,8 +219,10 @@ def of_sample(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def above(row: Mapping[str, Any]) -> bool:
-    """Whether a sample held more at its prompt's end than its budget and what the method documents on top."""
+    """Whether a sample held, or its steps read, more than its budget and what the method documents on top."""
     book = row["ledger"]
+    if book.get("binds") == "read":
+        return bool(book.get("full_read", 0) and book["read_step"] > book.get("asked", book["read_step"]))
     return book["held_prompt"] > book.get("asked", book["held_prompt"]) + book.get("overhead", 0)
 
 

@@ -27,7 +27,7 @@ SHARES = ("held", "held_end", "read", "peak")
 #: of a record's ledger, bytes
 LEDGER = (
     "full_prompt", "full", "held_prompt", "held_end", "padding", "padding_end", "peak_prompt", "peak_decode",
-    "read_step", "workspace", "adapter", "host",
+    "read_step", "full_read", "read_turn", "moved_step", "moved_turn", "workspace", "adapter", "host",
 )  # fmt: skip
 
 
@@ -153,7 +153,8 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
         "tokens_out": line["tokens_out"],
         "held": ledger["held_prompt"] / full_prompt,
         "held_end": ledger["held_end"] / full,
-        "read": ledger["read_step"] / full,
+        # records used to have what the last step read, of a full cache's bytes at the end
+        "read": ledger["read_step"] / (ledger.get("full_read") or full),
         "peak": max(ledger["peak_prompt"], ledger["peak_decode"]) / full,
         "bytes": ledger["held_prompt"],
         "bytes_full": ledger["full_prompt"],

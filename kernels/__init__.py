@@ -12,6 +12,7 @@ from kernels.attend import (
     merged_all,
     visible,
 )
+from kernels.attend.chosen import attend_chosen
 from kernels.mass import (
     Attended,
     Sums,
@@ -29,7 +30,8 @@ from kernels.rotate import rotate
 from kernels.select import lowest, top
 
 __all__ = [
-    "Attended", "Layout", "Pages", "Rules", "Stem", "Sums", "attend", "attend_pages", "attend_pages_with_mass",
-    "attend_with_lse", "attend_with_mass", "attend_with_sums", "attention_probs", "ema_weights", "gumbel", "lowest",
-    "mass", "merged", "merged_all", "noisy_mass", "noisy_rows", "rotate", "top", "uniform", "visible", "weighted_mass",
+    "Attended", "Layout", "Pages", "Rules", "Stem", "Sums", "attend", "attend_chosen", "attend_pages",
+    "attend_pages_with_mass", "attend_with_lse", "attend_with_mass", "attend_with_sums", "attention_probs",
+    "ema_weights", "gumbel", "lowest", "mass", "merged", "merged_all", "noisy_mass", "noisy_rows", "rotate", "top",
+    "uniform", "visible", "weighted_mass",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kernels import attend
+from kernels import attend, reads
 from kernels.attend.reference import averages, logits
 from methods.core.contract import Holding, LayerCache, ModelSpec, Stage, Step
 from methods.core.decision import real_tokens, taken
@@ -254,6 +254,7 @@ class StreamingCache(EvictionCache):
             pos = torch.cat((pos[:, :, :s] + gap[..., None], pos[:, :, s:]), dim=2)
             return attend(step.q, store.k, store.v, step.rules, q_pos=step.pos, k_pos=pos)
         assert step.rope is not None
+        reads.note(self.sink_k, there=(gap > 0)[..., None].expand(-1, -1, s))  # a whole row's are in its slots
         store.rekey(step.rope.rotate(self.sink_k, gap[..., None].expand(-1, -1, s)))
         return store.attend(step)
 

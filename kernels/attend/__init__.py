@@ -11,6 +11,7 @@ and arithmetic is in float32.
 
 from torch import Tensor
 
+from kernels import reads
 from kernels.attend import compiled, mixed, reference, weighed
 from kernels.attend.lse import log_sum_exp, merged, merged_all
 from kernels.attend.pages import Pages
@@ -19,6 +20,7 @@ from kernels.attend.rules import Layout, Rules
 from kernels.backend import on_triton
 
 
+@reads.counted(reads.slots)
 def attend(
     q: Tensor,
     k: Tensor,
@@ -47,6 +49,7 @@ def attend(
     return reference.attend_positions(q, k, v, rules, q_pos, k_pos)
 
 
+@reads.counted(reads.slots)
 def attend_with_lse(
     q: Tensor,
     k: Tensor,
@@ -69,6 +72,7 @@ def attend_with_lse(
     return out, log_sum_exp(q, k, rules, q_pos, k_pos, bias)
 
 
+@reads.counted(reads.pages)
 def attend_pages(
     q: Tensor,
     pages: Pages,
@@ -91,6 +95,7 @@ def attend_pages(
     return attend_pages_with_mass(q, pages, tail, rules, q_pos=q_pos, bias=bias, factor=factor)[0]
 
 
+@reads.counted(reads.pages)
 def attend_pages_with_mass(
     q: Tensor,
     pages: Pages,

@@ -7,12 +7,14 @@ grouped along tokens or channels, values along channels. Positions as in `attend
 
 from torch import Tensor
 
+from kernels import reads
 from kernels.attend.rules import Layout, Rules
 from kernels.attend_quantized import compiled, reference
 from kernels.backend import on_triton
 from kernels.quantize import Packed
 
 
+@reads.counted(reads.codes)
 def attend_quantized(
     q: Tensor,
     keys: tuple[Packed | None, Tensor],

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import compiled as compiled_forms
+from kernels import reads
 from kernels.attend import attend
 from kernels.attend.rules import Rules
 from kernels.backend import on_triton
@@ -22,6 +23,7 @@ from kernels.mass.weighted import ema_weights
 from kernels.noise import Stem
 
 
+@reads.counted(reads.keys)
 def mass(
     q: Tensor,
     k: Tensor,
@@ -44,6 +46,7 @@ def mass(
     return reference.mass(q, k, rules, q_pos=q_pos, k_pos=k_pos, layout=layout)
 
 
+@reads.counted(reads.keys)
 def weighted_mass(
     q: Tensor,
     k: Tensor,
@@ -69,6 +72,7 @@ def weighted_mass(
     return weighted.weighted_mass(q, k, rules, q_pos, k_pos, weights, squared)
 
 
+@reads.counted(reads.keys)
 def noisy_mass(
     q: Tensor,
     k: Tensor,
@@ -105,6 +109,7 @@ def noisy_rows(probs: Tensor, stem: Stem, k_pos: Tensor, tau: Tensor, q_pos: Ten
     return noisy.noisy_rows(probs, stem, k_pos, tau, q_pos)
 
 
+@reads.counted(reads.slots)
 def attend_with_mass(
     q: Tensor,
     k: Tensor,
@@ -136,6 +141,7 @@ def attend_with_mass(
     return reference.attend_with_mass(q, k, v, rules, n, q_pos=q_pos, k_pos=k_pos, layout=layout)
 
 
+@reads.counted(reads.slots)
 def attend_with_sums(
     q: Tensor,
     k: Tensor,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels import reads
 from kernels.attend import attend
 from kernels.attend.reference import logits
 from kernels.attend.rules import Rules
@@ -11,6 +12,7 @@ from kernels.attend.rules import Rules
 BLOCK_ELEMENTS, LEAST_ROWS = 1 << 20, 8
 
 
+@reads.counted(reads.keys)
 def attention_probs(q: Tensor, k: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor) -> Tensor:
     """Attention probabilities [B, H, G, T, S], float32; for few queries. A query at -1 or that sees nothing gives 0."""
     p = logits(q, k, rules, q_pos, k_pos).softmax(-1)

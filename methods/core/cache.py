@@ -66,7 +66,7 @@ class KVCache(Probed):
         for layer in inner:
             layer.stack = inner
         super().__init__(layers=[KVLayer(self, i, layer) for i, layer in enumerate(inner)])
-        self.meter = Meter(inner)
+        self.meter = Meter(inner, method.binds)
 
     @property
     def samples(self) -> Tensor:
@@ -225,7 +225,8 @@ class KVCache(Probed):
         """All layers have had their turn; step: the last one's."""
         caches = [layer.inner for layer in self.layers]
         self.meter.before_end_pass(step)
-        self.method.end_pass(caches, step)
+        with self.meter.reading(step):
+            self.method.end_pass(caches, step)
         for one in caches:
             one.scratch.clear()
 

@@ -10,14 +10,16 @@ class NotHere(UserError):
 
 
 class BudgetMiss(RuntimeError):
-    """A cache holds more than its budget and its documented overhead allow.
+    """A cache holds more than its budget and its documented overhead allow, or reads more.
 
-    asked, measured: bytes at the end of the prompt.  full: those of the full cache.
+    asked, measured: bytes held at the end of the prompt, or, where the budget binds them, read by a step.  full: those
+    of the full cache.
     """
 
-    def __init__(self, method: str, asked: int, measured: int, full: int):
+    def __init__(self, method: str, asked: int, measured: int, full: int, binds: str = "held"):
+        when = "held at the end of the prompt" if binds == "held" else "read by a step"
         super().__init__(
-            f"{method}: {measured:,} bytes are held at the end of the prompt, {measured / full:.1%} of the full "
-            f"cache's; {asked:,} were asked for, {asked / full:.1%}"
+            f"{method}: {measured:,} bytes are {when}, {measured / full:.1%} of the full cache's; {asked:,} were asked "
+            f"for, {asked / full:.1%}"
         )
         self.asked, self.measured = asked, measured

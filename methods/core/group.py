@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from kernels import reads
 from methods.core.contract import LayerCache, Stage, Step
+from methods.core.meter import Meter
 
 
 class Shared(LayerCache):
@@ -57,16 +60,22 @@ class Rows(LayerCache):
 
     def append(self, step: Step) -> None:
         self.steps = [step.rows(slice(first, end)) for first, end, _ in self.parts]
-        for (_, _, cache), part in zip(self.parts, self.steps, strict=True):
+        for cache, part in self._each():
             cache.append(part)
 
     def attend(self, step: Step) -> Tensor:
-        return torch.cat([cache.attend(part) for (_, _, cache), part in zip(self.parts, self.steps, strict=True)])
+        return torch.cat([cache.attend(part) for cache, part in self._each()])
 
     def end_step(self, step: Step) -> None:
-        for (_, _, cache), part in zip(self.parts, self.steps, strict=True):
+        for cache, part in self._each():
             cache.end_step(part)
         self.steps = []
+
+    def _each(self) -> Iterator[tuple[LayerCache, Step]]:
+        """Every cache and its part of the step, whose reads are its rows'."""
+        for (first, end, cache), part in zip(self.parts, self.steps, strict=True):
+            with reads.of_rows(slice(first, end)):
+                yield cache, part
 
     def expect(self, new: int) -> None:
         for _, _, cache in self.parts:
@@ -75,3 +84,20 @@ class Rows(LayerCache):
     def tensors(self) -> Iterable[Tensor]:
         for _, _, cache in self.parts:
             yield from cache.tensors()
+
+
+class Unmetered(Meter):
+    """Stands where the meter of a batch would: each member has its own."""
+
+    def reading(self, step: Step) -> AbstractContextManager[None]:
+        """Each member counts its own."""
+        return nullcontext()
+
+    def after_append(self, step: Step) -> None:
+        """Nothing to count."""
+
+    def before_end_pass(self, step: Step) -> None:
+        """Nothing to count."""
+
+    def after_end_step(self, step: Step) -> None:
+        """Nothing to count."""

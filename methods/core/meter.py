@@ -2,163 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from statistics import fmean
 
 from torch import Tensor
 
 from methods.core.contract import Holding, LayerCache, Stage, Step
 from methods.core.decision import taken
-from methods.core.errors import BudgetMiss
+from methods.core.metering.moments import Moment, PromptEnd, nbytes, part
+from methods.core.metering.reading import Reading, by_row
+from methods.core.metering.report import Report
 
-
-def nbytes(tensors: Iterable[Tensor], billed: set[int] | None = None) -> int:
-    """Bytes of the storages behind the tensors, each storage once: a small view counts what it keeps alive.
-
-    billed: storages that somebody else pays for; those that are counted here come to them.
-    """
-    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
-    if billed is None:
-        return sum(storages.values())
-    new = storages.keys() - billed
-    billed |= new
-    return sum(storages[one] for one in new)
-
-
-@dataclass
-class Report:
-    """The ledger of one row of a batch, or of several together. All sizes in bytes.
-
-    full: keys and values of the full cache for the row's own tokens, at the model's dtype and KV heads, sliding layers
-    at their window; full_prompt: the same at the end of the prompt.  held_prompt, held_end: what the row's own slots
-    hold at the end of the prompt and of its generation, whatever the other rows are.  mean_decode: held, mean over the
-    passes after the prompt, 0 without any.  padding, padding_end: what the batch's storage holds at these moments in
-    places that are no row's slot, free ones for tokens to come among them; a row has an equal part.
-    peak_prompt, peak_decode: largest total of the phase, layer by layer, padding and workspace included; a row has an
-    equal part.  read_step: read by the last decode step.  workspace: most that the cache held at one moment only for
-    scoring.  adapter: the method's own parameters, the same for any batch.  host: of what is held, on the host while
-    the model is on a device.  asked: allowed by the budget.  overhead: documented on top.  per_layer: held_prompt per
-    layer.  nominal_bits, effective_bits: of a number at the end of the prompt, where numbers are coded: of its code
-    alone, and of all that is held.
-    """
-
-    n_layers: int
-    full: int = 0
-    full_prompt: int = 0
-    held_prompt: int = 0
-    held_end: int = 0
-    padding: int = 0
-    padding_end: int = 0
-    peak_prompt: int = 0
-    peak_decode: int = 0
-    mean_decode: int = 0
-    read_step: int = 0
-    workspace: int = 0
-    adapter: int = 0
-    host: int = 0
-    asked: int = 0
-    overhead: int = 0
-    per_layer: list[int] = field(default_factory=list)
-    nominal_bits: float | None = None
-    effective_bits: float | None = None
-
-    @property
-    def share(self) -> float:
-        """held_prompt over full_prompt: what the method really left of the prompt's cache."""
-        return self.held_prompt / self.full_prompt if self.full_prompt else 0.0
-
-    def check_budget(self, method: str) -> None:
-        """Raises BudgetMiss when more was held at the prompt's end than asked for and documented."""
-        if self.held_prompt > self.asked + self.overhead:
-            raise BudgetMiss(method, self.asked + self.overhead, self.held_prompt, self.full_prompt)
-
-    def per(self, rows: int) -> Report:
-        """The mean over so many rows that the report is of; the method's own parameters belong to each."""
-        whole = ("n_layers", "adapter", "nominal_bits", "effective_bits")
-        sizes = {name: value for name, value in vars(self).items() if name not in whole}
-        means: dict[str, Any] = {
-            name: [round(n / rows) for n in value] if isinstance(value, list) else round(value / rows)
-            for name, value in sizes.items()
-        }
-        return dataclasses.replace(self, **means)
-
-    def __str__(self) -> str:
-        """The ledger as a table: what is held, read and spent, and its share of the full cache at that moment."""
-        lines = [
-            ("held, end of the prompt", self.held_prompt, self.full_prompt),
-            ("held, now", self.held_end, self.full),
-            ("full cache, end of the prompt", self.full_prompt, self.full_prompt),
-            ("full cache, now", self.full, self.full),
-            ("asked for", self.asked, self.full_prompt),
-            ("overhead documented on top", self.overhead, self.full_prompt),
-            ("padding and free places, now", self.padding_end, self.full),
-            ("peak, reading the prompt", self.peak_prompt, self.full_prompt),
-            ("peak, after it", self.peak_decode, self.full),
-            ("read by the last step", self.read_step, self.full),
-            ("workspace", self.workspace, self.full_prompt),
-            ("the method's own parameters", self.adapter, self.full),
-            ("on the host", self.host, self.full),
-        ]
-        rows = [(what, f"{n:,}", f"{n / of:.1%}" if of else "-") for what, n, of in lines]
-        if self.nominal_bits is not None and self.effective_bits is not None:
-            rows.append(("bits per number, as codes", f"{self.nominal_bits:.2f}", "-"))
-            rows.append(("bits per number, in all", f"{self.effective_bits:.2f}", "-"))
-        head = ("", "bytes", "of full")
-        first, second, third = (max(len(row[i]) for row in [head, *rows]) for i in range(3))
-        return "\n".join(f"{a:<{first}}  {b:>{second}}  {c:>{third}}" for a, b, c in [head, *rows])
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields and the share, as plain values."""
-        return {**dataclasses.asdict(self), "share": self.share}
-
-
-@dataclass
-class Moment:
-    """What own slots of every row hold when a pass is done, and their tokens so far."""
-
-    held: list[int]
-    tokens: list[int]
-
-    def choose(self, rows: Sequence[int]) -> None:
-        """Go on with these rows."""
-        self.held, self.tokens = ([numbers[row] for row in rows] for numbers in (self.held, self.tokens))
-
-
-@dataclass
-class PromptEnd(Moment):
-    """The moment that a prompt ends.
-
-    padding: what no row's slot holds.  per_layer: held, by layer and row.  asked, overhead: by row.  bits: nominal
-    ones, by row, where numbers are coded.
-    """
-
-    padding: int
-    per_layer: list[list[int]]
-    asked: list[int]
-    overhead: list[int]
-    bits: list[float]
-    itemsize: int
-
-    def choose(self, rows: Sequence[int]) -> None:
-        super().choose(rows)
-        self.per_layer = [[of_layer[row] for row in rows] for of_layer in self.per_layer]
-        self.asked, self.overhead = ([numbers[row] for row in rows] for numbers in (self.asked, self.overhead))
-        self.bits = [self.bits[row] for row in rows] if self.bits else []
+__all__ = ["Meter", "Report", "nbytes"]
 
 
 class Meter:
     """Watches the layers of one cache through a sequence."""
 
-    def __init__(self, layers: Sequence[LayerCache]):
-        self.layers = layers
+    def __init__(self, layers: Sequence[LayerCache], binds: str = "held"):
+        """binds: what the method's budget is for, see `Method.binds`."""
+        self.layers, self.binds = layers, binds
         self.peak_prompt = self.peak_decode = self.workspace = 0
         self.prompt: PromptEnd | None = None
         self.passes: list[Moment] = []  # those after the prompt
+        self.reads = Reading()  # of the same passes
         self.tokens: list[int] = []  # of every row, padding left out
         self._slots: dict[int, tuple[int, int | None]] = {}  # per layer: bytes of one full-cache slot, sliding window
         self._device, self._itemsize = "cpu", 4  # of the model's keys
+
+    def reading(self, step: Step) -> AbstractContextManager[None]:
+        """Inside the block the cache works for this step: what ops are handed there is read."""
+        return self.reads.during(step)
 
     def after_append(self, step: Step) -> None:
         """The fullest moment of a layer's turn."""
@@ -186,12 +61,14 @@ class Meter:
             self._itemsize = step.k.element_size()
             if last:
                 self.end_prompt()
-        elif step.stage is not Stage.MID_PROMPT and last:
+        self.reads.end_turn(step, self.layers[step.layer])
+        if step.stage in (Stage.TURN, Stage.DECODE) and last:
             self.passes.append(Moment(self._held(), list(self.tokens)))
 
     def end_prompt(self) -> None:
         """The prompt has ended, and what is held now is what was left of it."""
         self.prompt, self.passes = self._prompt_end(), []
+        self.reads.clear()
 
     def report(self, rows: Sequence[int] | None = None, behind: Sequence[int] | None = None) -> Report:
         """The ledger of some rows together; None: of all, and as it is now.
@@ -199,7 +76,7 @@ class Meter:
         behind: for every row of the batch how many passes it was fed after its own last one. They do not count.
         """
         B = len(self.tokens)
-        prompt, (now, padding) = self.prompt, self._now()
+        prompt, (now, padding, host) = self.prompt, self._now()
         chosen = range(B) if rows is None else rows
         ends = [self._end(0 if behind is None else behind[row], now) for row in chosen]
         means = [self._mean(row, 0 if behind is None else behind[row]) for row in chosen]
@@ -207,26 +84,24 @@ class Meter:
             n_layers=len(self.layers),
             full=sum(sum(self._full(end.tokens[row])) for row, end in zip(chosen, ends)),
             held_end=sum(end.held[row] for row, end in zip(chosen, ends)),
-            padding_end=_part(padding, chosen, B),
-            peak_prompt=_part(self.peak_prompt, chosen, B),
-            peak_decode=_part(self.peak_decode, chosen, B),
+            padding_end=part(padding, chosen, B),
+            peak_prompt=part(self.peak_prompt, chosen, B),
+            peak_decode=part(self.peak_decode, chosen, B),
             mean_decode=sum(means),
-            workspace=_part(self.workspace, chosen, B),
+            workspace=part(self.workspace, chosen, B),
             adapter=nbytes(t for x in self.layers for t in x.adapters()),
+            host=sum(host[row] for row in chosen),
+            binds=self.binds,
         )
-        total = self._total()
-        read = nbytes(t for x in self.layers for t in x.read_tensors())
-        report.read_step = report.held_end * read // total if total else 0
-        if self._device != "cpu":
-            on_host = nbytes(t for x in self.layers for t in x.tensors() if t.device.type == "cpu")
-            report.host = _part(on_host, chosen, B)
+        self._add_reads(report, dict(zip(chosen, ends)), behind or [0] * B)
         if prompt is None:
             return report
         report.full_prompt = sum(sum(self._full(prompt.tokens[row])) for row in chosen)
         report.held_prompt = sum(prompt.held[row] for row in chosen)
-        report.padding = _part(prompt.padding, chosen, B)
+        report.padding = part(prompt.padding, chosen, B)
         report.per_layer = [sum(held[row] for row in chosen) for held in prompt.per_layer]
-        report.asked = sum(prompt.asked[row] for row in chosen)
+        if self.binds == "held":
+            report.asked = sum(prompt.asked[row] for row in chosen)
         report.overhead = sum(prompt.overhead[row] for row in chosen)
         if prompt.bits:
             report.nominal_bits = sum(prompt.bits[row] for row in chosen) / len(chosen)
@@ -246,6 +121,7 @@ class Meter:
         """Row i goes on from row rows[i], and has its history."""
         if not self.tokens:
             return
+        self.reads.reorder(rows)
         before, self.tokens = len(self.tokens), taken(self.tokens, rows)
         alike = len(rows) == before and all(len(set(one.held)) == 1 for one in self._moments())
         if alike and len(set(self.tokens)) == 1:  # then no device is waited for
@@ -270,7 +146,7 @@ class Meter:
         # the fullest row of a batch is padded by nothing: what all rows have is a place that ought to be free memory
         least = [min((n - m for n, m in zip(x.padding, x.alike or [0] * B)), default=0) for x in layers]
         surplus = self._total() - sum(sum(x.held) + sum(x.padding) for x in layers)
-        more = [_part(max(0, surplus), [row], B) for row in range(B)]
+        more = [part(max(0, surplus), [row], B) for row in range(B)]
         per_layer = [[n + extra for n in x.held] for x, extra in zip(layers, least)]
         held = [sum(row) + extra for row, extra in zip(zip(*per_layer), more)]
         full = [self._full(n) for n in self.tokens]  # by row and layer
@@ -287,13 +163,55 @@ class Meter:
             itemsize=self._itemsize,
         )
 
-    def _now(self) -> tuple[Moment, int]:
-        """What is held now, and by no row's slot; the rows pay for what no layer accounts for."""
+    def _add_reads(self, report: Report, ends: Mapping[int, Moment], behind: Sequence[int]) -> None:
+        """What these rows have read and moved; before the first pass a step would read all that is held."""
+        B, of_layers = len(self.tokens), self._full_reads(behind)
+        read, moved = by_row(self.reads.read, B), by_row(self.reads.moved, B)
+        for row, end in ends.items():
+            steps, turns = self.reads.counted(behind[row]), self.reads.turns(behind[row])
+            report.read_turn += sum(read[i][row] for i in turns)
+            report.moved_turn += sum(moved[i][row] for i in turns)
+            if steps:
+                report.read_step += round(fmean(read[i][row] for i in steps))
+                report.moved_step += round(fmean(moved[i][row] for i in steps))
+            else:
+                report.read_step += end.held[row]
+            report.full_read += round(sum(of_row[row] for of_row in of_layers))
+        if self.binds == "read":
+            allowed = [x.budget_bytes([round(n) for n in full]) for x, full in zip(self.layers, of_layers)]
+            report.asked = sum(of_row[row] for of_row in allowed for row in ends)
+
+    def _full_reads(self, behind: Sequence[int]) -> list[list[float]]:
+        """What a full cache would have read in a step, the mean over each row's, by layer and row; 0 before the first.
+
+        Of a sliding layer the new token is read too.
+        """
+        of_kind: dict[tuple[int, int | None], list[float]] = {}
+        for kind in set(self._slots.values()):
+            slot, window = kind
+            of_kind[kind] = []
+            for row, late in enumerate(behind):
+                tokens = [self.passes[i].tokens[row] for i in self.reads.counted(late)]
+                seen = tokens if window is None else [min(n, window) for n in tokens]
+                of_kind[kind].append(slot * fmean(seen) if seen else 0.0)
+        return [of_kind[self._slots[i]] for i in sorted(self._slots)]
+
+    def _now(self) -> tuple[Moment, int, list[int]]:
+        """What is held now, by no row's slot, and on the host; the rows pay for what no layer accounts for."""
         layers, B = self._by_layer(), len(self.tokens)
         held = [sum(row) for row in zip(*(x.held for x in layers))]
         padding = sum(sum(x.padding) for x in layers)
         surplus = max(0, self._total() - sum(held) - padding)
-        return Moment([n + _part(surplus, [row], B) for row, n in enumerate(held)], list(self.tokens)), padding
+        host = [sum(row) for row in zip(*(self._on_host(x, layer) for x, layer in zip(layers, self.layers)))]
+        return Moment([n + part(surplus, [row], B) for row, n in enumerate(held)], list(self.tokens)), padding, host
+
+    def _on_host(self, holding: Holding, layer: LayerCache) -> list[int]:
+        """What of a layer lies on the host, by row: what it says, or what really does beside a device."""
+        if holding.host:
+            return holding.host
+        there = () if self._device == "cpu" else (t for t in layer.tensors() if t.device.type == "cpu")
+        size, B = nbytes(there), len(self.tokens)
+        return [part(size, [row], B) for row in range(B)]
 
     def _held(self) -> list[int]:
         """What own slots of every row hold."""
@@ -307,7 +225,7 @@ class Meter:
     def _evenly(self, layer: LayerCache, billed: set[int]) -> Holding:
         """What a layer holds that does not say whose it is, and that no layer below it has been billed for."""
         B, size = len(self.tokens), nbytes(layer.tensors(), billed)
-        held, beside = ([_part(n, [row], B) for row in range(B)] for n in (size, layer.overhead()))
+        held, beside = ([part(n, [row], B) for row in range(B)] for n in (size, layer.overhead()))
         return Holding(held, beside, [0] * B)
 
     def _end(self, behind: int, now: Moment) -> Moment:
@@ -343,8 +261,3 @@ class Meter:
             slot * (tokens if window is None else min(tokens, window - 1))
             for slot, window in (self._slots[i] for i in sorted(self._slots))
         ]
-
-
-def _part(total: int, rows: Sequence[int], of: int) -> int:
-    """What some rows have of bytes that are shared out evenly among so many; the first ones have the remainder."""
-    return sum(total // of + (row < total % of) for row in rows) if of else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import reads
 from methods.core.contract import LayerCache, Step
 from methods.core.store import Store
 
@@ -70,10 +72,14 @@ class PerRow(LayerCache, Generic[R]):
                 at = self.real[row]
                 cut = {name: getattr(row_step, name).index_select(2, at) for name in ("q", "k", "v")}
                 row_step = replace(row_step, **cut, pos=row_step.pos.index_select(1, at), padded=False)
-            memory.append(row_step)
+            with reads.of_rows(slice(row, row + 1)):
+                memory.append(row_step)
 
     def attend(self, step: Step) -> Tensor:
-        parts = [memory.attend() for memory in self.memories]
+        parts = []
+        for row, memory in enumerate(self.memories):
+            with self._its_reads(row):
+                parts.append(memory.attend())
         if not self.real:
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         out = step.q.new_zeros(*step.q.shape[:3], step.v.shape[-1])
@@ -82,8 +88,12 @@ class PerRow(LayerCache, Generic[R]):
         return out
 
     def end_step(self, step: Step) -> None:
-        for memory in self.memories:
-            memory.end_step(step)
+        for row, memory in enumerate(self.memories):
+            with self._its_reads(row):
+                memory.end_step(step)
+
+    def _its_reads(self, row: int) -> AbstractContextManager[None]:
+        return reads.of_rows(slice(row, row + 1)) if len(self.memories) > 1 else nullcontext()
 
     def tensors(self) -> Iterable[Tensor]:
         for memory in self.memories:

@@ -18,8 +18,7 @@ from methods import load_method
 from methods.core.bind import bind
 from methods.core.cache import KVCache
 from methods.core.contract import LayerCache, Method, ModelSpec, Step
-from methods.core.group import Rows, Shared
-from methods.core.meter import Meter
+from methods.core.group import Rows, Shared, Unmetered
 from runners.engine.new_tokens import Answer, Limits, NewTokens, behind
 from runners.engine.problem import problem
 from runners.engine.session import LOOK_EVERY, Generation, See, Session, now
@@ -261,7 +260,8 @@ class _Watched(LayerCache):
     def append(self, step: Step) -> None:
         def act() -> None:
             assert self.inner is not None
-            self.inner.append(step)
+            with self.meter.reading(step):
+                self.inner.append(step)
             self.meter.after_append(step)
 
         self.member.guard(act)
@@ -271,7 +271,8 @@ class _Watched(LayerCache):
 
         def act() -> None:
             assert self.inner is not None
-            out.append(self.inner.attend(step))
+            with self.meter.reading(step):
+                out.append(self.inner.attend(step))
 
         self.member.guard(act)
         # a member that failed still has its rows in the batch, until it leaves
@@ -280,7 +281,8 @@ class _Watched(LayerCache):
     def end_step(self, step: Step) -> None:
         def act() -> None:
             assert self.inner is not None
-            self.inner.end_step(step)
+            with self.meter.reading(step):
+                self.inner.end_step(step)
             if step.layer == step.n_layers - 1:
                 self.member.cache.end_pass(step)
             self.meter.after_end_step(step)
@@ -293,19 +295,6 @@ class _Watched(LayerCache):
 
     def tensors(self) -> Any:
         return () if self.inner is None else self.inner.tensors()
-
-
-class _Unwatched(Meter):
-    """Stands where the meter of a batch would: each member has its own."""
-
-    def after_append(self, step: Step) -> None:
-        """Nothing to count."""
-
-    def before_end_pass(self, step: Step) -> None:
-        """Nothing to count."""
-
-    def after_end_step(self, step: Step) -> None:
-        """Nothing to count."""
 
 
 @dataclass
@@ -330,7 +319,7 @@ def _empty(model: PreTrainedModel, members: Sequence[PrefillMember], prompt_len:
     numbers = {member.method.cache_dtype for member in members}
     assert len(numbers) == 1, "members of a group take in the same numbers"
     batch = KVCache(model, _Joint(asks=asks), prompt_len, samples, given, numbers.pop())
-    batch.meter = _Unwatched([])
+    batch.meter = Unmetered([])
     return batch
 
 

@@ -11,6 +11,8 @@ from transformers import GenerationConfig
 
 from methods import method_names
 from methods.core import allocate, capped, contract, eviction, store
+from methods.core.selecting.layer import SelectiveCache
+from methods.core.selecting.method import Selective
 from methods.core.stores.counted import Counted
 from runners.settings.check import check_config
 from runners.settings.trainers import for_trainer
@@ -31,6 +33,8 @@ CLASSES = {
     "What a score sees": eviction.EvictionContext,
     "Eviction that goes on while decoding": capped.Capped,
     "Allocator": allocate.Allocator,
+    "Selection": Selective,
+    "What a selecting layer fills in": SelectiveCache,
 }
 #: where a command's own words go: it cannot be given as it stands, or not in this checkout
 PLACES = ("NAME", "...", "keepnorm", "task=facts")

@@ -102,10 +102,12 @@ class KVLayer(CacheLayerMixin):
 
     def _taken_in(self, step: Step) -> Tensor:
         cache = self.cache
-        self.inner.append(step)
+        with cache.meter.reading(step):
+            self.inner.append(step)
         cache.meter.after_append(step)
-        out = self.inner.attend(step)
-        self.inner.end_step(step)
+        with cache.meter.reading(step):
+            out = self.inner.attend(step)
+            self.inner.end_step(step)
         if self.index == len(cache.layers) - 1:
             cache.end_pass(step)
         cache.meter.after_end_step(step)

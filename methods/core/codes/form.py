@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kernels import reads
 from methods.core.stores.packed import GrowableBuffer
 
 Arrays = Mapping[str, Tensor]
@@ -64,7 +65,9 @@ class Coded:
     def read(self) -> Tensor:
         """The numbers, [b, H, n, D], in the type that they came in."""
         arrays = {**{name: a.used for name, a in self.growing.items()}, **self.fixed}
-        return self.form.decode(arrays, self.D).to(self.dtype)
+        numbers = self.form.decode(arrays, self.D).to(self.dtype)
+        reads.instead(numbers, *arrays.values())
+        return numbers
 
     def join(self, later: Coded, to_come: int | None) -> bool:
         """Put later tokens behind, where the form allows it; to_come: tokens that will still be packed."""

@@ -21,12 +21,14 @@ class Holding:
     padding: of places that are no slot of the row: those that make the rows of a rectangle equally long, those of slots
         that no later query sees, and free ones for tokens to come.
     alike: of it, what a row that has dropped nothing takes to lie as the rows beside it do; empty: nothing.
+    host: of `held`, what lies on the host, or would where there is a device; empty: what really does beside one.
     """
 
     held: list[int]
     beside: list[int]
     padding: list[int]
     alike: list[int] = field(default_factory=list)
+    host: list[int] = field(default_factory=list)
 
     def overhead(self) -> int:
         """Bytes beside keys and values, of all rows."""
@@ -65,7 +67,6 @@ class LayerCache:
                 "take": "append",
                 "settle": "end_step",
                 "asked": "budget_bytes",
-                "touched": "read_tensors",
                 "own": "held_bytes",
             },
         )
@@ -101,8 +102,7 @@ class LayerCache:
     def below(self, layer: int) -> LayerCache:
         """The cache of an earlier layer of the same sequences, whose turn in this pass is over: its slots, its scratch.
 
-        What is read of it is billed to the reader, whose `read_tensors` names it. Raises IndexError for a layer that is
-        not below.
+        What is read of it is billed to the reader. Raises IndexError for a layer that is not below.
         """
         here = next(i for i, one in enumerate(self.stack) if one is self)
         if not 0 <= layer < here:
@@ -121,10 +121,6 @@ class LayerCache:
     def tensors(self) -> Iterable[Tensor]:
         """Everything held between steps, each tensor once; `meter.py` counts their storages."""
         raise NotImplementedError
-
-    def read_tensors(self) -> Iterable[Tensor]:
-        """What the last decode step read; all of it unless a sparse method says otherwise."""
-        return self.tensors()
 
     def workspace(self) -> Iterable[Tensor]:
         """What is held only until the prompt has ended, such as queries that will score."""

@@ -39,6 +39,8 @@ class Method:
 
     #: saves no real memory; drawn hollow and left out of memory and speed frontiers
     simulated: ClassVar[bool] = False
+    #: what the budget is a share of: bytes "held" when the prompt has ended, or "read" by each step after it
+    binds: ClassVar[str] = "held"
     #: extra fields of Step to fill in, "hidden", "rope", "ids", "spans", and of ModelSpec, "vocabulary"
     needs: ClassVar[frozenset[str]] = frozenset()
     #: compresses a context before the question is known, and must be told where the one ends and the other begins
@@ -122,6 +124,8 @@ class Method:
 
     def planned_share(self, tokens: int, spec: Shape) -> float:
         """For plans: what a row of so many tokens will hold when its prompt has ended, as a share of a full cache."""
+        if self.binds == "read":  # all is held
+            return 1.0
         return float(self.budget) if self.budget <= 1 else min(1.0, self.budget / max(1, tokens))
 
     def after_prompt(self, model: PreTrainedModel, cache: KVCache) -> None:

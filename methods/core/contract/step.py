@@ -96,6 +96,13 @@ class Step:
             raise UserError('Step.span: only for a method whose `needs` names "spans"')
         return self.spans[:, SPANS.index(name)]
 
+    def token(self, i: int) -> Step:
+        """The same step for its token i alone, as views: those before it have been seen."""
+        dims = {"q": 2, "k": 2, "v": 2, "pos": 1, "ids": 1, "hidden": 1, "cos": 1, "sin": 1}
+        one = {name: x.narrow(dim, i, 1) for name, dim in dims.items() if (x := getattr(self, name)) is not None}
+        seen = self.seen + (self.pos[:, :i] >= 0).sum(-1, dtype=self.seen.dtype)
+        return dataclasses.replace(self, **one, seen=seen, memo={})
+
     def rows(self, rows: slice) -> Step:
         """The same step for some rows of the batch, as views."""
         cut = {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from kernels import reads
 from kernels.select import compact
 from methods.core.contract import Holding, Step
 from methods.core.decision import taken
@@ -228,11 +229,13 @@ class PartedStore(Store):
             first = rows.new_zeros(1)
             self.parts = [self.parts[row].select(first) for row in rows.tolist()]
 
-    def _by_part(self) -> Iterable[tuple[Any, slice]]:
-        """Parts and the rows of the batch that they hold."""
+    def _by_part(self) -> Iterator[tuple[Any, slice]]:
+        """Parts and the rows of the batch that they hold, whose reads are theirs."""
         row = 0
         for part in self.parts:
-            yield part, slice(row, row + part.rows)
+            rows = slice(row, row + part.rows)
+            with reads.of_rows(rows):
+                yield part, rows
             row += part.rows
 
     def _start_packing(self) -> None:

@@ -105,7 +105,8 @@ def test_later_tokens_count_in_the_end_and_not_at_the_prompt(llama):
     assert report.padding_end == LAYERS * H * (KV + 4)  # 20 slots, then two more and a free place twice, then three
     assert report.full == LAYERS * H * (N + new) * KV
     assert report.full_prompt == LAYERS * H * N * KV
-    assert report.read_step == report.held_end
+    assert report.read_step == LAYERS * H * (SLOTS + 3) * KV  # of 21 to 25 slots the mean, keys and values alone
+    assert report.full_read == LAYERS * H * (N + 3) * KV
 
 
 def test_the_prompts_peak_is_the_last_layer_in_full_beside_the_others_cut(llama):

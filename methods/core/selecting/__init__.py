@@ -1,0 +1,1 @@
+"""Methods that hold every slot and read some of them at each step: what they share."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,21 +17,33 @@ Arrays = Mapping[str, Tensor]
 class Form:
     """Numbers [b, H, n, D] as packed bytes and back. Unchanged while running: what it learned came with it.
 
-    An array has tokens, or whole groups of them, on dimension 2, unless its name is in `fixed`.
+    Arrays are [b, H or 1, n, width], a token or a whole group of them on dimension 2, unless they do not grow.
     """
-
-    #: a token's code depends on the token alone: codes of later tokens may be put behind, and single ones dropped
-    per_token: ClassVar[bool] = True
-    #: arrays that stand for all tokens that were packed together
-    fixed: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def bits(self) -> float:
         """Nominal bits of a number: its code alone, without scales, outliers and the like."""
         raise NotImplementedError
 
-    def encode(self, x: Tensor) -> dict[str, Tensor]:
-        """Arrays of x [b, H, n, D], whose arithmetic is float32."""
+    @property
+    def drops(self) -> bool:
+        """Whether a token's code depends on the token alone, so that single ones may go."""
+        return True
+
+    @property
+    def joins(self) -> bool:
+        """Whether codes of later tokens may be put behind."""
+        return True
+
+    def grows(self, name: str) -> bool:
+        """Whether an array has places along the tokens; else it stands for all that were packed together."""
+        return True
+
+    def encode(self, x: Tensor, apart: Tensor | None = None) -> dict[str, Tensor]:
+        """Arrays of x [b, H, n, D], float32.
+
+        apart [b, H, n, D]: numbers that are held elsewhere too, whatever their code, which no range need cover.
+        """
         raise NotImplementedError
 
     def decode(self, arrays: Arrays, D: int) -> Tensor:
@@ -52,15 +63,43 @@ class Form:
         return 8 * self.nbytes(n, H, D) / (n * H * D)
 
 
+class Wrapper(Form):
+    """A form that changes numbers before another form packs them."""
+
+    def __init__(self, inner: Form):
+        self.inner = inner
+
+    @property
+    def bits(self) -> float:
+        return self.inner.bits
+
+    @property
+    def drops(self) -> bool:
+        return self.inner.drops
+
+    @property
+    def joins(self) -> bool:
+        return self.inner.joins
+
+    def grows(self, name: str) -> bool:
+        return self.inner.grows(name)
+
+    def nbytes(self, n: int, H: int, D: int) -> int:
+        return self.inner.nbytes(n, H, D)
+
+    def parameters(self) -> Iterable[Tensor]:
+        return self.inner.parameters()
+
+
 class Coded:
     """Codes of some tokens of all rows of a part."""
 
-    def __init__(self, form: Form, x: Tensor):
-        """x [b, H, n, D]: what is to be packed."""
-        arrays = form.encode(x.float())
+    def __init__(self, form: Form, x: Tensor, arrays: Arrays | None = None):
+        """x [b, H, n, D]: what is to be packed.  arrays: what it was packed into; None: it will be."""
+        arrays = form.encode(x.float()) if arrays is None else arrays
         self.form, self.heads, self.D, self.n, self.dtype = form, x.shape[1], x.shape[-1], x.shape[2], x.dtype
-        self.growing = {name: GrowableBuffer(a) for name, a in arrays.items() if name not in form.fixed}
-        self.fixed = {name: a for name, a in arrays.items() if name in form.fixed}
+        self.growing = {name: GrowableBuffer(a) for name, a in arrays.items() if form.grows(name)}
+        self.fixed = {name: a for name, a in arrays.items() if not form.grows(name)}
 
     def read(self) -> Tensor:
         """The numbers, [b, H, n, D], in the type that they came in."""
@@ -71,7 +110,7 @@ class Coded:
 
     def join(self, later: Coded, to_come: int | None) -> bool:
         """Put later tokens behind, where the form allows it; to_come: tokens that will still be packed."""
-        if later.form is not self.form or not self.form.per_token:
+        if later.form is not self.form or not self.form.joins:
             return False
         for name, a in self.growing.items():
             a.append(later.growing[name].used, later.n, to_come)
@@ -89,7 +128,7 @@ class Coded:
     def check_drops(self) -> None:
         """Raises NotImplementedError where single tokens of a head cannot be dropped."""
         name = type(self.form).__name__
-        if not self.form.per_token:
+        if not self.form.drops:
             raise NotImplementedError(f"{name}: cannot drop single slots once they are packed, a scale is of several")
         if any(a.used.shape[1] != self.heads for a in self.growing.values()):
             raise NotImplementedError(f"{name}: cannot drop single slots of a head, a code is of all heads")

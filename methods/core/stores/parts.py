@@ -90,6 +90,8 @@ class PartedStore(Store):
     """
 
     heads_alike: ClassVar[bool] = True
+    #: every row is a part of its own: what rows pack is not of the same size
+    rows_apart: ClassVar[bool] = False
 
     def __init__(self, capacity: int | None = None):
         super().__init__(capacity)
@@ -223,7 +225,7 @@ class PartedStore(Store):
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
         self.counts = None if self.counts is None else taken(self.counts, rows)
-        if len(self.parts) == 1:
+        if len(self.parts) == 1 and not self.rows_apart:
             self.parts = [self.parts[0].select(rows)]
         elif self.parts:
             first = rows.new_zeros(1)
@@ -248,7 +250,7 @@ class PartedStore(Store):
         if not self.packs(self.counts):
             return
         whole = self.whole or [pos.shape[1] == 1] * len(pos)
-        apart = self.padded or len(set(whole)) > 1
+        apart = self.rows_apart or self.padded or len(set(whole)) > 1
         for rows in [slice(row, row + 1) for row in range(len(pos))] if apart else [slice(0, len(pos))]:
             at = pos[rows, :1] if whole[rows.start] else pos[rows]
             self.parts.append(self.part(rows.start, *_real(k[rows], v[rows], at, self.counts[rows.start])))

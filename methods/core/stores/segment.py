@@ -172,7 +172,7 @@ class CodedSegment(Segment):
         if type(later) is not type(self) or later.pos.shape[1] != self.pos.shape[1]:
             return False
         assert isinstance(later, CodedSegment)
-        if any(a.form is not b.form or not a.form.per_token for a, b in zip(sides, (later.keys, later.values))):
+        if any(a.form is not b.form or not a.form.joins for a, b in zip(sides, (later.keys, later.values))):
             return False
         self.keys.join(later.keys, to_come)
         self.values.join(later.values, to_come)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from kernels import Rules
 from methods.core.codes.form import Form
+from methods.core.codes.levels import TokenLevels, even
+from methods.core.codes.widths import Widths
 from methods.core.contract import LayerCache, Method, ModelSpec, Stage, Step
 from methods.core.meter import nbytes
 from methods.core.stores.codec import CodecCache
@@ -30,7 +32,7 @@ class Sixteenths(Form):
 
     bits = 8.0
 
-    def encode(self, x: Tensor) -> dict[str, Tensor]:
+    def encode(self, x: Tensor, apart: Tensor | None = None) -> dict[str, Tensor]:
         return {"codes": (x * 16).round().clamp(-128, 127).to(torch.int8)}
 
     def decode(self, arrays: Mapping[str, Tensor], D: int) -> Tensor:
@@ -40,10 +42,12 @@ class Sixteenths(Form):
 class OfBlocks(Sixteenths):
     """The same of channels whose largest number in the block is 7, so that a code is of its whole block."""
 
-    per_token = False
-    fixed = frozenset({"scale"})
+    drops = joins = False
 
-    def encode(self, x: Tensor) -> dict[str, Tensor]:
+    def grows(self, name: str) -> bool:
+        return name == "codes"
+
+    def encode(self, x: Tensor, apart: Tensor | None = None) -> dict[str, Tensor]:
         scale = x.abs().amax(2, keepdim=True)
         return {**super().encode(x / scale * 7), "scale": scale}
 
@@ -139,7 +143,7 @@ class Rows:
         for row, held in enumerate(holding.held):
             n, size = len(self.tokens[row]), torch.finfo(self.dtype).bits // 8
             blocks = (n - SINKS) // BLOCK if n >= SINKS + BLOCK else 0
-            scales = blocks * 2 * H * D * 4 if self.form.fixed else 0
+            scales = blocks * 2 * H * D * 4 if not self.form.joins else 0
             plain = (n - blocks * BLOCK) * 2 * H * D * size
             assert held == plain + blocks * BLOCK * 2 * H * D + scales + n * 4
             assert holding.beside[row] == n * 4
@@ -171,8 +175,54 @@ def test_sinks_blocks_and_tail_are_one_softmax_and_count_a_rows_own_tokens(form,
     both.check_bytes()
     twin.step(3, Stage.TURN)
     twin.check_bytes()
-    joined = 1 if form.per_token else len(twin.layer.store.parts[0].segments) - 1
+    joined = 1 if form.joins else len(twin.layer.store.parts[0].segments) - 1
     assert len(twin.layer.store.parts[0].segments) == 1 + joined  # blocks of codes by token are one segment
+
+
+class BitsByToken(SegmentedStore):
+    """Everything is packed once: tokens of large keys in 8 bits, others in 4."""
+
+    rows_apart = True
+    widths = Widths([TokenLevels(even(4)), TokenLevels(even(8))])
+
+    def due(self, n: int, before: int) -> int:
+        return 0 if before else n
+
+    def segments(self, rows: slice, k: Tensor, v: Tensor, pos: Tensor, before: int, step: Step) -> list[Segment]:
+        classes = (k.norm(dim=-1) > D**0.5).long()
+        return [CodedSegment(self.widths.pack(k, classes), self.widths.pack(v, classes), pos)]
+
+
+def test_rows_whose_tokens_have_bits_of_their_own_lie_apart():
+    store, g = BitsByToken(), torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, H, 30, D, generator=g), torch.randn(2, H, 30, D, generator=g)
+    store.append(k, v, torch.arange(30).expand(2, -1))
+    store.pack(step=None)
+    eight = k.norm(dim=-1) > D**0.5
+    expected = [
+        torch.where(eight[..., None], *(f.decode(f.encode(x), D) for f in reversed(store.widths.forms))) for x in (k, v)
+    ]
+    for ours, theirs in zip(store.read(), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    bits = 4 + 4 * eight.flatten(1).double().mean(1)
+    near(store.nominal_bits(), bits.tolist(), 1e-9)
+    holding = store.holding()
+    assert sum(holding.held) + sum(holding.padding) == nbytes(store.tensors())
+    for row, held in enumerate(holding.held):
+        n = int(eight[row].sum())
+        assert held == 2 * (n * (D + 4) + (H * 30 - n) * (D // 2 + 4) + H * 4) + 30 * 4
+    store.reorder(torch.tensor([1, 0]))
+    assert torch.equal(store.read()[0], expected[0][[1, 0]])
+    alone = store.select(torch.tensor([1]))
+    assert torch.equal(alone.read()[0], expected[0][:1]) and alone.holding().held == holding.held[:1]
+    q, new = torch.randn(2, 4, 1, D, generator=g), torch.randn(2, H, 1, D, generator=g)
+    at = torch.full((2, 1), 30)
+    store.append(new, new, at)
+    step = Step(0, 1, Stage.DECODE, q, new, new, at, at[:, 0], False, torch.arange(2), Rules(D**-0.5))
+    keys, values = (torch.cat((x[[1, 0]], new), 2) for x in expected)
+    held_at = torch.arange(31).expand(2, H, -1)
+    given = q, keys, values, step.rules, at, held_at
+    near(store.attend(step), formula(*given), allowed(q, keys, step.rules, at, held_at, size=values))
 
 
 def test_a_sliding_layer_lets_whole_segments_go():

@@ -6,6 +6,7 @@ import pandas as pd
 from analysis import stats
 from analysis.load import Results
 from analysis.paired import KEYS, WHOLE, gathered, seed_scores, subset_means
+from analysis.points import FLOOR
 
 SMALLEST = 0.01  # share of the bytes: below that none counts
 
@@ -18,7 +19,7 @@ def areas(results: Results, table: pd.DataFrame, x: str = "held", low: float | N
     taken as measured. Simulated savings, points of few samples, the full cache itself, tasks near chance and tasks
     none of whose points is smaller than the full cache have none.
     """
-    counted = (table["category"] == WHOLE) & (table["method"] != "full")
+    counted = (table["category"] == WHOLE) & ~table["method"].isin(["full", FLOOR])
     left_out = table["near_chance"] | table["simulated"] | table["partial"]
     groups = dict(list(table[counted & ~left_out].groupby(KEYS)))
     rows = []

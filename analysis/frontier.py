@@ -1,9 +1,10 @@
 """Accuracy against memory: `python -m analysis.frontier RESULTS` draws the frontiers of all records below a folder.
 
 Writes frontier.png, .svg and .pdf (a panel per task), frontier.csv, frontier.md and frontier.tex. A curve's points
-are a method's cells; the black line is the full cache with its interval; hollow points only simulate their saving, or
-hold more than their budget in more than a tenth of their samples; the wide grey line is the front, which no point
-beats. Where answers' tokens are recorded, fidelity.png, .svg and .pdf draw how far they are from the full cache's.
+are a method's cells; the black line is the full cache with its interval, the dotted one what is right without the text;
+hollow points only simulate their saving, or hold more than their budget in more than a tenth of their samples; the wide
+grey line is the front, which no point beats. Where answers' tokens are recorded, fidelity.png, .svg and .pdf draw how
+far they are from the full cache's.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from analysis.load import NothingToRead, load_results
 from analysis.pages import latex
 from analysis.pages.fidelity import draw, has_panels
 from analysis.paired import WHOLE
-from analysis.points import AXES, curves, on_front, points
+from analysis.points import AXES, FLOOR, curves, on_front, points
 
 AXIS_NAMES = {
     "held": "share of the full cache's bytes held",
@@ -30,6 +31,7 @@ AXIS_NAMES = {
     "peak": "peak share of the full cache's bytes",
 }
 HEADS = {"held": "bytes held", "read": "bytes read", "peak": "peak bytes"}
+BELOW: dict[str, Any] = {"color": "black", "lw": 0.9, "ls": ":", "zorder": 1}
 MISSED = 0.1  # share of samples above their budget from which on a point is drawn hollow
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 ENTRY, LETTER = 0.45, 0.055  # inches of a legend's entry, without its letters and for each of them
@@ -48,7 +50,8 @@ def draw_frontier(table: pd.DataFrame, x: str, log: bool = True, columns: int = 
         raise NothingToRead(f"nothing to draw: {what}")
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    families = table[table["method"] != "full"].groupby("label")["family"].first().to_dict()
+    shown = table[~table["method"].isin(["full", FLOOR])]
+    families = shown.groupby("label")["family"].first().to_dict()
     looks = style.looks(families)
     with plt.rc_context(style.RC):
         hollow = set(table[table["simulated"]]["label"])
@@ -76,6 +79,8 @@ def draw_frontier(table: pd.DataFrame, x: str, log: bool = True, columns: int = 
         for axis in list(axes.flat)[max(0, len(panels) - columns) : len(panels)]:
             axis.set_xlabel(AXIS_NAMES[x])
         handles = [Line2D([], [], color="black", lw=0.9, label="full"), Line2D([], [], **style.FRONT, label="front")]
+        if (table["method"] == FLOOR).any():
+            handles.append(Line2D([], [], **BELOW, label=FLOOR))
         for label, look in looks.items():
             handles.append(Line2D([], [], **style.line(look, label in hollow), label=said[label]))
         figure.legend(handles=handles, loc="outside lower center", ncols=across, frameon=False)
@@ -91,7 +96,9 @@ def _panel(axis: Any, group: pd.DataFrame, looks: dict[str, style.Look], log: bo
     axis.axhline(full["full"], color="black", lw=0.9, zorder=1)
     front = group[on_front(group)].sort_values("share")
     axis.step(front["share"], front["score"], where="post", **style.FRONT)
-    for label, line in curves(group[group["method"] != "full"]):
+    for score in group[group["method"] == FLOOR]["score"]:
+        axis.axhline(score, **BELOW)
+    for label, line in curves(group[~group["method"].isin(["full", FLOOR])]):
         low, high = line["score"] - line["score_low"], line["score_high"] - line["score"]
         drawn = style.line(looks[label], bool(line["simulated"].iloc[0]))
         bars = [low.clip(lower=0), high.clip(lower=0)]
@@ -102,7 +109,9 @@ def _panel(axis: Any, group: pd.DataFrame, looks: dict[str, style.Look], log: bo
             axis.plot(missed["share"], missed["score"], **style.line(looks[label], True) | {"linestyle": ""}, zorder=4)
     if log:
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(FixedLocator([t for t in TICKS if t >= 0.7 * group["share"].min()]))
+        axis.xaxis.set_major_locator(
+            FixedLocator([t for t in TICKS if t >= 0.7 * group[group["method"] != FLOOR]["share"].min()])
+        )
         axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.grid(alpha=0.25, lw=0.4)

@@ -15,6 +15,8 @@ from analysis.paired import KEYS, WHOLE, Cells, alike, gathered, holm, near_chan
 AXES = ("held", "read", "peak")
 #: part of a point's bytes that a better one may hold on top and still beat it: less than shares differ by chance
 SLACK = 0.02
+#: the method whose prompts have no text: what it scores is the floor of a question about one, and no point to choose
+FLOOR = "no_context"
 TOGETHER = 32  # points whose statistics are computed at once
 
 
@@ -61,6 +63,7 @@ def on_front(table: pd.DataFrame, among: str | None = None) -> pd.Series:
     keys = [*KEYS, "category", *([among] if among else [])]
     marks = pd.Series(False, index=table.index)
     counted = table[~table["simulated"] & ~table["partial"] & ~table["at_chance"] & ~_at_random(table)]
+    counted = counted[counted["method"] != FLOOR]
     for _, group in counted.groupby(keys):
         higher = group["better"].iloc[0] == "higher"
         marks[group.index] = stats.pareto(group["share"].to_numpy(), group["score"].to_numpy(), higher, SLACK)

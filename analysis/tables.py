@@ -179,14 +179,13 @@ def methods(home: Path) -> str:
         what = said.split("\n\n")[0].replace("\n", " ").partition(": ")
         paper = re.search(r"^Paper: +(.*?)(?=\n\S|\Z)", said, re.M | re.S)
         source = re.sub(r"\s+", " ", paper[1]).rstrip(".") if paper else ""
+        text = path.read_text(encoding="utf-8")
         does = what[2] or what[0]
+        if "\nreference: true" in text and text.startswith("# "):  # a setting of another's, which says what it is
+            does = text.partition("\n")[0].removeprefix("# ")
         # a name with a plus is a combination; else a file over another only saves words
         if "+" in path.stem and (
-            based := re.search(
-                r"^defaults: *\[(\S+),.*?^store: *\{_target_: *methods\.(\w+)",
-                path.read_text(encoding="utf-8"),
-                re.M | re.S,
-            )
+            based := re.search(r"^defaults: *\[(\S+),.*?^store: *\{_target_: *methods\.(\w+)", text, re.M | re.S)
         ):
             does = f"`{based[1]}`, its slots stored as in `{based[2]}`"
         lines.append({"method": f"`{path.stem}`", "what it does": does, "paper": source})

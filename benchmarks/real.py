@@ -102,7 +102,9 @@ def cells() -> Iterator[list[str]]:
         name = path.stem
         if name in ("full", *SAME) or (name in LEARNED and not made(name)):
             continue
-        if name in BITS:
+        if name == "no_context":  # the floor, at no budget
+            yield [f"method={name}"]
+        elif name in BITS:
             yield from ([f"method={name}", f"method.bits={bits}"] for bits in BITS[name])
         elif name in TABLES:
             tables = (table for table in made(name) if table.parent.name == TABLES[name])

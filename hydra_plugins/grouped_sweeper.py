@@ -17,9 +17,9 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
-from methods import method_part
+from methods import method_names, method_part, method_yaml
 from methods.core.typed import conform, hints_of
-from runners.jobs import Failed, announce, apart, group, job_cells, tidy
+from runners.jobs import Failed, announce, apart, group, job_cells, tidy, with_references
 from runners.records.record import check_writable
 from runners.settings.composing import Composer
 from runners.settings.config import Config
@@ -88,6 +88,8 @@ class GroupedSweeper(BasicSweeper):
         once = dict.fromkeys(tuple(cell) for cell in typed)  # a value that is named twice is one cell
         cells = [point for cell in once for point in self._points(tidy(cell))]
         first = self._compose(cells[0])
+        if first.references:
+            cells = with_references(cells, _references())
         jobs = group(cells, self._capped) if first.hydra.runtime.choices.get("runner") in RUNNERS else cells
         shards = 1 if first.dry_run else self.shards  # what is only said is said once
         jobs = [job for job in jobs for _ in range(shards if job_cells(job) else 1)]
@@ -126,3 +128,10 @@ class GroupedSweeper(BasicSweeper):
             name = "budget" if key == "budget" else f"method.{key!s}"
             points = [[*point, f"{name}={value}"] for point in points for value in values]
         return points
+
+
+def _references() -> dict[str, bool]:
+    """The methods whose YAML says that others are measured against them, and whether they take a budget."""
+    found = {name: method_yaml(name) for name in method_names()}
+    plain = {name: OmegaConf.to_container(yaml) for name, yaml in found.items() if "reference" in yaml}
+    return {name: "${budget}" in str(yaml["budget"]) for name, yaml in plain.items()}  # type: ignore[index,call-overload]

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 #: knobs that every method which drops slots takes, whether its YAML names them or not
 SHARED = ("pin", "score_by", "draw", "decode")
-#: what a method's YAML holds beside the arguments of its class: the points of its frontier, and how it is trained
-BLOCKS = ("sweep", "train")
+#: what a method's YAML holds beside the arguments of its class: the points of its frontier, how it is trained, and
+#: whether other methods are measured against it
+BLOCKS = ("sweep", "train", "reference")
 _YAMLS = Path(__file__).resolve().parent.parent / "conf" / "method"
 
 

@@ -2,10 +2,13 @@
 
 Paper: none; this is the model as its authors run it.
 Idea:  nothing is dropped.
-Here:  sliding-window layers let go of what no later query can see, as the stock cache does.
+Here:  sliding-window layers let go of what no later query can see, as the stock cache does. `without_text` is the row
+       `no_context` of adamzweiger/compaction (compaction/compaction_methods/no_context.py): the run leaves the text out
+       of its prompts, and bytes stand beside a full cache of the whole ones. As a cache by itself it is the full one.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -17,12 +20,26 @@ from methods.core.store import Store
 
 @dataclass
 class Full(Eviction):
-    """Keep every slot; budget is always 1."""
+    """Keep every slot; budget is always 1.
+
+    without_text: of prompts that hold instructions and question alone.
+    """
+
+    without_text: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget != 1:
             raise UserError(f"Full: method.budget={self.budget}; the full cache keeps everything, budget=1")
+
+    @property
+    def changes_prompt(self) -> bool:  # type: ignore[override]
+        """Whether its prompts are others than those of the methods beside it."""
+        return self.without_text
+
+    def config(self) -> dict[str, Any]:
+        knobs = super().config()
+        return knobs if self.without_text else {name: knobs[name] for name in knobs if name != "without_text"}
 
     @property
     def family(self) -> str:

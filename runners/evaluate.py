@@ -64,6 +64,8 @@ class Evaluate(Runner):
             if trouble and sweep.members and not sweep.is_finished:
                 raise trouble
             return self._sweep(sweep)
+        if cfg.references:
+            raise UserError("references=true: its rows stand beside those of a sweep; add -m, or leave it out")
         task: Task = task_of(cfg)
         show.source(auto.told(task.name), task.source())
         run = Run(cfg, task, results, HydraConfig.get().runtime.choices["method"])

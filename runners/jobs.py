@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -76,6 +76,23 @@ def tidy(cell: Sequence[str]) -> list[str]:
         short = f"{number:.12g}" if number is not None else value
         overrides.append(f"{key}={short}" if len(short) < len(value) else override)
     return overrides
+
+
+def with_references(cells: Sequence[Sequence[str]], names: Mapping[str, bool]) -> list[list[str]]:
+    """The cells, and beside those at a budget what they are measured against.
+
+    names: of these methods, and whether they have a budget, which is the cell's then. A reference takes a cell's place
+    word by word, without the knobs of the cell's own method.
+    """
+    found = {tuple(cell): None for cell in cells}
+    for cell in cells:
+        if not any(word.startswith("budget=") for word in cell):
+            continue
+        bare = [word for word in cell if not word.lstrip("+~").startswith("method.")]
+        for name, has_budget in names.items():
+            words = [f"method={name}" if word.startswith("method=") else word for word in bare]
+            found[tuple(word for word in words if has_budget or not word.startswith("budget="))] = None
+    return [list(cell) for cell in found]
 
 
 def group(

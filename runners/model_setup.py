@@ -19,7 +19,7 @@ from methods.core.typed import shown
 from runners.engine import thoughts
 from runners.engine.loading import Checkpoint, checkpoint_of, date_of, load_model, load_tokenizer
 from runners.engine.prompt import Encoder
-from tasks.base import GREEDY, Sampling
+from tasks.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
     # importing the library's models takes seconds, and what is on disk is shown without them

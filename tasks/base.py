@@ -10,28 +10,9 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from tasks.sampling import GREEDY, Sampling
 from tasks.table import Mean, Metric, Row, average_rows, mean_by_category, mean_of
 from tasks.tokens import Tokens
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn.
-
-    temperature: divides the logits; 0 takes the likeliest token.  top_p: a token is left if those likelier than it have
-    less than that probability in all.  top_k: how many of the likeliest are left; 0: all.
-    repeats: answers per prompt, whose mean is the sample's score.
-    seed: of the draws; what a method draws, and which method it is, makes no difference to them.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repeats: int = 1
-    seed: int = 0
-
-
-GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -130,6 +111,7 @@ class Example:
     stride: tokens of a choice that are fed at once; None: all of them.
     timed: random tokens to be timed on; there are no strings then.
     weight: of the score in the mean over its subset.
+    lead: what stands in `context` before the text that is asked about, such as instructions.
     begins: how the answer begins; it is fed token by token behind the prompt, as though it had been generated.
     """
 
@@ -157,6 +139,7 @@ class Example:
     weight: float = 1
     stop: tuple[str, ...] = ()
     begins: str = ""
+    lead: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -164,11 +147,18 @@ class Example:
 
         It does not depend on which other samples were chosen.
         """
-        told = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("error", "weight")}
+        told = {
+            one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("error", "weight", "lead")
+        }
         for name in ("stop", "begins"):  # as it was told before there were any
             if not told[name]:
                 del told[name]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=_told).encode()).hexdigest()[:16]
+
+    @property
+    def without_text(self) -> "Example":
+        """The same question, of which the text is left out."""
+        return replace(self, context=self.lead)
 
     @property
     def kind(self) -> Literal["answer", "turns", "forced", "choices", "timed"]:

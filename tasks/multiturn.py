@@ -213,6 +213,7 @@ class MultiTurn(RowsTask):
         return Example(
             id,
             context=head + row["context"],
+            lead=head,
             question=gap + first.question,
             answers=first.answers,
             max_new_tokens=first.max_new_tokens,

@@ -243,6 +243,7 @@ class Needle(Grid):
             answers=sample["answers"],
             max_new_tokens=self._new_tokens(kind),
             chat=sample.get("chat", True),
+            lead=sample.get("lead", ""),
             tags=tags | {"metric": sample["metric"], "moved": sample.get("moved", 0)},
         )
 
@@ -258,6 +259,7 @@ class Needle(Grid):
         spent = tokens.count(BEFORE) + tokens.count(AFTER) + tokens.wrapper + NEW_TOKENS[kind]
         hidden = self._hide(tokens, length, [(NEEDLE, depth)] if kind == "single" else [], repeat, spent)
         return {
+            "lead": BEFORE,
             "context": BEFORE + hidden.text,
             "question": AFTER,
             "answers": METRICS[self.metric_name],

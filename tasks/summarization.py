@@ -219,6 +219,7 @@ class Summarization(RowsTask, Apart):
             chat=self._setup.chat,
             beams=self.beams,
             stop=self._setup.stops,
+            lead=before,
         )
 
     def _frame(self, name: str, row: Mapping[str, Any], source: str) -> tuple[str, str, str]:

@@ -61,6 +61,10 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 ARCHITECTURES = tuple(_ARCHITECTURES)
 
 
+#: every method that is a cache of its own: the others are the full cache of another prompt
+METHODS = [name for name in method_names() if not load_method(name).without_text]
+
+
 def tiny_model(name: str, attn_implementation: str | None = None, **changes: Any) -> PreTrainedModel:
     """A random model in eval mode, the same weights at every call; changes: of its configuration."""
     kind, own = _ARCHITECTURES[name]

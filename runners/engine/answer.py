@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -22,7 +22,7 @@ from runners.engine.fidelity.forcing import Forcing
 from runners.engine.generation import Plan, Prompts, Timings, Took, start, through
 from runners.engine.latency import measure
 from runners.engine.problem import problem
-from runners.engine.prompt import number_of
+from runners.engine.prompt import Encoded, number_of
 from runners.engine.rows import failed
 from runners.engine.session import Generation, Member, Session
 from runners.engine.setting import Setting
@@ -151,7 +151,7 @@ class Pass:
     def forcing(self, batch: Sequence[Example]) -> Forcing | None:
         """The forced half of a batch that is answered; None where it has none, or no full cache beside it."""
         panel, full = self.setting.panel, _full_of(self.methods)
-        if panel is None:
+        if panel is None or self.methods[0].without_text:  # its answers are to another prompt
             return None
         panel.begin()
         if self.shared:
@@ -199,6 +199,27 @@ class Pass:
         except BudgetMiss as miss:
             return miss
 
+    def read(self, batch: Sequence[Example]) -> Sequence[Example]:
+        """The examples as their prompts are read: whole, or without their texts."""
+        return [example.without_text for example in batch] if self.methods[0].without_text else batch
+
+    def beside_whole(
+        self, batch: Sequence[Example], encoded: Sequence[Encoded], ledgers: Sequence[Report]
+    ) -> Sequence[Report]:
+        """The ledgers beside full caches of whole prompts, where the texts were left out of what was read."""
+        if not self.methods[0].without_text:
+            return ledgers
+        longer = [
+            len(self.setting.encoder(example).prompt.ids) - len(one.prompt.ids)
+            for example, one in zip(batch, encoded, strict=True)
+        ]
+        slots = [ledger.full_prompt / len(one.prompt.ids) for one, ledger in zip(encoded, ledgers, strict=True)]
+        more = [round(n * slot) for n, slot in zip(longer, slots, strict=True)]
+        return [
+            replace(ledger, full=ledger.full + n, full_prompt=ledger.full_prompt + n)
+            for ledger, n in zip(ledgers, more, strict=True)
+        ]
+
     def spent(self, index: int, ledgers: Sequence[Report], timings: Timings) -> list[dict[str, Any]]:
         """What every sample of a batch took, as its row records it: its own ledger, the batch's seconds.
 
@@ -216,7 +237,7 @@ class Pass:
 def _answers(go: Pass, batch: Sequence[Example]) -> list[RowsOrError]:
     """One question each: the prompt, then an answer, or several of them."""
     setting = go.setting
-    encoded = [setting.encoder(example) for example in batch]
+    encoded = [setting.encoder(example) for example in go.read(batch)]
     repeats, forcing = setting.encoder.sampling.repeats, go.forcing(batch)
     asked = Prompts([one.prompt for one in encoded], setting.protocol, repeats, forcing)
     members, took = go.answered(asked)
@@ -224,7 +245,8 @@ def _answers(go: Pass, batch: Sequence[Example]) -> list[RowsOrError]:
     def rows_of(i: int, _: Member) -> list[dict[str, Any]]:
         heard = asked.of(i)
         answers, ledgers = zip(*(one.answers for one in heard)), list(zip(*(one.reports for one in heard)))
-        costs = go.spent(i, list(map(rows.mean_ledger, ledgers)), asked.timings(took.prompt, i))
+        held = go.beside_whole(batch, encoded, list(map(rows.mean_ledger, ledgers)))
+        costs = go.spent(i, held, asked.timings(took.prompt, i))
         found = [rows.repeated(setting, *one) for one in zip(batch, encoded, answers, ledgers, costs, strict=True)]
         return rows.with_forced(found, forcing.of(i) if forcing else ())
 

@@ -17,7 +17,7 @@ from runners.engine.new_tokens import Answer, Draw, Limits, Stops
 from runners.engine.session import Generation, Session, State, now
 from runners.engine.shared_prefill import Group
 from runners.engine.time_limit import TimeLimit, within
-from tasks.base import GREEDY, Sampling
+from tasks.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.noise import uniform
-from tasks.base import GREEDY, Sampling
+from tasks.sampling import GREEDY, Sampling
 
 STREAM = 0x5A3D  # what else is drawn by the same seeds and samples is drawn from another stream
 

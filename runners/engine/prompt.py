@@ -15,7 +15,8 @@ from runners.engine.generation import Prompt
 from runners.engine.model_files import dated
 from runners.engine.new_tokens import Draw, Limits, Stops
 from runners.engine.time_limit import within_template
-from tasks.base import GREEDY, Example, Forced, Sampling, cut_at
+from tasks.base import Example, Forced, cut_at
+from tasks.sampling import GREEDY, Sampling
 from tasks.tokens import Tokens
 from tasks.truncate import cut_middle, truncate_middle
 

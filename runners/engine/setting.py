@@ -74,6 +74,14 @@ def check_protocol(
                 f"method={method.name}: compresses a text before it knows the question, and protocol={query} has the "
                 "question in it; give protocol=query_agnostic"
             )
+    texts = [example for example in examples if not example.error]
+    plain = all(example.kind == "answer" and example.beams == 1 for example in texts)
+    for method in methods:
+        if method.without_text and not (plain and any(example.context != example.lead for example in texts)):
+            raise NotHere(
+                f"{method.name} leaves the text out of a prompt, and no sample of this task asks one question about a "
+                "text"
+            )
     one_pass = any(example.forced and example.forced.through == "one_pass" for example in examples)
     for method in methods:
         if one_pass and method.name != "full":

@@ -104,6 +104,7 @@ class Config:
     results: Folder
     resume: Literal["auto", "old", "force"]
     dry_run: bool
+    references: bool
     time_limit: Seconds | None
     cells: list[str] | None
     group: Group

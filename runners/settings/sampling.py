@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from methods.core.errors import UserError
-from tasks.base import GREEDY, Example, Sampling, Task
+from tasks.base import Example, Task
+from tasks.sampling import GREEDY, Sampling
 
 
 def sampling_of(task: Task, given: Mapping[str, Any]) -> Sampling:

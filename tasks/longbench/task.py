@@ -318,6 +318,7 @@ class LongBench(Task):
             whole_question=False,
             chat=subset.chat,
             error=error,
+            lead=template.before,
         )
 
 

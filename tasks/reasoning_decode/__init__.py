@@ -103,13 +103,13 @@ class ReasoningDecode(Task):
         return passcode.examples(self.samples, self.distances, self.before, self.data_seed, self._tokens)
 
     def score(self, example: Example, prediction: str) -> float:
-        return _SCORES[example.tags["category"]](prediction, example.answers[0])
+        return _SCORES[example.tags["category"].split()[0]](prediction, example.answers[0])
 
     def means(self, examples: Sequence[Example]) -> list[Mean]:
-        """One line per subset, then categories and their average, in which no control counts."""
+        """One line per subset, then categories, and their average, in which no control counts."""
         subsets = self._subsets(examples)
         counted = [(tags, mean) for tags, mean in subsets if not tags.get("control")]
-        return [mean for _, mean in subsets] + mean_by_category(counted) + self._averages(counted)
+        return [mean for _, mean in subsets] + mean_by_category(subsets) + self._averages(counted)
 
     def remarks(self, rows: Sequence[tuple[Example, Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
         walks = [(example, ours["prediction"]) for example, ours, _ in rows if example.tags["category"] == "dfs"]

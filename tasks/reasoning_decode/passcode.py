@@ -30,8 +30,8 @@ def examples(count: int, distances: Sequence[int], before: int, seed: int, token
             code, control = f"{rng.randrange(10**5):05d}", i >= count
             said = "" if control else SAID.format(code=code)
             begins = filler(before, rng, tokens) + said + filler(distance, rng, tokens) + ASKED
-            subset = f"passcode {distance}"
-            tags = {"subset": f"{subset} without" if control else subset, "category": "passcode", "distance": distance}
+            kind = "passcode without" if control else "passcode"
+            tags = {"subset": f"{kind} {distance}", "category": kind, "distance": distance}
             yield Example(
                 f"passcode/{distance}/{f'without/{i - count}' if control else i}", "", PROMPT, [code], NEW_TOKENS,
                 {**tags, **({"control": True} if control else {})}, begins=begins,

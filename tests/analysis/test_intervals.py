@@ -30,6 +30,7 @@ from tasks.multiturn import MultiTurn
 from tasks.needle import Needle
 from tasks.perplexity import Perplexity
 from tasks.reasoning import Reasoning
+from tasks.reasoning_decode import ReasoningDecode
 from tasks.ruler.task import Ruler
 from tasks.summarization import Summarization
 from tasks.tokens import Tokens
@@ -80,6 +81,7 @@ TASKS: dict[str, Callable[[Path], Task]] = {
     "needle": lambda at: Needle(limit=12),
     "perplexity": texts,
     "reasoning": lambda at: Reasoning(limit=3),
+    "reasoning_decode": lambda at: ReasoningDecode(samples=3, operations=[8, 16], distances=[40]),
     "ruler": lambda at: Ruler(limit=12),
     "summarization": lambda at: Summarization(limit=3),
 }

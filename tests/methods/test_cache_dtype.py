@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from kernels import Rules
 from kernels.attend import reference
 from kernels.attend_quantized import reference as of_codes
-from methods import load_method, method_names
+from methods import load_method
 from methods.core.bind import unbound
 from methods.core.binding.kv_layer import Handle
 from methods.core.binding.rounding import Rounding
@@ -24,9 +24,9 @@ from tests.kernels.allocations import Largest
 from tests.kernels.both_forms import using
 from tests.methods.conftest import kept, run
 from tests.methods.knobs import knobs_of, others
-from tests.tiny import SIZES, padded_prompt, tiny_model
+from tests.tiny import METHODS, SIZES, padded_prompt, tiny_model
 
-NAMES = method_names()
+NAMES = METHODS
 TYPES = ["float16", "bfloat16"]
 RULES = Rules(16**-0.5)
 ENDS = Rounding.end_pass

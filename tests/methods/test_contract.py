@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from analysis.fidelity.numbers import Answer, Forced
 from analysis.fidelity.panel import Sample, panel
-from methods import BLOCKS, SHARED, load_method, method_names, method_yaml
+from methods import BLOCKS, SHARED, load_method, method_yaml
 from methods.core.bind import unbound
 from methods.core.budget import check_budget, slots
 from methods.core.capped import Capped
@@ -21,9 +21,9 @@ from runners.engine.fidelity.places import apart
 from tests.bounds import near, near_codes, run_off
 from tests.methods.conftest import kept, run
 from tests.methods.knobs import FIXED, SETS, knobs_of, others, read_by_piece
-from tests.tiny import SIZES, padded_prompt
+from tests.tiny import METHODS, SIZES, padded_prompt
 
-NAMES = method_names()
+NAMES = METHODS
 OTHERS = others()
 CASES = [*NAMES, *OTHERS]
 LENGTH = 90

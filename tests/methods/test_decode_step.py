@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 
 from kernels import backend
 from kernels.launch import noting
-from methods import load_method, method_names
+from methods import load_method
 from methods.adakv import AdaKV
 from methods.core.cache import BINDING, KVCache
 from methods.core.contract import Method
 from tests.kernels.both_forms import using
 from tests.methods.conftest import run
-from tests.tiny import SIZES
+from tests.tiny import METHODS, SIZES
 from tests.waiting import no_waiting, without_contents
 
 pytest.importorskip("triton")
@@ -58,7 +58,7 @@ ASKED = {
 }
 DROPPING_MANY = ("scissorhands", "streaming_llm")
 RAGGED = "h2o, heads apart"  # every head drops from pages of its own
-CASES = {name: (name, {}) for name in method_names()} | KNOBS | {RAGGED: ("h2o", {})}
+CASES = {name: (name, {}) for name in METHODS} | KNOBS | {RAGGED: ("h2o", {})}
 
 
 def made(case: str, budget: float) -> Method:
@@ -117,14 +117,14 @@ def test_rows_of_different_lengths_decode_without_waiting(case, form, budget, st
         decode(*copied(gqa, prompt), steps=12 if CASES[case][0] in DROPPING_MANY else steps)
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", METHODS)
 def test_numbers_come_into_a_16_bit_cache_without_waiting(name, gqa):
     prompt = prompted(made(name, 0.5).holding_in("float16"), gqa, LENGTHS)
     with using("triton"):
         decode(*copied(gqa, prompt), STEPS)
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", METHODS)
 def test_sliding_layers_decode_without_waiting(name, sliding):
     prompt = prompted(made(name, 40), sliding, LENGTHS)
     with using("triton"):

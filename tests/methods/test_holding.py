@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from methods import load_method, method_names
+from methods import load_method
 from methods.adakv import AdaKV
 from methods.core.contract import Method
 from methods.core.meter import nbytes
 from tests.methods.conftest import run, tiny_llama
-from tests.tiny import SIZES, equip
+from tests.tiny import METHODS, SIZES, equip
 
 LENGTHS = (90, 35, 75, 61)
 NEW = 5
@@ -26,7 +26,7 @@ KNOBS = {
     "per_token, 4 bits": ("per_token", {"bits": 4}),
     RAGGED: ("h2o", {}),
 }
-CASES = {name: (name, {}) for name in method_names()} | KNOBS
+CASES = {name: (name, {}) for name in METHODS} | KNOBS
 
 
 def method_of(case: str, budget: float) -> Method:

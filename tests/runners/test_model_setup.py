@@ -9,7 +9,7 @@ import torch
 from methods.core.errors import UserError
 from runners.engine.loading import find
 from runners.model_setup import ModelSetup, pick_backend, pick_device, pick_dtype, pick_threads
-from tasks.base import Sampling
+from tasks.sampling import Sampling
 from tests.wrong_values import composed
 
 

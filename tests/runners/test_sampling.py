@@ -13,7 +13,8 @@ from runners.engine.prompt import Encoder
 from runners.engine.setting import Setting
 from runners.report import remarks
 from runners.settings.sampling import check_sampling, sampling_of, told
-from tasks.base import Choice, Example, Sampling, Turn
+from tasks.base import Choice, Example, Turn
+from tasks.sampling import Sampling
 from tests.runners.engine.test_answer import Echo
 from tests.test_run import write_split
 

@@ -59,6 +59,11 @@ class Method:
         return getattr(self, "_name", type(self).__name__.lower())
 
     @property
+    def without_text(self) -> bool:
+        """Whether a run leaves the text out of its prompts: the floor of a question about a text."""
+        return False
+
+    @property
     def family(self) -> str:
         """What kind of method it is, for figures: "eviction", "quantization", "mixed", "trained" and so on."""
         return "other"

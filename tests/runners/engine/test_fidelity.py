@@ -18,7 +18,8 @@ from runners.engine.fidelity.panel import Panel
 from runners.engine.fidelity.places import apart
 from runners.engine.prompt import Encoder
 from runners.engine.setting import Setting
-from tasks.base import GREEDY, Choice, Example, Sampling, Task, Turn
+from tasks.base import Choice, Example, Task, Turn
+from tasks.sampling import GREEDY, Sampling
 from tests.bounds import bound, half_digit, near, run_off
 from tests.tiny import equip
 

@@ -14,7 +14,8 @@ from runners.engine.new_tokens import Draw, Limits, NewTokens, Stops, draw_token
 from runners.engine.prompt import Encoder
 from runners.engine.rows import row_of
 from runners.engine.session import LOOK_EVERY, behind
-from tasks.base import Example, Sampling
+from tasks.base import Example
+from tasks.sampling import Sampling
 from tests.bounds import half_digit, near
 
 NEW = 14

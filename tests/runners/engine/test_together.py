@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from methods import load_method, method_names
+from methods import load_method
 from methods.core.contract import Stage
 from methods.core.errors import UserError
 from methods.core.eviction import Eviction, EvictionCache
@@ -22,7 +22,7 @@ from runners.engine.time_limit import TimeLimit
 from tasks.base import Choice, Example, Forced, Task, Turn
 from tests.bounds import LOUDEST, SHARP, losses_off, near, run_off
 from tests.methods.conftest import tiny_llama
-from tests.tiny import SIZES, equip
+from tests.tiny import METHODS, SIZES, equip
 
 TIE = run_off()  # logits closer than this may change places: a row of a batch is added up in another order
 BUDGETS = (0.5, 60)
@@ -46,7 +46,7 @@ def prompts(n: int, new: int = 12) -> list[Prompt]:
 def members() -> list:
     """Every method that can share a prompt, at two budgets."""
     methods = [load_method("full")]
-    for name in method_names():
+    for name in METHODS:
         if name != "full":
             methods += [load_method(name, budget=budget, **SIZES.get(name, {})) for budget in BUDGETS]
     return [method for method in methods if not method.changes_prompt]

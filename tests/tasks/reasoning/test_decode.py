@@ -118,14 +118,14 @@ def test_a_code_stands_so_many_tokens_before_it_is_asked_for():
     for example in made.examples():
         before, _, behind = example.begins.partition(f"the passcode is {example.answers[0]}.")
         if example.tags.get("control"):
-            assert not behind and example.tags["subset"].endswith("without")
+            assert not behind and example.tags["category"] == "passcode without"
             continue
         gap = WORDS.count(behind.removesuffix(passcode.ASKED))
         assert example.tags["distance"] - 40 < gap <= example.tags["distance"] and WORDS.count(before) <= 64 + 3
         assert example.begins.endswith("The passcode was") and len(example.answers[0]) == 5
     assert len(made.examples()) == 2 * (3 + passcode.CONTROLS)
     rows = made.summarize([(one, 0.0 if one.tags.get("control") else 1.0) for one in made.examples()])
-    assert {row.score for row in rows if not row.name.endswith("without")} == {100}  # controls count in no average
+    assert {row.score for row in rows if "without" not in row.name} == {100}  # controls count in no average
     assert (
         passcode.score(" 01234. 5", "01234") == 1 and passcode.score(" 1234", "01234") == passcode.score("", "1") == 0
     )

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -91,6 +91,20 @@ PIECES: dict[str, tuple[str, list[str]]] = {
         ["task=lm_eval", "task.data={data}", "task.tasks=[piqa,copa,openbookqa]", "task.shots=5", "task.limit=50"],
     ),
 }  # fmt: skip
+#: of which pieces the claims that fail are looked into, by cells of their own in a folder of their own
+WHY = ("needle-1024", "longbench-real")
+#: NACL with fewer proxies and without its draws, Keyformer without its noise and with less room for the newest, and at
+#: the same budgets the same votes counted over all queries (H2O) and over the last ones (SnapKV)
+ABLATED = (
+    ["method=nacl", "budget=0.5"],
+    ["method=nacl", "budget=0.5", "method.by_chance=0", "method.by_score=0.9"],
+    ["method=nacl", "budget=0.5", "method.proxy=0.03"],
+    ["method=nacl", "budget=0.5", "method.proxy=0.03", "method.by_chance=0", "method.by_score=0.9"],
+    ["method=keyformer", "budget=0.7"],
+    ["method=keyformer", "budget=0.7", "method.noise=none"],
+    ["method=keyformer", "budget=0.7", "method.recent=0.1"],
+    *([f"method={name}", f"budget={budget}"] for budget in (0.7, 0.5) for name in ("h2o", "snapkv")),
+)
 
 
 def cells() -> Iterator[list[str]]:
@@ -118,14 +132,17 @@ def made(method: str) -> list[Path]:
     return sorted((HOME / "assets" / LEARNED[method]).glob(f"{ARTEFACTS}/{PATTERNS[LEARNED[method]]}"))
 
 
-def command(piece: str, results: Path) -> list[str] | None:
-    """The overrides of a piece's command; None where its texts are not there, which is said."""
+def command(piece: str, results: Path, given: Iterable[list[str]] | None = None) -> list[str] | None:
+    """The overrides of a piece's command; None where its texts are not there, which is said.
+
+    given: its cells; None: those of all methods.
+    """
     needs, words = PIECES[piece]
     data = Path(os.environ.get("KVFRONTIER_DATA", "")) / needs
     if needs and not ("KVFRONTIER_DATA" in os.environ and data.exists()):
         print(f"{piece}: not run, it needs {needs} of the published data (KVFRONTIER_DATA)", file=sys.stderr)
         return None
-    grid = ",".join(quote(" ".join(cell)) for cell in cells())
+    grid = ",".join(quote(" ".join(cell)) for cell in (cells() if given is None else given))
     named = [word.replace("{data}", str(data)) for word in words]
     return [f"model={MODEL}", *CACHE, *named, f"results={results}", f"cells=[{grid}]"]
 
@@ -141,10 +158,17 @@ def run(words: list[str], until: float) -> int:
         return 130
 
 
+def why(results: Path) -> Path:
+    """The folder of the cells that look into what fails."""
+    return results.with_name(f"{results.name}-why")
+
+
 def table(results: Path, said: str) -> int:
-    """Write the table, claims, picture and page of what the records have; the exit code of what failed."""
+    """Write the tables, claims, picture and page of what the records have; the exit code of what failed."""
     claims(results)
+    looked_into = ["analysis.tables", str(why(results)), "--name", "real-why", "--command", f"{said} --why"]
     for module in (
+        *([looked_into] if why(results).is_dir() else []),
         ["analysis.tables", str(results), "--name", "real", "--command", said, "--pages"],
         ["analysis.frontier", str(results), "--out", str(results)],
     ):
@@ -250,16 +274,18 @@ def main() -> int:
     parser.add_argument("--only", metavar="PIECES", help=f"some of {', '.join(PIECES)}")
     parser.add_argument("--hours", type=float, default=12.0, help="end after so many (default: 12)")
     parser.add_argument("--prepare", action="store_true", help="first make the artefacts that methods need")
+    parser.add_argument("--why", action="store_true", help="instead look into the claims that fail, by ablations")
     parser.add_argument("--as-is", action="store_true", help="run nothing, take the records that are there")
     parser.add_argument("overrides", nargs="*", help="for run.py, such as threads=1")
     given = parser.parse_intermixed_args()
-    pieces = given.only.split(",") if given.only else list(PIECES)
+    pieces = given.only.split(",") if given.only else list(WHY if given.why else PIECES)
     if unknown := [piece for piece in pieces if piece not in PIECES]:
         parser.error(f"--only {','.join(unknown)}: give some of {', '.join(PIECES)}")
     until, refused, results = time.monotonic() + 3600 * given.hours, 0, given.results.resolve()
     commands = [[f"model={MODEL}", *words] for words in PREPARE] if given.prepare else []
     if not given.as_is:
-        commands += [words for piece in pieces if (words := command(piece, results))]
+        asked = (why(results), ABLATED) if given.why else (results, None)
+        commands += [words for piece in pieces if (words := command(piece, *asked))]
     for words in commands:
         code = run([*words, *given.overrides], until)
         if code == 130:

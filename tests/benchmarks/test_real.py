@@ -47,6 +47,12 @@ def test_a_verdict_needs_enough_samples(n, said):
     assert real.told(claim).rows[0].low == ROW.low
 
 
+def test_what_fails_is_looked_into_in_a_folder_of_its_own(tmp_path):
+    words = real.command("longbench-real", real.why(tmp_path / "real"), real.ABLATED)
+    assert f"results={tmp_path / 'real-why'}" in words and "task.subset=profile_qa" in words
+    assert words[-1].count("method=nacl") == 4 and "method.noise=none" in words[-1] and "tova" not in words[-1]
+
+
 def test_samples_of_several_lengths_are_compared_length_by_length():
     def scores(lengths):
         table = pd.DataFrame({"length": lengths, "score": 1.0}, index=[f"{i}" for i in range(len(lengths))])

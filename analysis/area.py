@@ -16,11 +16,11 @@ def areas(results: Results, table: pd.DataFrame, x: str = "held", low: float | N
 
     table: the points of the same results along `x`. In the metric's unit, with the interval of a bootstrap over the
     samples that all cells of the curve have (none, NaN, where it would rest on a subset's single sample); shares are
-    taken as measured. Simulated savings, points of few samples, the full cache itself, tasks near chance and tasks
-    none of whose points is smaller than the full cache have none.
+    taken as measured. Simulated savings, points of few samples, budgets that the axis shows nothing of, the full cache
+    itself, tasks near chance and tasks none of whose points is smaller than the full cache have none.
     """
     counted = (table["category"] == WHOLE) & ~table["method"].isin(["full", FLOOR])
-    left_out = table["near_chance"] | table["simulated"] | table["partial"]
+    left_out = table["near_chance"] | table["simulated"] | table["partial"] | table["off_axis"]
     groups = dict(list(table[counted & ~left_out].groupby(KEYS)))
     rows = []
     for task in gathered(results, x):

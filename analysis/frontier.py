@@ -3,14 +3,16 @@
 Writes frontier.png, .svg and .pdf (a panel per task), frontier.csv, frontier.md and frontier.tex. A curve's points
 are a method's cells; the black line is the full cache with its interval, the dotted one what is right without the text;
 hollow points only simulate their saving, or hold more than their budget in more than a tenth of their samples; the wide
-grey line is the front, which no point beats. Where answers' tokens are recorded, fidelity.png, .svg and .pdf draw how
-far they are from the full cache's.
+grey line is the front, which no point beats. Methods whose budget is for what they read are drawn on that axis alone
+(--x read, or frontier-read.*). Where answers' tokens are recorded, fidelity.png, .svg and .pdf draw how far they are
+from the full cache's.
 """
 
 import argparse
 import re
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,10 +21,10 @@ from analysis import screen, stats, style
 from analysis.area import areas
 from analysis.command import Command
 from analysis.files import check_out, one_line, write, write_csv
-from analysis.load import NothingToRead, load_results
+from analysis.load import NothingToRead, Results, load_results
 from analysis.pages import latex
 from analysis.pages.fidelity import draw, has_panels
-from analysis.paired import WHOLE
+from analysis.paired import KEYS, WHOLE
 from analysis.points import AXES, FLOOR, curves, on_front, points
 
 AXIS_NAMES = {
@@ -43,7 +45,7 @@ def draw_frontier(table: pd.DataFrame, x: str, log: bool = True, columns: int = 
     from matplotlib.lines import Line2D
 
     table = table[(table["category"] != WHOLE) if categories else (table["category"] == WHOLE)]
-    table = table[~table["near_chance"]]
+    table = table[~table["near_chance"] & ~table["off_axis"]]
     panels = list(table.groupby(["model", "task", "protocol", "category"], sort=True))
     if not panels:
         what = "no task has several categories" if categories else "no task has a full cache's score above chance"
@@ -133,6 +135,7 @@ def summary(table: pd.DataFrame, x: str = "held") -> pd.DataFrame:
     for _, p in whole.sort_values(["model", "task", "protocol", "label", "share"]).iterrows():
         digits, full = p["digits"], p["method"] == "full"
         notes = [word for word in ("front", "simulated", "near_chance", "partial") if p[word]]
+        notes += [f"reads {p['read']:.1%}"] if p["binds"] == "read" and x != "read" else []
         notes += [f"{p['above']} of {p['n']} above the budget"] if p["above"] else []
         rows.append(
             {
@@ -251,10 +254,27 @@ def run(given: argparse.Namespace) -> int:
     if (panels := draw(table, "share", AXIS_NAMES[given.x])) is not None:
         style.save(panels, out / "fidelity")
     write_csv(out / "frontier.csv", marked.drop(columns=["cells", "full_cells"]))
-    write(out / "frontier.md", page(table, areas(results, table, given.x), given.x))
+    text = page(table, areas(results, table, given.x), given.x)
+    if table["off_axis"].any():
+        text += _draw_reads(results, given, table, out)
+    write(out / "frontier.md", text)
     write(out / "frontier.tex", latex.tables(table))
     print(f"{len(table[table['category'] == WHOLE])} points of {table['task'].nunique()} tasks in {out}/frontier.*")
     return 0
+
+
+def _draw_reads(results: Results, given: argparse.Namespace, table: pd.DataFrame, out: Path) -> str:
+    """frontier-read.*: tasks of which some method's budget is for what it reads, on that axis; what the page says."""
+    reads = points(results, "read")
+    tasks = table[table["off_axis"]].groupby(KEYS).groups
+    reads = reads[[tuple(key) in tasks for key in reads[KEYS].itertuples(index=False)]]
+    figure = draw_frontier(reads, "read", not given.linear, max(1, given.columns), given.by == "category")
+    style.save(figure, out / "frontier-read")
+    names = ", ".join(sorted(table[table["off_axis"]]["label"].unique()))
+    return (
+        f"\nBy bytes read, as the budget of {names} is for those (frontier-read.png); nothing of it is drawn by bytes "
+        f"held:\n\n{page(reads, areas(results, reads, 'read'), 'read')}"
+    )
 
 
 def chosen(table: pd.DataFrame, tasks: list[str] | None, models: list[str] | None) -> pd.DataFrame:

@@ -76,14 +76,18 @@ def _short(value: Any) -> str:
 
 
 def labels(cells: pd.DataFrame) -> pd.Series:
-    """Each cell's curve: the method's name, and the knobs in which its cells differ where they do."""
+    """Each cell's curve: the method's name, and the knobs in which its cells differ where they do.
+
+    "(reads)" stands behind a method whose budget is for what it reads: beside others it is another budget.
+    """
     by_cell = {}
     for (method, _), group in cells.groupby(["method", "model"]):
         configs = [flat(json.loads(c)) for c in group["config"]]
         differ = [name for name in varied(configs) if name.rpartition(".")[2] not in ALONG]
         for cell, config in zip(group.index, configs):
             # a knob that a configuration lacks is one that was not set
-            by_cell[cell] = " ".join([str(method), *(f"{name}={config[name]}" for name in differ if name in config)])
+            name = f"{method} (reads)" if group.get("binds", {}).get(cell) == "read" else str(method)
+            by_cell[cell] = " ".join([name, *(f"{knob}={config[knob]}" for knob in differ if knob in config)])
     return pd.Series(by_cell).reindex(cells.index)
 
 

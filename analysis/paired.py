@@ -28,7 +28,8 @@ class Cells:
     """The cells of one curve at one point, one per seed, beside the full cache's.
 
     first: a row of `Results.cells`, with `label` and `bits`.  names, full: of the cells.
-    samples: by id, those that all have: score, by seed too, share, bytes, full (its score), and where they belong.
+    samples: by id, those that all have: score, by seed too, share, read, bytes, full (its score), and where they
+    belong.
     wanted: samples that the full cache has.
     """
 
@@ -87,7 +88,9 @@ def _beside_full(results: Results, key: dict[str, str], cells: pd.DataFrame, x: 
             problems.append(f"{where}: no full cache to compare with; {name} left out")
             continue
         full, full_cells = fulls[first["paired"]]
-        samples = by_sample(results, list(group["cell"]), [*COLUMNS, x]).rename(columns={x: "share"})
+        columns = dict.fromkeys([*COLUMNS, "read", x])
+        samples = by_sample(results, list(group["cell"]), list(columns))
+        samples = samples.assign(share=samples[x])
         samples, others_content = beside(samples, full)
         if others_content:
             problems.append(f"{where}: {name}: {others_content} samples left out, the full cache's have other contents")

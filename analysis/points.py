@@ -10,8 +10,8 @@ from analysis.load import Results
 from analysis.pages.fidelity import with_panels
 from analysis.paired import KEYS, WHOLE, Cells, alike, gathered, holm, near_chance, seed_scores, subset_means
 
-#: what the horizontal axis shows, as shares of the full cache's bytes: held when the prompt has ended, read by the last
-#: decode step, held at the fullest moment
+#: what the horizontal axis shows, as shares of the full cache's bytes: held when the prompt has ended, read by a decode
+#: step, held at the fullest moment
 AXES = ("held", "read", "peak")
 #: part of a point's bytes that a better one may hold on top and still beat it: less than shares differ by chance
 SLACK = 0.02
@@ -31,13 +31,16 @@ def points(results: Results, x: str = "held", resamples: int = stats.RESAMPLES) 
     its p after the correction is no sign of one.  p_holm: corrected for the methods compared on the same task; none for
     the full cache.  worst, worst_difference: the subset that lost most.  near_chance: the full cache's score is no more
     than guessing.  at_chance: nor is the point's own.  partial: most of the samples are missing; such a point is on no
-    front.  fidelity: the label of the whole task's fidelity panel, whose numbers stand behind it.
+    front.  read: share of the bytes that a step reads.  binds: what the budget is for, "held" or "read".  off_axis:
+    whether the axis shows nothing of what the method saves, as that of held bytes for a budget of reads; such a point
+    is not drawn and on no front.  fidelity: the label of the whole task's fidelity panel, whose numbers stand behind
+    it.
     """
     rows: list[dict] = []
     for task in gathered(results, x):
         for group in alike(task.cells):
             for at in range(0, len(group), TOGETHER):
-                rows += _rows(task.key, group[at : at + TOGETHER], resamples)
+                rows += _rows(task.key, group[at : at + TOGETHER], x, resamples)
     table = pd.DataFrame(rows)
     if len(table):
         others = table[table["method"] != "full"]
@@ -62,7 +65,8 @@ def on_front(table: pd.DataFrame, among: str | None = None) -> pd.Series:
     """
     keys = [*KEYS, "category", *([among] if among else [])]
     marks = pd.Series(False, index=table.index)
-    counted = table[~table["simulated"] & ~table["partial"] & ~table["at_chance"] & ~_at_random(table)]
+    left_out = table["simulated"] | table["partial"] | table["at_chance"] | table["off_axis"]
+    counted = table[~left_out & ~_at_random(table)]
     counted = counted[counted["method"] != FLOOR]
     for _, group in counted.groupby(keys):
         higher = group["better"].iloc[0] == "higher"
@@ -83,7 +87,7 @@ def _at_random(table: pd.DataFrame) -> pd.Series:
     return marks
 
 
-def _rows(key: dict[str, str], cells: Sequence[Cells], resamples: int) -> Iterator[dict]:
+def _rows(key: dict[str, str], cells: Sequence[Cells], x: str, resamples: int) -> Iterator[dict]:
     """Points of cells that have the same samples: over the whole task, and by category where there are several."""
     first = cells[0]
     metric, samples = first.first["metric"], first.samples
@@ -97,8 +101,8 @@ def _rows(key: dict[str, str], cells: Sequence[Cells], resamples: int) -> Iterat
     columns = np.hstack([*seeds, *(own - scale * full for own in seeds), scale * full])
     means = subset_means(samples, columns, over, resamples=resamples).over_seeds([*sides, *sides, ("full", 1)])
     signed = subset_means(samples, gaps, over, stats.signed, resamples)
-    shares, sizes, above = (
-        np.stack([one.samples[name] for one in cells], axis=1) for name in ("share", "bytes", "above")
+    shares, reads, sizes, above = (
+        np.stack([one.samples[name] for one in cells], axis=1) for name in ("share", "read", "bytes", "above")
     )
     names = list(dict.fromkeys(means.categories))
     for category in [*([WHOLE] if means.counts.any() else []), *(names if len(names) > 1 else [])]:
@@ -124,6 +128,8 @@ def _rows(key: dict[str, str], cells: Sequence[Cells], resamples: int) -> Iterat
                 "method": one.first["method"],
                 "family": one.first["family"],
                 "simulated": bool(one.first["simulated"]),
+                "binds": one.first["binds"],
+                "off_axis": x == "held" and one.first["binds"] == "read",
                 "budget": one.first["budget"],
                 "bits": one.first["bits"],
                 "seeds": one.seeds,
@@ -135,6 +141,7 @@ def _rows(key: dict[str, str], cells: Sequence[Cells], resamples: int) -> Iterat
                 "digits": metric["digits"],
                 "n": int(here.sum()),
                 "share": float(weights @ shares[:, i]),
+                "read": float(weights @ reads[:, i]),
                 "bytes": float(weights @ sizes[:, i]),
                 "above": int(np.ceil(above[here, i].sum())),
                 "score": averages[0, i],

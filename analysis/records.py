@@ -91,8 +91,9 @@ CELL = IDENTITY | {
     "runs": RUNS,
 }  # fmt: skip
 RUN = {
-    "family?": TEXT, "simulated?": FLAG, "place?": TEXT, "began?": TEXT, "mean_over?": TEXT, "commit?": TEXT_OR_NULL,
-    "command?": TEXT, "conditions.weights?": TEXT, "conditions.files?": TEXT, "conditions.code?": TEXT,
+    "family?": TEXT, "binds?": TEXT, "simulated?": FLAG, "place?": TEXT, "began?": TEXT, "mean_over?": TEXT,
+    "commit?": TEXT_OR_NULL, "command?": TEXT, "conditions.weights?": TEXT, "conditions.files?": TEXT,
+    "conditions.code?": TEXT,
 }  # fmt: skip
 SAMPLE = {
     "id": TEXT, "key?": TEXT, "tags?": OBJECT, "tags.subset?": TEXT, "tags.category?": TEXT, "tags.control?": FLAG,

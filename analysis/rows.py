@@ -61,6 +61,7 @@ def cell_of(name: str, folder: Path) -> dict[str, Any]:
         "task": task["name"],
         "method": method["name"],
         "family": notes.get("family", "other"),
+        "binds": notes.get("binds", "held"),
         "simulated": bool(notes.get("simulated", False)),
         "budget": float(identity["budget"]),
         "protocol": identity["protocol"],

@@ -32,7 +32,7 @@ from runners.engine.setting import Setting, check_protocol
 from runners.engine.sources.gguf_header import told_shares
 from runners.model_setup import Loads, ModelSetup, plain
 from runners.records.generations import Shelf, StoredRecord, check_recorded, say_what_changed
-from runners.records.origins import command_of, own_data, targets
+from runners.records.origins import command_of, kind_of, own_data, targets
 from runners.records.provenance import Code, code_of, commit
 from runners.records.record import Record, digest
 from runners.report import run_table as show
@@ -290,8 +290,7 @@ class Run(ModelSetup):
         }
         notes = {
             "commit": commit(),
-            "family": method.family,
-            "simulated": method.simulated,
+            **kind_of(method),
             "mean_over": self.task.mean_over,
             "command": command_of(name, [*words, *self.taken]),
             "samples": {key: said[key] for key in said if key in self.task.of_samples},

@@ -25,6 +25,7 @@ from runners.report import sweep_table as overview
 from runners.report.compare import compare_scores
 from runners.report.heat_map import draw_all
 from runners.report.latency_report import show_times
+from runners.report.read_bytes import read_rows
 from runners.report.wandb_runs import track
 from runners.settings import auto
 from runners.settings.parts import task_of
@@ -202,6 +203,7 @@ def _costs(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     ):
         held, of = (fmean(row["ledger"][name] for row in rows) for name in (key, whole))
         costs[what] = f"{show.size(held)} ({show.share(held, of)})"
+    costs |= read_rows(rows)
     if n := sum(map(above, rows)):
         costs["samples above the budget"] = f"{n} of {len(rows)}"
     coded = [row["ledger"] for row in rows if row["ledger"].get("nominal_bits") is not None]

@@ -65,7 +65,8 @@ def _of_cell(results: Results, cell: str, point: pd.Series) -> Panel | None:
         )
         for id, row in both.iterrows()
     ]  # fmt: skip
-    less = bool(point["budget"] < 1 or (both["bytes"] < both["bytes_full"]).any())
+    reads_less = point["binds"] == "read" and point["read"] < 1
+    less = bool(point["budget"] < 1 or (both["bytes"] < both["bytes_full"]).any() or reads_less)
     return panel([one for one in samples if one is not None], less)
 
 

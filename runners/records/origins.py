@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from methods.core import home
+from methods.core.contract import Method
 from tasks.base import Task
 from tasks.data.sources import expand
 
@@ -17,6 +18,12 @@ def own_data(task: Task) -> str:
         return ""
     path = expand(data)
     return path.resolve().name if path.exists() else ""
+
+
+def kind_of(method: Method) -> dict[str, Any]:
+    """What kind of method it is, for figures and tables; "binds" where its budget is for other bytes than held ones."""
+    binds = {"binds": method.binds} if method.binds != "held" else {}
+    return {"family": method.family, "simulated": method.simulated, **binds}
 
 
 def command_of(name: str, words: Sequence[str]) -> str:

@@ -58,8 +58,13 @@ def of_cell(
         solved = better == "higher" and full[id]["score"] >= stats.RIGHT
         if (sample := sample_of(id, stratum, row, full[id], solved)) is not None:
             samples.append(sample)
-            less |= row["ledger"]["held_prompt"] < row["ledger"]["full_prompt"]  # also where bits or slots were given
+            # also where bits or slots were given
+            less |= row["ledger"]["held_prompt"] < row["ledger"]["full_prompt"] or _reads_less(row["ledger"])
     return panel(samples, less, resamples)
+
+
+def _reads_less(ledger: Mapping[str, Any]) -> bool:
+    return ledger.get("binds") == "read" and ledger["read_step"] < ledger["full_read"]
 
 
 def table(cells: Sequence[tuple[str, Cell, Panel]]) -> Table:

@@ -12,7 +12,7 @@ import torch
 from analysis import screen
 from methods.core.errors import BudgetMiss
 from runners.jobs import shard
-from runners.report import fidelity, remarks
+from runners.report import fidelity, read_bytes, remarks
 from runners.report import run_table as show
 from runners.report.compare import Compared, compare_scores
 from runners.report.heat_map import draw_all
@@ -67,6 +67,9 @@ def report_sweep(sweep: Sweep, resamples: int) -> int:
     )
     for line in missed:
         show.say(line)
+    for member in sweep.members:
+        if line := read_bytes.told(list(_finished(sweep, member).values())):
+            show.say(f"{_name(member)} {member.cell.method.budget:g}: {line}")
     pairs = [(row, full[id]) for member in sweep.members for id, row in _finished(sweep, member).items() if id in full]
     if pairs:
         cut = sum(row["cut"] for row in full.values())
@@ -136,7 +139,9 @@ def widest(rows: Sequence[Compared]) -> list[Compared]:
 
 def _line(whole: Compared, rows: Sequence[Compared], ours: Sequence[dict[str, Any]], lower: bool) -> list[str]:
     """n, score, difference, interval, bytes and the subset that lost most."""
-    held, of = (fmean(row["ledger"][key] for row in ours) for key in ("held_prompt", "full_prompt"))
+    reads = read_bytes.binds_reads(ours)
+    keys = ("read_step", "full_read") if reads else ("held_prompt", "full_prompt")
+    held, of = (fmean(row["ledger"][key] for row in ours) for key in keys)
     subsets = [one for one in rows if one.row.kind == "subset" and one.difference is not None]
     gains = [((one.difference or 0.0) * (-1 if lower else 1), one) for one in subsets]
     gain, worst = min(gains, key=lambda pair: pair[0], default=(0.0, whole))
@@ -146,7 +151,7 @@ def _line(whole: Compared, rows: Sequence[Compared], ours: Sequence[dict[str, An
         show.points(whole.row.score, digits),
         show.signed(whole.difference, digits),
         show.interval(whole.interval, digits),
-        f"{show.share(held, of)}{'*' if remarks.misses(ours) else ''}",
+        f"{show.share(held, of)}{' read' if reads else ''}{'*' if remarks.misses(ours) else ''}",
         f"{worst.row.name} {show.signed(worst.difference, digits)}" if gain < 0 else "-",
     ]
 
@@ -189,7 +194,7 @@ def dry_run(sweep: Sweep) -> None:
         longest = max(todo, key=sweep.sizes.tokens, default=None)
         table.add_row(
             _name(member),
-            f"{member.cell.method.budget:g}",
+            f"{member.cell.method.budget:g}{' of reads' if member.cell.method.binds == 'read' else ''}",
             str(len(run.examples) - len(todo)),
             str(len(todo)),
             "-" if longest is None else show.size(sweep.sizes.member_bytes(member.cell.method, [longest])),

@@ -8,8 +8,10 @@ import pytest
 from analysis.records import of_sample
 from runners.evaluate import cost_rows
 from runners.report import run_table as show
-from runners.report.compare import compare_scores
-from tasks.base import Example, Task
+from runners.report.compare import Compared, compare_scores
+from runners.report.read_bytes import told
+from runners.report.sweep_table import _line
+from tasks.base import Example, Row, Task
 from tasks.needle import Needle
 from tasks.ruler.task import Ruler
 
@@ -148,6 +150,22 @@ def test_a_codecs_bits_stand_in_the_costs():
     rows = cost_rows([(row, full) for row in ours])
     assert rows[2] == ("bits per number, as codes / in all", "3.50 / 8.00", "-")
     assert len(rows) == len(cost_rows([(full, full)])) + 1
+
+
+def test_reads_and_host_bytes_stand_in_the_costs_and_in_a_sweeps_line_where_there_are_any():
+    ours, full = ledger_row(1062, 1168), ledger_row(1000, 1100)
+    assert told([full]) == "" and len(cost_rows([(full, full)])) == 4
+    ours["ledger"] |= {"binds": "read", "read_step": 131, "full_read": 1050, "asked": 262, "read_turn": 300}
+    assert cost_rows([(ours, full)])[2:4] == [
+        ("KV bytes read per step", "131 B (12.5%)", "-"), ("KV bytes read by later turns", "300 B", "-"),
+    ]  # fmt: skip
+    full["ledger"] |= {"host": 500, "moved_step": 64, "read_step": 1000, "full_read": 1000}
+    assert told([full]) == (
+        "KV bytes held 1000 B (100.0%); KV bytes read per step 1000 B (100.0%); KV bytes on the host 500 B (50.0%); "
+        "KV bytes moved per step, host and device 64 B"
+    )
+    whole = Compared(Row("a", "average", 1, score=1.0), Row("a", "average", 1, score=1.0), None)
+    assert _line(whole, [whole], [ours], False)[4] == "12.5% read"
 
 
 def test_an_older_batchs_bytes_are_shared_among_its_samples():

@@ -31,7 +31,8 @@ def test_the_widest_mean_stands_for_a_cell_and_where_there_is_none_every_subset(
 
 def planned(method: str, budget: float, lacking: int) -> SimpleNamespace:
     """A cell of a sweep's plan that lacks so many samples."""
-    cell = SimpleNamespace(name=method, method=SimpleNamespace(budget=budget))
+    binds = "read" if method == "nacl" else "held"
+    cell = SimpleNamespace(name=method, method=SimpleNamespace(budget=budget, binds=binds))
     record = SimpleNamespace(refresh=lambda: None, rows={})
     return SimpleNamespace(cell=cell, words=["method.window=8"] * (method != "full"), record=record, lacks=lacking)
 
@@ -61,7 +62,7 @@ def test_a_plan_says_of_every_cell_what_is_done_what_it_will_hold_and_with_whom_
     assert rows == [
         ["full", "1", "2", "3", "12 KiB", "in the group"],
         ["tova window=8", "0.25", "3", "2", "2.75 KiB", "alone: edits the model"],
-        ["nacl window=8", "0.5", "5", "0", "-", "in the group"],
+        ["nacl window=8", "0.5 of reads", "5", "0", "-", "in the group"],
     ]
 
 

@@ -21,8 +21,10 @@ from kernels.mass import (
     attention_probs,
     ema_weights,
     mass,
+    moments,
     noisy_mass,
     noisy_rows,
+    seen_by,
     weighted_mass,
 )
 from kernels.noise import Stem, gumbel, uniform
@@ -32,6 +34,6 @@ from kernels.select import lowest, top
 __all__ = [
     "Attended", "Layout", "Pages", "Rules", "Stem", "Sums", "attend", "attend_chosen", "attend_pages",
     "attend_pages_with_mass", "attend_with_lse", "attend_with_mass", "attend_with_sums", "attention_probs",
-    "ema_weights", "gumbel", "lowest", "mass", "merged", "merged_all", "noisy_mass", "noisy_rows", "rotate", "top",
-    "uniform", "visible", "weighted_mass",
+    "ema_weights", "gumbel", "lowest", "mass", "merged", "merged_all", "moments", "noisy_mass", "noisy_rows", "rotate",
+    "seen_by", "top", "uniform", "visible", "weighted_mass",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ those of q[:, :, -w:], q_pos[:, -w:].
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from kernels.attend.rules import Rules
 from kernels.backend import on_triton
 from kernels.mass import compiled, noisy, reference, rows, weighed, weighted
 from kernels.mass.reference import attention_probs
+from kernels.mass.seen import moments, seen_by
 from kernels.mass.sums import Attended, Sums, of_one_query, summed
 from kernels.mass.weighted import ema_weights
 from kernels.noise import Stem
@@ -165,6 +167,12 @@ def attend_with_sums(
     if q.shape[2] == 1 and v is not None and all(one.plain for one in sums):
         out, probs = attend_with_mass(q, k, v, rules, 1, q_pos=q_pos, k_pos=k_pos, layout=layout)
         return out, [of_one_query(probs, one, q_pos, k_pos) for one in sums]
+    if any(one.greatest for one in sums):  # by its rows, beside sums that come with the output
+        added = [one for one in sums if not one.greatest]
+        at: dict[str, Any] = {"q_pos": q_pos, "k_pos": k_pos, "layout": layout}
+        out, values = attend_with_sums(q, k, v, rules, added, **at) if added or v is not None else (None, [])
+        rest = iter(values)
+        return out, [summed(q, k, rules, one, q_pos, k_pos) if one.greatest else next(rest) for one in sums]
     if on_triton(q, k, *(() if v is None else (v,))):
         from kernels.mass import triton
 
@@ -176,6 +184,6 @@ def attend_with_sums(
 
 
 __all__ = [
-    "Attended", "Sums", "attend_with_mass", "attend_with_sums", "attention_probs", "ema_weights", "mass", "noisy_mass",
-    "noisy_rows", "weighted_mass",
+    "Attended", "Sums", "attend_with_mass", "attend_with_sums", "attention_probs", "ema_weights", "mass", "moments",
+    "noisy_mass", "noisy_rows", "seen_by", "weighted_mass",
 ]  # fmt: skip

@@ -13,9 +13,11 @@ BLOCK_ELEMENTS, LEAST_ROWS = 1 << 20, 8
 
 
 @reads.counted(reads.keys)
-def attention_probs(q: Tensor, k: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+def attention_probs(
+    q: Tensor, k: Tensor, rules: Rules, *, q_pos: Tensor, k_pos: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """Attention probabilities [B, H, G, T, S], float32; for few queries. A query at -1 or that sees nothing gives 0."""
-    p = logits(q, k, rules, q_pos, k_pos).softmax(-1)
+    p = logits(q, k, rules, q_pos, k_pos, bias).softmax(-1)
     return p.nan_to_num(0.0)
 
 

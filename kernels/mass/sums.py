@@ -23,6 +23,7 @@ class Sums:
     least, most: of slots that lie at least, and fewer than, so many positions before the query; most=None: all.
     stem: keys of Gumbel noise on the logits up to the slots' positions, state [B, Hq, T or 1]; None: no noise.
     tau: what the noisy logits are divided by, above 0, one for all or per query, [B, T].
+    greatest: the greatest over the queries instead of the sum; weights are 0 or more.
     """
 
     newest: int | None = None
@@ -32,6 +33,7 @@ class Sums:
     most: int | None = None
     stem: Stem | None = None
     tau: float | Tensor = 1.0
+    greatest: bool = False
 
     @property
     def plain(self) -> bool:
@@ -82,5 +84,9 @@ def summed(
             back = q_pos[:, None, None, now, None] - slots
             near = back >= one.least if one.most is None else (back >= one.least) & (back < one.most)
             p = p.masked_fill(~near, 0.0)
-        out += (p if one.weights is None else p * one.weights[:, None, None, now, None]).sum(3)
+        p = p if one.weights is None else p * one.weights[:, None, None, now, None]
+        if one.greatest:
+            out = torch.maximum(out, p.amax(3))
+        else:
+            out += p.sum(3)
     return out.view(B, Hq, S)

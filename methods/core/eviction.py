@@ -132,6 +132,19 @@ class Eviction(Method):
     def observe_sums(self, store: Store, step: Step, sums: Mapping[Hashable, Tensor]) -> None:
         """What was asked for, each [B, Hq, S], before `observe`; nothing unless overridden."""
 
+    def block_size(self, n: int) -> int | None:
+        """Queries of a block that `observe_block` wants of a prompt of n tokens; None: it wants none."""
+        return None
+
+    def observe_block(self, store: Store, step: Step, probs: Tensor, pos: Tensor) -> None:
+        """The attention of whole blocks of a prompt's queries, of the row's own tokens, before `observe`.
+
+        probs [B, H, G, size, S], float32, slots in the order of `store.read`; pos [B, size], -1 for rows without this
+        block; the prompt's last block may be short. Blocks come in order, and whatever pieces the prompt comes in they
+        are the same. Caches of a group that hold the same prompt compute them once; their probs are not to be changed.
+        """
+        raise NotImplementedError
+
     def observe(self, store: Store, step: Step, mass: Tensor | None) -> None:
         """Statistics after every step, in side arrays of the store; nothing unless overridden.
 

@@ -22,6 +22,7 @@ from methods.core.decision import (
     real_tokens,
     taken,
 )
+from methods.core.evicting.blocks import Blocks
 from methods.core.evicting.nulls import random_scores, recency_scores
 from methods.core.store import spare
 from methods.core.stores.quantized import QuantizedStore
@@ -48,6 +49,7 @@ class EvictionCache(LayerCache):
         self.dropped = False  # whether any slot has gone, so that heads may hold different numbers
         self.sees: int | None = None  # slots of a head that the next query of a sliding layer can see
         self.queries: list[tuple[Tensor, Tensor]] = []  # the newest ones, as many as `query_window` needs
+        self.blocks: Blocks | None = None  # of the prompt's queries, for a method that asks for them
         self.n_window_queries = 0  # of this step
         self.mass: Tensor | None = None  # their attention, until the step ends
         self.asked: Mapping[Hashable, Sums] = {}  # sums over this step's attention
@@ -77,6 +79,7 @@ class EvictionCache(LayerCache):
         if self.asked:
             self.sums = self.sums or self._shared_sums(step)
             self.method.observe_sums(self.store, step, self.sums)
+        self._observe_blocks(step)
         self._observe(step)
         self._trim(step)
         self._remember(step)
@@ -91,6 +94,8 @@ class EvictionCache(LayerCache):
     def workspace(self) -> Iterable[Tensor]:
         for pair in self.queries:
             yield from pair
+        if self.blocks is not None:
+            yield from self.blocks.tensors()
 
     def holding(self) -> Holding:
         return self.store.holding(self.sees)
@@ -117,28 +122,42 @@ class EvictionCache(LayerCache):
     def reorder(self, rows: Tensor) -> None:
         self.store.reorder(rows)
         self.queries = [(q[rows], pos[rows]) for q, pos in self.queries]
+        if self.blocks is not None:
+            self.blocks.reorder(rows)
         sizes = (self.prompt, self.kept_per_head, self.since, self.tokens, self.mean_kept)
         self.prompt, self.kept_per_head, self.since, self.tokens, self.mean_kept = (taken(x, rows) for x in sizes)
         self.prompt_end = None if self.prompt_end is None else self.prompt_end.index_select(0, rows)
 
     def _shared_mass(self, step: Step) -> Tensor:
         """The window queries' attention, computed once for all caches that hold the same whole prompt."""
-        key = ("mass", self.n_window_queries, len(self.store))
-        if self.kept_per_head or self.store.weights():  # slots may have been dropped, or weigh
-            return self.store.mass(step, self.n_window_queries)
-        if key not in step.memo:
-            step.memo[key] = self.store.mass(step, self.n_window_queries)
-        return step.memo[key]
+        key, known = ("mass", self.n_window_queries, len(self.store)), self._known(step)
+        if key not in known:
+            known[key] = self.store.mass(step, self.n_window_queries)
+        return known[key]
 
     def _shared_sums(self, step: Step) -> dict[Hashable, Tensor]:
         """The sums that were asked for, computed once for all caches that hold the same whole prompt."""
-        known = {} if self.kept_per_head or self.store.weights() else step.memo  # slots may have been dropped, or weigh
+        known = self._known(step)
         keys = {key: ("sums", key, len(self.store)) for key in self.asked}
         missing = [key for key in self.asked if keys[key] not in known]
         asked = [self.asked[key] for key in missing]
         values = self.store.attend_with_sums(step, asked, output=False)[1] if missing else []
         known.update({keys[key]: value for key, value in zip(missing, values, strict=True)})
         return {key: known[keys[key]] for key in self.asked}
+
+    def _observe_blocks(self, step: Step) -> None:
+        """Tell the method of the blocks of a prompt that are whole now."""
+        ends = step.stage is Stage.ENDS_PROMPT
+        size = self.method.block_size(self.prompt_len or step.q.shape[2])
+        if size is None or not (ends or step.stage is Stage.MID_PROMPT):
+            return
+        self.blocks = self.blocks or Blocks(size)
+        for probs, pos in self.blocks.attention(self.store, step, ends, self._known(step)):
+            self.method.observe_block(self.store, step, probs, pos)
+
+    def _known(self, step: Step) -> dict[Any, Tensor]:
+        """Where statistics of this step are kept for all caches that hold the same: slots may have gone, or weigh."""
+        return {} if self.kept_per_head or self.store.weights() else step.memo
 
     def _trim(self, step: Step) -> None:
         """In a sliding layer, let go of what no later query can see, now and then."""

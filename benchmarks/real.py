@@ -39,7 +39,7 @@ ENOUGH = 250  # samples behind a verdict; of fewer the interval is shown alone
 BUDGETS = (0.7, 0.5, 0.2, 0.1)
 BITS = {"kivi": (8, 4, 2), "per_token": (8, 4, 2)}
 SIZES = {"lococo": (256, 128)}
-SAME = ("recency",)  # with nothing pinned it keeps what window keeps
+SAME = ("recency", "hindsight")  # with nothing pinned the one keeps what window keeps; the other answers twice
 #: methods that learn something of the model first, by whose name it lies in assets, and there the files of it
 LEARNED = {
     "qfilters": "qfilters", "qfilters_capped": "qfilters", "lococo": "lococo", "kvtuner": "kvtuner",

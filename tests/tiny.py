@@ -61,8 +61,10 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 ARCHITECTURES = tuple(_ARCHITECTURES)
 
 
-#: every method that is a cache of its own: the others are the full cache of another prompt
-METHODS = [name for name in method_names() if not load_method(name).without_text]
+#: every method that is a cache by itself: a run leaves texts out for one of the others, and looks ahead for the second
+METHODS = [
+    name for name in method_names() if not (load_method(name).without_text or "answers" in load_method(name).needs)
+]
 
 
 def tiny_model(name: str, attn_implementation: str | None = None, **changes: Any) -> PreTrainedModel:

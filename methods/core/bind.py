@@ -37,13 +37,14 @@ def cache_for(
     tokenizer: PreTrainedTokenizerBase | None = None,
     spans: Sequence[Mapping[str, tuple[int, int]]] | None = None,
     dtype: str | torch.dtype | None = None,
+    answers: Sequence[Sequence[int]] | None = None,
 ) -> KVCache:
     """A new cache of `method` for one batch, under a model that is bound if it was not; see Method.cache_for."""
     numbers = cache_dtype(dtype)
     bind(model)
     if tokenizer is not None:
         remember(model, tokenizer)
-    return KVCache(model, method, prompt_len, samples, None if spans is None else spans_of(spans), numbers)
+    return KVCache(model, method, prompt_len, samples, None if spans is None else spans_of(spans), numbers, answers)
 
 
 def bind(model: PreTrainedModel, check: bool = True) -> ModelSpec:

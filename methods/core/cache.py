@@ -39,6 +39,7 @@ class KVCache(Probed):
         samples: Sequence[int] | None = None,
         spans: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        answers: Sequence[Sequence[int]] | None = None,
     ):
         """dtype: of the numbers that it holds; None: as the method says, else as the model makes them."""
         binding = model.__dict__[BINDING]
@@ -46,7 +47,8 @@ class KVCache(Probed):
         self.model = weakref.ref(model)
         self.passes = weakref.ref(binding["passes"])  # weak: a copy of the cache has the same
         self.turnings: list[Turning] = binding["turnings"]
-        self.spec = spec_for(method, model, binding, spans)
+        self.spec = spec_for(method, model, binding, spans, answers)
+        self.answers = answers  # of every row, what the full cache goes on with, until the prompt has ended
         self.given_spans = spans  # [B, len(SPANS), 2]
         self._ids: Tensor | None = None  # [B, T] of the pass that goes on, for methods that ask
         self.method, self.prompt_len = method, prompt_len

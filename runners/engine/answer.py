@@ -19,7 +19,7 @@ from runners.engine.beam_search import search_beams
 from runners.engine.choices import Choices, encode
 from runners.engine.conversation import Conversation, dialogue
 from runners.engine.fidelity.forcing import Forcing
-from runners.engine.generation import Plan, Prompts, Timings, Took, start, through
+from runners.engine.generation import Plan, Prompts, Timings, Took, foreseen, start, through
 from runners.engine.latency import measure
 from runners.engine.problem import problem
 from runners.engine.prompt import Encoded, number_of
@@ -239,7 +239,14 @@ def _answers(go: Pass, batch: Sequence[Example]) -> list[RowsOrError]:
     setting = go.setting
     encoded = [setting.encoder(example) for example in go.read(batch)]
     repeats, forcing = setting.encoder.sampling.repeats, go.forcing(batch)
-    asked = Prompts([one.prompt for one in encoded], setting.protocol, repeats, forcing)
+    prompts = [one.prompt for one in encoded]
+    asked = Prompts(
+        prompts,
+        setting.protocol,
+        repeats,
+        forcing,
+        foreseen(setting.model, go.methods[0], prompts, setting.chunk, setting.pad_id),
+    )
     members, took = go.answered(asked)
 
     def rows_of(i: int, _: Member) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from methods import load_method
 from methods.core.contract import Method
 from methods.core.meter import Report
 from runners.engine.fidelity.forcing import Forcing
@@ -135,9 +136,20 @@ class Plan(Protocol):
         ...
 
 
-def spans_of(plan: Plan) -> Sequence[Mapping[str, tuple[int, int]]] | None:
-    """Named parts of the rows' prompts, where a plan has prompts with parts."""
-    return getattr(plan, "spans", None)
+def given_with(plan: Plan, method: Any) -> dict[str, Any]:
+    """What else a method needs to be given with its cache, as far as a plan has it."""
+    named = {"spans": getattr(plan, "spans", None), "answers": getattr(plan, "answers", None)}
+    return {name: value for name, value in named.items() if name in getattr(method, "needs", ())}
+
+
+def foreseen(
+    model: PreTrainedModel, method: Any, prompts: Sequence[Prompt], chunk: int | None, pad_id: int
+) -> list[list[int]] | None:
+    """What the full cache answers, for a method that looks ahead at it."""
+    if "answers" not in getattr(method, "needs", ()):
+        return None
+    full = load_method("full").holding_in(method.cache_dtype)
+    return [answer.ids for answer in generate(model, full, prompts, chunk=chunk, pad_id=pad_id)[0]]
 
 
 class Took(NamedTuple):
@@ -171,9 +183,10 @@ def through(
     state: State
     if shared:
         read, n = reading.read, reading.prompt_len
-        state, outputs = Group.begin(model, methods, plan.samples, read, n, pad_id, spans_of(plan))
+        state, outputs = Group.begin(model, methods, plan.samples, read, n, pad_id, getattr(plan, "spans", None))
     else:
-        state, outputs = _alone(model, methods[0], plan.samples, reading, pad_id, spans_of(plan))
+        given = given_with(plan, methods[0])
+        state, outputs = _alone(model, methods[0], plan.samples, reading, pad_id, given)
     prompt_done = now(model.device)
     with _limited(state, limit, prompt_done - began):
         if state.active:
@@ -187,9 +200,8 @@ def _alone(
     samples: Sequence[int],
     reading: Reading,
     pad_id: int,
-    spans: Sequence[Mapping[str, tuple[int, int]]] | None = None,
+    given: Mapping[str, Any],
 ) -> tuple[Session, Tensor]:
-    given = {"spans": spans} if "spans" in getattr(method, "needs", ()) else {}
     cache = method.cache_for(model, prompt_len=reading.prompt_len, samples=samples, **given)
     session = Session(model, cache, len(samples), pad_id)
     outputs = reading.read(session)
@@ -211,11 +223,19 @@ class Prompts:
     """A batch of prompts with one question each.
 
     repeats: answers per prompt, which all begin at the same compressed cache.
-    heard: per repeat what each cache answered.  forcing: the forced half of the first of them.
+    heard: per repeat what each cache answered.  forcing: the forced half of the first of them.  answers: what the full
+    cache goes on with, of each row, where the method needs it.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], protocol: str, repeats: int = 1, forcing: Forcing | None = None):
-        self.prompts, self.repeats, self.forcing = prompts, repeats, forcing
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        protocol: str,
+        repeats: int = 1,
+        forcing: Forcing | None = None,
+        answers: Sequence[Sequence[int]] | None = None,
+    ):
+        self.prompts, self.repeats, self.forcing, self.answers = prompts, repeats, forcing, answers
         parts = [prompt.parts(protocol) for prompt in prompts]
         self.firsts, self._rests = [first for first, _ in parts], [rest for _, rest in parts]
         self.samples, self.spans = [prompt.sample for prompt in prompts], [prompt.spans for prompt in prompts]
@@ -272,7 +292,7 @@ def generate(
     protocol: "aware" compresses context and question together; "agnostic" compresses the context and feeds the question
     as one later turn. chunk: tokens per pass over the prompt; None takes it in one.
     """
-    asked = Prompts(prompts, protocol)
+    asked = Prompts(prompts, protocol, answers=foreseen(model, method, prompts, chunk, pad_id))
     state, took = through(model, [method], asked, chunk, pad_id)
     ((one,),) = asked.heard
     assert isinstance(one, Generation) and isinstance(state, Session)
@@ -325,4 +345,4 @@ def start(
     pad_id: int = 0,
 ) -> tuple[Session, Tensor]:
     """A session whose prompts have been read and compressed, and the logits after them, [B, V]."""
-    return _alone(model, method, samples, in_chunks(prompts, chunk), pad_id)
+    return _alone(model, method, samples, in_chunks(prompts, chunk), pad_id, {})

@@ -82,6 +82,12 @@ def check_protocol(
                 f"{method.name} leaves the text out of a prompt, and no sample of this task asks one question about a "
                 "text"
             )
+    for method in methods:
+        if "answers" in method.needs and not (plain and protocol == "aware"):
+            raise NotHere(
+                f"{method.name} looks ahead at the answer to a question inside the prompt: it needs a task with one "
+                "question per prompt, and protocol=query_aware"
+            )
     one_pass = any(example.forced and example.forced.through == "one_pass" for example in examples)
     for method in methods:
         if one_pass and method.name != "full":

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from methods import load_method, method_names
+from methods import load_method
 from methods.core.contract import Stage
 from methods.core.errors import UserError
 from methods.core.evicting.pin import Pin
@@ -17,7 +17,7 @@ from methods.random import Random
 from tests.bounds import bound, near, run_off
 from tests.methods.conftest import kept, run
 from tests.methods.layer import Spec, context, kept_after, scripted, step_of
-from tests.tiny import SIZES, padded_prompt
+from tests.tiny import METHODS, SIZES, padded_prompt
 
 BOUNDARY = {"at": "boundary", "first": 0.1, "newest": 0.1}
 N, K = 90, 45
@@ -29,7 +29,7 @@ def method_of(name: str, **knobs):
 
 DROPPING = [
     name
-    for name in method_names()
+    for name in METHODS
     if isinstance(one := load_method(name), Eviction) and not isinstance(one, Full) and one.family != "mixed"
 ]
 PINNED = [name for name in DROPPING if name != "streaming_llm"]

@@ -38,7 +38,7 @@ def test_what_is_left_of_a_prompt_is_read_and_billed_beside_the_whole_one(tmp_pa
         path.parent.name.partition("-b")[0]: json.loads(path.read_text())
         for path in (tmp_path / "results").glob("*/*/*/samples.jsonl")
     }
-    assert sorted(rows) == ["full", "no_context", "random", "recency", "snapkv"]
+    assert sorted(rows) == ["full", "hindsight", "no_context", "random", "recency", "snapkv"]
     short, full = rows["no_context"], rows["full"]
     assert (short["id"], short["key"], short["prompt_end"]) == (full["id"], full["key"], full["prompt_end"])
     assert short["tokens_in"] < full["tokens_in"]

@@ -43,8 +43,14 @@ def _weights(model: PreTrainedModel) -> list[tuple[str, int, int]]:
     return [(name, one.data_ptr(), 0 if one.is_inference() else one._version) for name, one in model.named_parameters()]
 
 
-def spec_for(method: Method, model: PreTrainedModel, binding: dict[str, Any], spans: Tensor | None) -> ModelSpec:
-    """What the method may know of the bound model, and has made of it; spans: as the cache was given them.
+def spec_for(
+    method: Method,
+    model: PreTrainedModel,
+    binding: dict[str, Any],
+    spans: Tensor | None,
+    answers: Sequence[Sequence[int]] | None = None,
+) -> ModelSpec:
+    """What the method may know of the bound model, and has made of it; spans, answers: as the cache was given them.
 
     Raises UserError where it needs something that is not known.
     """
@@ -59,6 +65,11 @@ def spec_for(method: Method, model: PreTrainedModel, binding: dict[str, Any], sp
         raise UserError(
             f"{method.name}: needs to know which part of a prompt is {' or '.join(SPANS)}; "
             'method.cache_for(model, spans=[{"context": (first, end), ...}, ...]) says so for every row'
+        )
+    if "answers" in method.needs and answers is None:
+        raise UserError(
+            f"{method.name}: looks ahead at what the full cache answers; "
+            "method.cache_for(model, answers=[[token, ...], ...]) says so for every row"
         )
     return replace(
         spec,

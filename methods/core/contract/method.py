@@ -41,7 +41,8 @@ class Method:
     simulated: ClassVar[bool] = False
     #: what the budget is a share of: bytes "held" when the prompt has ended, or "read" by each step after it
     binds: ClassVar[str] = "held"
-    #: extra fields of Step to fill in, "hidden", "rope", "ids", "spans", and of ModelSpec, "vocabulary"
+    #: extra fields of Step to fill in, "hidden", "rope", "ids", "spans", of ModelSpec, "vocabulary", and of the cache,
+    #: "answers": what the full cache answers, which only a reference row looks ahead at
     needs: ClassVar[frozenset[str]] = frozenset()
     #: compresses a context before the question is known, and must be told where the one ends and the other begins
     needs_split: ClassVar[bool] = False
@@ -147,6 +148,7 @@ class Method:
         tokenizer: PreTrainedTokenizerBase | None = None,
         spans: Sequence[Mapping[str, tuple[int, int]]] | None = None,
         dtype: str | torch.dtype | None = None,
+        answers: Sequence[Sequence[int]] | None = None,
     ) -> KVCache:
         """A transformers Cache for `model`, one sequence batch long; binds the model on first use.
 
@@ -155,8 +157,9 @@ class Method:
         tokenizer: the model's, for methods that need the vocabulary; remembered with the model.
         spans: of each row the parts of its prompt by name (`SPANS`): the first token and the one behind the last.
         dtype: of the numbers that are held, "auto", "float32", "float16" or "bfloat16"; None: as `cache_dtype` says.
+        answers: token ids that the full cache goes on with, of each row, for methods that need them.
         Raises UserError when the model's architecture cannot be bound, or the method needs what is not given.
         """
         from methods.core.bind import cache_for  # at call time: binding needs this contract
 
-        return cache_for(model, self, prompt_len, samples, tokenizer, spans, dtype)
+        return cache_for(model, self, prompt_len, samples, tokenizer, spans, dtype, answers)

@@ -126,14 +126,14 @@ class PartedStore(Store):
             if self.counts is not None:  # counted here, so that no device is waited for while decoding
                 self.counts = None if padded else [n + pos.shape[1] for n in self.counts]
             return
-        counts = [pos.shape[1]] * len(pos)
+        counts, to_come = [pos.shape[1]] * len(pos), self.to_come or None
         if padded:  # a later turn's: its rows go on with different numbers of tokens
             self._split()
             counts = (pos >= 0).sum(-1).tolist()
         for part, rows in self._by_part():
-            part.append(*_real(k[rows], v[rows], pos[rows, None], counts[rows.start]), self.to_come)
-        if self.to_come is not None and pos.shape[1] == 1:
-            self.to_come = self.to_come - 1 if self.to_come > 1 else None
+            part.append(*_real(k[rows], v[rows], pos[rows, None], counts[rows.start]), to_come)
+        if to_come is not None and pos.shape[1] == 1:
+            self.to_come = to_come - 1  # 0 while the last one is packed: it needs no places behind it
 
     def attend(self, step: Step) -> Tensor:
         if not self.parts:

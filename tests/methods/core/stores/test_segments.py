@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Rules
+from kernels import Rules, attend_with_lse
 from methods.core.codes.form import Form
 from methods.core.codes.levels import TokenLevels, even
 from methods.core.codes.widths import Widths
@@ -287,3 +287,43 @@ def test_in_a_model_chunks_and_padding_change_nothing_and_a_fork_goes_its_own_wa
     assert all(torch.equal(x, layer.inner.store.read()[0]) for x, layer in zip(before, cache.layers))
     exact = model(torch.cat((ids, new), 1)[:1]).logits[:, -10:]
     assert (exact - whole[:1]).abs().max() > bound(torch.float32, 50, 40.0)  # and codes are what is read
+
+
+class Narrow(Segment):
+    """Keys without the channels that their row and head does not need, and values as they came."""
+
+    def __init__(self, k: Tensor, v: Tensor, pos: Tensor, channels: Tensor):
+        """k [b, H, s, D]; channels [b, H, d]: those that stay."""
+        super().__init__(pos)
+        self.channels, self.v = channels, v.clone()
+        self.k = k.gather(3, channels[:, :, None].expand(-1, -1, k.shape[2], -1))
+
+    def attend(self, step: Step) -> tuple[Tensor, Tensor]:
+        at = self.channels.repeat_interleave(step.q.shape[1] // self.k.shape[1], 1)[:, :, None]
+        q = step.q.gather(3, at.expand(-1, -1, step.q.shape[2], -1))
+        return attend_with_lse(q, self.k, self.v, step.rules, q_pos=step.pos, k_pos=self.pos)
+
+
+class Thin(SegmentedStore):
+    """The prompt's keys lose channels, those of later tokens do not."""
+
+    def due(self, n: int, before: int) -> int:
+        return 0 if before else n
+
+    def segments(self, rows: slice, k: Tensor, v: Tensor, pos: Tensor, before: int, step: Step) -> list[Segment]:
+        return [Narrow(k, v, pos, k.square().mean(2).topk(5).indices)]
+
+
+def test_a_segment_may_have_keys_of_a_width_of_its_own():
+    store, g = Thin(), torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, H, 30, D, generator=g), torch.randn(2, H, 30, D, generator=g)
+    store.append(k, v, torch.arange(30).expand(2, -1))
+    store.pack(step=None)
+    kept = torch.zeros(2, H, 1, D).scatter(3, k.square().mean(2).topk(5).indices[:, :, None], 1.0)
+    q, new = torch.randn(2, 4, 2, D, generator=g), torch.randn(2, H, 2, D, generator=g)
+    at, held_at = torch.arange(30, 32).expand(2, -1), torch.arange(32).expand(2, H, -1)
+    store.append(new, new, at)
+    step = Step(0, 1, Stage.TURN, q, new, new, at, at[:, 0], False, torch.arange(2), Rules(D**-0.5))
+    keys, values = torch.cat((k * kept, new), 2), torch.cat((v, new), 2)
+    given = q, keys, values, step.rules, at, held_at
+    near(store.attend(step), formula(*given), allowed(q, keys, step.rules, at, held_at, size=values))

@@ -103,10 +103,14 @@ class Coded:
 
     def read(self) -> Tensor:
         """The numbers, [b, H, n, D], in the type that they came in."""
-        arrays = {**{name: a.used for name, a in self.growing.items()}, **self.fixed}
+        arrays = self._in_use()
         numbers = self.form.decode(arrays, self.D).to(self.dtype)
         reads.instead(numbers, *arrays.values())
         return numbers
+
+    def tensors_in_use(self) -> Iterable[Tensor]:
+        """All that a reader reads, views of what is held."""
+        return self._in_use().values()
 
     def join(self, later: Coded, to_come: int | None) -> bool:
         """Put later tokens behind, where the form allows it; to_come: tokens that will still be packed."""
@@ -144,6 +148,9 @@ class Coded:
         """All that is held, free places included."""
         yield from (a.buffer for a in self.growing.values())
         yield from self.fixed.values()
+
+    def _in_use(self) -> dict[str, Tensor]:
+        return {**{name: a.used for name, a in self.growing.items()}, **self.fixed}
 
     @property
     def used(self) -> int:

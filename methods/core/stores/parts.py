@@ -130,7 +130,7 @@ class PartedStore(Store):
         if padded:  # a later turn's: its rows go on with different numbers of tokens
             self._split()
             counts = (pos >= 0).sum(-1).tolist()
-        for part, rows in self._by_part():
+        for part, rows in self.by_part():
             part.append(*_real(k[rows], v[rows], pos[rows, None], counts[rows.start]), to_come)
         if to_come is not None and pos.shape[1] == 1:
             self.to_come = to_come - 1  # 0 while the last one is packed: it needs no places behind it
@@ -140,7 +140,7 @@ class PartedStore(Store):
             return super().attend(step)
         if len(self.parts) == 1:
             return self.parts[0].attend(step)
-        return torch.cat([part.attend(step.rows(rows)) for part, rows in self._by_part()])
+        return torch.cat([part.attend(step.rows(rows)) for part, rows in self.by_part()])
 
     def pack(self, step: Step) -> None:
         if not self.parts:
@@ -231,7 +231,7 @@ class PartedStore(Store):
             first = rows.new_zeros(1)
             self.parts = [self.parts[row].select(first) for row in rows.tolist()]
 
-    def _by_part(self) -> Iterator[tuple[Any, slice]]:
+    def by_part(self) -> Iterator[tuple[Any, slice]]:
         """Parts and the rows of the batch that they hold, whose reads are theirs."""
         row = 0
         for part in self.parts:

@@ -141,7 +141,7 @@ class SegmentedStore(PartedStore):
 
     def pack(self, step: Step) -> None:
         super().pack(step)
-        for part, rows in self._by_part():
+        for part, rows in self.by_part():
             n = self.due(part.recent.n, part.before)
             if n:
                 k, v = (x[:, :, :n] for x in part.recent.read())
@@ -153,7 +153,7 @@ class SegmentedStore(PartedStore):
         if not self.parts:
             super().keep(mask, n, exact)
             return
-        for part, rows in self._by_part():
+        for part, rows in self.by_part():
             part.keep(mask[rows, :, : part.n])
 
     def nominal_bits(self) -> Sequence[float] | None:

@@ -268,8 +268,9 @@ def _draw_reads(results: Results, given: argparse.Namespace, table: pd.DataFrame
     reads = points(results, "read")
     tasks = table[table["off_axis"]].groupby(KEYS).groups
     reads = reads[[tuple(key) in tasks for key in reads[KEYS].itertuples(index=False)]]
-    figure = draw_frontier(reads, "read", not given.linear, max(1, given.columns), given.by == "category")
-    style.save(figure, out / "frontier-read")
+    if not reads["near_chance"].all():
+        figure = draw_frontier(reads, "read", not given.linear, max(1, given.columns), given.by == "category")
+        style.save(figure, out / "frontier-read")
     names = ", ".join(sorted(table[table["off_axis"]]["label"].unique()))
     return (
         f"\nBy bytes read, as the budget of {names} is for those (frontier-read.png); nothing of it is drawn by bytes "

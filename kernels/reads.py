@@ -1,6 +1,6 @@
 """Bytes of the cache that attention is handed, by row: what a step really reads, whatever a method says that it does.
 
-An op that is given keys, values or codes has them counted while somebody counts (`counting`), and costs nothing else.
+An op that is given keys, values or codes has them counted while somebody counts (`Turn`), and costs nothing else.
 A slot is read where a query of the step sees it: padding, and what lies outside a sliding window, is no row's. It is
 read once for all query heads of its KV head, and once where the same tensor is handed to several ops of one turn. What
 is the same for all rows is counted on the host, from shapes; the rest where the positions are, so that nothing waits.
@@ -8,9 +8,7 @@ is the same for all rows is counted on the host, from shapes; the rest where the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -33,7 +31,8 @@ class Bytes:
         self.rows = rows
         self.same = 0  # of every row
         self.listed: list[int] = []  # more of some, as the host knows it
-        self.apart: list[Tensor] = []  # more of some, as the device knows it; each [rows], int64
+        # more of some, as the device knows it: how many, [rows], int64, of things of so many bytes
+        self.apart: dict[int, list[Tensor]] = {}
 
     def __bool__(self) -> bool:
         return bool(self.same or self.listed or self.apart)
@@ -49,8 +48,8 @@ class Bytes:
             raise ValueError(f"attention was handed {batch} rows where {here} are read; say which with `reads.of_rows`")
         whole = here == self.rows
         if isinstance(n, Tensor):
-            new = n.view(here, parts).sum(1) * size
-            self.apart.append(new if whole else _spread(new, rows, self.rows))
+            new = n if parts == 1 else n.view(here, parts).sum(1)
+            self.apart.setdefault(size, []).append(new if whole else _spread(new, rows, self.rows))
         elif whole:
             self.same += n * parts * size
         else:
@@ -60,57 +59,58 @@ class Bytes:
 
 
 class Turn:
-    """What one layer's turn in a pass reads, and what it moves between host and device."""
+    """What one layer's turn in a pass reads, and what it moves between host and device, inside `with` this."""
 
     def __init__(self, rows: int):
         self.read, self.moved = Bytes(rows), Bytes(rows)
         self.rows = slice(0, rows)  # those that ops are handed now
         self._met: dict[Any, Tensor] = {}  # kept, so that no other tensor takes its place in memory
+        self._before: Turn | None = None
+
+    def __enter__(self) -> None:
+        global _turn
+        self._before, _turn = _turn, self
+
+    def __exit__(self, *error: object) -> None:
+        global _turn
+        _turn = self._before
 
     def is_new(self, x: Tensor) -> bool:
         """Whether these elements have not been handed over in this turn."""
-        key = x.data_ptr(), x.dtype, x.shape, x.stride()
-        known = key in self._met
+        key = x.data_ptr(), x.shape, x.stride()
+        if key in self._met:
+            return False
         self._met[key] = x
-        return not known
+        return True
 
     def again(self) -> None:
         """The next token of a turn that is read token by token: what was read before is read once more."""
         self._met = {}
 
 
-_turn: ContextVar[Turn | None] = ContextVar("turn", default=None)
+_turn: Turn | None = None  # that ops are part of; None: nobody counts
 
 
-@contextmanager
-def counting(turn: Turn) -> Iterator[None]:
-    """What ops are handed inside the block is read in this turn."""
-    token = _turn.set(turn)
-    try:
-        yield
-    finally:
-        _turn.reset(token)
+class of_rows:
+    """Inside `with` this ops are handed some rows of the batch alone."""
 
+    def __init__(self, rows: slice):
+        self.rows, self.turn = rows, _turn
 
-@contextmanager
-def of_rows(rows: slice) -> Iterator[None]:
-    """Inside the block ops are handed some rows of the batch alone."""
-    turn = _turn.get()
-    if turn is None:
-        yield
-        return
-    before = turn.rows
-    turn.rows = slice(before.start + rows.start, before.start + rows.stop)
-    try:
-        yield
-    finally:
-        turn.rows = before
+    def __enter__(self) -> None:
+        if self.turn is not None:
+            self.before = self.turn.rows
+            self.turn.rows = slice(self.before.start + self.rows.start, self.before.start + self.rows.stop)
+
+    def __exit__(self, *error: object) -> None:
+        if self.turn is not None:
+            self.turn.rows = self.before
 
 
 def next_token() -> None:
     """A turn goes on with its next token, which reads for itself."""
-    if (turn := _turn.get()) is not None:
-        turn.again()
+    if _turn is not None:
+        _turn.again()
 
 
 def note(*tensors: Tensor, there: Tensor | None = None) -> None:
@@ -118,22 +118,22 @@ def note(*tensors: Tensor, there: Tensor | None = None) -> None:
 
     there: bool [B, H or 1, n], which of n things in x [B, H, n, ...] there are; None: all.
     """
-    if (turn := _turn.get()) is not None:
+    if _turn is not None:
         for x in tensors:
-            _note(turn, turn.read, x, there)
+            _note(_turn, _turn.read, x, there)
 
 
 def instead(x: Tensor, *of: Tensor) -> None:
     """x, which attention will be handed, is made of these: they are read in its place."""
-    if (turn := _turn.get()) is not None and turn.is_new(x):
+    if _turn is not None and _turn.is_new(x):
         note(*of)
 
 
 def moved(*tensors: Tensor, there: Tensor | None = None) -> None:
     """These cross between host and device; there: as for `note`."""
-    if (turn := _turn.get()) is not None:
+    if _turn is not None:
         for x in tensors:
-            _add(turn, turn.moved, x, there)
+            _add(_turn, _turn.moved, x, there)
 
 
 def counted(handed: Callable[..., None]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -142,15 +142,16 @@ def counted(handed: Callable[..., None]) -> Callable[[Callable[P, R]], Callable[
     def mark(op: Callable[P, R]) -> Callable[P, R]:
         @wraps(op)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            turn = _turn.get()
+            global _turn
+            turn = _turn
             if turn is None:
                 return op(*args, **kwargs)
             handed(turn, *args, **kwargs)
-            token = _turn.set(None)
+            _turn = None
             try:
                 return op(*args, **kwargs)
             finally:
-                _turn.reset(token)
+                _turn = turn
 
         return run
 
@@ -223,11 +224,12 @@ def _seen(S: int, heads: int, rules: Rules, q_pos: Tensor, k_pos: Tensor, layout
 
 def _is_seen(k_pos: Tensor, rules: Rules, q_pos: Tensor) -> Tensor:
     """Which slots any of a row's queries sees, as k_pos [B, H, S]; q_pos [B, T]."""
-    there = (k_pos >= 0) & (k_pos <= q_pos.amax(-1)[:, None, None])
+    one = q_pos.shape[1] == 1
+    there = (k_pos >= 0) & (k_pos <= (q_pos if one else q_pos.amax(-1, keepdim=True))[..., None])
     if rules.window is None:
         return there
-    first = q_pos.where(q_pos >= 0, torch.iinfo(q_pos.dtype).max).amin(-1)
-    return there & (k_pos > first[:, None, None] - rules.window)
+    first = q_pos if one else q_pos.where(q_pos >= 0, torch.iinfo(q_pos.dtype).max).amin(-1, keepdim=True)
+    return there & (k_pos > first[..., None] - rules.window)
 
 
 def _in_pages(pages: Pages, rules: Rules, q_pos: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ def report_sweep(sweep: Sweep, resamples: int) -> int:
         show.say(line)
     show.say(
         "KV bytes: measured at the end of the prompt, as a share of the full cache's"
+        f"{', or where it says so read by a step' if any(m.cell.method.binds == 'read' for m in in_order) else ''}"
         f"{', * where samples are above the budget' if missed else ''}; speeds are not measured in groups"
     )
     for line in missed:

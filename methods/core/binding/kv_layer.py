@@ -104,8 +104,7 @@ class KVLayer(CacheLayerMixin):
         cache = self.cache
         with cache.meter.reading(step):
             self.inner.append(step)
-        cache.meter.after_append(step)
-        with cache.meter.reading(step):
+            cache.meter.after_append(step)
             out = self.inner.attend(step)
             self.inner.end_step(step)
         if self.index == len(cache.layers) - 1:

@@ -24,8 +24,12 @@ class PassReads:
         # more of rows, as the host knows it, and as a device does; nothing is sent from one to the other
         listed = [one.listed for one in of_layers if one.listed]
         self.listed = [sum(of_row) for of_row in zip(*listed, strict=True)]
-        apart = [x for one in of_layers for x in one.apart]
-        self.apart = torch.stack([x.to(apart[0].device) for x in apart]).sum(0) if apart else None  # [B]
+        apart: dict[int, list[Tensor]] = {}
+        for one in of_layers:
+            for size, counts in one.apart.items():
+                apart.setdefault(size, []).extend(counts)
+        sums = [torch.stack([x.to(counts[0].device) for x in counts]).sum(0) * size for size, counts in apart.items()]
+        self.apart = sum((x.to(sums[0].device) for x in sums[1:]), start=sums[0]) if sums else None  # [B]
 
 
 class Reading:
@@ -45,7 +49,7 @@ class Reading:
             return nullcontext()
         if self._step is not step:
             self._step, self._turn = step, reads.Turn(len(step.pos))
-        return reads.counting(self._turn)
+        return self._turn
 
     def end_turn(self, step: Step, layer: LayerCache) -> None:
         """A layer's turn is over. One that handed nothing to an op has read all that it holds, as far as is known."""
@@ -55,7 +59,9 @@ class Reading:
         if not turn.read:
             turn.read.listed = layer.held_bytes() or _evenly(layer, len(step.pos))
         turn.again()  # lets go of tensors
-        self._turns = [*(self._turns if step.layer else []), turn]
+        if step.layer == 0:
+            self._turns = []
+        self._turns.append(turn)
         self._step = None
         if step.layer == step.n_layers - 1:
             self.stages.append(step.stage)

@@ -17,14 +17,15 @@ def slots(B: int, H: int, S: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def by_row(turn: reads.Turn) -> list[int]:
-    listed = turn.read.listed or [0] * turn.read.rows
-    return [turn.read.same + n + sum(int(x[row]) for x in turn.read.apart) for row, n in enumerate(listed)]
+    found, apart = turn.read, [size * n for size, counts in turn.read.apart.items() for n in counts]
+    listed = found.listed or [0] * found.rows
+    return [found.same + listed[row] + sum(int(n[row]) for n in apart) for row in range(found.rows)]
 
 
 def read(do, B: int = 1) -> list[int]:
     """Bytes of every row that ops are handed in a turn."""
     turn = reads.Turn(B)
-    with reads.counting(turn):
+    with turn:
         do()
     return by_row(turn)
 

@@ -39,6 +39,7 @@ KEPT = [
     "score", "score_low", "score_high", "full", "difference", "difference_low", "difference_high", "tie", "retained",
     "lost", "won", "p_holm", "worst", "worst_difference", "near_chance", "better", "unit", "metric", "digits",
 ]  # fmt: skip
+READS = ["binds", "read"]  # where a budget is for what is read
 FIDELITY = [
     "fidelity", "kl", "kl_low", "kl_high", "agree", "clear_flips", "shared_prefix", "identical", "out_ratio",
     "n_forced", "n_free",
@@ -53,7 +54,7 @@ def snapshot(results: Results, command: str, expected: dict[str, str] | None = N
     table = points(results)
     if table.empty:
         raise NothingToRead("no finished cell with a full cache beside it")
-    kept = [*KEPT, *(FIDELITY if has_panels(table) else [])]
+    kept = [*KEPT, *(FIDELITY if has_panels(table) else []), *(READS if (table["binds"] == "read").any() else [])]
     whole = table[table["category"] == WHOLE][kept].sort_values(["task", "protocol", "label", "budget"])
     rows = json.loads(whole.to_json(orient="records", double_precision=5))
     for row in rows if expected else ():
@@ -91,7 +92,7 @@ def grid(book: dict[str, Any]) -> str:
             line = {
                 "method": label + (" (simulated)" if point["simulated"].any() else ""),
                 "budget": bits or f"{budget:g}",
-                "bytes held": f"{point['share'].mean():.1%}",
+                "bytes held": f"{point['share'].mean():.1%}" + _read(point),
             }
             line |= {c: _entry(point.loc[c], most[c]) if c in point.index else "" for c in columns}
             if "expected" in point:
@@ -119,6 +120,12 @@ def _measured(row: dict[str, Any]) -> str:
     numbers = " to ".join(f"{row[key]:{sign}.{digits}f}" for key in ("low", "high"))
     seeds = f", {row['seeds']} seeds" if row.get("seeds", 1) > 1 else ""
     return f"{row['what']}: {row['value']:{sign}.{digits}f}{' %' if row['unit'] == '%' else ''} ({numbers}{seeds})"
+
+
+def _read(points: pd.DataFrame) -> str:
+    if "binds" not in points or points["binds"].iloc[0] != "read":
+        return ""
+    return f", {points['read'].mean():.1%} read"
 
 
 def _entry(point: pd.Series, most: int) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from analysis import frontier, records
+from analysis import frontier, records, tables
 from analysis.area import areas
 from analysis.load import load_results
 from analysis.paired import WHOLE
@@ -77,3 +77,10 @@ def test_an_older_record_reads_what_its_last_step_did_of_a_full_cache_at_the_end
     book.cell("snapkv", [1.0], 0.25)
     table = points(load_results(book.root), "read").set_index("label")
     assert table.loc["snapkv", "share"] == 0.25 and table.loc["snapkv", "binds"] == "held"
+
+
+def test_a_committed_table_has_what_is_read_beside_what_is_held(book):
+    fill(book)
+    table = tables.grid(tables.snapshot(load_results(book.root), "make"))
+    (line,) = [line for line in table.splitlines() if "quest (reads)" in line]
+    assert "106.2%, 12.5% read" in line and table.count("% read") == 1

@@ -194,3 +194,38 @@ def test_all_pages_are_the_full_cache(llama):
     for turn in ("per_token", "shared"):
         _, logits, _ = run(llama, paged(pages=99, turn=turn), (N, 29), turn=5)
         near(logits[:, -8:], full[:, -8:], run_off())
+
+
+def test_beams_read_what_their_own_row_picks_and_a_second_compressed_prompt_begins_anew(llama):
+    ids, _ = padded_prompt([N])
+    cache = paged().cache_for(llama)
+    out = llama.generate(
+        ids, past_key_values=cache, max_new_tokens=4, num_beams=3, do_sample=False, early_stopping=True
+    )
+    rows = cache.reports()
+    assert len(rows) == 3 and out.shape[1] == N + 4
+    bounds, least, most = 11, PAGE + 2, HQ // 2 * PAGE + 2
+    for one in rows:
+        assert LAYERS * slot() * (bounds + least) <= one.read_step <= LAYERS * slot() * (bounds + most)
+    ids, mask = padded_prompt([N + 20 + 2, N + 13 + 2])
+    method = paged(per_group=True, turn="dense")  # so that the turn leaves what a prompt would
+    cache = method.cache_for(llama)
+    feed(llama, cache, ids[:, :N], mask[:, :N], [N - 6, 6])
+    assert all(one.read_turn for one in cache.reports())
+    cache.compress_next()
+    logits = feed(llama, cache, ids, mask, [20, 1, 1], start=N)
+    again = cache.reports()
+    assert [one.read_turn for one in again] == [0, 0] and again[0].asked == again[0].full_read // 2
+    one = method.cache_for(llama)
+    whole = feed(llama, one, ids, mask, [N + 20, 1, 1])
+    near(logits[:, -2:], whole[:, -2:], run_off())
+    assert [ledger(x) for x in again] == [ledger(x) for x in one.reports()]
+
+
+def test_hundreds_of_steps_are_one_mean_and_no_step_waits(llama):
+    model = tiny_model("llama", max_position_embeddings=512)
+    _, _, (report,) = run(model, paged(per_group=True), new=300)
+    n = range(N + 1, N + 301)
+    expected = [-(-t // PAGE) + PAGE + (t - 1) % PAGE + 1 for t in n]
+    assert report.read_step == round(LAYERS * slot() * sum(expected) / 300)
+    assert report.full_read == round(LAYERS * slot() * sum(n) / 300)

@@ -17,7 +17,7 @@ from tasks.tokens import Tokens
 
 PROMPT = "Write about computers and their languages, and say what the passcode was when you are done."
 SAID = " By the way, the passcode is {code}."
-ASKED = " That is all there is to say. The passcode was"
+ASKED = "\n\nThat is all there is to say. The passcode was"
 NEW_TOKENS = 12
 CONTROLS = 2  # per distance, without the sentence: what is right by chance
 

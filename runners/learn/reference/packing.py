@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from tasks.documents import KINDS, Document, Pool, prose, sentences
+from runners.learn.reference.long_answers import LONG
+from tasks.documents import KINDS as SHORT
+from tasks.documents import Document, Pool, prose, sentences
 from tasks.documents.pools import pick
 
+KINDS = SHORT | LONG
 MIXTURE = {
     "pairs": 0.13, "table": 0.06, "facts": 0.16, "needle": 0.11, "chains": 0.11, "bridge": 0.10, "findings": 0.08,
     "labels": 0.08, "passages": 0.09, "code": 0.08, "copies": 0.02, "prose": 0.12,
@@ -45,7 +48,7 @@ class Packer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int):
         self.tokenizer, self.seed = tokenizer, seed
         self._prose, self._sentences = prose("train"), sentences("train")
-        self._chars = {kind: self._chars_per_token(kind) for kind in KINDS}
+        self._chars: dict[str, float] = {}
 
     def row(self, step: int, row: int, length: int, mix: DataMix | None = None) -> Row:
         """One document of nearly the whole length, or several shorter ones; `length` tokens exactly."""
@@ -76,9 +79,8 @@ class Packer:
         least, most = mix.context
         for attempt in range(4):
             share = (least + (most - least) * rng.random()) * 0.7**attempt
-            document = make_training_document(
-                rng, kind, int(room * share * self._chars[kind]), self._sentences, mix.knobs
-            )
+            characters = int(room * share * self._chars_per_token(kind))
+            document = make_training_document(rng, kind, characters, self._sentences, mix.knobs)
             opening = document.opening if rng.random() < 0.8 else document.context
             ids = [self.tokenizer.bos_token_id, *self.encode(opening)]
             weights = [mix.text_weight] * len(ids)
@@ -103,11 +105,13 @@ class Packer:
         return ids[:room], [PROSE_WEIGHT] * room
 
     def _chars_per_token(self, kind: str) -> float:
-        texts = [
-            make_training_document(np.random.default_rng([self.seed, i]), kind, 800, self._sentences, {}).context
-            for i in range(8)
-        ]
-        return sum(map(len, texts)) / sum(len(self.encode(text)) for text in texts)
+        if kind not in self._chars:
+            texts = [
+                make_training_document(np.random.default_rng([self.seed, i]), kind, 800, self._sentences, {}).context
+                for i in range(8)
+            ]
+            self._chars[kind] = sum(map(len, texts)) / sum(len(self.encode(text)) for text in texts)
+        return self._chars[kind]
 
 
 def make_training_document(

@@ -4,12 +4,14 @@ A greedy answer equals the reference, its end included, exactly when every token
 one after those before it; so one forward pass over context, questions and answers measures without generating.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from runners.learn.reference.long_answers import LONG
 from tasks.documents import KINDS, Document, Pool
 
 # ability: kind and settings, as the card and the curves show them
@@ -32,12 +34,20 @@ ABILITIES: dict[str, tuple[str, dict[str, Any]]] = {
     "paragraph, unmarked": ("passages", {"marked": False}),
     "code": ("code", {}),
 }
+#: of a model that is trained for long answers
+LONG_ABILITIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "walks of 10": ("walks", {"steps": 10}),
+    "walks of 30": ("walks", {"steps": 30}),
+    "sums of 8": ("sums", {"operations": 8}),
+    "sums of 32": ("sums", {"operations": 32}),
+    "codes": ("codes", {}),
+}
 
 
 def held_out_document(ability: str, characters: int, turns: int, address: list[int]) -> Document:
     """A document of the held-out pool; the same `address` gives the same document."""
-    kind, knobs = ABILITIES[ability]
-    return KINDS[kind](Pool(np.random.default_rng(address), "held_out"), characters, turns, **knobs)
+    kind, knobs = (ABILITIES | LONG_ABILITIES)[ability]
+    return (KINDS | LONG)[kind](Pool(np.random.default_rng(address), "held_out"), characters, turns, **knobs)
 
 
 def fitted_document(tokenizer, ability: str, length: int, turns: int, address: list[int]) -> Document:
@@ -61,7 +71,7 @@ def recall(
     documents: int,
     turns: int,
     seed: int,
-    abilities: tuple[str, ...] = tuple(ABILITIES),
+    abilities: Sequence[str] = tuple(ABILITIES),
 ) -> dict[str, tuple[int, int]]:
     """By ability, (questions answered exactly and ended, questions asked), in documents of `length` tokens."""
     model.eval()

@@ -26,9 +26,9 @@ from runners.base import Runner
 from runners.learn.reference import blockwise
 from runners.learn.reference.induction import write_circuit
 from runners.learn.reference.packing import DataMix, Packer, pick_length
-from runners.learn.reference.recall import recall
+from runners.learn.reference.recall import ABILITIES, recall
 from runners.learn.reference.token_bar import TokenBar
-from runners.learn.reference.vocabulary import train_tokenizer
+from runners.learn.reference.vocabulary import CORPUS, train_tokenizer
 from runners.learn.training_log import cut_log, log_entry
 from runners.records.record import check_writable
 from runners.settings.trainers import trainer_of
@@ -60,6 +60,7 @@ class Stage:
 class Train(Runner):
     """Train the reference model; every argument is a key of conf/runner/train.yaml.
 
+    tokenizer_kinds, abilities: documents of the tokenizer, and what the curves show.
     out: folder of checkpoints, log and curves.  export: folder for the finished model, null for `out`/model.
     tokens: tokens to see in all.  cooldown: the last ones, over which the learning rate falls to zero.
     rates: learning rates [tokens seen, rate], a line from each to the next.  warmup: steps.
@@ -87,6 +88,8 @@ class Train(Runner):
     window: Count = 4096
     vocabulary: Count = 2048
     tokenizer_documents: Count = 4000
+    tokenizer_kinds: list[str] = field(default_factory=lambda: list(CORPUS))
+    abilities: list[str] = field(default_factory=lambda: list(ABILITIES))
     precision: str = "auto"
     device: str = "auto"
     threads: Count | None = None
@@ -222,8 +225,10 @@ class Train(Runner):
     def _measure(self, model, tokenizer, state, out) -> None:
         length = max(self.stage_at(state["tokens"]).lengths)
         with self._autocast():
-            counts = recall(model, tokenizer, length, documents=self.recall_documents, turns=4, seed=self.seed)
-        shares = {kind: right / asked for kind, (right, asked) in counts.items()}
+            counts = recall(
+                model, tokenizer, length, self.recall_documents, turns=4, seed=self.seed, abilities=self.abilities
+            )
+        shares = {kind: right / max(1, asked) for kind, (right, asked) in counts.items()}
         log_entry(
             out / "log.jsonl", {"step": state["step"], "tokens": state["tokens"], "length": length, "recall": shares}
         )
@@ -245,7 +250,9 @@ class Train(Runner):
     def _tokenizer(self, out: Path) -> PreTrainedTokenizerFast:
         folder = out / "tokenizer"
         if not (folder / "tokenizer.json").exists():
-            tokenizer = train_tokenizer(self.vocabulary, self.seed, self.tokenizer_documents, self.window)
+            tokenizer = train_tokenizer(
+                self.vocabulary, self.seed, self.tokenizer_documents, self.window, self.tokenizer_kinds
+            )
             fresh = out / "tokenizer.new"
             tokenizer.save_pretrained(fresh)
             os.replace(fresh, folder)
@@ -254,7 +261,7 @@ class Train(Runner):
     def _recipe(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued."""
         free = {"out", "export", "tokens", "cooldown", "device", "threads", "save_every", "recall_every"}
-        free |= {"recall_documents", "limit", "precision"}
+        free |= {"recall_documents", "limit", "precision", "abilities"}
         return {**{k: v for k, v in asdict(self).items() if k not in free}, "prose": prose_hash("train")}
 
     def _save(self, out: Path, model, optimizer, state: dict[str, Any]) -> None:

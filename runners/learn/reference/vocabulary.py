@@ -1,11 +1,12 @@
 """The reference model's tokenizer: byte-level BPE, one token per digit, trained on generated documents and prose."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from runners.learn.reference.long_answers import LONG
 from tasks.documents import KINDS, Pool, prose
 
 CORPUS = (
@@ -14,8 +15,13 @@ CORPUS = (
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
-def train_tokenizer(size: int, seed: int, documents: int, window: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of `size` entries that puts BOS before every text; `window` is the longest text it announces."""
+def train_tokenizer(
+    size: int, seed: int, documents: int, window: int, kinds: Sequence[str] = CORPUS
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of `size` entries that puts BOS before every text; `window` is the longest text it announces.
+
+    kinds: of the documents that it is trained on.
+    """
     tokenizer = Tokenizer(models.BPE())
     # one token per digit; the first digit of a number takes the blank along, so that no blank stands alone
     digits, words = pre_tokenizers.Split(Regex(" ?[0-9]"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -27,7 +33,7 @@ def train_tokenizer(size: int, seed: int, documents: int, window: int) -> PreTra
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(seed, documents), trainer)
+    tokenizer.train_from_iterator(_corpus(seed, documents, kinds), trainer)
     bos = SPECIALS["bos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
@@ -37,8 +43,8 @@ def train_tokenizer(size: int, seed: int, documents: int, window: int) -> PreTra
     )
 
 
-def _corpus(seed: int, documents: int) -> Iterator[str]:
-    kinds = [KINDS[name] for name in CORPUS]
+def _corpus(seed: int, documents: int, names: Sequence[str]) -> Iterator[str]:
+    kinds = [(KINDS | LONG)[name] for name in names]
     for i in range(documents):
         document = kinds[i % len(kinds)](Pool(np.random.default_rng([seed, i])), 1000, 4)
         yield document.opening

@@ -202,3 +202,13 @@ def test_the_shipped_model_answers_and_ends_by_itself():
         answer = tokenizer.decode(ids[inputs.input_ids.shape[1] :], skip_special_tokens=True)
         right += answer == document.turns[0].answer
     assert right >= 4
+
+
+@pytest.mark.parametrize(("name", "layers", "kv_heads"), [("train_deep", 12, 4), ("train_decode", 4, 2)])
+def test_the_other_models_are_settings_of_the_same_training_and_small(name, layers, kv_heads):
+    with initialize_config_dir(str(REFERENCE.parents[1] / "conf"), version_base="1.3"):
+        made = instantiate(compose("config", [f"runner={name}"]).runner)
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    config = made.model_config(tokenizer)
+    assert (config.num_hidden_layers, config.num_key_value_heads) == (layers, kv_heads)
+    assert 2 * sum(p.numel() for p in LlamaForCausalLM(config).parameters()) < 16e6  # bytes in float16

@@ -103,14 +103,10 @@ class Coded:
 
     def read(self) -> Tensor:
         """The numbers, [b, H, n, D], in the type that they came in."""
-        arrays = self._in_use()
+        arrays = self.arrays
         numbers = self.form.decode(arrays, self.D).to(self.dtype)
         reads.instead(numbers, *arrays.values())
         return numbers
-
-    def tensors_in_use(self) -> Iterable[Tensor]:
-        """All that a reader reads, views of what is held."""
-        return self._in_use().values()
 
     def join(self, later: Coded, to_come: int | None) -> bool:
         """Put later tokens behind, where the form allows it; to_come: tokens that will still be packed."""
@@ -149,7 +145,9 @@ class Coded:
         yield from (a.buffer for a in self.growing.values())
         yield from self.fixed.values()
 
-    def _in_use(self) -> dict[str, Tensor]:
+    @property
+    def arrays(self) -> dict[str, Tensor]:
+        """What the form made, without free places: for an attention that takes codes as they are."""
         return {**{name: a.used for name, a in self.growing.items()}, **self.fixed}
 
     @property

@@ -50,7 +50,7 @@ class ChainedSegment(CodedSegment):
             k = (self.links[0](self.keys.D, below[0]) + k.float()).to(k.dtype)
             v = (self.links[1](self.values.D, k, below[1]) + v.float()).to(v.dtype)
             for x, codes in ((k, self.keys), (v, self.values)):
-                reads.instead(x, *codes.tensors_in_use(), *below)
+                reads.instead(x, *codes.arrays.values(), *below)
         self.now = k, v
         return self.now
 

@@ -29,13 +29,13 @@ TEXT_BYTES = 4_000_000  # of all flipped samples together, before they are compr
 TEXT_CHARACTERS = 400  # of one text
 FLIPS = 20  # samples per cell and category, at most
 NUMBERS = [
-    "budget", "n", "seeds", "share", "bytes", "score", "score_low", "score_high", "full", "difference",
+    "budget", "n", "seeds", "share", "read", "bytes", "score", "score_low", "score_high", "full", "difference",
     "difference_low", "difference_high", "retained", "retained_low", "retained_high", "lost", "won", "p_flips",
     "p_holm", "worst_difference", "digits", "kl", "agree", "clear_flips", "shared_prefix", "identical", "out_ratio",
     "n_forced", "n_free",
 ]  # fmt: skip
 WORDS = [*KEYS, "category", "label", "method", "bits", "family", "unit", "metric", "better", "worst", "fidelity"]
-SWITCHES = ["simulated", "tie", "near_chance", "partial", "front"]
+SWITCHES = ["simulated", "tie", "near_chance", "partial", "front", "off_axis"]
 
 
 def page(results: Results) -> str:

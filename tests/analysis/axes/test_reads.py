@@ -2,7 +2,7 @@
 
 import pytest
 
-from analysis import frontier, records, tables
+from analysis import frontier, records, report, tables
 from analysis.area import areas
 from analysis.load import load_results
 from analysis.paired import WHOLE
@@ -84,3 +84,12 @@ def test_a_committed_table_has_what_is_read_beside_what_is_held(book):
     table = tables.grid(tables.snapshot(load_results(book.root), "make"))
     (line,) = [line for line in table.splitlines() if "quest (reads)" in line]
     assert "106.2%, 12.5% read" in line and table.count("% read") == 1
+
+
+def test_the_page_knows_which_points_the_axis_of_held_bytes_shows_nothing_of(book):
+    fill(book)
+    results = load_results(book.root)
+    table = points(results)
+    data = report.contents(results, table.assign(front=on_front(table)))["points"]
+    (i,) = {i for i, label in enumerate(data["label"]) if label == "quest (reads)" and data["category"][i] == WHOLE}
+    assert data["off_axis"][i] and data["read"][i] == pytest.approx(131 / 1050, abs=1e-4) and not data["front"][i]

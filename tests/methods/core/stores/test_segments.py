@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Rules, attend_with_lse
+from kernels import Rules, attend_with_lse, reads
 from methods.core.codes.form import Form
 from methods.core.codes.levels import TokenLevels, even
 from methods.core.codes.widths import Widths
@@ -327,3 +327,16 @@ def test_a_segment_may_have_keys_of_a_width_of_its_own():
     keys, values = torch.cat((k * kept, new), 2), torch.cat((v, new), 2)
     given = q, keys, values, step.rules, at, held_at
     near(store.attend(step), formula(*given), allowed(q, keys, step.rules, at, held_at, size=values))
+
+
+@pytest.mark.parametrize("form", [Sixteenths(), OfBlocks()])
+def test_codes_are_read_as_codes_and_not_as_the_numbers_that_they_become(form):
+    store, at = filled(form), torch.full((2, 1), 30, dtype=torch.int32)
+    q, new = torch.randn(2, 4, 1, D), torch.randn(2, H, 1, D)
+    store.append(new, new, at)
+    step = Step(0, 1, Stage.DECODE, q, new, new, at, at[:, 0], False, torch.arange(2), Rules(D**-0.5))
+    turn, holding = reads.Turn(2), store.holding()
+    with turn:
+        store.attend(step)
+    apart = sum(size * n for size, counts in turn.read.apart.items() for n in counts)
+    assert (turn.read.same + apart).tolist() == [n - m for n, m in zip(holding.held, holding.beside)]

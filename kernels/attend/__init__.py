@@ -12,8 +12,8 @@ and arithmetic is in float32.
 from torch import Tensor
 
 from kernels import reads
-from kernels.attend import compiled, mixed, reference, weighed
-from kernels.attend.lse import log_sum_exp, merged, merged_all
+from kernels.attend import compiled, lse, mixed, reference, weighed
+from kernels.attend.lse import merged, merged_all
 from kernels.attend.pages import Pages
 from kernels.attend.reference import visible
 from kernels.attend.rules import Layout, Rules
@@ -68,8 +68,7 @@ def attend_with_lse(
         from kernels.attend import triton
 
         return triton.attend(q, k, v, rules, q_pos, k_pos, layout, lse=True)
-    out = attend(q, k, v, rules, q_pos=q_pos, k_pos=k_pos, layout=layout, bias=bias, factor=factor)
-    return out, log_sum_exp(q, k, rules, q_pos, k_pos, bias)
+    return lse.attend_with_lse(q, k, v, rules, q_pos, k_pos, bias, factor)
 
 
 @reads.counted(reads.pages)

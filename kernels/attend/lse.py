@@ -1,4 +1,4 @@
-"""The definition of the log-sum-exp of attention logits, in PyTorch: blocks of queries."""
+"""Output with the log-sum-exp of its logits, defined in PyTorch in blocks of queries; and merging several of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kernels.attend.reference import BLOCK_ELEMENTS, logits
+from kernels.attend.reference import BLOCK_ELEMENTS, averages, logits
 
 if TYPE_CHECKING:
     from kernels.attend.rules import Rules
@@ -36,12 +36,29 @@ def merged_all(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return out.to(parts[0][0].dtype), most + total.log()
 
 
-def log_sum_exp(q: Tensor, k: Tensor, rules: Rules, q_pos: Tensor, k_pos: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Of each query's logits over the slots that it sees, [B, Hq, T], float32; -inf where it sees none."""
+def attend_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rules: Rules,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    bias: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `kernels.attend.attend_with_lse` gives, both from one product q·k."""
     B, Hq, T, _ = q.shape
+    H = k.shape[1]
     rows = max(1, BLOCK_ELEMENTS // max(1, B * Hq * k.shape[2]))
-    blocks = [
-        logits(q[:, :, i : i + rows], k, rules, q_pos[:, i : i + rows], k_pos, bias).logsumexp(-1).view(B, Hq, -1)
-        for i in range(0, T, rows)
-    ]
-    return torch.cat(blocks, dim=2) if blocks else q.new_empty(B, Hq, 0, dtype=torch.float32)
+    out, lse = q.new_empty(B, Hq, T, v.shape[-1]), q.new_empty(B, Hq, T, dtype=torch.float32)
+    for i in range(0, T, rows):
+        now = slice(i, i + rows)
+        x = logits(q[:, :, now], k, rules, q_pos[:, now], k_pos, bias)  # [B, H, G, t, S]
+        total = x.logsumexp(-1)
+        base = torch.where(total == -torch.inf, 0.0, total)  # a query that sees nothing
+        p = (x - base[..., None]).exp()
+        if factor is not None:
+            p = p * factor[:, :, None, None]
+        part = averages(p.to(q.dtype).view(B, H, -1, p.shape[-1]), v)
+        out[:, :, now], lse[:, :, now] = part.view(B, Hq, -1, v.shape[-1]), total.view(B, Hq, -1)
+    return out, lse

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import Rules
+from kernels import Rules, mass
 from methods.core.contract import Stage, Step
+from methods.core.eviction import Eviction
 from methods.core.probe import attend_beside
 from methods.core.store import Store
 from methods.core.stores.ragged import RaggedStore
 from methods.per_token import PerToken
 from tests.bounds import bound, near
 from tests.kernels.formula import formula, largest_logit
+from tests.methods.layer import Spec
 
 B, H, HQ, D = 2, 2, 4, 16
 
@@ -48,11 +52,11 @@ def weighs(store: Store, step: Step, names: tuple[str, ...]) -> None:
     logit = largest_logit(step.q, k, step.rules, step.pos, store.pos) + 4
     off = bound(torch.float32, k.shape[2], logit, size=2 * v.abs().max().item(), width=D)
     near(store.attend(step), expected, off)
-    out, mass = store.attend_with_mass(step, 1)
+    out, received = store.attend_with_mass(step, 1)
     near(out, expected, off)
     ones = formula(step.q, k, torch.ones_like(v), step.rules, step.pos, store.pos, *given[:1])
-    near(mass.sum(-1), ones[:, :, -1, 0], off)
-    near(store.mass(step, 1), mass, off)
+    near(received.sum(-1), ones[:, :, -1, 0], off)
+    near(store.mass(step, 1), received, off)
 
 
 @pytest.mark.parametrize("names", [("logit_bias",), ("value_factor",), ("logit_bias", "value_factor")])
@@ -91,3 +95,34 @@ def test_a_store_that_packs_in_groups_refuses_weights_by_name(name):
     append(store, 20, 0)
     with pytest.raises(NotImplementedError, match=f"PerToken: packed slots weigh alike; {name} needs"):
         store.track(name)
+
+
+def test_what_caches_share_is_not_the_attention_of_slots_that_weigh():
+    seen: dict[str, Tensor] = {}
+
+    @dataclass
+    class Watches(Eviction):
+        """Looks at the newest queries' attention."""
+
+        weighs: bool = False
+
+        def n_window_queries(self, store: Store, step: Step) -> int:
+            if self.weighs:
+                store.track("logit_bias")[:, :, 3] = 4.0
+            return 2
+
+        def observe(self, store: Store, step: Step, mass: Tensor) -> None:
+            seen[str(self.weighs)] = mass
+
+    step = replace(unstored(20, 0), stage=Stage.ENDS_PROMPT)
+    for weighs in (False, True):
+        (layer,) = Watches(weighs=weighs).caches(Spec(), None)
+        layer.append(step)
+        layer.end_step(step)  # the output was another cache's
+    k_pos, given = step.pos[:, None].expand(-1, H, -1), (step.q[:, :, -2:], step.k, step.rules)
+    bias = torch.zeros(B, H, 20)
+    bias[:, :, 3] = 4.0
+    for name, weights in (("False", None), ("True", bias)):
+        expected = mass(*given, q_pos=step.pos[:, -2:], k_pos=k_pos, bias=weights)
+        near(seen[name], expected, bound(torch.float32, 20, 30.0, size=2.0, width=D))
+    assert (seen["True"] - seen["False"]).abs().max() > 0.1

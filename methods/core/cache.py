@@ -272,6 +272,7 @@ class KVCache(Probed):
         if n:
             left = [layer.crop(n) for layer in layers]  # the same in all of them
             self._counts, self.meter.tokens, self._here = left[0].to(torch.int32), left[0].tolist(), None
+            self.meter.columns -= n
         for layer in self.layers:
             layer.seen -= n
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from methods.core.contract import Holding, LayerCache, Stage, Step
 from methods.core.decision import taken
-from methods.core.metering.moments import Moment, PromptEnd, nbytes, part
+from methods.core.metering.moments import Moment, PromptEnd, nbytes, own_bytes, part
 from methods.core.metering.reading import Reading, by_row
 from methods.core.metering.report import Report
 
@@ -23,11 +23,13 @@ class Meter:
     def __init__(self, layers: Sequence[LayerCache], binds: str = "held"):
         """binds: what the method's budget is for, see `Method.binds`."""
         self.layers, self.binds = layers, binds
-        self.peak_prompt = self.peak_decode = self.workspace = 0
+        self.peak_prompt = self.peak_decode = 0
+        self.workspace: list[int] = []  # of every row
         self.prompt: PromptEnd | None = None
         self.passes: list[Moment] = []  # those after the prompt
         self.reads = Reading()  # of the same passes
         self.tokens: list[int] = []  # of every row, padding left out
+        self.columns = 0  # of the batch, padding included
         self._slots: dict[int, tuple[int, int | None]] = {}  # per layer: bytes of one full-cache slot, sliding window
         self._device, self._itemsize = "cpu", 4  # of the model's keys
 
@@ -88,7 +90,7 @@ class Meter:
             peak_prompt=part(self.peak_prompt, chosen, B),
             peak_decode=part(self.peak_decode, chosen, B),
             mean_decode=sum(means),
-            workspace=part(self.workspace, chosen, B),
+            workspace=sum(self.workspace[row] for row in chosen),
             adapter=nbytes(t for x in self.layers for t in x.adapters()),
             host=sum(host[row] for row in chosen),
             binds=self.binds,
@@ -123,6 +125,7 @@ class Meter:
             return
         self.reads.reorder(rows)
         before, self.tokens = len(self.tokens), taken(self.tokens, rows)
+        self.workspace = taken(self.workspace, rows)
         alike = len(rows) == before and all(len(set(one.held)) == 1 for one in self._moments())
         if alike and len(set(self.tokens)) == 1:  # then no device is waited for
             return
@@ -140,6 +143,8 @@ class Meter:
         if step.padded and step.stage is not Stage.DECODE:
             new = (step.pos >= 0).sum(-1).tolist()
         self.tokens = [n + m for n, m in zip(self.tokens or [0] * B, new, strict=True)]
+        self.workspace = self.workspace or [0] * B
+        self.columns += T
 
     def _prompt_end(self) -> PromptEnd:
         layers, B = self._by_layer(), len(self.tokens)
@@ -210,8 +215,7 @@ class Meter:
         if holding.host:
             return holding.host
         there = () if self._device == "cpu" else (t for t in layer.tensors() if t.device.type == "cpu")
-        size, B = nbytes(there), len(self.tokens)
-        return [part(size, [row], B) for row in range(B)]
+        return own_bytes(there, self.tokens, self.columns)
 
     def _held(self) -> list[int]:
         """What own slots of every row hold."""
@@ -248,9 +252,11 @@ class Meter:
 
     def _scoring(self) -> int:
         """Bytes held only for scoring, of all layers at this moment."""
-        now = nbytes(t for x in self.layers for t in (*x.workspace(), *x.scratch.values()))
-        self.workspace = max(self.workspace, now)
-        return now
+        now = [t for x in self.layers for t in (*x.workspace(), *x.scratch.values())]
+        if now:
+            own = own_bytes(now, self.tokens, self.columns)
+            self.workspace = [max(n, m) for n, m in zip(self.workspace, own, strict=True)]
+        return nbytes(now)
 
     def _total(self) -> int:
         return nbytes(t for x in self.layers for t in x.tensors())

@@ -55,6 +55,21 @@ class PromptEnd(Moment):
         self.bits = [self.bits[row] for row in rows] if self.bits else []
 
 
+def own_bytes(tensors: Iterable[Tensor], tokens: Sequence[int], columns: int) -> list[int]:
+    """What of the tensors' storages is each row's own: where one has a place per column, the row's tokens' alone.
+
+    tokens: of every row.  columns: of the batch, padding included; [B, H, columns], [B, columns, M] and the like.
+    """
+    B, known = len(tokens), set[int]()
+    own = [0] * B
+    for x in tensors:
+        size = nbytes([x], known)
+        by_token = x.dim() > 1 and len(x) == B and columns in (x.shape[1:-1] if x.dim() > 3 else x.shape[1:])
+        for row, n in enumerate(tokens):
+            own[row] += size // B * n // columns if by_token else part(size, [row], B)
+    return own
+
+
 def part(total: int, rows: Sequence[int], of: int) -> int:
     """What some rows have of bytes that are shared out evenly among so many; the first ones have the remainder."""
     return sum(total // of + (row < total % of) for row in rows) if of else 0

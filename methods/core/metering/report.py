@@ -23,10 +23,11 @@ class Report:
     steps; without one the mean over passes of turns, and before the first pass what is held.  full_read: the same of
     the full cache at these steps, 0 before the first.  read_turn: by all passes of turns together.  moved_step,
     moved_turn: the same of what crossed between host and device.  workspace: most that the cache held at one moment
-    only for scoring.  adapter: the method's own parameters, the same for any batch.  host: of what is held, on the
-    host.  binds: what the budget is for, "held" or "read".  asked: allowed by the budget, held or read by a step.
-    overhead: documented on top of what is held.  per_layer: held_prompt per layer.  nominal_bits, effective_bits: of a
-    number at the end of the prompt, where numbers are coded: of its code alone, and of all that is held.
+    only for scoring, without padding.  adapter: the method's own parameters, the same for any batch.  host: of what is
+    held, on the host.  binds: what the budget is for, "held" or "read".  asked: allowed by the budget, held or read by
+    a step.  overhead: documented on top of what is held.  per_layer: held_prompt per layer.  nominal_bits,
+    effective_bits: of a number at the end of the prompt, where numbers are coded: of its code alone, and of all that is
+    held.
     """
 
     n_layers: int

@@ -173,6 +173,20 @@ def test_a_ranking_over_all_layers_gives_one_layer_nine_tenths_of_the_slots(llam
     assert report.workspace == LAYERS * 2 * N * 2 * 4 and report.peak_prompt >= report.full_prompt
 
 
+def test_what_waits_for_the_end_of_a_pass_is_a_rows_own_workspace_whatever_pads_it(llama):
+    lengths, alone = (N, 23, 31), []
+    ids, mask = padded_prompt(list(lengths))
+    for row, n in enumerate(lengths):
+        cache = Ranking(budget=0.5).cache_for(llama)
+        feed(llama, cache, ids[row : row + 1, N - n :], mask[row : row + 1, N - n :], (n,))
+        alone.append(cache.report().workspace)
+    cache = Ranking(budget=0.5).cache_for(llama)
+    feed(llama, cache, ids, mask, (N,))
+    assert [one.workspace for one in cache.reports()] == alone == [LAYERS * 2 * n * 4 for n in lengths]
+    cache.reorder_cache(torch.tensor([2, 0]))
+    assert [one.workspace for one in cache.reports()] == [alone[2], alone[0]]
+
+
 def test_a_ranking_over_all_layers_is_the_same_in_a_group_alone_and_in_generate(llama):
     ids, _ = padded_prompt([N, N])
     methods = [Ranking(budget=0.5), load_method("snapkv", budget=0.5, window=4), Ranking(budget=0.3)]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from methods.core.contract.step import Step
-from methods.core.home.old_names import adopt
+from methods.core.home.old_names import adopt, unasked
 
 
 @dataclass
@@ -70,6 +70,7 @@ class LayerCache:
                 "own": "held_bytes",
             },
         )
+        unasked(cls, ("read_tensors", "touched"), "what attention is handed is counted, see kernels.reads")
 
     def append(self, step: Step) -> None:
         """Bring in the step's keys and values and the statistics that need no output."""

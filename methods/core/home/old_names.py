@@ -2,8 +2,16 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+
+def unasked(cls: type, names: Sequence[str], why: str) -> None:
+    """Tell in one line that what the class defines by these names is not called any more."""
+    if old := [name for name in names if name in cls.__dict__]:
+        names_of = ", ".join(f"`{name}`" for name in old)
+        said = f"{cls.__module__}.{cls.__qualname__}: {names_of} is not asked any more: {why}"
+        warnings.warn(said, FutureWarning, stacklevel=3)
 
 
 def adopt(cls: type, names: Mapping[str, str], forms: Mapping[str, Callable[[Any], Any]] | None = None) -> None:

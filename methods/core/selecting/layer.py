@@ -36,6 +36,12 @@ class SelectiveCache(LayerCache):
         share a pick those of the slots before them, to which their own are added."""
         raise NotImplementedError
 
+    def attend_to(self, step: Step, at: Tensor) -> Tensor:
+        """Output [B, Hq, T, Dv] over the slots at [B, Hq or H, n]; a subclass that holds them elsewhere, such as on the
+        host or as factors, fetches or rebuilds them here."""
+        store = self.store
+        return attend_chosen(step.q, store.k, store.v, at, step.rules, q_pos=step.pos, k_pos=store.pos)
+
     def append(self, step: Step) -> None:
         if not self._goes_by_token(step):
             self._bring_in(step)
@@ -105,4 +111,4 @@ class SelectiveCache(LayerCache):
         if T > 1:  # a turn's own tokens are seen whatever is picked
             own = torch.arange(len(store) - T, len(store), device=at.device)
             at = torch.cat((at.masked_fill(at >= len(store) - T, -1), own.expand(*at.shape[:2], T)), dim=-1)
-        return attend_chosen(step.q, store.k, store.v, at, step.rules, q_pos=step.pos, k_pos=store.pos)
+        return self.attend_to(step, at)

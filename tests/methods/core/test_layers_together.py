@@ -139,9 +139,6 @@ class Above(LayerCache):
     def tensors(self) -> Iterable[Tensor]:
         return self.store.tensors()
 
-    def read_tensors(self) -> Iterable[Tensor]:
-        return self.store.tensors() if self.layer == 0 else self.below(0).store.tensors()
-
     def reorder(self, rows: Tensor) -> None:
         self.store.reorder(rows)
 
@@ -248,3 +245,4 @@ def test_a_layer_without_storage_reads_one_below_it_and_pays_for_the_read(llama)
     report = cache.report()
     assert report.per_layer == [report.held_prompt, 0]
     assert report.workspace > 0 and not lower.scratch  # the keys that were handed up, while the pass lasted
+    assert report.read_step == LAYERS * (N + 1) * 2 * 2 * 8 * 4  # the lower layer's keys and values, by both

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from statistics import fmean
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from methods.core.contract import Holding, LayerCache, Stage, Step
 from methods.core.decision import taken
 from methods.core.metering.moments import Moment, PromptEnd, nbytes, own_bytes, part
-from methods.core.metering.reading import Reading, by_row
+from methods.core.metering.reading import Reading
 from methods.core.metering.report import Report
 
 __all__ = ["Meter", "Report", "nbytes"]
@@ -170,8 +170,8 @@ class Meter:
 
     def _add_reads(self, report: Report, ends: Mapping[int, Moment], behind: Sequence[int]) -> None:
         """What these rows have read and moved; before the first pass a step would read all that is held."""
-        B, of_layers = len(self.tokens), self._full_reads(behind)
-        read, moved = by_row(self.reads.read, B), by_row(self.reads.moved, B)
+        of_layers = self._full_reads(ends, behind)
+        read, moved = self.reads.by_row(len(self.tokens))
         for row, end in ends.items():
             steps, turns = self.reads.counted(behind[row]), self.reads.turns(behind[row])
             report.read_turn += sum(read[i][row] for i in turns)
@@ -186,17 +186,17 @@ class Meter:
             allowed = [x.budget_bytes([round(n) for n in full]) for x, full in zip(self.layers, of_layers)]
             report.asked = sum(of_row[row] for of_row in allowed for row in ends)
 
-    def _full_reads(self, behind: Sequence[int]) -> list[list[float]]:
-        """What a full cache would have read in a step, the mean over each row's, by layer and row; 0 before the first.
+    def _full_reads(self, rows: Collection[int], behind: Sequence[int]) -> list[list[float]]:
+        """What a full cache would have read in a step, the mean over each row's, by layer and row.
 
-        Of a sliding layer the new token is read too.
+        0 before the first step, and of other rows than these. Of a sliding layer the new token is read too.
         """
         of_kind: dict[tuple[int, int | None], list[float]] = {}
         for kind in set(self._slots.values()):
             slot, window = kind
             of_kind[kind] = []
             for row, late in enumerate(behind):
-                tokens = [self.passes[i].tokens[row] for i in self.reads.counted(late)]
+                tokens = [self.passes[i].tokens[row] for i in self.reads.counted(late)] if row in rows else []
                 seen = tokens if window is None else [min(n, window) for n in tokens]
                 of_kind[kind].append(slot * fmean(seen) if seen else 0.0)
         return [of_kind[self._slots[i]] for i in sorted(self._slots)]

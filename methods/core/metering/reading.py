@@ -42,6 +42,7 @@ class Reading:
         self._step: Step | None = None  # of the turn that goes on
         self._turn = reads.Turn(0)
         self._turns: list[reads.Turn] = []  # of this pass's layers
+        self._known: tuple[list[list[int]], list[list[int]]] | None = None  # what `by_row` gives
 
     def during(self, step: Step) -> AbstractContextManager[None]:
         """Count what ops are handed inside the block, as part of the layer's turn."""
@@ -64,6 +65,7 @@ class Reading:
         self._turns.append(turn)
         self._step = None
         if step.layer == step.n_layers - 1:
+            self._known = None
             self.stages.append(step.stage)
             self.read.append(PassReads([one.read for one in self._turns]))
             self.moved.append(PassReads([one.moved for one in self._turns]))
@@ -71,11 +73,11 @@ class Reading:
 
     def clear(self) -> None:
         """A prompt has ended: what was read before is of another one."""
-        self.stages, self.read, self.moved = [], [], []
+        self.stages, self.read, self.moved, self._known = [], [], [], None
 
     def reorder(self, rows: Tensor) -> None:
         """Row i goes on from row rows[i]."""
-        passes = [*self.read, *self.moved]
+        passes, self._known = [*self.read, *self.moved], None
         differ = any(len(set(one.listed)) > 1 for one in passes)
         order = rows.tolist() if differ else [0] * len(rows)
         for one in passes:
@@ -91,13 +93,18 @@ class Reading:
         n = len(self.stages) - behind
         return [i for i in range(n) if self.stages[i] is Stage.DECODE] or list(range(n))
 
+    def by_row(self, rows: int) -> tuple[list[list[int]], list[list[int]]]:
+        """Bytes read and moved, each by pass and row; waits for the device."""
+        if self._known is None:
+            self._known = _by_row(self.read, rows), _by_row(self.moved, rows)
+        return self._known
+
     def turns(self, behind: int) -> list[int]:
         """The passes of a row's turns."""
         return [i for i in range(len(self.stages) - behind) if self.stages[i] is Stage.TURN]
 
 
-def by_row(passes: Sequence[PassReads], rows: int) -> list[list[int]]:
-    """Bytes by pass and row; waits for the device."""
+def _by_row(passes: Sequence[PassReads], rows: int) -> list[list[int]]:
     apart = [one.apart for one in passes if one.apart is not None]
     known = iter(torch.stack([x.to(apart[0].device) for x in apart]).tolist() if apart else ())
     nothing = [0] * rows

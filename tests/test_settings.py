@@ -21,7 +21,7 @@ from runners.settings.config import Config
 from runners.settings.parts import runner_of, task_of
 from runners.settings.words import quoted, read
 from tests.test_every_task import CASES
-from tests.wrong_values import WRONG, changed, composed, keys, outcome, sample
+from tests.wrong.values import WRONG, changed, composed, keys, outcome, sample
 
 GROUPS = ("model", "method", "task", "runner", "wandb")
 MODELS = sorted(path.stem for path in (run.CONF / "model").glob("*.yaml"))

@@ -410,6 +410,7 @@ def test_the_plan_says_cells_groups_bytes_and_time_and_runs_nothing(command, tmp
     assert code == 0 and out.count("read once for 5 cells") == 1
 
 
+@pytest.mark.slow
 def test_globs_ranges_and_each_methods_own_points_are_cells(command):
     code, out, _ = command("-m", "method=glob(s*)", "budget=range(0.1,0.4,0.1)", "plan=true", "task.limit=1")
     assert code == 0 and "0.3" in out and "0.30000000000000004" not in out

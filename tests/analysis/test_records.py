@@ -10,7 +10,7 @@ from analysis import records
 from analysis.load import load_results
 from analysis.points import points
 from tests.rows import done
-from tests.wrong_fields import WRONG, changed, every, text
+from tests.wrong.fields import WRONG, changed, every, text
 
 METRIC = {"name": "F1", "unit": "points of 100", "better": "higher", "scale": 100, "digits": 2}
 DRAWN = 12  # of the records that a wrong value leaves readable, beside the full cache

@@ -19,7 +19,7 @@ from runners.settings.trainers import for_trainer
 from runners.settings.words import read as setting
 from tests.docs.pages import PAGES, README, ROOT, blocks, read, rows, without_blocks
 from tests.tiny import tiny_model
-from tests.wrong_values import composed
+from tests.wrong.values import composed
 
 CONTRACT = ROOT / "docs" / "contract.md"
 #: headings of docs/contract.md, and the classes whose names stand below them

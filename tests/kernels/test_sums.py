@@ -8,6 +8,7 @@ from kernels import Rules, Stem, Sums, attend_with_sums, backend, compiled, nois
 from kernels.mass import rows, sums
 from tests.bounds import near
 from tests.kernels.formula import allowed, logits
+from tests.turns import taking_turns
 
 FORMS = ["reference", pytest.param("auto", marks=pytest.mark.skipif(compiled._compiler() is None, reason="no C++"))]
 SHAPES = [(1, 1), (1, 63), (63, 63), (20, 300), (200, 1100)]
@@ -52,9 +53,9 @@ def dense(q: Tensor, k: Tensor, rules: Rules, one: Sums, fresh: bool, q_pos: Ten
     return p[:, :, len(q_pos[0]) - one.newest if one.newest else 0 :].sum(2)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("heads", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["tail", "positions", "padded", "window"])
+@pytest.mark.parametrize(
+    ("kind", "heads", "form"), taking_turns(["tail", "positions", "padded", "window"], [1, 2, 4], FORMS, of=3)
+)
 def test_output_and_every_kind_of_sum_are_those_of_the_softmax(kind, heads, form):
     backend.use(form)
     for T, S in SHAPES:

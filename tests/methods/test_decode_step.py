@@ -17,6 +17,7 @@ from methods.core.contract import Method
 from tests.kernels.both_forms import using
 from tests.methods.conftest import run
 from tests.tiny import METHODS, SIZES
+from tests.turns import taking_turns
 from tests.waiting import no_waiting, without_contents
 
 pytest.importorskip("triton")
@@ -109,9 +110,11 @@ def triton_anywhere(monkeypatch):
     monkeypatch.setattr(backend, "_trouble", lambda device, interpreted: None)
 
 
-@pytest.mark.parametrize(("form", "budget", "steps"), [("triton", 0.5, STEPS), ("reference", 40, 4)])
-@pytest.mark.parametrize("case", CASES)
-def test_rows_of_different_lengths_decode_without_waiting(case, form, budget, steps, gqa):
+@pytest.mark.parametrize(
+    ("case", "form"), taking_turns(list(CASES), [("triton", 0.5, STEPS), ("reference", 40, 4)], of=2)
+)
+def test_rows_of_different_lengths_decode_without_waiting(case, form, gqa):
+    form, budget, steps = form
     prompt = prompted(made(case, budget), gqa, LENGTHS)
     with using(form):  # at 40 slots the shortest row fills up after three; a full scissorhands drops many
         decode(*copied(gqa, prompt), steps=12 if CASES[case][0] in DROPPING_MANY else steps)

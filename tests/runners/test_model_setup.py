@@ -10,7 +10,7 @@ from methods.core.errors import UserError
 from runners.engine.loading import find
 from runners.model_setup import ModelSetup, pick_backend, pick_device, pick_dtype, pick_threads
 from tasks.sampling import Sampling
-from tests.wrong_values import composed
+from tests.wrong.values import composed
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,9 @@ def run(task: Task, tokenizer: Any, model_dir: Path, protocol: str, said: list[s
     return found[0]
 
 
-@pytest.mark.parametrize(("mode", "protocol"), [("turns", "aware"), ("requests", "agnostic")])
+@pytest.mark.parametrize(
+    ("mode", "protocol"), [("turns", "aware"), pytest.param("requests", "agnostic", marks=pytest.mark.slow)]
+)
 def test_turns_of_two_kinds_are_answered_on_one_context(tmp_path, tiny_tokenizer, tiny_model_dir, mode, protocol):
     task = MultiTurn(write(tmp_path, context="the cat sat on a mat. " * 200, **MIXED), mode=mode)
     row = run(task, tiny_tokenizer, tiny_model_dir, protocol, ["12345, the cat sat", "SAT\nthe 12345 cat"])

@@ -23,6 +23,7 @@ from tasks.base import Choice, Example, Forced, Task, Turn
 from tests.bounds import LOUDEST, SHARP, losses_off, near, run_off
 from tests.methods.conftest import tiny_llama
 from tests.tiny import METHODS, SIZES, equip
+from tests.turns import taking_turns
 
 TIE = run_off()  # logits closer than this may change places: a row of a batch is added up in another order
 BUDGETS = (0.5, 60)
@@ -330,8 +331,7 @@ def asked(kind: str, rows: int) -> list[Example]:
     ]
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("kind", QUESTIONS)
+@pytest.mark.parametrize(("kind", "rows"), taking_turns(list(QUESTIONS), [1, 2], of=2))
 def test_every_method_is_asked_in_a_group_as_it_is_alone(reader, kind, rows):
     setting = replace(reader, protocol="agnostic" if kind == "requests" else "aware")
     methods, batch = in_turns(list(QUESTIONS).index(kind) + rows), asked(kind, rows)

@@ -84,6 +84,7 @@ def test_only_the_compressors_learn(made, tiny_model_dir):
         assert (after[key].float() - start).abs().max() > 1e-4, key
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(made):
     _, at = made("one")
     for _ in range(4):

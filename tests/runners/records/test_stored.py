@@ -14,7 +14,7 @@ from runners.report import heat_map, latency_report
 from runners.report.wandb_runs import ledger, speeds
 from tasks.base import Example, as_parts
 from tests.rows import done
-from tests.wrong_fields import every, text
+from tests.wrong.fields import every, text
 
 IDENTITY = {
     "model": {"name": "tiny"},

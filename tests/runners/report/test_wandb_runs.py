@@ -132,6 +132,7 @@ def test_offline_runs_hold_what_the_records_hold(command, tmp_path):
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_a_cell_that_goes_on_goes_on_in_the_same_run(command, tmp_path, monkeypatch):
     command("wandb=offline", "task.limit=1")
     command("wandb=offline")
@@ -159,6 +160,7 @@ def test_a_sweep_sends_each_of_its_cells_without_speeds(command, tmp_path):
         assert one.summary["timings"] == {} and one.table("samples")[0]["decode_s"] is None
 
 
+@pytest.mark.slow
 def test_samples_with_a_length_and_a_depth_send_their_heat_map(command, tmp_path):
     essays = tmp_path / "essays"
     essays.mkdir()

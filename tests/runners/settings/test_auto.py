@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from methods.core.home import CACHE
 from runners.engine.sources import fetched
 from runners.settings import auto
-from tests.wrong_values import composed
+from tests.wrong.values import composed
 
 REAL, SMALL = "model=smollm2-135m", "model=reference"
 

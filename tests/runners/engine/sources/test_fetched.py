@@ -14,7 +14,7 @@ from kvfrontier import command
 from methods.core.errors import UserError
 from runners.engine.loading import checkpoint_of, find, load_model
 from runners.engine.sources import fetched, hub
-from tests.wrong_values import composed
+from tests.wrong.values import composed
 
 CONTENT = b"GGUF and more"
 MODEL = replace(fetched.SMOLLM2, size=len(CONTENT), sha256=hashlib.sha256(CONTENT).hexdigest())

@@ -21,7 +21,7 @@ from runners.engine.sources.gguf_header import read
 from runners.settings.check import check_config
 from runners.settings.parts import task_of
 from tests.runners.engine.sources.gguf_files import TEMPLATE, write_gguf
-from tests.wrong_values import composed
+from tests.wrong.values import composed
 
 CPU = torch.device("cpu")
 TEXT = "the cat sat on 2024\n\n12 mats"

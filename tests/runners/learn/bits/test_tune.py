@@ -113,6 +113,7 @@ def test_a_search_that_was_stopped_goes_on_and_one_that_is_done_runs_nothing(com
     assert command(*few)[0] == 0 and len(sizes) == again
 
 
+@pytest.mark.slow
 def test_tables_of_the_stand_in_objective_are_ordered_by_error_and_refused_by_the_method(
     command, place, tiny_model_dir
 ):
@@ -182,6 +183,7 @@ def sharp_model(tiny_model_dir: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_tables_that_share_a_pass_have_the_scores_that_each_has_alone(command, place, tiny_model_dir, monkeypatch):
     # a score that tells answers apart
     monkeypatch.setattr(LongBench, "score", lambda self, example, prediction: sum(prediction.encode()) % 997 / 997)

@@ -9,6 +9,7 @@ is the same for all rows is counted on the host, from shapes; the rest where the
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar, Token
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -65,15 +66,13 @@ class Turn:
         self.read, self.moved = Bytes(rows), Bytes(rows)
         self.rows = slice(0, rows)  # those that ops are handed now
         self._met: dict[Any, Tensor] = {}  # kept, so that no other tensor takes its place in memory
-        self._before: Turn | None = None
+        self._tokens: list[Token[Turn | None]] = []
 
     def __enter__(self) -> None:
-        global _turn
-        self._before, _turn = _turn, self
+        self._tokens.append(_turn.set(self))
 
     def __exit__(self, *error: object) -> None:
-        global _turn
-        _turn = self._before
+        _turn.reset(self._tokens.pop())
 
     def is_new(self, x: Tensor) -> bool:
         """Whether these elements have not been handed over in this turn."""
@@ -88,14 +87,15 @@ class Turn:
         self._met = {}
 
 
-_turn: Turn | None = None  # that ops are part of; None: nobody counts
+# that ops of this thread are part of; None: nobody counts
+_turn: ContextVar[Turn | None] = ContextVar("turn", default=None)
 
 
 class of_rows:
     """Inside `with` this ops are handed some rows of the batch alone."""
 
     def __init__(self, rows: slice):
-        self.rows, self.turn = rows, _turn
+        self.rows, self.turn = rows, _turn.get()
 
     def __enter__(self) -> None:
         if self.turn is not None:
@@ -109,8 +109,8 @@ class of_rows:
 
 def next_token() -> None:
     """A turn goes on with its next token, which reads for itself."""
-    if _turn is not None:
-        _turn.again()
+    if (turn := _turn.get()) is not None:
+        turn.again()
 
 
 def note(*tensors: Tensor, there: Tensor | None = None) -> None:
@@ -118,22 +118,22 @@ def note(*tensors: Tensor, there: Tensor | None = None) -> None:
 
     there: bool [B, H or 1, n], which of n things in x [B, H, n, ...] there are; None: all.
     """
-    if _turn is not None:
+    if (turn := _turn.get()) is not None:
         for x in tensors:
-            _note(_turn, _turn.read, x, there)
+            _note(turn, turn.read, x, there)
 
 
 def instead(x: Tensor, *of: Tensor) -> None:
     """x, which attention will be handed, is made of these: they are read in its place."""
-    if _turn is not None and _turn.is_new(x):
+    if (turn := _turn.get()) is not None and turn.is_new(x):
         note(*of)
 
 
 def moved(*tensors: Tensor, there: Tensor | None = None) -> None:
     """These cross between host and device; there: as for `note`."""
-    if _turn is not None:
+    if (turn := _turn.get()) is not None:
         for x in tensors:
-            _add(_turn, _turn.moved, x, there)
+            _add(turn, turn.moved, x, there)
 
 
 def counted(handed: Callable[..., None]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -142,16 +142,15 @@ def counted(handed: Callable[..., None]) -> Callable[[Callable[P, R]], Callable[
     def mark(op: Callable[P, R]) -> Callable[P, R]:
         @wraps(op)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            global _turn
-            turn = _turn
+            turn = _turn.get()
             if turn is None:
                 return op(*args, **kwargs)
             handed(turn, *args, **kwargs)
-            _turn = None
+            token = _turn.set(None)
             try:
                 return op(*args, **kwargs)
             finally:
-                _turn = turn
+                _turn.reset(token)
 
         return run
 

@@ -1,5 +1,7 @@
 """What ops are handed is counted by row: what a query sees, once for a group of heads, whatever lies around it."""
 
+from threading import Thread
+
 import pytest
 import torch
 
@@ -168,3 +170,18 @@ def test_what_slots_weigh_is_read_with_them():
     bias = torch.zeros(2, 2, 10)
     assert read(lambda: attend(q, k, v, RULES, **at(2, 10), bias=bias), 2) == [20 * (SLOT + 4)] * 2
     assert read(lambda: attend(q, k, v, RULES, **at(2, 10), bias=bias, factor=bias.exp()), 2) == [20 * (SLOT + 8)] * 2
+
+
+def test_what_another_thread_reads_is_none_of_a_turns_and_an_error_ends_the_counting():
+    (k, v), q = slots(1, 2, 10), torch.randn(1, 2, 1, D)
+    turn = reads.Turn(1)
+    with turn:
+        thread = Thread(target=attend, args=(q, k, v, RULES), kwargs=at(1, 10))
+        thread.start()
+        thread.join()
+    assert not turn.read
+    with pytest.raises(KeyError), turn:
+        attend(q, k, v, RULES, **at(1, 10))
+        raise KeyError
+    attend(q, k.clone(), v.clone(), RULES, **at(1, 10))
+    assert by_row(turn) == [20 * SLOT]

@@ -65,6 +65,7 @@ class Turn:
     def __init__(self, rows: int):
         self.read, self.moved = Bytes(rows), Bytes(rows)
         self.rows = slice(0, rows)  # those that ops are handed now
+        self.by_token = False  # whether each token of it reads for itself
         self._met: dict[Any, Tensor] = {}  # kept, so that no other tensor takes its place in memory
         self._tokens: list[Token[Turn | None]] = []
 
@@ -110,6 +111,7 @@ class of_rows:
 def next_token() -> None:
     """A turn goes on with its next token, which reads for itself."""
     if (turn := _turn.get()) is not None:
+        turn.by_token = True
         turn.again()
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from statistics import fmean
 
 from torch import Tensor
 
@@ -170,35 +169,41 @@ class Meter:
 
     def _add_reads(self, report: Report, ends: Mapping[int, Moment], behind: Sequence[int]) -> None:
         """What these rows have read and moved; before the first pass a step would read all that is held."""
-        of_layers = self._full_reads(ends, behind)
         read, moved = self.reads.by_row(len(self.tokens))
+        steps = {row: self._steps(row, behind[row]) for row in ends}
+        of_layers = self._full_reads(steps)
         for row, end in ends.items():
-            steps, turns = self.reads.counted(behind[row]), self.reads.turns(behind[row])
+            turns, n = self.reads.turns(behind[row]), sum(len(tokens) for _, tokens in steps[row])
             report.read_turn += sum(read[i][row] for i in turns)
             report.moved_turn += sum(moved[i][row] for i in turns)
-            if steps:
-                report.read_step += round(fmean(read[i][row] for i in steps))
-                report.moved_step += round(fmean(moved[i][row] for i in steps))
-            else:
-                report.read_step += end.held[row]
+            report.read_step += round(sum(read[i][row] for i, _ in steps[row]) / n) if n else end.held[row]
+            report.moved_step += round(sum(moved[i][row] for i, _ in steps[row]) / n) if n else 0
             report.full_read += round(sum(of_row[row] for of_row in of_layers))
         if self.binds == "read":
             allowed = [x.budget_bytes([round(n) for n in full]) for x, full in zip(self.layers, of_layers)]
             report.asked = sum(of_row[row] for of_row in allowed for row in ends)
 
-    def _full_reads(self, rows: Collection[int], behind: Sequence[int]) -> list[list[float]]:
-        """What a full cache would have read in a step, the mean over each row's, by layer and row.
+    def _steps(self, row: int, behind: int) -> list[tuple[int, range]]:
+        """The passes whose steps a row's mean is over, and the row's tokens at each step of theirs."""
+        moments, steps = self._moments(), []  # the prompt's end, then the passes
+        for i in self.reads.counted(behind):
+            before, n = (one.tokens[row] for one in moments[i : i + 2])
+            if n > before:  # else the row had no token in it
+                steps.append((i, range(before + 1 if self.reads.by_token[i] else n, n + 1)))
+        return steps
 
-        0 before the first step, and of other rows than these. Of a sliding layer the new token is read too.
+    def _full_reads(self, steps: Mapping[int, Sequence[tuple[int, range]]]) -> list[list[float]]:
+        """What a full cache would have read in a step, the mean over each row's steps, by layer and row of the batch.
+
+        0 for a row without any. Of a sliding layer the new token is read too.
         """
         of_kind: dict[tuple[int, int | None], list[float]] = {}
         for kind in set(self._slots.values()):
             slot, window = kind
-            of_kind[kind] = []
-            for row, late in enumerate(behind):
-                tokens = [self.passes[i].tokens[row] for i in self.reads.counted(late)] if row in rows else []
-                seen = tokens if window is None else [min(n, window) for n in tokens]
-                of_kind[kind].append(slot * fmean(seen) if seen else 0.0)
+            of_kind[kind] = [0.0] * len(self.tokens)
+            for row, passes in steps.items():
+                seen = [n if window is None else min(n, window) for _, tokens in passes for n in tokens]
+                of_kind[kind][row] = slot * sum(seen) / len(seen) if seen else 0.0
         return [of_kind[self._slots[i]] for i in sorted(self._slots)]
 
     def _now(self) -> tuple[Moment, int, list[int]]:

@@ -37,6 +37,7 @@ class Reading:
 
     def __init__(self) -> None:
         self.stages: list[Stage] = []  # of the passes since the prompt
+        self.by_token: list[bool] = []  # whether each token of such a pass has read for itself, as while decoding
         self.read: list[PassReads] = []
         self.moved: list[PassReads] = []
         self._step: Step | None = None  # of the turn that goes on
@@ -67,13 +68,14 @@ class Reading:
         if step.layer == step.n_layers - 1:
             self._known = None
             self.stages.append(step.stage)
+            self.by_token.append(any(one.by_token for one in self._turns))
             self.read.append(PassReads([one.read for one in self._turns]))
             self.moved.append(PassReads([one.moved for one in self._turns]))
             self._turns = []
 
     def clear(self) -> None:
         """A prompt has ended: what was read before is of another one."""
-        self.stages, self.read, self.moved, self._known = [], [], [], None
+        self.stages, self.by_token, self.read, self.moved, self._known = [], [], [], [], None
 
     def reorder(self, rows: Tensor) -> None:
         """Row i goes on from row rows[i]."""

@@ -20,7 +20,8 @@ class Report:
     places that are no row's slot, free ones for tokens to come among them; a row has an equal part.
     peak_prompt, peak_decode: largest total of the phase, layer by layer, padding and workspace included; a row has an
     equal part.  read_step: keys, values, codes and what selects among them that a decode step was handed, the mean over
-    steps; without one the mean over passes of turns, and before the first pass what is held.  full_read: the same of
+    steps; without one the mean over turns, or over their tokens where each reads for itself, and before the first pass
+    what is held.  full_read: the same of
     the full cache at these steps, 0 before the first.  read_turn: by all passes of turns together.  moved_step,
     moved_turn: the same of what crossed between host and device.  workspace: most that the cache held at one moment
     only for scoring, without padding.  adapter: the method's own parameters, the same for any batch.  host: of what is

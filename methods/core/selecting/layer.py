@@ -87,7 +87,8 @@ class SelectiveCache(LayerCache):
         self.tokens = [self.tokens[row] for row in rows.tolist()] if self.tokens else []
 
     def _goes_by_token(self, step: Step) -> bool:
-        return step.stage is Stage.TURN and self.method.turn == "per_token" and self._picks(step)
+        """Whether a turn's tokens come one after the other, through dense layers too, as they would while decoding."""
+        return step.stage is Stage.TURN and self.method.turn == "per_token" and self.method.budget != 1
 
     def _picks(self, step: Step) -> bool:
         """Whether the step's queries attend to what they pick, and not to everything."""

@@ -117,17 +117,19 @@ def test_steps_behind_a_rows_own_end_are_not_its_reads(llama):
     assert cache.reports([0, 3])[1].read_step == short.read_step
 
 
-@pytest.mark.parametrize("per_group", [True, False])
-def test_a_turn_by_token_reads_and_answers_as_its_tokens_one_at_a_time(llama, per_group):
+@pytest.mark.parametrize("knobs", [{"per_group": True}, {}, {"dense_layers": 1}])
+def test_a_turn_by_token_reads_and_answers_as_its_tokens_one_at_a_time(llama, knobs):
     T = 6
     for lengths in ((N,), (N, 29)):
         ids, mask = padded_prompt([n + T for n in lengths])
-        one, each = (paged(per_group=per_group).cache_for(llama) for _ in range(2))
+        one, each = (paged(**knobs).cache_for(llama) for _ in range(2))
         turn = feed(llama, one, ids, mask, [ids.shape[1] - T, T])
         token = feed(llama, each, ids, mask, [ids.shape[1] - T, *[1] * T])
         near(turn[:, -T:], token[:, -T:], run_off())
         for a, b in zip(one.reports(), each.reports()):
             assert abs(a.read_turn - T * b.read_step) <= T and a.full == b.full and b.read_turn == 0
+            # nothing was decoded, and the turn's tokens were as good as that
+            assert (a.read_step, a.full_read, a.asked) == (b.read_step, b.full_read, b.asked)
 
 
 def test_a_turn_that_shares_its_pick_reads_it_once_and_a_dense_one_everything(llama):
@@ -189,11 +191,15 @@ def test_bounds_are_those_of_the_pages_and_before_a_step_all_that_is_held_would_
     assert report.read_turn == 0 and report.full_read == 0 and report.read_step == report.held_end
 
 
-def test_all_pages_are_the_full_cache(llama):
-    _, full, _ = run(llama, load_method("full", budget=1), (N, 29), turn=5)
-    for turn in ("per_token", "shared"):
-        _, logits, _ = run(llama, paged(pages=99, turn=turn), (N, 29), turn=5)
-        near(logits[:, -8:], full[:, -8:], run_off())
+@pytest.mark.parametrize("name", ["llama", "mpt", "gpt2", "gemma2", "llama-mqa"])
+def test_all_pages_are_the_full_cache_whatever_turns_keys_and_caps_logits(name):
+    model = tiny_model(name)
+    _, full, rows = run(model, load_method("full", budget=1), (N, 29), turn=5)
+    for turn, per_group in (("per_token", False), ("shared", False), ("shared", True)):
+        _, logits, ours = run(model, paged(pages=99, turn=turn, per_group=per_group), (N, 29), turn=5)
+        near(logits[:, -8:], full[:, -8:], run_off(full))
+        for one, whole in zip(ours, rows):  # everything and its bounds; one layer of gemma2 slides and has none
+            assert one.full_read == whole.full_read == whole.read_step < one.read_step < 1.4 * whole.read_step
 
 
 def test_beams_read_what_their_own_row_picks_and_a_second_compressed_prompt_begins_anew(llama):

@@ -14,7 +14,7 @@ from kernels.select import compact, put
 from methods.core.contract import Step
 from methods.core.decision import taken
 from methods.core.home.old_names import adopt
-from methods.core.stores.buffers import gathered, own
+from methods.core.stores.buffers import fitting, gathered, own
 from methods.core.stores.counted import Counted
 
 
@@ -140,7 +140,7 @@ class Store(Counted):
 
         side: side arrays [B, H, S, ...] that are tracked; those that are not given start anew. Types stay what they
         were. exact promises that no slot is padding, a plain value as in `keep`.  Raises ValueError for other shapes
-        than these, and for a side array that is not tracked.
+        than these, and for a side array that is not tracked; UserError for a number that float16 does not hold.
         """
         if unknown := set(side) - set(self.fills):
             raise ValueError(f"{type(self).__name__}.replace: {', '.join(sorted(unknown))}: no such side array")
@@ -153,7 +153,7 @@ class Store(Counted):
                     f"{type(self).__name__}.replace: {name} {list(x.shape)} beside keys {list(k.shape)}; it held "
                     f"{list(old.shape)}, and rows, heads and widths stay"
                 )
-        slots = {name: own(x.to(self.buffers[name].dtype)) for name, x in given.items()}
+        slots = {name: own(fitting(name, x, self.buffers[name].dtype)) for name, x in given.items()}
         for name, fill in self.fills.items():
             if name not in side:
                 old = self.buffers[name]

@@ -93,6 +93,26 @@ class TokenLevels(Levels):
         return super().nbytes(n, H, D) + n * H * 4
 
 
+class Means(Form):
+    """A token's vector as its mean, in float16: no bits for a number by itself."""
+
+    @property
+    def bits(self) -> float:
+        return 0.0
+
+    def encode(self, x: Tensor, apart: Tensor | None = None) -> dict[str, Tensor]:
+        if apart is None:
+            return {"mean": half(x.mean(-1, keepdim=True))}
+        n = (~apart).sum(-1, keepdim=True).clamp_min(1)
+        return {"mean": half(x.masked_fill(apart, 0.0).sum(-1, keepdim=True) / n)}
+
+    def decode(self, arrays: Arrays, D: int) -> Tensor:
+        return arrays["mean"].float().expand(-1, -1, -1, D)
+
+    def nbytes(self, n: int, H: int, D: int) -> int:
+        return n * H * 2
+
+
 class TileLevels(Form):
     """Even steps from the least to the greatest number of each channel over every `tile` tokens; two float16 each."""
 

@@ -13,7 +13,7 @@ from methods.core.codes.balance import Balanced, balanced
 from methods.core.codes.bits import pack, size, unpack
 from methods.core.codes.codebook import Codebook
 from methods.core.codes.form import Coded, Form
-from methods.core.codes.levels import ChannelLevels, Levels, TileLevels, TokenLevels, even
+from methods.core.codes.levels import ChannelLevels, Levels, Means, TileLevels, TokenLevels, even
 from methods.core.codes.outliers import Outliers
 from methods.core.codes.rotation import HeadsTogether, Normed, Rotated, hadamard, random_rotation
 from methods.core.codes.sums import CodeSums, Sketch, Sum
@@ -59,6 +59,8 @@ FORMS: dict[str, Callable[[], Form]] = {
     "levels": lambda: Levels(uneven(3)),
     "channel levels": lambda: ChannelLevels(uneven(2), -torch.ones(H, D), torch.rand(H, D) + 0.5),
     "token levels": lambda: TokenLevels(uneven(3)),
+    "means": Means,
+    "outliers of means": lambda: Outliers(Means(), 1),
     "tile levels": lambda: TileLevels(2, 8),
     "outliers": lambda: Outliers(TokenLevels(even(4)), 2),
     "outliers of all heads": lambda: HeadsTogether(Outliers(TokenLevels(even(3)), 3), H),
@@ -82,7 +84,7 @@ def test_bytes_are_exact_and_what_is_joined_selected_or_dropped_reads_as_before(
     read = whole.read()
     assert read.shape == x.shape and read.dtype == dtype and read.isfinite().all()
     assert whole.used == nbytes(whole.tensors()) == B * form.nbytes(N, H, D) and whole.free == 0
-    assert form.effective_bits(N, H, D) >= form.bits > 0
+    assert form.effective_bits(N, H, D) >= form.bits >= 0
     again = form.decode(form.encode(read.float()), D) if isinstance(form, (Levels, Codebook)) else None
     if again is not None and not isinstance(form, TokenLevels):
         assert torch.equal(again.to(dtype), read)  # what is read is read again
@@ -142,6 +144,14 @@ def test_even_levels_between_a_tokens_ends_are_uniform_codes_and_outliers_widen_
     assert ((read - far).abs()[..., others] <= step / 2 + off).all()
     everything = Outliers(form, 8)
     near(everything.decode(everything.encode(x), 16), x, off)
+
+
+def test_a_token_of_no_bits_is_its_mean_and_outliers_stay_apart_from_it():
+    x = rows([1, 2, 3, 6, 100, -50], [0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
+    near(Means().decode(Means().encode(x), 6)[0, 0, :, 0], x.mean(-1)[0, 0], 100 * HALF)
+    form = Outliers(Means(), 1)
+    near(form.decode(form.encode(x), 6), rows([3, 3, 3, 3, 100, -50], [0.5] * 6), 100 * HALF)
+    assert form.nbytes(1, 1, 6) == 2 + 2 * 3
 
 
 def test_tiles_round_between_the_ends_that_are_held():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import Rules
 from methods.core.contract import Stage, Step
+from methods.core.errors import UserError
 from methods.core.meter import nbytes
 from methods.core.store import Store
 from methods.core.stores.ragged import RaggedStore
@@ -136,6 +137,18 @@ def test_a_type_stays_what_it_was_and_a_view_is_not_held():
     bigger = store.k.new_zeros(B, H, 90, D)
     store.replace(bigger[:, :, 40:60], bigger[:, :, :20], torch.arange(20).expand(B, H, 20), exact=True)
     assert nbytes(store.tensors()) == B * H * 20 * (2 * D * 2 + 4)
+
+
+def test_numbers_beyond_float16_are_refused_by_name_and_nothing_is_replaced():
+    store, x = Store(), torch.ones(1, H, 5, D)
+    store.append(x.half(), x.half(), torch.arange(5)[None])
+    big = x * 4
+    big[0, 1, 2, 3] = 70000.0
+    with pytest.raises(UserError, match="float16: v that take the place of others reach 70000"):
+        store.replace(x * 2, big, store.pos, exact=True)
+    assert torch.equal(store.k, x.half()) and torch.equal(store.v, x.half())
+    store.replace(x * 2, big.clamp_max(65000), store.pos, exact=True)
+    assert store.v.isfinite().all()
 
 
 def test_an_array_that_starts_anew_with_another_width_is_counted_anew():

@@ -21,6 +21,7 @@ from methods import method_names, method_part, method_yaml
 from methods.core.typed import conform, hints_of
 from runners.jobs import Failed, announce, apart, group, job_cells, tidy, with_references
 from runners.records.record import check_writable
+from runners.settings import auto
 from runners.settings.composing import Composer
 from runners.settings.config import Config
 
@@ -85,7 +86,8 @@ class GroupedSweeper(BasicSweeper):
     ) -> list[list[list[str]]]:
         """The grid as jobs; called by Hydra's sweeper with what was typed."""
         (typed,) = BasicSweeper.split_arguments(overrides, None)
-        once = dict.fromkeys(tuple(cell) for cell in typed)  # a value that is named twice is one cell
+        # a named grid may leave the model open; a value that is named twice is one cell
+        once = dict.fromkeys(tuple(map(auto.settled, cell)) for cell in typed)
         cells = [point for cell in once for point in self._points(tidy(cell))]
         first = self._compose(cells[0])
         if first.references:

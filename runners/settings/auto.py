@@ -46,6 +46,11 @@ def decided(words: Sequence[str]) -> Iterator[list[str]]:
             os.environ[NAME] = before
 
 
+def settled(word: str) -> str:
+    """An override with the choice in the place of `auto`, inside `decided`."""
+    return f"model={os.environ[NAME]}" if word == f"model={AUTO}" else word
+
+
 def named_by(hydra: HydraConf | DictConfig) -> list[str]:
     """The override that names the model which a command took without naming one; none where it says it."""
     if any(_key(word) in ("model", *OTHERS) for word in hydra.overrides.task):

@@ -73,6 +73,18 @@ def test_the_environment_may_name_the_model(fetched_model, monkeypatch):
     assert taken()[0] == "smollm2-135m"
 
 
+def test_a_named_grid_may_leave_the_model_open(run_command, tmp_path):
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(
+        "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {model: auto, method: snapkv, budget: 0.5}}}\n"
+    )
+    words = (f"--config-dir={tmp_path / 'conf'}", "experiment=mine", "dry_run=true", f"results={tmp_path / 'results'}")
+    code, out, err = run_command(*words)
+    assert code == 0, err
+    assert "longbench-mini" in out and "snapkv" in out  # the tests name the reference model
+
+
 def test_the_choice_stands_in_the_place_of_auto_where_several_models_are_swept(fetched_model):
     with auto.decided(["-m", "model=auto,reference", "budget=0.5"]) as words:
         assert words == ["-m", f"{REAL},reference", "budget=0.5"]

@@ -1,10 +1,13 @@
 """What ops are handed is counted by row: what a query sees, once for a group of heads, whatever lies around it."""
 
+import inspect
 from threading import Thread
 
 import pytest
 import torch
 
+import kernels
+import kernels.attend_quantized
 from kernels import Pages, Rules, attend, attend_chosen, attend_pages, attend_with_mass, mass, reads
 from kernels.attend_quantized import attend_quantized
 from kernels.quantize import quantize
@@ -185,3 +188,16 @@ def test_what_another_thread_reads_is_none_of_a_turns_and_an_error_ends_the_coun
         raise KeyError
     attend(q, k.clone(), v.clone(), RULES, **at(1, 10))
     assert by_row(turn) == [20 * SLOT]
+
+
+def test_every_op_that_is_given_keys_is_counted():
+    ops = {
+        f"{module.__name__}.{name}": op
+        for module in (kernels, kernels.attend_quantized)
+        for name in module.__all__
+        if inspect.isfunction(op := getattr(module, name))
+    }
+    takes = {name: set(inspect.signature(op).parameters) for name, op in ops.items()}
+    given = {name for name, words in takes.items() if "q" in words and words & {"k", "keys", "pages"}}
+    assert len(given) > 9
+    assert {name for name in given if not hasattr(ops[name], "__wrapped__")} == set()

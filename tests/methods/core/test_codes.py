@@ -20,7 +20,7 @@ from methods.core.codes.sums import CodeSums, Sketch, Sum
 from methods.core.codes.widths import Widths
 from methods.core.errors import UserError
 from methods.core.meter import nbytes
-from tests.bounds import half_digit, near
+from tests.bounds import bound, half_digit, near
 
 B, H, N, D = 2, 2, 24, 32
 HALF = 2.0**-11  # relative rounding of a float16
@@ -192,13 +192,14 @@ def test_a_vector_grid_under_a_hadamard_rotation():
 
 def test_rotations_are_orthogonal_and_undone():
     for matrix in (hadamard(64), random_rotation(48, 3)):
-        near(matrix @ matrix.T, torch.eye(len(matrix)), 1e-5)
+        near(matrix @ matrix.T, torch.eye(len(matrix)), 4 * len(matrix) * torch.finfo(torch.float32).eps)
     assert not torch.equal(random_rotation(8, 0), random_rotation(8, 1))
     with pytest.raises(UserError, match="power of two, and this one is 48"):
         hadamard(48)
     fine = Rotated(TokenLevels(even(12)), hadamard(32))
     x = numbers(1, 1, 20, 64)
-    near(fine.decode(fine.encode(x), 64), x, 0.01)
+    # half a step of 12 bits between the ends of a turned vector, in each of the 32 numbers that one is turned back from
+    near(fine.decode(fine.encode(x), 64), x, 32**0.5 * x.norm(dim=-1).max().item() / (2**12 - 1))
 
 
 MEASURED = {1: 0.3609, 2: 0.1160, 3: 0.0340, 4: 0.0093}
@@ -256,7 +257,11 @@ TILES = {
 @pytest.mark.parametrize("rounds", TILES)
 def test_a_tile_is_brought_to_an_even_spread_before_it_is_packed(rounds):
     scales, codes, step, low, error = TILES[rounds]
-    near(balanced(X, rounds)[0], torch.tensor(scales), 40 * 2e-6)
+    near(
+        balanced(X, rounds)[0],
+        torch.tensor(scales),
+        half_digit(6) + bound(torch.float32, 16 * rounds, size=max(scales)),
+    )
     keys = Balanced(TileLevels(2, 4), 4, "tokens", rounds)  # rows of X are channels
     arrays = keys.encode(X.T[None, None])
     assert unpack(arrays["codes"], 2, 4)[0, 0].T.tolist() == codes

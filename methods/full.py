@@ -29,7 +29,7 @@ class Full(Eviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.budget != 1:
+        if not self.request.is_off:
             raise UserError(f"Full: method.budget={self.budget}; the full cache keeps everything, budget=1")
 
     @property

@@ -38,7 +38,7 @@ class H2O(Capped):
             raise UserError(f"H2O: method.heavy={self.heavy}; it is a share of the budget in [0, 1]")
 
     def n_window_queries(self, store: Store, step: Step) -> int:
-        return 0 if self.budget == 1 else step.q.shape[2]
+        return 0 if self.request.is_off else step.q.shape[2]
 
     def observe(self, store: Store, step: Step, mass: Tensor | None) -> None:
         """Add the attention of the step's queries to what the slots have collected."""

@@ -52,7 +52,7 @@ class Hindsight(Eviction):
 
     def after_prompt(self, model: nn.Module, cache: KVCache) -> None:
         """Read the answers behind the prompt, once; then every layer decides."""
-        if self.budget == 1:
+        if self.request.is_off:
             return
         if cache.answers is None:
             raise UserError(f"{self.name}: a later prompt has an answer of its own, which is not known; compress once")
@@ -81,7 +81,7 @@ class HindsightCache(EvictionCache):
         return attend_beside(self.store, step)
 
     def _decide(self, step: Step) -> None:
-        if step.stage is not Stage.ENDS_PROMPT or self.method.budget == 1:
+        if step.stage is not Stage.ENDS_PROMPT or self.method.request.is_off:
             super()._decide(step)
             return
         self.waiting = replace(step, **{name: getattr(step, name)[:, :, :0] for name in ("q", "k", "v")})

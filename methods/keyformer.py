@@ -73,7 +73,7 @@ class Keyformer(Capped):
 
     def end_pass(self, caches: Sequence[LayerCache], step: Step) -> None:
         """shared=true: the rows of all layers have been added up, and decide for each of them."""
-        if not self.shared or self.budget == 1:
+        if not self.shared or self.request.is_off:
             return
         rows = caches[-1].scratch["rows"]
         for cache in caches:
@@ -82,17 +82,17 @@ class Keyformer(Capped):
             CappedCache._decide(cache, step)
 
     def slots(self, n: int) -> int:
-        return self._without_gap(super().slots(n)) if self.budget <= 1 else min(n, self.capacity(n))
+        return min(n, self.capacity(n)) if self.request.number else self._without_gap(super().slots(n))
 
     def capacity(self, n: int) -> int:
-        return self.slots(n) if self.budget <= 1 else self._without_gap(int(self.budget))
+        return self._without_gap(self.request.number) if self.request.number else self.slots(n)
 
     def tau(self, t: Tensor) -> Tensor:
         """Temperature of the t-th new token, counted from 1; 0 is the prompt."""
         return self.tau_init + t.clamp(0, self.new_tokens) * ((self.tau_end - self.tau_init) / self.new_tokens)
 
     def n_window_queries(self, store: Store, step: Step) -> int:
-        if self.budget == 1:
+        if self.request.is_off:
             return 0
         if step.stage is Stage.DECODE:
             return 1
@@ -108,7 +108,7 @@ class Keyformer(Capped):
 
     def sums(self, store: Store, step: Step) -> Mapping[Hashable, Sums]:
         """In a prompt the noisy softmax comes with the plain one, from the same product q·k."""
-        if self.budget == 1 or not _in_prompt(step) or self.n_window_queries(store, step):
+        if self.request.is_off or not _in_prompt(step) or self.n_window_queries(store, step):
             return {}
         return {("keyformer", self.seed, self.noise, self.tau_init): self.asked(step, self.stem(step), None)}
 
@@ -157,7 +157,7 @@ class Keyformer(Capped):
 
     def _without_gap(self, n: int) -> int:
         """Slots; the release's masks show one less, the token that is about to leave the recent window."""
-        return max(1, n - 1) if self.compat and self.budget != 1 else n
+        return max(1, n - 1) if self.compat and not self.request.is_off else n
 
 
 class KeyformerCache(CappedCache):
@@ -178,7 +178,7 @@ class KeyformerCache(CappedCache):
             self.stem = Stem(self.stem.state.index_select(0, rows))
 
     def _observe(self, step: Step) -> None:
-        if self.method.budget == 1:
+        if self.method.request.is_off:
             return
         t = None if _in_prompt(step) or self.began is None else step.pos - self.began + 1
         mass = next(iter(self.sums.values()), self.mass)  # in the prompt the noisy sum, else the query's attention
@@ -203,7 +203,7 @@ class KeyformerCache(CappedCache):
         return self.stem
 
     def _decide(self, step: Step) -> None:
-        if not self.method.shared or self.method.budget == 1:
+        if not self.method.shared or self.method.request.is_off:
             super()._decide(step)  # else at the end of the pass
 
 

@@ -119,7 +119,7 @@ class KVTuner(Codec):
             return [_fits(parse_table(self.table, "method.table"), layers, "method.table")]
         if isinstance(self.table, str) and self.table.endswith((".yaml", ".yml")):
             return [_fits(read_table(Path(self.table).expanduser()), layers, f"method.table={self.table}")]
-        if self.table is None and (self.key_bits is not None or self.budget == 1):
+        if self.table is None and (self.key_bits is not None or self.request.is_off):
             return []
         tables = searched_tables(model, self.mode, self.name)
         if self.table is None:

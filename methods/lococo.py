@@ -100,9 +100,9 @@ class LoCoCo(Method):
             raise UserError(f"LoCoCo: method.hh_keep_rate={self.hh_keep_rate}; a share from 0 to below 1 stays raw")
         if not 0 <= self.normalizer_init <= 1:
             raise UserError(f"LoCoCo: method.normalizer_init={self.normalizer_init}; the gate starts between 0 and 1")
-        if self.budget == 1:
+        if self.request.is_off:
             return
-        if self.budget > 1 and self.budget % 2:
+        if (self.request.number or 0) % 2:
             raise UserError(f"LoCoCo: budget={self.budget}; slots are even, such as budget={self.budget - 1}")
         if self.slots < 2 or self.fused < 1:
             raise UserError(f"LoCoCo: budget={self.budget} of method.length={self.length} with method.hh_keep_rate="
@@ -113,9 +113,9 @@ class LoCoCo(Method):
     @property
     def slots(self) -> int:
         """Slots per head; a budget of 1 drops nothing."""
-        if self.budget == 1:
+        if self.request.is_off:
             return sys.maxsize
-        return int(self.budget) if self.budget > 1 else slots(self.budget, self.length) // 2 * 2
+        return self.request.number or slots(self.budget, self.length) // 2 * 2
 
     @property
     def fused(self) -> int:
@@ -153,7 +153,7 @@ class LoCoCo(Method):
 
     def prepare(self, model: PreTrainedModel) -> Compressors | None:
         """The trained compressors of this model in its dtype; None where nothing is fused."""
-        if self.budget == 1 or self.eta == 0:
+        if self.request.is_off or self.eta == 0:
             return None
         compressors = self.new_compressors(model)
         shapes = {key: tensor.shape for key, tensor in compressors.state_dict().items()}
@@ -172,7 +172,7 @@ class LoCoCo(Method):
         return [LoCoCoCache(method, compressors[i] if compressors else None, prompt_len) for i in range(spec.n_layers)]
 
     def config(self) -> dict[str, Any]:
-        return {**super().config(), "slots": None if self.budget == 1 else self.slots}
+        return {**super().config(), "slots": None if self.request.is_off else self.slots}
 
 
 class Compressors(nn.ModuleList):

@@ -107,7 +107,7 @@ class NACL(Eviction):
     def sizes(self, n: int) -> Sizes:
         """Tokens by role for a prompt of n tokens that is not kept whole."""
         *kept, proxy = self.shares
-        of = n if self.budget <= 1 else 1
+        of = 1 if self.request.number else n
         # 0.29 * 100 is 28.999999999999996
         protected, by_score, by_chance = (int(share * self.budget * of + 1e-9) for share in kept)
         sinks = min(MAX_SINKS, protected // 2)
@@ -118,7 +118,7 @@ class NACL(Eviction):
 
     def whole(self, n: int) -> bool:
         """Whether nothing of n tokens goes."""
-        return self.budget == 1 or n <= max(self.min_len, self.budget if self.budget > 1 else 0)
+        return self.request.is_off or n <= max(self.min_len, self.request.number or 0)
 
     @property
     def interval(self) -> int | None:

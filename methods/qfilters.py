@@ -64,7 +64,7 @@ class Filtered(Eviction):
         super().__post_init__()
         if self.sinks < 0 or (self.window or 0) < 0:
             raise UserError(f"QFilters: method.sinks={self.sinks}, method.window={self.window}; both are at least 0")
-        if 1 < self.budget <= self.sinks + (self.window or 0) and self.pins.is_own:
+        if self.request.within(self.sinks + (self.window or 0)) and self.pins.is_own:
             raise UserError(
                 f"QFilters: budget={self.budget} slots do not hold method.sinks={self.sinks}, "
                 f"method.window={self.window} and one more; raise budget or lower these"

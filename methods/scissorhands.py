@@ -58,12 +58,12 @@ class Scissorhands(Capped):
             )
         if self.tie not in ("position", "prob"):
             raise UserError(f"Scissorhands: method.tie={self.tie}; it is position or prob")
-        if not self.allocator.even and self.budget != 1:
+        if not self.allocator.even and not self.request.is_off:
             raise UserError(
                 f"Scissorhands: method.allocator={type(self.allocator).__name__} lets heads hold different numbers of "
                 "slots; the votes lie in a rectangle and need as many in every head: leave it out"
             )
-        if 1 < self.budget < self._least():
+        if self.request.within(self._least() - 1):
             raise UserError(
                 f"Scissorhands: budget={self.budget} slots do not hold method.recent={self.recent}, one more and the "
                 f"method.drop={self.drop} that go; raise budget to {self._least()} or lower one of them"
@@ -71,11 +71,11 @@ class Scissorhands(Capped):
 
     def full(self, n: int) -> int:
         """Slots of a full cache after a prompt of n tokens."""
-        return max(self._least(), slots(self.budget, n)) if self.budget <= 1 else int(self.budget)
+        return self.request.number or max(self._least(), self.request.slots(n))
 
     def slots(self, n: int) -> int:
         k = self.full(n)
-        return n if n <= k or self.budget == 1 else k - self._goes(k)
+        return n if n <= k or self.request.is_off else k - self._goes(k)
 
     def capacity(self, n: int) -> int:
         return self.full(n) - 1
@@ -84,11 +84,11 @@ class Scissorhands(Capped):
         return self.full(n) - self._goes(self.full(n))
 
     def n_window_queries(self, store: Store, step: Step) -> int:
-        return 1 if step.stage is Stage.DECODE and self.budget != 1 else 0
+        return 1 if step.stage is Stage.DECODE and not self.request.is_off else 0
 
     def observe(self, store: Store, step: Step, mass: Tensor | None) -> None:
         """Write down the votes of the step's queries, and their attention where it breaks ties."""
-        if self.budget == 1:
+        if self.request.is_off:
             return
         B, H, S = store.pos.shape
         if mass is not None:  # one query, whose attention came with its output

@@ -44,7 +44,7 @@ class SnapKV(Eviction):
             )
         if self.pooling not in ("max", "avg"):
             raise UserError(f"SnapKV: method.pooling={self.pooling}; it is max or avg")
-        if 1 < self.budget <= self.window and self.pins.is_own:
+        if self.request.within(self.window) and self.pins.is_own:
             raise UserError(
                 f"SnapKV: budget={self.budget} slots do not hold method.window={self.window} and one more; "
                 "raise budget or lower method.window"

@@ -65,7 +65,7 @@ class StreamingLLM(Eviction):
                     f"method.{key}={value}: StreamingLLM is recency with its first slots pinned, one out for each that "
                     "comes in, and its positions are numbered by that; method=recency takes it"
                 )
-        if self.sinks < 0 or 1 < self.budget <= self.sinks:
+        if self.sinks < 0 or self.request.within(self.sinks):
             raise UserError(
                 f"StreamingLLM: method.sinks={self.sinks}, budget={self.budget}; sinks is at least 0 and leaves a slot "
                 "for the newest token"
@@ -77,7 +77,7 @@ class StreamingLLM(Eviction):
 
     @property
     def drops_later(self) -> bool:
-        return self.budget != 1
+        return not self.request.is_off
 
     @property
     def changes_prompt(self) -> bool:  # type: ignore[override]
@@ -99,9 +99,9 @@ class StreamingLLM(Eviction):
 
     def capacity(self, n: int) -> int:
         """Slots per head after a prompt of n tokens; a number of slots also bounds what a shorter prompt grows to."""
-        if self.budget == 1:
+        if self.request.is_off:
             return sys.maxsize
-        return self.slots(n) if self.budget < 1 else int(self.budget)
+        return self.request.number or self.slots(n)
 
     def score(self, store: Store, step: Step, cut: EvictionContext) -> Tensor:
         """The newest first, [B, H, S]."""
@@ -265,7 +265,7 @@ class StreamingCache(EvictionCache):
         padding = (store.pos[:, 0] < 0).sum(-1)  # [B], all of it stands before the prompt
         rows = [(self.prompt_len or len(store)) - p for p in padding.tolist()]
         width = torch.tensor([method.slots(n) - method.sinks for n in rows], device=k.device)
-        if method.budget == 1:
+        if method.request.is_off:
             width = torch.full_like(width, len(store))
         out = torch.empty(*step.q.shape[:-1], v.shape[-1], dtype=step.q.dtype, device=k.device)
         for i in range(0, step.q.shape[2], BLOCK):

@@ -36,7 +36,7 @@ class TOVA(Capped):
             raise UserError(f"TOVA: method.granularity={self.granularity}; it is layer or kv_head")
 
     def n_window_queries(self, store: Store, step: Step) -> int:
-        if self.budget == 1 or (step.stage is Stage.MID_PROMPT and not self.changes_prompt):
+        if self.request.is_off or (step.stage is Stage.MID_PROMPT and not self.changes_prompt):
             return 0
         return 1
 

@@ -51,7 +51,7 @@ class Capped(Eviction):
         super().__post_init__()
         if self.evict not in EVICT:
             raise UserError(f"{type(self).__name__}: method.evict={self.evict}; it is {' or '.join(EVICT)}")
-        if self.budget > 1 and type(self.allocator) is not Uniform:
+        if self.request.number and type(self.allocator) is not Uniform:
             raise UserError(
                 f"{self.name}: budget={self.budget:g} with method.allocator={type(self.allocator).__name__}: how far a "
                 "head of a short prompt may grow is not known; give a share in (0, 1]"
@@ -59,7 +59,7 @@ class Capped(Eviction):
 
     @property
     def drops_later(self) -> bool:
-        return self.budget != 1
+        return not self.request.is_off
 
     @property
     def changes_prompt(self) -> bool:  # type: ignore[override]
@@ -74,7 +74,7 @@ class Capped(Eviction):
 
     def capacity(self, n: int) -> int:
         """Most slots that a head holds after any token that follows a prompt of n."""
-        return self.slots(n) if self.budget <= 1 else int(self.budget)
+        return self.request.number or self.slots(n)
 
     def target_size(self, n: int) -> int:
         """Slots that a head starts again from once it holds more than `capacity`; the same number unless overridden."""
@@ -113,7 +113,7 @@ class CappedCache(EvictionCache):
         if step.stage is Stage.ENDS_PROMPT:
             self._end_prompt(step)
         elif step.stage is Stage.MID_PROMPT:
-            if self.method.changes_prompt and self.method.budget != 1:
+            if self.method.changes_prompt and not self.method.request.is_off:
                 self._inside_prompt(step)
         elif self.capacity:
             self._go_on(step)
@@ -140,7 +140,7 @@ class CappedCache(EvictionCache):
 
     def _end_prompt(self, step: Step) -> None:
         super()._end_prompt(step)
-        if self.method.budget == 1:
+        if self.method.request.is_off:
             return
         self.held = self._count()
         self.capacity, self.target_size = self._sizes_for(step, self.prompt, decoding=True)
@@ -151,7 +151,7 @@ class CappedCache(EvictionCache):
         self.store.cap(max(self.capacity) + 1)
 
     def _kept_after_prompt(self, step: Step) -> list[int]:
-        if self.method.changes_prompt and self.method.budget != 1:  # the prompt's last token is like any other
+        if self.method.changes_prompt and not self.method.request.is_off:  # the prompt's last token is like any other
             return self._after_token(step, self.prompt)
         return super()._kept_after_prompt(step)
 

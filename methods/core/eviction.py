@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kernels import Sums
 from methods.core.allocate import Allocator, Uniform
-from methods.core.budget import slots
 from methods.core.contract import LayerCache, Method, ModelSpec, Step
 from methods.core.decision import EvictionContext
 from methods.core.errors import NotHere, UserError
@@ -112,7 +111,7 @@ class Eviction(Method):
 
     def slots(self, n: int) -> int:
         """Slots that a head keeps of a prompt of n tokens."""
-        return max(slots(self.budget, n), self.least if self.pins.is_own else 1)
+        return max(self.request.slots(n), self.least if self.pins.is_own else 1)
 
     def n_window_queries(self, store: Store, step: Step) -> int:
         """Of how many of the step's newest queries `observe` or `score` wants the attention, summed per slot.
@@ -154,11 +153,11 @@ class Eviction(Method):
     @property
     def interval(self) -> int | None:
         """Drop again after every so many tokens since the prompt; None: never."""
-        return None if self.budget == 1 else self.decode.every
+        return None if self.request.is_off else self.decode.every
 
     def again(self, n: int, held: int) -> int:
         """Slots that a head keeps when it drops again; n: tokens of the prompt, held: slots that it holds."""
-        return self.slots(n) if self.budget <= 1 else int(self.budget)
+        return self.request.number or self.slots(n)
 
     def protected(self, store: Store, step: Step, cut: EvictionContext) -> Tensor | None:
         """The slots [B, H, S] that stay by the method's own rule, whatever they score: sinks, newest; None: none do."""
@@ -196,11 +195,11 @@ class Eviction(Method):
                     f"method.{key}={value}: {type(self).__name__} merges what it drops into what it keeps, so there is "
                     f"no score by itself that a null could take the place of; leave method.{key} out"
                 )
-        self.pins.check(self.budget, self.drops_later)
+        self.pins.check(self.request, self.drops_later)
 
     def _check_pair(self) -> None:
         """Raises UserError for a store that cannot hold what this method and its allocator leave."""
-        if self.store is None or self.budget == 1:
+        if self.store is None or self.request.is_off:
             return
         store = type(self.store(capacity=None))
         what = f"{self.name}: method.store={store.__name__} packs slots in groups"

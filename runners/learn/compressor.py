@@ -110,7 +110,7 @@ class TrainCompressor(Runner):
         """Train or go on training, save, compare; the exit code."""
         name = HydraConfig.get().runtime.choices["method"]
         method = build_method(name, cast("dict[str, Any]", OmegaConf.to_container(cfg.method, resolve=True)))
-        if not isinstance(method, LoCoCo) or method.budget == 1 or method.eta == 0:
+        if not isinstance(method, LoCoCo) or method.request.is_off or method.eta == 0:
             raise UserError(
                 f"method={name}, budget={cfg.budget}: has nothing to train; {TRAINER} makes the compressors of "
                 "method=lococo for one number of slots, such as budget=128"

@@ -48,7 +48,7 @@ def of_cell(
     resamples: int = stats.RESAMPLES,
 ) -> Panel | None:  # fmt: skip
     """The panel of a cell; None where no sample has the ids of both answers."""
-    samples, less = [], cell.method.budget < 1
+    samples, less = [], cell.method.request.is_share
     for id, row in rows.items():
         if id not in full:
             continue

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.core.binding.rounding import cache_dtype
-from methods.core.budget import check_budget
+from methods.core.budget import Budget, check_budget
 from methods.core.contract.layer import LayerCache
 from methods.core.contract.spec import ModelSpec, Shape
 from methods.core.contract.step import Step
@@ -58,6 +58,11 @@ class Method:
     def name(self) -> str:
         """The name of the method's YAML; the class name in lower case when there is none."""
         return getattr(self, "_name", type(self).__name__.lower())
+
+    @property
+    def request(self) -> Budget:
+        """What `budget` asks for: whether it is off, a share or a number of slots is asked here alone."""
+        return Budget(self.budget)
 
     @property
     def without_text(self) -> bool:
@@ -132,7 +137,7 @@ class Method:
         """For plans: what a row of so many tokens will hold when its prompt has ended, as a share of a full cache."""
         if self.binds == "read":  # all is held
             return 1.0
-        return float(self.budget) if self.budget <= 1 else min(1.0, self.budget / max(1, tokens))
+        return self.request.share(tokens)
 
     def after_prompt(self, model: PreTrainedModel, cache: KVCache) -> None:
         """Once the prompt is in: run the model again over extra tokens, by `cache.probe`, and decide then.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from methods.core.budget import Budget
 from methods.core.decision import EvictionContext, on_device
 from methods.core.errors import NotHere, UserError
 from methods.core.store import Store
@@ -71,19 +72,18 @@ class Pin:
         """As it would be typed: its name alone where nothing else is set."""
         return self.at if self._is_plain else asdict(self)
 
-    def check(self, budget: float | int, decodes: bool) -> None:
+    def check(self, budget: Budget, decodes: bool) -> None:
         """Raises NotHere where pins would take all slots of every prompt; decodes: slots also go while decoding."""
-        if self.at == "prompt" and (not decodes or budget <= 1):
-            why = "keeps a part of the prompt's slots" if budget <= 1 else "drops slots at the prompt's end only"
+        if self.at == "prompt" and (not decodes or budget.number is None):
+            why = "drops slots at the prompt's end only" if budget.number else "keeps a part of the prompt's slots"
             raise NotHere(
-                f"method.pin=prompt: budget={budget:g} {why}, and all of the prompt's are pinned; give a number of "
-                "slots above the prompt's, such as budget=4096, and a method that also drops while decoding"
+                f"method.pin=prompt: budget={budget.typed:g} {why}, and all of the prompt's are pinned; give a number "
+                "of slots above the prompt's, such as budget=4096, and a method that also drops while decoding"
             )
-        pinned = sum(self.sizes(int(budget)))
-        if budget > 1 and pinned >= budget:
+        if budget.within(pinned := sum(self.sizes(budget.number or 0))):
             raise NotHere(
-                f"method.pin={self.at}: pins {pinned} slots, and budget={budget:g} holds no other beside them; raise "
-                f"it to {self.held(int(budget), 0)}, or lower method.pin.first or method.pin.newest"
+                f"method.pin={self.at}: pins {pinned} slots, and budget={budget.typed:g} holds no other beside them; "
+                f"raise it to {self.held(int(budget.typed), 0)}, or lower method.pin.first or method.pin.newest"
             )
 
     def sizes(self, kept: int) -> tuple[int, int]:

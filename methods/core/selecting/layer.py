@@ -88,7 +88,7 @@ class SelectiveCache(LayerCache):
 
     def _goes_by_token(self, step: Step) -> bool:
         """Whether a turn's tokens come one after the other, through dense layers too, as they would while decoding."""
-        return step.stage is Stage.TURN and self.method.turn == "per_token" and self.method.budget != 1
+        return step.stage is Stage.TURN and self.method.turn == "per_token" and not self.method.request.is_off
 
     def _picks(self, step: Step) -> bool:
         """Whether the step's queries attend to what they pick, and not to everything."""
@@ -97,7 +97,7 @@ class SelectiveCache(LayerCache):
 
     def may_pick(self, step: Step) -> bool:
         """Whether the layer ever picks."""
-        return step.layer >= self.method.dense_layers and self.method.budget != 1 and step.rules.window is None
+        return step.layer >= self.method.dense_layers and not self.method.request.is_off and step.rules.window is None
 
     def _bring_in(self, step: Step) -> None:
         self.store.append(step.k, step.v, step.pos, step.padded)

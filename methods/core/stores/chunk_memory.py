@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import attend_with_mass
+from methods.core.budget import Budget
 from methods.core.contract import Stage, Step
 from methods.core.store import Store
 
@@ -20,9 +21,12 @@ class Chunks(Protocol):
     lazy_end: the prompt's last chunk waits for the next token.  accumulate_scores: attention adds up over all chunks.
     """
 
-    budget: float | int
     lazy_end: bool
     accumulate_scores: bool
+
+    @property
+    def request(self) -> Budget:
+        """What its budget asks for."""
 
     @property
     def slots(self) -> int:
@@ -148,7 +152,7 @@ class ChunkMemory:
 
     def _watched(self, step: Step) -> bool:
         """Whether the next compression could look at the attention of this piece's queries."""
-        if self.method.budget == 1:
+        if self.method.request.is_off:
             return False
         to_come = self.left if step.stage is Stage.MID_PROMPT else 0
         return self.method.accumulate_scores or len(self.store) + to_come > self.method.max_slots

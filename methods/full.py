@@ -29,6 +29,8 @@ class Full(Eviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.decode.cap:
+            raise UserError(f"method.decode.cap={self.decode.cap}: the full cache keeps everything; leave it out")
         if not self.request.is_off:
             raise UserError(f"Full: method.budget={self.budget}; the full cache keeps everything, budget=1")
 

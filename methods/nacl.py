@@ -109,7 +109,7 @@ class NACL(Eviction):
         *kept, proxy = self.shares
         of = 1 if self.request.number else n
         # 0.29 * 100 is 28.999999999999996
-        protected, by_score, by_chance = (int(share * self.budget * of + 1e-9) for share in kept)
+        protected, by_score, by_chance = (int(share * self.request.typed * of + 1e-9) for share in kept)
         sinks = min(MAX_SINKS, protected // 2)
         recent = (
             protected - sinks if protected + by_score + by_chance else 1

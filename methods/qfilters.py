@@ -66,7 +66,7 @@ class Filtered(Eviction):
             raise UserError(f"QFilters: method.sinks={self.sinks}, method.window={self.window}; both are at least 0")
         if self.request.within(self.sinks + (self.window or 0)) and self.pins.is_own:
             raise UserError(
-                f"QFilters: budget={self.budget} slots do not hold method.sinks={self.sinks}, "
+                f"QFilters: {self.request} slots do not hold method.sinks={self.sinks}, "
                 f"method.window={self.window} and one more; raise budget or lower these"
             )
         if any(not isinstance(layer, int) or layer < 0 for layer in self.skip):
@@ -153,9 +153,10 @@ class QFilters(Filtered):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.decode.every:
+        if given := {key: value for key, value in self.decode.plain().items() if key != "prompt"}:
+            key, value = next(iter(given.items()))
             raise NotHere(
-                f"method.decode.every={self.decode.every}: QFilters forgets the prompt's scores once they have "
+                f"method.decode.{key}={value}: QFilters forgets the prompt's scores once they have "
                 "decided; method=qfilters_capped drops while decoding"
             )
 

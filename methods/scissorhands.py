@@ -65,8 +65,8 @@ class Scissorhands(Capped):
             )
         if self.request.within(self._least() - 1):
             raise UserError(
-                f"Scissorhands: budget={self.budget} slots do not hold method.recent={self.recent}, one more and the "
-                f"method.drop={self.drop} that go; raise budget to {self._least()} or lower one of them"
+                f"Scissorhands: {self.request} slots do not hold method.recent={self.recent}, one more and the "
+                f"method.drop={self.drop} that go; raise it to {self._least()} or lower one of them"
             )
 
     def full(self, n: int) -> int:

@@ -46,7 +46,7 @@ class SnapKV(Eviction):
             raise UserError(f"SnapKV: method.pooling={self.pooling}; it is max or avg")
         if self.request.within(self.window) and self.pins.is_own:
             raise UserError(
-                f"SnapKV: budget={self.budget} slots do not hold method.window={self.window} and one more; "
+                f"SnapKV: {self.request} slots do not hold method.window={self.window} and one more; "
                 "raise budget or lower method.window"
             )
 

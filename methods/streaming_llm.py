@@ -56,6 +56,7 @@ class StreamingLLM(Eviction):
         if self.pins.at == "none":
             self.sinks = 0  # all that it protects; what it scores by is recency
         for key, value, typed in (
+            ("decode.cap", self.decode.cap, self.decode.cap is not None),
             ("pin", self.pins.at, self.pins.at not in ("own", "none")),
             ("score_by", self.score_by, self.score_by != "own"),
             ("decode.every", self.decode.every, self.decode.every is not None),

@@ -31,9 +31,14 @@ class Budget:
     """What a budget asks for; the only place that tells its forms apart.
 
     typed: as `check_budget` gives it: 1 is off, what is below a share of the prompt's slots, above a number of slots.
+    key: what it was typed as.
     """
 
     typed: float | int
+    key: str = "budget"
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.typed:.12g}"
 
     @property
     def is_off(self) -> bool:

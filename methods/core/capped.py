@@ -53,7 +53,7 @@ class Capped(Eviction):
             raise UserError(f"{type(self).__name__}: method.evict={self.evict}; it is {' or '.join(EVICT)}")
         if self.request.number and type(self.allocator) is not Uniform:
             raise UserError(
-                f"{self.name}: budget={self.budget:g} with method.allocator={type(self.allocator).__name__}: how far a "
+                f"{self.name}: {self.request} with method.allocator={type(self.allocator).__name__}: how far a "
                 "head of a short prompt may grow is not known; give a share in (0, 1]"
             )
 

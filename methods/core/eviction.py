@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from kernels import Sums
 from methods.core.allocate import Allocator, Uniform
+from methods.core.budget import Budget
 from methods.core.contract import LayerCache, Method, ModelSpec, Step
+from methods.core.contract.spec import Shape
 from methods.core.decision import EvictionContext
 from methods.core.errors import NotHere, UserError
-from methods.core.evicting.decode import Decode
+from methods.core.evicting.decode import EVERY, Decode
 from methods.core.evicting.layer import EvictionCache
 from methods.core.evicting.nulls import DRAWS, RANKS
 from methods.core.evicting.pin import Pin
@@ -81,8 +83,8 @@ class Eviction(Method):
         plain = replace(self, store=None)
         knobs = Method.config(plain)
         # what is not set is no part of a record's identity, which is older than these knobs
-        knobs["pin"] = self.pins.plain()
-        unset = {"pin": "own", "score_by": "own", "draw": "fixed", "decode": asdict(Decode())}
+        knobs["pin"], knobs["decode"] = Pin.of(self.pin).plain(), self.decode.plain()
+        unset = {"pin": "own", "score_by": "own", "draw": "fixed", "decode": {}}
         knobs = {key: value for key, value in knobs.items() if key not in unset or value != unset[key]}
         knobs["allocator"] = {"_target_": type(self.allocator).__name__, **knobs["allocator"]}
         if self.store is not None:
@@ -92,8 +94,13 @@ class Eviction(Method):
 
     @property
     def pins(self) -> Pin:
-        """What `pin` names."""
-        return Pin.of(self.pin)
+        """What `pin` names, or a cap while decoding that pins the prompt."""
+        return Pin("prompt") if self.decode.pins_prompt else Pin.of(self.pin)
+
+    @property
+    def request(self) -> Budget:
+        """What `budget` asks for, or the cap while decoding in its place."""
+        return Budget(self.decode.cap, "method.decode.cap") if self.decode.cap else super().request
 
     @property
     def least(self) -> int:
@@ -105,6 +112,9 @@ class Eviction(Method):
         """Whether slots also go after the prompt's end."""
         return self.interval is not None
 
+    def planned_share(self, tokens: int, spec: Shape) -> float:
+        return 1.0 if self.decode.pins_prompt else super().planned_share(tokens, spec)
+
     def query_window(self, n: int) -> int:
         """How many of the newest queries of a prompt of n tokens `score` needs: its observation window."""
         return 0
@@ -112,6 +122,20 @@ class Eviction(Method):
     def slots(self, n: int) -> int:
         """Slots that a head keeps of a prompt of n tokens."""
         return max(self.request.slots(n), self.least if self.pins.is_own else 1)
+
+    def with_pins(self, kept: int, prompt: int) -> int:
+        """Slots of a head whose budget leaves `kept`, of a prompt of so many tokens: never fewer than pins and one."""
+        return self.pins.held(kept + prompt if self.decode.prompt_is_free else kept, prompt)
+
+    def above_cap(self, held: int, prompt: int) -> int:
+        """How many more slots than its cap a head holds when the prompt ends, below 0 for fewer; 0 without a cap.
+
+        Raises UserError for a prompt that stays whole and fills the cap by itself.
+        """
+        if self.decode.cap is None:
+            return 0
+        self.decode.check_prompt(prompt)
+        return held - self.with_pins(self.decode.cap, prompt)
 
     def n_window_queries(self, store: Store, step: Step) -> int:
         """Of how many of the step's newest queries `observe` or `score` wants the attention, summed per slot.
@@ -153,7 +177,9 @@ class Eviction(Method):
     @property
     def interval(self) -> int | None:
         """Drop again after every so many tokens since the prompt; None: never."""
-        return None if self.request.is_off else self.decode.every
+        if self.request.is_off:
+            return None
+        return self.decode.every or (EVERY if self.decode.cap else None)
 
     def again(self, n: int, held: int) -> int:
         """Slots that a head keeps when it drops again; n: tokens of the prompt, held: slots that it holds."""
@@ -195,6 +221,7 @@ class Eviction(Method):
                     f"method.{key}={value}: {type(self).__name__} merges what it drops into what it keeps, so there is "
                     f"no score by itself that a null could take the place of; leave method.{key} out"
                 )
+        self.decode.check(Budget(self.budget), Pin.of(self.pin).at)
         self.pins.check(self.request, self.drops_later)
 
     def _check_pair(self) -> None:

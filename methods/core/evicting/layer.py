@@ -207,7 +207,7 @@ class EvictionCache(LayerCache):
         self.prompt_end = step.pos.amax(-1)[:, None, None] + 1
         self._let_go(step, step.pos[:, -1] + 1)
         self.kept_per_head = self._kept_after_prompt(step)
-        self.since = [0] * len(self.prompt)
+        self.since = [self.method.above_cap(min(n, m), n) for n, m in zip(self.prompt, self.mean_kept, strict=True)]
         self._drop(step)
         self.queries, self.again = [], True
 
@@ -223,7 +223,7 @@ class EvictionCache(LayerCache):
         """
         share, pins = self.method.allocator.slots, self.method.pins
         prompt = self.prompt if prompt is None else prompt
-        self.mean_kept = [pins.held(kept, n) for kept, n in zip(mean, prompt, strict=True)]
+        self.mean_kept = [self.method.with_pins(kept, n) for kept, n in zip(mean, prompt, strict=True)]
         here = [share(step.layer, step.n_layers, kept) for kept in self.mean_kept]
         if pins.is_own:
             return here

@@ -77,12 +77,12 @@ class Pin:
         if self.at == "prompt" and (not decodes or budget.number is None):
             why = "drops slots at the prompt's end only" if budget.number else "keeps a part of the prompt's slots"
             raise NotHere(
-                f"method.pin=prompt: budget={budget.typed:g} {why}, and all of the prompt's are pinned; give a number "
+                f"method.pin=prompt: {budget} {why}, and all of the prompt's are pinned; give a number "
                 "of slots above the prompt's, such as budget=4096, and a method that also drops while decoding"
             )
         if budget.within(pinned := sum(self.sizes(budget.number or 0))):
             raise NotHere(
-                f"method.pin={self.at}: pins {pinned} slots, and budget={budget.typed:g} holds no other beside them; "
+                f"method.pin={self.at}: pins {pinned} slots, and {budget} holds no other beside them; "
                 f"raise it to {self.held(int(budget.typed), 0)}, or lower method.pin.first or method.pin.newest"
             )
 

@@ -38,7 +38,7 @@ from kernels.select import compact
 from methods.core import artefacts
 from methods.core.budget import slots
 from methods.core.contract import Holding, LayerCache, Method, ModelSpec
-from methods.core.errors import UserError
+from methods.core.errors import NotHere, UserError
 from methods.core.per_row import PerRow
 from methods.core.stores.chunk_memory import ChunkMemory, Slots
 
@@ -105,7 +105,7 @@ class LoCoCo(Method):
         if (self.request.number or 0) % 2:
             raise UserError(f"LoCoCo: budget={self.budget}; slots are even, such as budget={self.budget - 1}")
         if self.slots < 2 or self.fused < 1:
-            raise UserError(f"LoCoCo: budget={self.budget} of method.length={self.length} with method.hh_keep_rate="
+            raise NotHere(f"LoCoCo: budget={self.budget} of method.length={self.length} with method.hh_keep_rate="
                             f"{self.hh_keep_rate} leaves no fused slot; raise the budget")  # fmt: skip
         if self.local_len and self.local_len >= self.raw:
             raise UserError(f"LoCoCo: method.local_len={self.local_len}; it is below the {self.raw} raw slots")

@@ -65,7 +65,7 @@ class Filtered(Eviction):
         if self.sinks < 0 or (self.window or 0) < 0:
             raise UserError(f"QFilters: method.sinks={self.sinks}, method.window={self.window}; both are at least 0")
         if self.request.within(self.sinks + (self.window or 0)) and self.pins.is_own:
-            raise UserError(
+            raise NotHere(
                 f"QFilters: {self.request} slots do not hold method.sinks={self.sinks}, "
                 f"method.window={self.window} and one more; raise budget or lower these"
             )

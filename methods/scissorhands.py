@@ -22,7 +22,7 @@ from kernels import attention_probs, visible
 from methods.core.budget import slots
 from methods.core.capped import Capped
 from methods.core.contract import Stage, Step
-from methods.core.errors import UserError
+from methods.core.errors import NotHere, UserError
 from methods.core.eviction import EvictionContext
 from methods.core.store import Store
 
@@ -64,7 +64,7 @@ class Scissorhands(Capped):
                 "slots; the votes lie in a rectangle and need as many in every head: leave it out"
             )
         if self.request.within(self._least() - 1):
-            raise UserError(
+            raise NotHere(
                 f"Scissorhands: {self.request} slots do not hold method.recent={self.recent}, one more and the "
                 f"method.drop={self.drop} that go; raise it to {self._least()} or lower one of them"
             )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels import mass
 from methods.core.contract import Step
-from methods.core.errors import UserError
+from methods.core.errors import NotHere, UserError
 from methods.core.eviction import Eviction, EvictionContext
 from methods.core.store import Store
 
@@ -45,7 +45,7 @@ class SnapKV(Eviction):
         if self.pooling not in ("max", "avg"):
             raise UserError(f"SnapKV: method.pooling={self.pooling}; it is max or avg")
         if self.request.within(self.window) and self.pins.is_own:
-            raise UserError(
+            raise NotHere(
                 f"SnapKV: {self.request} slots do not hold method.window={self.window} and one more; "
                 "raise budget or lower method.window"
             )

@@ -67,7 +67,8 @@ class StreamingLLM(Eviction):
                     "comes in, and its positions are numbered by that; method=recency takes it"
                 )
         if self.sinks < 0 or self.request.within(self.sinks):
-            raise UserError(
+            kind = UserError if self.sinks < 0 else NotHere
+            raise kind(
                 f"StreamingLLM: method.sinks={self.sinks}, budget={self.budget}; sinks is at least 0 and leaves a slot "
                 "for the newest token"
             )

@@ -440,6 +440,14 @@ def test_knobs_that_all_methods_take_stand_in_no_yaml_and_are_said_as_typed(comm
     assert all("method.pin=" in cell["runs"][0]["command"] and "++" not in cell["runs"][0]["command"] for cell in cells)
 
 
+def test_a_budget_that_no_prompt_can_meet_is_left_out_of_a_sweep_and_ends_a_single_command(command):
+    code, out, err = command("-m", "method=snapkv,random", "budget=8", "dry_run=true", "task.limit=1")
+    assert code == 0 and "random" in out and "snapkv" not in out
+    assert "left out: method=snapkv budget=8: SnapKV: budget=8 slots do not hold method.window=32" in err
+    code, _, err = command("method=snapkv", "budget=8", "dry_run=true", "task.limit=1")
+    assert code == 2 and "SnapKV: budget=8 slots do not hold" in err
+
+
 def test_a_sweep_composes_each_method_once(command, monkeypatch):
     composed, real = [], ConfigLoaderImpl._load_configuration_impl
 

@@ -7,6 +7,7 @@ import pytest
 
 from methods import load_method
 from methods.core.budget import Budget
+from methods.core.errors import NotHere
 
 ROOT = Path(__file__).parents[3]
 BY_HAND = re.compile(
@@ -28,6 +29,21 @@ def test_a_budget_is_off_a_share_or_slots_of_a_prompt_of_100_tokens(typed, off, 
 def test_only_a_number_of_slots_can_be_too_small_for_every_prompt():
     assert Budget(64).within(64) and not Budget(64).within(63)
     assert not Budget(0.01).within(64) and not Budget(1).within(64)
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("snapkv", {"budget": 32}),
+        ("qfilters", {"budget": 4, "sinks": 4}),
+        ("scissorhands", {"budget": 4, "recent": 4}),
+        ("streaming_llm", {"budget": 4, "sinks": 4}),
+        ("lococo", {"budget": 0.001, "length": 1000}),
+    ],
+)
+def test_what_no_prompt_can_meet_leaves_the_other_cells_of_a_sweep_alone(name, knobs):
+    with pytest.raises(NotHere):
+        load_method(name, **knobs)
 
 
 def test_a_method_asks_its_request():

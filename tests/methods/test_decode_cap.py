@@ -8,6 +8,7 @@ from methods.core.contract import Stage
 from methods.core.errors import UserError
 from methods.core.eviction import Eviction
 from methods.full import Full
+from runners.engine.shared_prefill import Group
 from tests.methods.conftest import kept, run
 from tests.methods.layer import Spec, step_of
 from tests.tiny import METHODS, SIZES, padded_prompt
@@ -69,6 +70,23 @@ def test_every_eviction_method_holds_the_prompt_and_the_cap(name, gqa):
         for head in (0, 1):
             slots = kept(cache, layer, 0, head)
             assert set(range(20)) <= set(slots) and least <= len(slots) < 32 + 4
+
+
+@pytest.mark.parametrize("steps", [40, pytest.param(2000, marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_all_methods_hold_their_cap_in_one_shared_run(steps, gqa):
+    prompt, g = list(range(1, 21)), torch.Generator().manual_seed(3)
+    methods = [capped(name, 32, every=4) for name in CAPPED if not load_method(name).changes_prompt]
+    methods = [one for one in methods if "answers" not in one.needs]
+    group, _ = Group.begin(gqa, methods, [3], lambda s: s.run(torch.tensor([prompt]), ends_prompt=True))
+    for token in torch.randint(1, 97, (steps,), generator=g).tolist():
+        group.feed([[token]])
+    assert len(group.active) == len(methods) > 6
+    prompt_slots = range(len(prompt))
+    for member in group.members:
+        for layer, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            slots = kept(member.cache, layer, 0, head)
+            assert set(prompt_slots) <= set(slots) and len(slots) < 32 + 4
 
 
 def test_rows_of_a_batch_are_cut_when_they_are_full_themselves(gqa):

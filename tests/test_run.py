@@ -166,6 +166,7 @@ def test_a_sample_is_the_same_sample_whatever_is_chosen_beside_it(command, tmp_p
     assert code == 0 and [one["id"] for one in again].count("river/0") == 2 and len(again) == 4, err
 
 
+@pytest.mark.slow
 def test_two_folders_of_data_have_records_of_their_own(command, tmp_path):
     other = write_split(tmp_path / "other", samples=1)
     command("method=full", "task.limit=1")
@@ -568,6 +569,7 @@ def test_an_edited_method_is_computed_into_a_record_of_its_own_and_what_changed_
     assert code == 0 and "changed" not in err and f"record: {new}" in out
 
 
+@pytest.mark.slow
 def test_resume_old_shows_the_older_record_and_computes_nothing(command, tmp_path, mine, monkeypatch):
     mine_in = (f"--config-dir={tmp_path / 'conf'}", "method=mine", "budget=0.3", "task.limit=1")
     code, _, err = command(*mine_in, "resume=old")

@@ -421,6 +421,7 @@ def test_globs_ranges_and_each_methods_own_points_are_cells(command):
     assert code == 0 and points == ["0.05", "0.1", "0.25", "0.5", "0.75"]
 
 
+@pytest.mark.slow
 def test_a_knob_of_one_value_is_for_all_methods_of_a_sweep(command):
     for words in [("-m", "method=kivi,per_token"), ("experiment=core-bits",)]:
         code, out, err = command(*words, "method.bits=4", "task=longbench", "plan=true", "task.limit=1")
@@ -609,6 +610,7 @@ def test_two_processes_share_a_sweep_without_duplicates(command, tmp_path, tiny_
     assert comparable(tmp_path / "shared") == comparable(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_a_sweep_with_a_clear_error_and_loses_nothing(command, tmp_path, tiny_model_dir):
     split = write_split(tmp_path / "long", samples=10)
     assert command(*GRID, f"task.data={split}", results=tmp_path / "undisturbed")[0] == 0

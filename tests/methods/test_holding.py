@@ -15,6 +15,7 @@ from methods.core.contract import Method
 from methods.core.meter import nbytes
 from tests.methods.conftest import run, tiny_llama
 from tests.tiny import METHODS, SIZES, equip
+from tests.turns import taking_turns
 
 LENGTHS = (90, 35, 75, 61)
 NEW = 5
@@ -82,7 +83,7 @@ def rows_of(case: str, model: PreTrainedModel, lengths: tuple[int, ...]) -> list
     return [own(one) for one in read(model, method_of(case, 0.5), lengths).reports()]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", taking_turns(list(CASES), of=2))
 def test_a_row_holds_the_same_in_every_batch(case, gqa):
     method = method_of(case, 0.5)
     alone = {n: own(read(gqa, method, [n]).report()) for n in LENGTHS}

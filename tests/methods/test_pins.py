@@ -18,6 +18,7 @@ from tests.bounds import bound, near, run_off
 from tests.methods.conftest import kept, run
 from tests.methods.layer import Spec, context, kept_after, scripted, step_of
 from tests.tiny import METHODS, SIZES, padded_prompt
+from tests.turns import taking_turns
 
 BOUNDARY = {"at": "boundary", "first": 0.1, "newest": 0.1}
 N, K = 90, 45
@@ -308,7 +309,7 @@ def test_a_pinned_prompt_leaves_the_cuts_to_what_is_generated(gqa):
     assert {len(s) for s in run_kept(gqa, short, ids, new)} == {21}
 
 
-@pytest.mark.parametrize("name", PINNED)
+@pytest.mark.parametrize("name", taking_turns(PINNED, of=2))
 def test_rows_and_chunks_decide_nothing_under_pins(name, gqa):
     knobs = {} if method_of(name).drops_later or name == "qfilters" else {"decode": {"every": 4}}
     method = method_of(name, pin={"at": "boundary", "newest": 0.2, "end": "prompt"}, **knobs)

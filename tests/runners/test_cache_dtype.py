@@ -57,6 +57,7 @@ def test_a_share_of_16_bits_never_stands_beside_one_of_float32(command, tmp_path
         assert set(panel["method"]) == {"full", "snapkv"}
 
 
+@pytest.mark.slow
 def test_a_sweep_over_types_is_a_group_for_each(command, tmp_path):
     code, _, err = command("-m", "method=random,tova", "budget=0.5", "cache.dtype=float16,auto")
     assert code == 0, err
@@ -71,6 +72,7 @@ def test_a_sweep_over_types_is_a_group_for_each(command, tmp_path):
     assert told[0] == told[1]
 
 
+@pytest.mark.slow
 def test_an_experiment_may_set_it_and_a_plan_counts_its_bytes(command, tmp_path):
     plans = {}
     for dtype in ("auto", "float16"):

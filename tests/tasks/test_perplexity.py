@@ -205,6 +205,7 @@ def test_a_vocabulary_that_needs_few_tokens_gets_shorter_pieces_of_the_bundled_t
     assert {e.forced.length for e in task.examples() if e.forced} == {shortest + 1} and shortest < 1024
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_wikitext_has_the_known_size_and_token_count(shared_data):
     from transformers import AutoTokenizer

@@ -23,6 +23,7 @@ from tests.kernels.both_forms import (
 )
 from tests.kernels.formula import allowed, formula, largest_logit
 from tests.kernels.test_mass import dense
+from tests.turns import taking_turns
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poison")
@@ -170,9 +171,9 @@ def test_the_reference_s_log_sum_exp_is_the_formula_s(generator):
 
 
 @on_each_device
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize(("t", "splits"), [(0, 1), (1, 3), (9, 2)])
-def test_pages_and_tail_are_one_softmax(t, splits, rules, device, generator):
+@pytest.mark.parametrize(("tail", "rules"), taking_turns([(0, 1), (1, 3), (9, 2)], list(RULES), of=2))
+def test_pages_and_tail_are_one_softmax(tail, rules, device, generator):
+    t, splits = tail
     B, (Hq, H), S = 2, (4, 2), 112
     counts = [9, 0, 100, 31]
     case = Case(generator, (Hq, H), S=S + t, B=B)

@@ -22,6 +22,7 @@ from methods.core.stores.ragged import RaggedStore
 from methods.full import Full
 from tests.bounds import MILD, losses_off, near, run_off
 from tests.tiny import ARCHITECTURES, WINDOW, feed, padded_prompt, tiny_model
+from tests.turns import taking_turns
 
 PROMPT = 21
 LATER = [1, 1, 1, 4, 1, 1]  # decoding, a later turn, decoding
@@ -196,9 +197,10 @@ def masked_feed(model: PreTrainedModel, seen: list[Tensor], ids: Tensor, mask: T
             hook.remove()
 
 
-@pytest.mark.parametrize("store", ["rectangular", "ragged"])
-@pytest.mark.parametrize("lengths", [[PROMPT], PADDED], ids=["single", "padded"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "lengths", "store"),
+    taking_turns(list(ARCHITECTURES), [[PROMPT], PADDED], ["rectangular", "ragged"], of=2),
+)
 def test_an_evicting_cache_is_the_model_that_cannot_see_what_was_dropped(name, lengths, store):
     bound, eager = tiny_model(name), tiny_model(name, attn_implementation="eager")
     ids, mask = tokens_of(lengths)

@@ -138,6 +138,7 @@ def test_the_weights_that_did_best_on_what_chooses_are_saved_and_not_the_last(ma
     assert any(not torch.equal(saved[key], last[key].half()) for key in saved)
 
 
+@pytest.mark.slow
 def test_generated_rows_are_new_in_every_batch_and_the_same_for_a_seed(tiny_tokenizer):
     settings = TrainCompressor(length=200, batch=2, chosen_on=1, held_out=1)
     trained, held_out = settings.rows(tiny_tokenizer, 0)

@@ -147,6 +147,7 @@ def test_a_cell_that_goes_on_goes_on_in_the_same_run(command, tmp_path, monkeypa
     assert len(runs(tmp_path / "results")) == before
 
 
+@pytest.mark.slow
 def test_a_sweep_sends_each_of_its_cells_without_speeds(command, tmp_path):
     code, _, err = command("-m", "method=nacl,snapkv", "budget=0.5", "wandb=offline")
     results = tmp_path / "results"

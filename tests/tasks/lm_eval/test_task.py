@@ -214,6 +214,7 @@ def test_a_template_is_compiled_once_and_not_for_every_item(monkeypatch):
     assert len(examples) > 6 and len(compiled) == len(set(compiled))
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_the_published_items_are_read(shared_data):
     task = LmEval(["piqa", "copa", "openbookqa"], str(shared_data / "multiple-choice"))

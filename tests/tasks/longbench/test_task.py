@@ -15,6 +15,7 @@ from tasks.base import Row
 from tasks.longbench import task as longbench
 from tasks.longbench.subsets import LONGBENCH, LONGBENCH_E
 from tasks.longbench.task import LongBench, length_bin
+from tests.turns import taking_turns
 
 ROOT = Path(__file__).parents[3]
 CLASSES = ["Date", "State"]
@@ -423,8 +424,7 @@ def rescore(folder: Path, name: str, tmp_path: Path, e: bool = False) -> dict[st
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("name", LONGBENCH)
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("run", "name"), taking_turns(list(RUNS), list(LONGBENCH), of=3))
 def test_every_published_score_is_reproduced_to_the_printed_digit(run, name, shared_data, tmp_path):
     folder = shared_data / "longbench-predictions" / run
     published = json.loads((folder / "result.json").read_text())

@@ -89,6 +89,7 @@ def test_a_search_writes_tables_that_the_method_then_takes(method, mode, command
     assert ledger["share"] < 0.5
 
 
+@pytest.mark.slow
 def test_a_search_that_was_stopped_goes_on_and_one_that_is_done_runs_nothing(command, monkeypatch, place):
     sizes = []
     measure = tune.Scores._measure

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from rich.console import Console
 
 from analysis import screen
+from methods.core.budget import Budget
 from runners.report import fidelity
 from tasks.base import Example
 from tests.rows import done
@@ -14,7 +15,8 @@ IDS = [1, 2, 3, 4, 5, 6, 7, 8, 0]
 
 
 def cell(budget: float = 0.5, changes_prompt: bool = False):
-    return SimpleNamespace(method=SimpleNamespace(budget=budget, changes_prompt=changes_prompt))
+    method = SimpleNamespace(budget=budget, request=Budget(budget), changes_prompt=changes_prompt)
+    return SimpleNamespace(method=method)
 
 
 def forced(kl: float, first: float = 0.0, flip=None) -> dict:

@@ -121,15 +121,15 @@ def cells() -> Iterator[list[str]]:
         elif name in BITS:
             yield from ([f"method={name}", f"method.bits={bits}"] for bits in BITS[name])
         elif name in TABLES:
-            tables = (table for table in made(name) if table.parent.name == TABLES[name])
-            yield from ([f"method={name}", f"method.table={table.stem}"] for table in tables)
+            yield from ([f"method={name}", f"method.table={table.stem}"] for table in made(name))
         else:
             yield from ([f"method={name}", f"budget={budget}"] for budget in SIZES.get(name, BUDGETS))
 
 
 def made(method: str) -> list[Path]:
     """What is in the tree of what the method learned of the model."""
-    return sorted((HOME / "assets" / LEARNED[method]).glob(f"{ARTEFACTS}/{PATTERNS[LEARNED[method]]}"))
+    found = sorted((HOME / "assets" / LEARNED[method]).glob(f"{ARTEFACTS}/{PATTERNS[LEARNED[method]]}"))
+    return [path for path in found if method not in TABLES or path.parent.name == TABLES[method]]
 
 
 def command(piece: str, results: Path, given: Iterable[list[str]] | None = None) -> list[str] | None:

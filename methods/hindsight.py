@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kernels import mass
 from methods.core.contract import LayerCache, ModelSpec, Stage, Step
-from methods.core.errors import UserError
+from methods.core.errors import NotHere, UserError
 from methods.core.eviction import Eviction, EvictionCache, EvictionContext
 from methods.core.probe import attend_beside
 from methods.core.store import Store
@@ -41,6 +41,12 @@ class Hindsight(Eviction):
         if self.store is not None:
             raise UserError(
                 "Hindsight: method.store; its slots are chosen once the prompt has been stored, leave it out"
+            )
+
+        if self.interval is not None:
+            raise NotHere(
+                "method.decode: Hindsight knows what an answer attends to of its prompt, and has no score for a cut "
+                "while decoding; leave it out"
             )
 
     @property

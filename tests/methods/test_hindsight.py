@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from methods import load_method
-from methods.core.errors import UserError
+from methods.core.errors import NotHere, UserError
 from runners.engine.generation import Prompt, Prompts, generate, through
 from tests.bounds import near, run_off
 from tests.methods.conftest import kept
@@ -78,6 +78,9 @@ def test_a_run_answers_by_the_full_cache_first_and_budget_1_is_the_full_cache(ll
 def test_what_it_cannot_do_is_refused_by_name(llama):
     with pytest.raises(UserError, match=r"hindsight: looks ahead at what the full cache answers; method.cache_for"):
         load_method("hindsight", budget=0.5).cache_for(llama)
+    for budget, decode in ((0.5, {"every": 4}), (1, {"cap": 64})):
+        with pytest.raises(NotHere, match=r"method\.decode: Hindsight knows what an answer attends to"):
+            load_method("hindsight", budget=budget, decode=decode)
     ids, mask = padded_prompt([N])
     cache = load_method("hindsight", budget=0.5).cache_for(llama, answers=[[1, 2]])
     feed(llama, cache, ids, mask, (N,))
